@@ -1,0 +1,258 @@
+"""What a checkpoint does not say about itself: every semantic switch of the HSTU families, explicit and validated.
+
+Level 1. The families differ in small ways that change every number (which of u, v, q, k pass through SiLU, where the
+divisor comes from, which timestamp a row uses); each way is a field here, none is a default of the code that reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+SiluScope = Literal["uvqk", "u", "none"]
+TimeBias = Literal["none", "next", "own"]
+OutputConcat = Literal["gated", "u_norm_gated", "u_attn_gated"]
+NormKind = Literal["layer", "group"]
+Preprocessor = Literal["positional", "rated"]
+Postprocessor = Literal["l2_norm", "layer_norm"]
+HourEncoding = Literal["none", "additive"]
+
+MAX_HEAD_DIM = 256
+
+_Config = TypeVar("_Config")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_choices(config: Any) -> None:
+    """Check every Literal, int, float and bool field of a config dataclass against its annotation."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            _require(value in get_args(hint), f"{name} is {value!r}; allowed: {', '.join(map(repr, get_args(hint)))}")
+        elif hint is bool:
+            _require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
+        elif hint is int:
+            _require(isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; it must be an integer")
+        elif hint is float:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(is_number and math.isfinite(value), f"{name} is {value!r}; it must be a finite number")
+
+
+def _from_mapping(cls: type[_Config], values: Mapping[str, Any], nested: Mapping[str, type] | None = None) -> _Config:
+    """Build a config dataclass from parsed JSON, listing all unknown and missing fields at once."""
+    _require(isinstance(values, Mapping), f"{cls.__name__} must be a JSON object, got {type(values).__name__}")
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    missing = sorted(
+        name
+        for name, field in known.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    )
+    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; fields: {', '.join(known)}")
+    _require(not missing, f"{cls.__name__} lacks {', '.join(missing)}")
+    kwargs = dict(values)
+    for name, nested_cls in (nested or {}).items():
+        kwargs[name] = nested_cls.from_dict(kwargs[name])  # type: ignore[attr-defined]
+    return cls(**kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Semantics of one attention op (the unified op of all families).
+
+    Attributes:
+        num_heads: heads H.
+        attention_dim: q and k width of one head, 1..256.
+        linear_dim: u and v width of one head, 1..256.
+        alpha: multiplier of <q, k> before bias and SiLU (research 1.0, DLRM 1/sqrt(attention_dim)).
+        scaling_seq_len: divisor after SiLU. A model constant: never read from a padded shape or a batch.
+        max_seq_len: longest sequence, in rows.
+        pos_table_len: N of the relative position table of 2N - 1 entries; 0 means no position bias.
+        time_bias: timestamp on the query side: the next event's (research), its own (genrec), or no time bias.
+        num_time_buckets: last bucket index; the time table has num_time_buckets + 1 entries. 0 without time bias.
+        time_bucket_divisor: divisor of ln(|dt|) (research 0.301, genrec 0.693). 1.0 without time bias.
+        bias_per_head: each head has its own tables instead of one shared by all.
+        target_group_size: targets of one group see each other causally.
+        contextual_seq_len: prefix rows that see the whole history; 0 is off.
+        max_attn_len: local window in positions; 0 is off.
+        min_full_attn_seq_len: last positions exempt from the window.
+    """
+
+    num_heads: int
+    attention_dim: int
+    linear_dim: int
+    alpha: float
+    scaling_seq_len: float
+    max_seq_len: int
+    pos_table_len: int = 0
+    time_bias: TimeBias = "none"
+    num_time_buckets: int = 0
+    time_bucket_divisor: float = 1.0
+    bias_per_head: bool = False
+    target_group_size: int = 1
+    contextual_seq_len: int = 0
+    max_attn_len: int = 0
+    min_full_attn_seq_len: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
+        for name in ("attention_dim", "linear_dim"):
+            value = getattr(self, name)
+            _require(1 <= value <= MAX_HEAD_DIM, f"{name} is {value}; allowed: 1 to {MAX_HEAD_DIM}")
+        _require(self.scaling_seq_len > 0, f"scaling_seq_len is {self.scaling_seq_len}; it must be greater than 0")
+        _require(self.max_seq_len >= 1, f"max_seq_len is {self.max_seq_len}; it must be at least 1")
+        _require(self.pos_table_len >= 0, f"pos_table_len is {self.pos_table_len}; it must not be negative")
+        if self.pos_table_len:
+            _require(
+                self.max_seq_len <= self.pos_table_len,
+                f"max_seq_len {self.max_seq_len} exceeds pos_table_len {self.pos_table_len}: "
+                "positions beyond the table have no bias",
+            )
+        has_time = self.time_bias != "none"
+        _require(
+            (self.num_time_buckets > 0) == has_time,
+            f"num_time_buckets is {self.num_time_buckets} with time_bias {self.time_bias!r}",
+        )
+        _require(self.time_bucket_divisor > 0, f"time_bucket_divisor is {self.time_bucket_divisor}; it must be > 0")
+        _require(self.target_group_size >= 1, f"target_group_size is {self.target_group_size}; it must be at least 1")
+        for name in ("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AttentionConfig:
+        """Parse the JSON form. Raises ValueError naming every unknown or missing field."""
+        return _from_mapping(cls, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One HSTU layer: LN, uvqk projection, SiLU, attention, gated output projection, residual.
+
+    Attributes:
+        embedding_dim: width D of the residual stream.
+        attention: the attention op.
+        silu_scope: which of u, v, q, k pass through SiLU.
+        uvqk_bias: the uvqk projection has a bias.
+        input_norm: apply LN before the projection (genrec does not).
+        input_norm_affine: that LN has weight and bias.
+        output_norm: LN over all heads together, or per head with one weight per head ("group").
+        output_norm_affine: that LN has weight and bias.
+        norm_eps: epsilon of both.
+        output_concat: "gated" u * n; "u_norm_gated" [u, n, u * n]; "u_attn_gated" [u, a, u * n] (a raw, n = norm(a)).
+        output_projection: project back to D (genrec adds u * n directly).
+        output_bias: that projection has a bias.
+    """
+
+    embedding_dim: int
+    attention: AttentionConfig
+    silu_scope: SiluScope
+    uvqk_bias: bool
+    input_norm: bool
+    input_norm_affine: bool
+    output_norm: NormKind
+    output_norm_affine: bool
+    norm_eps: float
+    output_concat: OutputConcat
+    output_projection: bool
+    output_bias: bool
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require(self.embedding_dim >= 1, f"embedding_dim is {self.embedding_dim}; it must be at least 1")
+        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be greater than 0")
+        if not self.output_projection:
+            width = self.attention.num_heads * self.attention.linear_dim
+            _require(
+                self.output_concat == "gated" and width == self.embedding_dim,
+                f"without an output projection the gated output ({width} wide, {self.output_concat}) "
+                f"must be as wide as embedding_dim {self.embedding_dim}",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerConfig:
+        """Parse the JSON form. Raises ValueError naming every unknown or missing field."""
+        return _from_mapping(cls, values, {"attention": AttentionConfig})
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalConfig:
+    """A next-item retrieval model: item table, input features, HSTU layers, normalised user embedding, dot product.
+
+    Attributes:
+        dialect: checkpoint family the weights came from.
+        num_items: items 1..num_items; row 0 of the table is padding.
+        num_layers: HSTU layers.
+        layer: configuration of every layer.
+        preprocessor: "positional" item embedding, or "rated" item embedding joined with a rating embedding.
+        item_embedding_dim: width of the item table (embedding_dim, less the rating part when rated).
+        num_ratings: rows of the rating table; 0 unless rated.
+        num_positions: rows of the learned position table; 0 means no learned positions.
+        hour_encoding: add the sinusoid of the UTC hour of day to each token.
+        postprocessor: user embedding normalisation.
+        postprocessor_eps: its epsilon.
+        item_l2_norm: items are L2-normalised before the dot product.
+    """
+
+    dialect: str
+    num_items: int
+    num_layers: int
+    layer: LayerConfig
+    preprocessor: Preprocessor
+    item_embedding_dim: int
+    num_ratings: int
+    num_positions: int
+    hour_encoding: HourEncoding
+    postprocessor: Postprocessor
+    postprocessor_eps: float
+    item_l2_norm: bool
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require(self.num_items >= 1, f"num_items is {self.num_items}; it must be at least 1")
+        _require(self.num_layers >= 1, f"num_layers is {self.num_layers}; it must be at least 1")
+        _require(self.postprocessor_eps > 0, f"postprocessor_eps is {self.postprocessor_eps}; it must be > 0")
+        rating_dim = self.layer.embedding_dim - self.item_embedding_dim
+        if self.preprocessor == "rated":
+            _require(self.num_ratings >= 1, f"num_ratings is {self.num_ratings}; a rated model needs at least 1")
+            _require(rating_dim >= 1, f"item_embedding_dim {self.item_embedding_dim} leaves no room for ratings")
+        else:
+            _require(self.num_ratings == 0, f"num_ratings is {self.num_ratings}; only a rated model has ratings")
+            _require(rating_dim == 0, f"item_embedding_dim {self.item_embedding_dim} must equal embedding_dim")
+        if self.num_positions:
+            _require(
+                self.num_positions >= self.max_seq_len,
+                f"max_seq_len {self.max_seq_len} exceeds the {self.num_positions} learned positions",
+            )
+        if self.hour_encoding == "additive":
+            _require(self.layer.embedding_dim % 2 == 0, "hour encoding needs an even embedding_dim")
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest history in events."""
+        return self.layer.attention.max_seq_len
+
+    @property
+    def has_ratings(self) -> bool:
+        """Whether requests carry a rating per event."""
+        return self.preprocessor == "rated"
+
+    def with_max_seq_len(self, max_seq_len: int) -> RetrievalConfig:
+        """The same model limited to shorter histories. The divisor and the tables stay: only bounds change."""
+        attention = dataclasses.replace(self.layer.attention, max_seq_len=max_seq_len)
+        return dataclasses.replace(self, layer=dataclasses.replace(self.layer, attention=attention))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form that `from_dict` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RetrievalConfig:
+        """Parse the JSON form. Raises ValueError naming every unknown or missing field."""
+        return _from_mapping(cls, values, {"layer": LayerConfig})

@@ -1,0 +1,62 @@
+"""The interface of a checkpoint family."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hstu_compile.model.config import RetrievalConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+Problem = Literal["config", "heads", "shape", "unsupported", "keys"]
+
+
+class DialectError(ValueError):
+    """A checkpoint or configuration that the family cannot be read from.
+
+    Attributes:
+        problem: which of the documented problems it is.
+        fix: what the user can change.
+    """
+
+    def __init__(self, problem: Problem, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.problem, self.fix = problem, fix
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTensor:
+    """Where one of our parameters comes from: the key in the checkpoint, and the change of layout."""
+
+    key: str
+    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+class Dialect(abc.ABC):
+    """One checkpoint family."""
+
+    name: str
+
+    @abc.abstractmethod
+    def matches(self, keys: Collection[str]) -> bool:
+        """Whether a state_dict with these keys (prefix `module.` removed) belongs to the family."""
+
+    @abc.abstractmethod
+    def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> RetrievalConfig:
+        """Our configuration, from the tensors' shapes and the user's configuration.
+
+        Raises:
+            DialectError: if something needed is in neither, or the two contradict each other.
+        """
+
+    @abc.abstractmethod
+    def sources(self, config: RetrievalConfig) -> dict[str, SourceTensor]:
+        """Our parameter names to where they come from."""
+
+    def is_ignored(self, key: str) -> bool:
+        """Whether a key carries nothing that inference needs."""
+        return False

@@ -1,0 +1,36 @@
+"""hstu-compile's own checkpoints: parameters under our names, the configuration inside the file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from hstu_compile.model.config import RetrievalConfig
+from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, SourceTensor
+from hstu_compile.model.retrieval import RetrievalModel
+
+
+class _Native(Dialect):
+    name = "native"
+
+    def matches(self, keys: Collection[str]) -> bool:
+        return "item_embedding.weight" in keys and any(key.startswith("layers.0.uvqk") for key in keys)
+
+    def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> RetrievalConfig:
+        if config is None:
+            raise DialectError(
+                "config",
+                "a native checkpoint carries its configuration under 'config', and this one does not",
+                "save it as {'format': 'hstu-compile/1', 'config': config.to_dict(), 'state_dict': ...} "
+                "or pass that configuration with --config",
+            )
+        try:
+            return RetrievalConfig.from_dict(config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DialectError("config", str(error), "correct the configuration") from error
+
+    def sources(self, config: RetrievalConfig) -> dict[str, SourceTensor]:
+        return {name: SourceTensor(name) for name in RetrievalModel(config).state_dict()}
+
+
+NATIVE = _Native()

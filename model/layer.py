@@ -1,0 +1,186 @@
+"""One HSTU layer for every family, steered by `LayerConfig` alone. Level 1."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hstu_compile.model.attention import AttentionAttrs, compute_dtype, hstu_attention
+from hstu_compile.model.config import LayerConfig
+from hstu_compile.model.ops import hstu_attention_op
+from hstu_compile.model.rab import time_bucket_thresholds
+
+
+class UVQK(NamedTuple):
+    """The four parts of the packed projection, in the order in which the weights store them."""
+
+    u: Tensor
+    v: Tensor
+    q: Tensor
+    k: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class JaggedBatch:
+    """What every layer of one forward shares.
+
+    Attributes:
+        seq_offsets: [B + 1] int32.
+        row_timestamps: [L] int64 seconds or None -- query side of the time bias.
+        col_timestamps: [L] int64 seconds or None -- key side.
+        num_targets: [B] int32 or None -- candidates at each tail.
+    """
+
+    seq_offsets: Tensor
+    row_timestamps: Tensor | None = None
+    col_timestamps: Tensor | None = None
+    num_targets: Tensor | None = None
+
+
+class Norm(nn.Module):
+    """Layer norm, or group norm with one group per head, computed in float32 for half inputs."""
+
+    def __init__(self, width: int, groups: int, *, affine: bool, eps: float) -> None:
+        super().__init__()
+        self.width, self.groups, self.eps = width, groups, eps
+        parameters = width if groups == 1 else groups
+        self.weight = nn.Parameter(torch.ones(parameters)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(parameters)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[L, width] -> [L, width], same dtype."""
+        dtype = compute_dtype(x.dtype)
+        wide = x.to(dtype)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if self.groups == 1:
+            return F.layer_norm(wide, (self.width,), weight, bias, self.eps).to(x.dtype)
+        per_group = self.width // self.groups
+        grouped = F.layer_norm(wide.view(-1, self.groups, per_group), (per_group,), None, None, self.eps)
+        if weight is not None and bias is not None:
+            grouped = grouped * weight[None, :, None] + bias[None, :, None]
+        return grouped.reshape(-1, self.width).to(x.dtype)
+
+
+class HstuLayer(nn.Module):
+    """y = x + Output(u, attention(q, k, v)) with u, v, q, k = SiLU(LN(x) @ uvqk)."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        attn, width = config.attention, config.embedding_dim
+        inner = attn.num_heads * attn.linear_dim
+        packed = 2 * inner + 2 * attn.num_heads * attn.attention_dim
+        self.input_norm = (
+            Norm(width, 1, affine=config.input_norm_affine, eps=config.norm_eps) if config.input_norm else None
+        )
+        self.uvqk_weight = nn.Parameter(torch.empty(width, packed).normal_(0, 0.02))
+        self.uvqk_bias = nn.Parameter(torch.zeros(packed)) if config.uvqk_bias else None
+        groups = attn.num_heads if config.output_norm == "group" else 1
+        self.output_norm = Norm(inner, groups, affine=config.output_norm_affine, eps=config.norm_eps)
+        parts = 1 if config.output_concat == "gated" else 3
+        if config.output_projection:
+            self.output_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(inner * parts, width)))
+        self.output_bias = nn.Parameter(torch.zeros(width)) if config.output_bias else None
+        # Tables and thresholds stay float32 and int64 at every precision: they are small, and buckets must be exact.
+        heads = attn.num_heads if attn.bias_per_head else 1
+        self.pos_table: nn.Parameter | None = None
+        self.ts_table: nn.Parameter | None = None
+        if attn.pos_table_len:
+            self.pos_table = nn.Parameter(torch.empty(heads, 2 * attn.pos_table_len - 1).normal_(0, 0.02))
+        if attn.time_bias != "none":
+            self.ts_table = nn.Parameter(torch.empty(heads, attn.num_time_buckets + 1).normal_(0, 0.02))
+            thresholds = time_bucket_thresholds(attn.num_time_buckets, attn.time_bucket_divisor)
+            self.register_buffer("ts_thresholds", thresholds.clone(), persistent=False)
+
+    def project_uvqk(self, x: Tensor) -> UVQK:
+        """[L, D] -> u, v [L, H * linear_dim], q, k [L, H * attention_dim], SiLU applied where the family has it."""
+        attn = self.config.attention
+        normed = x if self.input_norm is None else self.input_norm(x)
+        packed = normed @ self.uvqk_weight
+        if self.uvqk_bias is not None:
+            packed = packed + self.uvqk_bias
+        if self.config.silu_scope == "uvqk":
+            packed = F.silu(packed)
+        inner, qk = attn.num_heads * attn.linear_dim, attn.num_heads * attn.attention_dim
+        u, v, q, k = torch.split(packed, [inner, inner, qk, qk], dim=1)
+        if self.config.silu_scope == "u":
+            u = F.silu(u)
+        return UVQK(u, v, q, k)
+
+    def attend(self, uvqk: UVQK, batch: JaggedBatch) -> Tensor:
+        """Attention of the projected rows: [L, H * linear_dim]."""
+        attn = self.config.attention
+        q = uvqk.q.view(-1, attn.num_heads, attn.attention_dim)
+        k = uvqk.k.view(-1, attn.num_heads, attn.attention_dim)
+        v = uvqk.v.view(-1, attn.num_heads, attn.linear_dim)
+        attrs = AttentionAttrs(
+            alpha=float(attn.alpha),
+            scaling_seq_len=float(attn.scaling_seq_len),
+            max_query_len=attn.max_seq_len,
+            max_seq_len=attn.max_seq_len,
+            target_group_size=attn.target_group_size,
+            contextual_seq_len=attn.contextual_seq_len,
+            max_attn_len=attn.max_attn_len,
+            min_full_attn_seq_len=attn.min_full_attn_seq_len,
+        )
+        use_time = self.ts_table is not None
+        row_timestamps = batch.row_timestamps if use_time else None
+        col_timestamps = batch.col_timestamps if use_time else None
+        thresholds = self.ts_thresholds if use_time else None
+        if torch.compiler.is_exporting():
+            out = hstu_attention_op(
+                q,
+                k,
+                v,
+                batch.seq_offsets,
+                batch.seq_offsets,
+                batch.num_targets,
+                None,
+                None,
+                row_timestamps,
+                col_timestamps,
+                self.pos_table,
+                self.ts_table,
+                thresholds,
+                **dataclasses.asdict(attrs),
+            )
+        else:
+            out = hstu_attention(
+                q,
+                k,
+                v,
+                batch.seq_offsets,
+                batch.seq_offsets,
+                attrs,
+                num_targets=batch.num_targets,
+                row_timestamps=row_timestamps,
+                col_timestamps=col_timestamps,
+                pos_table=self.pos_table,
+                ts_table=self.ts_table,
+                ts_thresholds=thresholds,
+            )
+        return out.reshape(-1, attn.num_heads * attn.linear_dim)
+
+    def output(self, x: Tensor, u: Tensor, attention: Tensor) -> Tensor:
+        """Gate the normed attention with u, project, add the residual: [L, D]."""
+        normed = self.output_norm(attention)
+        gated = u * normed
+        if self.config.output_concat == "u_norm_gated":
+            gated = torch.cat([u, normed, gated], dim=1)
+        elif self.config.output_concat == "u_attn_gated":
+            gated = torch.cat([u, attention, gated], dim=1)
+        if self.config.output_projection:
+            gated = gated @ self.output_weight
+        if self.output_bias is not None:
+            gated = gated + self.output_bias
+        return gated + x
+
+    def forward(self, x: Tensor, batch: JaggedBatch) -> Tensor:
+        """[L, D] -> [L, D]."""
+        uvqk = self.project_uvqk(x)
+        return self.output(x, uvqk.u, self.attend(uvqk, batch))

@@ -1,0 +1,88 @@
+"""The attention as one traceable op, torch.ops.hstu.hstu_attention, so that export keeps it as one node. Level 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hstu_compile.model.attention import AttentionAttrs, hstu_attention
+
+
+@torch.library.custom_op("hstu::hstu_attention", mutates_args=())
+def hstu_attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    num_targets: Tensor | None,
+    contextual_seq_lens: Tensor | None,
+    scaling_seq_lens: Tensor | None,
+    row_timestamps: Tensor | None,
+    col_timestamps: Tensor | None,
+    pos_table: Tensor | None,
+    ts_table: Tensor | None,
+    ts_thresholds: Tensor | None,
+    alpha: float,
+    scaling_seq_len: float,
+    max_query_len: int,
+    max_seq_len: int,
+    target_group_size: int,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+) -> Tensor:
+    """`hstu_attention` with its attributes spelled out as the operator contract orders them."""
+    attrs = AttentionAttrs(
+        alpha,
+        scaling_seq_len,
+        max_query_len,
+        max_seq_len,
+        target_group_size,
+        contextual_seq_len,
+        max_attn_len,
+        min_full_attn_seq_len,
+    )
+    return hstu_attention(
+        q,
+        k,
+        v,
+        q_offsets,
+        k_offsets,
+        attrs,
+        num_targets=num_targets,
+        contextual_seq_lens=contextual_seq_lens,
+        scaling_seq_lens=scaling_seq_lens,
+        row_timestamps=row_timestamps,
+        col_timestamps=col_timestamps,
+        pos_table=pos_table,
+        ts_table=ts_table,
+        ts_thresholds=ts_thresholds,
+    )
+
+
+@hstu_attention_op.register_fake
+def _fake_hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    num_targets: Tensor | None,
+    contextual_seq_lens: Tensor | None,
+    scaling_seq_lens: Tensor | None,
+    row_timestamps: Tensor | None,
+    col_timestamps: Tensor | None,
+    pos_table: Tensor | None,
+    ts_table: Tensor | None,
+    ts_thresholds: Tensor | None,
+    alpha: float,
+    scaling_seq_len: float,
+    max_query_len: int,
+    max_seq_len: int,
+    target_group_size: int,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))

@@ -1,0 +1,208 @@
+"""Next-item retrieval: histories to normalised user embeddings and, on request, the best unseen items. Level 1."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hstu_compile.model.attention import compute_dtype
+from hstu_compile.model.config import RetrievalConfig
+from hstu_compile.model.jagged import sequence_index, with_zero_row
+from hstu_compile.model.layer import HstuLayer, JaggedBatch
+
+HOURS_PER_DAY = 24
+SECONDS_PER_HOUR = 3600
+
+# Score of a slot for which no unseen item is left. Finite, so that outputs can be compared as numbers.
+NO_ITEM_SCORE = float(torch.finfo(torch.float32).min)
+
+
+class TopItems(NamedTuple):
+    """Best unseen items: ids [B, K] int32 (0 where none is left) and scores [B, K] float32, descending."""
+
+    ids: Tensor
+    scores: Tensor
+
+
+def hour_of_day_table(embedding_dim: int) -> Tensor:
+    """[24, embedding_dim] float32: [sin(h * theta) | cos(h * theta)], theta_i = 10000 ** (-2i / embedding_dim)."""
+    half = torch.arange(embedding_dim // 2, dtype=torch.float64)
+    angle = torch.arange(HOURS_PER_DAY, dtype=torch.float64)[:, None] * 10000.0 ** (-2.0 * half / embedding_dim)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def next_timestamps(timestamps: Tensor, request_timestamps: Tensor, seq_offsets: Tensor, owner: Tensor) -> Tensor:
+    """Timestamp of the event after each one; the request time after the last event of each sequence.
+
+    Args:
+        timestamps: [L] int64 seconds.
+        request_timestamps: [B] int64 seconds.
+        seq_offsets: [B + 1] int32.
+        owner: [L] int64 -- sequence of each row.
+
+    Returns:
+        [L] int64 seconds.
+    """
+    rows = torch.arange(timestamps.shape[0], device=timestamps.device)
+    following = torch.cat([timestamps[1:], timestamps[:1]])
+    is_last = rows + 1 >= seq_offsets.to(torch.int64)[owner + 1]
+    return torch.where(is_last, request_timestamps[owner], following)
+
+
+class RetrievalModel(nn.Module):
+    """HSTU retrieval on jagged batches, in any float dtype.
+
+    Shapes: L events in B sequences, D embedding_dim, V items.
+    """
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.layer.embedding_dim
+        self.item_embedding = nn.Embedding(config.num_items + 1, config.item_embedding_dim)
+        nn.init.trunc_normal_(self.item_embedding.weight, std=0.02)
+        self.rating_embedding = (
+            nn.Embedding(config.num_ratings, width - config.item_embedding_dim) if config.has_ratings else None
+        )
+        self.position_embedding = nn.Embedding(config.num_positions, width) if config.num_positions else None
+        if self.position_embedding is not None:
+            nn.init.trunc_normal_(self.position_embedding.weight, std=1.0 / math.sqrt(width))
+        if config.hour_encoding == "additive":
+            self.register_buffer("hour_table", hour_of_day_table(width), persistent=False)
+        self.layers = nn.ModuleList(HstuLayer(config.layer) for _ in range(config.num_layers))
+
+    def cast(self, dtype: torch.dtype) -> RetrievalModel:
+        """Cast weights and activations to `dtype` in place; bias tables stay at least float32."""
+        tables = {
+            table: table.detach().to(compute_dtype(dtype), copy=True)
+            for layer in self.layers
+            for table in (layer.pos_table, layer.ts_table)
+            if table is not None
+        }
+        self.to(dtype)
+        for table, exact in tables.items():
+            table.data = exact
+        return self
+
+    def embed(
+        self, item_ids: Tensor, timestamps: Tensor, position: Tensor, ratings: Tensor | None, dropout: float = 0.0
+    ) -> Tensor:
+        """Input embedding [L, D]: features * sqrt(D) + position (+ hour), zero for item 0.
+
+        Args:
+            item_ids: [L] int32 -- clamped into the table.
+            timestamps: [L] int64 seconds -- read only with hour encoding.
+            position: [L] int64 -- index of each event in its sequence.
+            ratings: [L] int32 or None -- clamped into the table; only for rated models.
+            dropout: probability, for training.
+        """
+        ids = item_ids.clamp(0, self.config.num_items)
+        features = self.item_embedding(ids)
+        if self.rating_embedding is not None:
+            if ratings is None:
+                raise ValueError("this model was trained with ratings; ratings [L] are missing")
+            rating = self.rating_embedding(ratings.clamp(0, self.config.num_ratings - 1))
+            features = torch.cat([features, rating], dim=1)
+        x = features * math.sqrt(self.config.layer.embedding_dim)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(position.clamp(0, self.config.num_positions - 1))
+        if self.config.hour_encoding == "additive":
+            hour = torch.div(timestamps, SECONDS_PER_HOUR, rounding_mode="floor") % HOURS_PER_DAY
+            x = x + self.hour_table[hour]
+        if dropout:
+            x = F.dropout(x, dropout, self.training)
+        return x * (ids != 0).to(x.dtype)[:, None]
+
+    def batch(self, timestamps: Tensor, seq_offsets: Tensor, request_timestamps: Tensor) -> tuple[JaggedBatch, Tensor]:
+        """What the layers share, and the position of each event in its sequence [L] int64."""
+        owner = sequence_index(seq_offsets, timestamps.shape[0])
+        position = torch.arange(timestamps.shape[0], device=owner.device) - seq_offsets.to(torch.int64)[owner]
+        row_timestamps = timestamps
+        if self.config.layer.attention.time_bias == "next":
+            row_timestamps = next_timestamps(timestamps, request_timestamps, seq_offsets, owner)
+        return JaggedBatch(seq_offsets, row_timestamps, timestamps), position
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Postprocessor over the last axis, in float32 (float64 stays); zero rows stay zero."""
+        wide = x.to(compute_dtype(x.dtype))
+        eps = self.config.postprocessor_eps
+        if self.config.postprocessor == "l2_norm":
+            return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=eps)
+        return F.layer_norm(wide, (wide.shape[-1],), None, None, eps)
+
+    def item_vectors(self) -> Tensor:
+        """[V, D] float32 (float64 stays): vectors of items 1..V as the dot product sees them."""
+        items = self.item_embedding.weight[1:]
+        items = items.to(compute_dtype(items.dtype))
+        if self.config.item_l2_norm:
+            items = items / torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp(min=1e-6)
+        return items
+
+    def layer_activations(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        seq_offsets: Tensor,
+        request_timestamps: Tensor,
+        ratings: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Residual stream [L, D] before the first layer and after each one: num_layers + 1 tensors."""
+        batch, position = self.batch(timestamps, seq_offsets, request_timestamps)
+        activations = [self.embed(item_ids, timestamps, position, ratings)]
+        for layer in self.layers:
+            activations.append(layer(activations[-1], batch))
+        return activations
+
+    def user_embeddings(self, last_activation: Tensor, seq_offsets: Tensor) -> Tensor:
+        """[L, D] -> [B, D] float32: the normalised last row of each sequence; zeros for an empty one."""
+        ends = seq_offsets[1:].to(torch.int64)
+        row = torch.where(ends > seq_offsets[:-1], ends - 1, last_activation.shape[0])
+        return self.normalise(with_zero_row(last_activation)[row])
+
+    def forward(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        seq_offsets: Tensor,
+        request_timestamps: Tensor,
+        ratings: Tensor | None = None,
+    ) -> Tensor:
+        """User embedding of each history.
+
+        Args:
+            item_ids: [L] int32 -- 1..num_items, 0 is padding; values outside are clamped.
+            timestamps: [L] int64 -- seconds, ascending within a sequence.
+            seq_offsets: [B + 1] int32 -- first element 0, ascending, last element L.
+            request_timestamps: [B] int64 -- seconds; the time at which the next item is asked for.
+            ratings: [L] int32 -- only for models with a rating table.
+
+        Returns:
+            [B, D] float32.
+        """
+        activations = self.layer_activations(item_ids, timestamps, seq_offsets, request_timestamps, ratings)
+        return self.user_embeddings(activations[-1], seq_offsets)
+
+    def top_items(self, user_embeddings: Tensor, item_ids: Tensor, seq_offsets: Tensor, top_k: int) -> TopItems:
+        """Best items by dot product among those not in the history.
+
+        Args:
+            user_embeddings: [B, D] from `forward`.
+            item_ids: [L] int32 histories.
+            seq_offsets: [B + 1] int32.
+            top_k: K, 1..num_items.
+        """
+        scores = user_embeddings @ self.item_vectors().T
+        owner = sequence_index(seq_offsets, item_ids.shape[0])
+        # Padding (id 0) and rows behind the last sequence mark column 0, which stands for no item.
+        inside = torch.arange(item_ids.shape[0], device=owner.device) < seq_offsets[-1]
+        seen_ids = torch.where(inside, item_ids, 0).to(torch.int64).clamp(0, self.config.num_items)
+        seen = torch.zeros(scores.shape[0], self.config.num_items + 1, device=scores.device)
+        seen = seen.index_put((owner, seen_ids), torch.ones((), device=scores.device))[:, 1:]
+        open_scores = torch.where(seen > 0, NO_ITEM_SCORE, scores)
+        best, index = torch.topk(open_scores, top_k, dim=1)
+        ids = torch.where(best > NO_ITEM_SCORE, index + 1, 0)
+        return TopItems(ids.to(torch.int32), best)
