@@ -1,0 +1,117 @@
+"""What the stages hand to one another: frozen, and each knows where it came from. Level 2."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from torch import Tensor
+
+    from hstu_compile.model.config import RetrievalConfig
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    """Stage 1: a checkpoint, understood.
+
+    Attributes:
+        path: the file.
+        sha256: of the file.
+        dialect: family name.
+        config: the model's configuration.
+        state_dict: float32 weights under our parameter names.
+        ignored_keys: keys of the file that inference does not need.
+    """
+
+    path: Path
+    sha256: str
+    dialect: str
+    config: RetrievalConfig
+    state_dict: dict[str, Tensor] = dataclasses.field(repr=False)
+    ignored_keys: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output: `shape` mixes sizes and the names of dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one graph pass did: its name, what it counted, and how long it took."""
+
+    name: str
+    counts: dict[str, int]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxGraph:
+    """Stage 2 and 3: the graph as exported, then as rewritten.
+
+    Attributes:
+        model: the ONNX model. A stage that changes it works on a copy.
+        precision: type of weights and activations.
+        inputs: graph inputs in order.
+        outputs: graph outputs in order.
+        passes: records of the passes that ran.
+    """
+
+    model: onnx.ModelProto = dataclasses.field(repr=False)
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    passes: tuple[PassRecord, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Smallest, typical and largest shape of every graph input, for one optimisation profile."""
+
+    name: str
+    min: dict[str, tuple[int, ...]]
+    opt: dict[str, tuple[int, ...]]
+    max: dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineArtifact:
+    """Stage 4: a serialised engine and the facts about it.
+
+    Attributes:
+        plan: the serialised engine.
+        backend: tensorrt or tensorrt-rtx.
+        version: of the library that built it.
+        compute_capabilities: GPU architectures it was built for; empty means any the backend supports.
+        profiles: optimisation profiles in order.
+        layers: counts by kind as the engine inspector shows them, where the backend shows them.
+        messages: warnings of the builder.
+        seconds: build time.
+    """
+
+    plan: bytes = dataclasses.field(repr=False)
+    backend: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    layers: dict[str, int]
+    messages: tuple[str, ...]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """One request batch: graph input name to array."""
+
+    name: str
+    arrays: dict[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)

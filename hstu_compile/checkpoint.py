@@ -1,0 +1,263 @@
+"""Stage 1: a .pt file to a `CheckpointSpec`. Level 3.
+
+Input: a path, an optional configuration, an optional dialect. Output: configuration and weights under our names.
+The file is untrusted: it is read with weights_only, and nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hstu_compile.artifacts import CheckpointSpec
+from hstu_compile.errors import CheckpointError, HstuCompileError, UnsupportedModelError
+from hstu_compile.model.config import RetrievalConfig
+from hstu_compile.model.dialects import DIALECTS, Dialect, DialectError
+from hstu_compile.model.retrieval import RetrievalModel
+
+NATIVE_FORMAT = "hstu-compile/1"
+_STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
+_MAX_LISTED = 40
+
+_PROBLEM_CODES = {
+    "config": "HSTU-E109",
+    "heads": "HSTU-E107",
+    "shape": "HSTU-E106",
+    "keys": "HSTU-E105",
+    "unsupported": "HSTU-E110",
+}
+
+
+def config_from_file(path: Path) -> dict[str, Any]:
+    """Parse a configuration file.
+
+    Raises:
+        CheckpointError: if it is not a JSON object (HSTU-E109).
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            "HSTU-E109", f"cannot read the configuration {path}", str(error), "pass an existing JSON file"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            "HSTU-E109", f"{path} is not JSON", str(error), "pass the JSON configuration of the training run"
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            "HSTU-E109",
+            f"{path} is not a configuration",
+            f"the top level is a {type(values).__name__}, it must be an object",
+            'write it as {"num_heads": 1, ...}',
+        )
+    return values
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError("HSTU-E101", f"cannot read {path}", "there is no such file", "check the path")
+    if path.stat().st_size == 0:
+        raise CheckpointError("HSTU-E101", f"cannot read {path}", "the file is empty (0 bytes)", "copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if zipfile.is_zipfile(path) and "global" in text.lower():
+            refused = next((line.strip() for line in text.splitlines() if "GLOBAL" in line), text.splitlines()[0])
+            raise CheckpointError(
+                "HSTU-E102",
+                f"{path} is refused: loading it could run code",
+                refused,
+                "save tensors only: torch.save({'model_state_dict': model.state_dict()}, path)",
+            ) from error
+        raise CheckpointError(
+            "HSTU-E101",
+            f"{path} is not a checkpoint that can be read safely",
+            text.splitlines()[0] if text else type(error).__name__,
+            "check that torch.load(path, weights_only=True) reads the file",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError, UnicodeError) as error:
+        text = str(error).splitlines()
+        raise CheckpointError(
+            "HSTU-E101",
+            f"{path} is truncated or not a PyTorch checkpoint",
+            text[0] if text else type(error).__name__,
+            "copy the file again, and check that torch.load(path, weights_only=True) reads it",
+        ) from error
+
+
+def _state_dict_of(path: Path, loaded: Any) -> dict[str, Tensor]:
+    candidates = [loaded]
+    if isinstance(loaded, Mapping):
+        candidates += [loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)]
+    for candidate in reversed(candidates):
+        if isinstance(candidate, Mapping) and candidate and all(isinstance(v, Tensor) for v in candidate.values()):
+            return {_without_wrappers(str(key)): value for key, value in candidate.items()}
+    seen = ", ".join(map(repr, list(loaded)[:10])) if isinstance(loaded, Mapping) else type(loaded).__name__
+    raise CheckpointError(
+        "HSTU-E103",
+        f"{path} holds no state_dict",
+        f"found {seen or 'an empty dict'}; looked for tensors at the top and under {', '.join(_STATE_DICT_KEYS)}",
+        "save it as torch.save({'model_state_dict': model.state_dict()}, path)",
+    )
+
+
+def _without_wrappers(key: str) -> str:
+    """Strip what DistributedDataParallel and torch.compile put before every name."""
+    while (stripped := key.removeprefix("module.").removeprefix("_orig_mod.")) != key:
+        key = stripped
+    return key
+
+
+def _dialect(path: Path, keys: list[str], wanted: str | None) -> Dialect:
+    names = ", ".join(dialect.name for dialect in DIALECTS)
+    for dialect in DIALECTS:
+        if dialect.name == wanted or (wanted is None and dialect.matches(keys)):
+            if not dialect.matches(keys):
+                raise CheckpointError(
+                    "HSTU-E104",
+                    f"{path} is not a checkpoint of dialect {wanted}",
+                    f"its parameters are named {', '.join(sorted(keys)[:6])}, ...",
+                    "leave --dialect out to detect the family",
+                )
+            return dialect
+    if wanted is not None:
+        raise CheckpointError("HSTU-E104", f"unknown dialect {wanted!r}", f"known: {names}", "pass one of them")
+    raise CheckpointError(
+        "HSTU-E104",
+        f"{path} belongs to no known family",
+        f"its parameters are named {', '.join(sorted(keys)[:6])}, ...; known families: {names}",
+        "see the table of supported models in README",
+    )
+
+
+def _refusal(path: Path, error: DialectError) -> HstuCompileError:
+    code = _PROBLEM_CODES[error.problem]
+    cls = UnsupportedModelError if error.problem == "unsupported" else CheckpointError
+    return cls(code, f"{path} cannot be read as an HSTU", str(error), error.fix)
+
+
+def _listed(names: list[str], others: list[str]) -> str:
+    lines = []
+    for name in names[:_MAX_LISTED]:
+        near = difflib.get_close_matches(name, others, n=1, cutoff=0.75)
+        lines.append(f"{name} (nearest: {near[0]})" if near else name)
+    if len(names) > _MAX_LISTED:
+        lines.append(f"... and {len(names) - _MAX_LISTED} more")
+    return ", ".join(lines)
+
+
+def _renamed(path: Path, dialect: Dialect, config: RetrievalConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    sources = dialect.sources(config)
+    wanted = {source.key for source in sources.values()}
+    missing = sorted(wanted - set(tensors))
+    unexpected = sorted(key for key in set(tensors) - wanted if not dialect.is_ignored(key))
+    if missing or unexpected:
+        why = []
+        if missing:
+            why.append(f"missing {len(missing)}: {_listed(missing, unexpected)}")
+        if unexpected:
+            why.append(f"unexpected {len(unexpected)}: {_listed(unexpected, missing)}")
+        raise CheckpointError(
+            "HSTU-E105",
+            f"{path} does not hold exactly the parameters of its model",
+            "; ".join(why),
+            "pass the whole model's state_dict and its configuration",
+            {"missing": missing, "unexpected": unexpected},
+        )
+    state = {name: source.convert(tensors[source.key]).detach().clone() for name, source in sources.items()}
+    expected = RetrievalModel(config).state_dict()
+    wrong = [
+        f"{sources[name].key} is {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
+        for name, tensor in state.items()
+        if tensor.shape != expected[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            "HSTU-E106",
+            f"{len(wrong)} parameters of {path} contradict the configuration",
+            "; ".join(wrong),
+            "pass the configuration of this checkpoint with --config",
+        )
+    bad = [f"{sources[name].key} ({_bad_values(t)})" for name, t in state.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(
+            "HSTU-E108",
+            f"{len(bad)} parameters of {path} are not finite",
+            "; ".join(bad),
+            "use an earlier checkpoint of the run",
+        )
+    return {name: tensor.to(torch.float32) for name, tensor in state.items()}
+
+
+def _bad_values(tensor: Tensor) -> str:
+    nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    return f"{nan} NaN, {inf} infinite of {tensor.numel()}"
+
+
+def spec_from_checkpoint(
+    path: Path, config: Mapping[str, Any] | None = None, dialect: str | None = None
+) -> CheckpointSpec:
+    """Read a checkpoint.
+
+    Args:
+        path: file that torch.save wrote: a state_dict, or a dict holding one.
+        config: the training configuration, in the family's own names; needed where shapes do not tell.
+        dialect: family name; None detects it from the parameter names.
+
+    Returns:
+        Configuration and float32 weights under our names.
+
+    Raises:
+        CheckpointError: HSTU-E101 to E109, by what is wrong.
+        UnsupportedModelError: HSTU-E110, for a model of a kind that is not compiled.
+    """
+    loaded = _load(path)
+    tensors = _state_dict_of(path, loaded)
+    family = _dialect(path, list(tensors), dialect)
+    if config is None and isinstance(loaded, Mapping) and isinstance(loaded.get("config"), Mapping):
+        config = loaded["config"]
+    try:
+        parsed = family.config({key: tuple(value.shape) for key, value in tensors.items()}, config)
+    except DialectError as error:
+        raise _refusal(path, error) from error
+    state = _renamed(path, family, parsed, tensors)
+    return CheckpointSpec(
+        path=path,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        dialect=family.name,
+        config=parsed,
+        state_dict=state,
+        ignored_keys=tuple(sorted(key for key in tensors if family.is_ignored(key))),
+    )
+
+
+def model_from_spec(spec: CheckpointSpec, dtype: torch.dtype = torch.float32) -> RetrievalModel:
+    """The eager model in evaluation mode, cast to `dtype`.
+
+    Raises:
+        CheckpointError: if a weight is finite in the checkpoint and infinite in `dtype` (HSTU-E111).
+    """
+    model = RetrievalModel(spec.config)
+    model.load_state_dict(spec.state_dict)
+    model.eval().requires_grad_(False)
+    model.cast(dtype)
+    overflown = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    if overflown:
+        raise CheckpointError(
+            "HSTU-E111",
+            f"{len(overflown)} parameters overflow {str(dtype).removeprefix('torch.')}",
+            ", ".join(overflown),
+            "build with --bf16 or --fp32",
+        )
+    return model
