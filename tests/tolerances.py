@@ -1,0 +1,27 @@
+"""Every tolerance of the test-suite, each with its reason.  No other file may hold one.
+
+u is the unit roundoff: 2^-24 (float32), 2^-11 (float16), 2^-8 (bfloat16, 8 significant bits: half an ulp is 2^-9).
+"""
+
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+
+#: Weight of the score's own rounding (``OracleResult.score_scale``) against the sum's (``OracleResult.scale``).  Scores are float32 in
+#: every dtype, so their terms carry 2^-24 where the sum carries u: the weight is 2^-24 / u, times 4 for the order of summation.
+SCORE_WEIGHT = {dtype: min(1.0, 4 * 2.0**-24 / u) for dtype, u in UNIT_ROUNDOFF.items()}
+
+#: |diff| / (|A| @ |V| + weight * score_scale) of a kernel with float32 sums: the weight and the output are rounded once each (2 u);
+#: float32 also rounds every partial sum and exp2 (about 16 u at the lengths tested).
+COMPONENTWISE = {"float32": 32 * 2.0**-24, "float16": 3 * 2.0**-11, "bfloat16": 3 * 2.0**-9}
+
+#: max |diff| / rms(reference): the largest element is up to about ten times the rms on normal data.
+RMS = {dtype: 10 * bound for dtype, bound in COMPONENTWISE.items()}
+
+#: House rule 3.7: at most twice the error of plain low-precision PyTorch.
+LOW_PRECISION_FACTOR = 2.0
+
+#: However bad low-precision PyTorch is on a case, an output that is 5 % off is wrong: 0.9x must always fail.
+LARGEST_COMPONENTWISE = 0.04
+LARGEST_RMS = 0.4
+
+#: Two float64 implementations of the same formula differ by rounding only.
+FLOAT64 = 1e-12
