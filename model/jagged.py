@@ -35,7 +35,8 @@ def padded_from_jagged(rows: Tensor, offsets: Tensor, max_len: int) -> Tensor:
     starts, lengths = offsets[:-1].to(torch.int64), (offsets[1:] - offsets[:-1]).to(torch.int64)
     steps = torch.arange(max_len, device=rows.device)
     index = torch.where(steps[None, :] < lengths[:, None], starts[:, None] + steps[None, :], rows.shape[0])
-    return with_zero_row(rows)[index]
+    padded = with_zero_row(rows).index_select(0, index.reshape(-1))
+    return padded.view(-1, max_len, *rows.shape[1:])
 
 
 def jagged_from_padded(padded: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
@@ -43,7 +44,7 @@ def jagged_from_padded(padded: Tensor, offsets: Tensor, num_rows: int) -> Tensor
     batch, max_len = padded.shape[:2]
     owner = sequence_index(offsets, num_rows)
     rows = torch.arange(num_rows, device=padded.device)
-    step = rows - offsets.to(torch.int64)[owner]
+    step = rows - offsets.to(torch.int64).index_select(0, owner)
     inside = (step < max_len) & (rows < offsets[-1])
     index = torch.where(inside, owner * max_len + step, batch * max_len)
-    return with_zero_row(padded.reshape(batch * max_len, *padded.shape[2:]))[index]
+    return with_zero_row(padded.reshape(batch * max_len, *padded.shape[2:])).index_select(0, index)

@@ -49,8 +49,8 @@ def next_timestamps(timestamps: Tensor, request_timestamps: Tensor, seq_offsets:
     """
     rows = torch.arange(timestamps.shape[0], device=timestamps.device)
     following = torch.cat([timestamps[1:], timestamps[:1]])
-    is_last = rows + 1 >= seq_offsets.to(torch.int64)[owner + 1]
-    return torch.where(is_last, request_timestamps[owner], following)
+    is_last = rows + 1 >= seq_offsets.to(torch.int64).index_select(0, owner + 1)
+    return torch.where(is_last, request_timestamps.index_select(0, owner), following)
 
 
 class RetrievalModel(nn.Module):
@@ -112,7 +112,7 @@ class RetrievalModel(nn.Module):
             x = x + self.position_embedding(position.clamp(0, self.config.num_positions - 1))
         if self.config.hour_encoding == "additive":
             hour = torch.div(timestamps, SECONDS_PER_HOUR, rounding_mode="floor") % HOURS_PER_DAY
-            x = x + self.hour_table[hour]
+            x = x + self.hour_table.index_select(0, hour)
         if dropout:
             x = F.dropout(x, dropout, self.training)
         return x * (ids != 0).to(x.dtype)[:, None]
@@ -120,7 +120,7 @@ class RetrievalModel(nn.Module):
     def batch(self, timestamps: Tensor, seq_offsets: Tensor, request_timestamps: Tensor) -> tuple[JaggedBatch, Tensor]:
         """What the layers share, and the position of each event in its sequence [L] int64."""
         owner = sequence_index(seq_offsets, timestamps.shape[0])
-        position = torch.arange(timestamps.shape[0], device=owner.device) - seq_offsets.to(torch.int64)[owner]
+        position = torch.arange(timestamps.shape[0], device=owner.device) - seq_offsets.to(torch.int64).index_select(0, owner)
         row_timestamps = timestamps
         if self.config.layer.attention.time_bias == "next":
             row_timestamps = next_timestamps(timestamps, request_timestamps, seq_offsets, owner)
@@ -161,7 +161,7 @@ class RetrievalModel(nn.Module):
         """[L, D] -> [B, D] float32: the normalised last row of each sequence; zeros for an empty one."""
         ends = seq_offsets[1:].to(torch.int64)
         row = torch.where(ends > seq_offsets[:-1], ends - 1, last_activation.shape[0])
-        return self.normalise(with_zero_row(last_activation)[row])
+        return self.normalise(with_zero_row(last_activation).index_select(0, row))
 
     def forward(
         self,
@@ -186,22 +186,25 @@ class RetrievalModel(nn.Module):
         activations = self.layer_activations(item_ids, timestamps, seq_offsets, request_timestamps, ratings)
         return self.user_embeddings(activations[-1], seq_offsets)
 
-    def top_items(self, user_embeddings: Tensor, item_ids: Tensor, seq_offsets: Tensor, top_k: int) -> TopItems:
+    def top_items(
+        self, user_embeddings: Tensor, item_vectors: Tensor, item_ids: Tensor, seq_offsets: Tensor, top_k: int
+    ) -> TopItems:
         """Best items by dot product among those not in the history.
 
         Args:
             user_embeddings: [B, D] from `forward`.
+            item_vectors: [V, D] from the method of that name.
             item_ids: [L] int32 histories.
             seq_offsets: [B + 1] int32.
             top_k: K, 1..num_items.
         """
-        scores = user_embeddings @ self.item_vectors().T
+        scores = user_embeddings @ item_vectors.T
         owner = sequence_index(seq_offsets, item_ids.shape[0])
         # Padding (id 0) and rows behind the last sequence mark column 0, which stands for no item.
         inside = torch.arange(item_ids.shape[0], device=owner.device) < seq_offsets[-1]
-        seen_ids = torch.where(inside, item_ids, 0).to(torch.int64).clamp(0, self.config.num_items)
-        seen = torch.zeros(scores.shape[0], self.config.num_items + 1, device=scores.device)
-        seen = seen.index_put((owner, seen_ids), torch.ones((), device=scores.device))[:, 1:]
+        seen_ids = torch.where(inside, item_ids, 0).clamp(0, self.config.num_items).to(torch.int64)
+        seen = scores.new_zeros((scores.shape[0], self.config.num_items + 1))
+        seen = seen.index_put((owner, seen_ids), torch.ones((), device=scores.device, dtype=scores.dtype))[:, 1:]
         open_scores = torch.where(seen > 0, NO_ITEM_SCORE, scores)
         best, index = torch.topk(open_scores, top_k, dim=1)
         ids = torch.where(best > NO_ITEM_SCORE, index + 1, 0)

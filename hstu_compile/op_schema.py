@@ -1,0 +1,173 @@
+"""The contract of hstu::HstuAttention in Python, read from HstuAttention_PluginConfig.yaml. Level 1."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+import onnx.defs
+import yaml
+
+from hstu_compile.errors import InternalError
+
+CONTRACT_FILE = "hstuAttentionPlugin/HstuAttention_PluginConfig.yaml"
+
+_ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OpInput:
+    """One input: `present_when` names the attribute that says whether the node has it, or is None."""
+
+    name: str
+    type: str
+    dims: tuple[str, ...]
+    present_when: str | None
+    doc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OpAttribute:
+    """One attribute with its legal range; None means unbounded on that side."""
+
+    name: str
+    type: str
+    min: float | None
+    max: float | None
+    min_exclusive: float | None
+    doc: str
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is not legal, or None."""
+        if self.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+            return f"{self.name} is {value!r}; it must be an integer"
+        if self.type == "float" and not isinstance(value, (int, float)):
+            return f"{self.name} is {value!r}; it must be a number"
+        if value != value or value in (float("inf"), float("-inf")):
+            return f"{self.name} is {value}; it must be finite"
+        if self.min is not None and value < self.min:
+            return f"{self.name} is {value}; the minimum is {self.min}"
+        if self.max is not None and value > self.max:
+            return f"{self.name} is {value}; the maximum is {self.max}"
+        if self.min_exclusive is not None and value <= self.min_exclusive:
+            return f"{self.name} is {value}; it must be greater than {self.min_exclusive}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class OpContract:
+    """The operator: identity, inputs in order, attributes."""
+
+    name: str
+    namespace: str
+    version: str
+    types: dict[str, tuple[str, ...]]
+    inputs: tuple[OpInput, ...]
+    attributes: tuple[OpAttribute, ...]
+
+    def present_inputs(self, attributes: Mapping[str, Any]) -> tuple[OpInput, ...]:
+        """Inputs of a node with these attributes, in order."""
+        return tuple(i for i in self.inputs if i.present_when is None or attributes[i.present_when] == 1)
+
+    def problems(self, attributes: Mapping[str, Any]) -> list[str]:
+        """Everything that is wrong with a node's attributes."""
+        known = {attribute.name: attribute for attribute in self.attributes}
+        missing = [f"{name} is missing" for name in known if name not in attributes]
+        illegal = [p for name, a in known.items() if name in attributes and (p := a.problem(attributes[name]))]
+        return missing + illegal
+
+    def onnx_types(self, name: str) -> list[str]:
+        """ONNX spellings of a type or type variable."""
+        return [_ONNX_TYPES[each] for each in self.types.get(name, (name,))]
+
+
+@functools.cache
+def attention_contract() -> OpContract:
+    """Parse the contract file that ships with the plugin's sources."""
+    text = (importlib.resources.files("hstu_compile.plugins") / CONTRACT_FILE).read_text(encoding="utf-8")
+    raw = yaml.safe_load(text)
+    return OpContract(
+        name=raw["name"],
+        namespace=raw["namespace"],
+        version=raw["version"],
+        types={name: tuple(members) for name, members in raw["types"].items()},
+        inputs=tuple(
+            OpInput(i["name"], i["type"], tuple(map(str, i["dims"])), i.get("present_when"), i["doc"])
+            for i in raw["inputs"]
+        ),
+        attributes=tuple(
+            OpAttribute(a["name"], a["type"], a.get("min"), a.get("max"), a.get("min_exclusive"), a["doc"])
+            for a in raw["attributes"]
+        ),
+    )
+
+
+def is_attention(node: onnx.NodeProto) -> bool:
+    """Whether a node is an hstu::HstuAttention."""
+    contract = attention_contract()
+    return node.domain == contract.namespace and node.op_type == contract.name
+
+
+def node_attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """The contract's attributes of an attention node as Python values.
+
+    Raises:
+        InternalError: if one is missing or outside its range.
+    """
+    contract = attention_contract()
+    names = {attribute.name for attribute in contract.attributes}
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in names}
+    if problems := contract.problems(values):
+        raise InternalError(f"node {node.name} breaks the contract of {contract.name}: {'; '.join(problems)}")
+    return values
+
+
+@functools.cache
+def register_onnx_schema() -> None:
+    """Tell onnx about the operator in this process, which export and the model checker need."""
+    contract = attention_contract()
+    parameter = onnx.defs.OpSchema.FormalParameter
+    # One variadic input, because which inputs a node has depends on its attributes: `present_inputs` is the rule.
+    inputs = [
+        parameter(
+            "inputs",
+            "X",
+            "the contract's inputs in order, without those whose presence attribute is 0",
+            param_option=onnx.defs.OpSchema.FormalParameterOption.Variadic,
+            is_homogeneous=False,
+            min_arity=sum(i.present_when is None for i in contract.inputs),
+        )
+    ]
+    attr_type = onnx.defs.OpSchema.AttrType
+    kinds = {"int": attr_type.INT, "float": attr_type.FLOAT}
+    attributes = [
+        onnx.defs.OpSchema.Attribute(a.name, kinds[a.type], a.doc, required=True) for a in contract.attributes
+    ]
+    for name in ("plugin_version", "plugin_namespace"):
+        attributes.append(
+            onnx.defs.OpSchema.Attribute(name, attr_type.STRING, "looked up in TensorRT's registry", required=True)
+        )
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            contract.name,
+            contract.namespace,
+            int(contract.version),
+            inputs=inputs,
+            outputs=[parameter("out", "T", "attention output")],
+            type_constraints=[
+                ("T", contract.onnx_types("T"), "queries, keys, values and output"),
+                ("X", sorted(set(_ONNX_TYPES.values())), "any type of the contract"),
+            ],
+            attributes=attributes,
+        )
+    )

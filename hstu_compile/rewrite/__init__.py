@@ -1,0 +1,35 @@
+"""Stage 3: passes over the exported graph. Level 3.
+
+`export_passes` is the order in which every export is rewritten; the passes that a target alone needs are applied by
+the stage that drives it.
+"""
+
+from __future__ import annotations
+
+from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
+from hstu_compile.rewrite.annotate_attention import AnnotateAttention
+from hstu_compile.rewrite.attach_native_body import AttachNativeBody
+from hstu_compile.rewrite.check_operators import CheckOperators
+from hstu_compile.rewrite.detach_taps import DetachTaps
+from hstu_compile.rewrite.name_dims import NameDims
+from hstu_compile.rewrite.strip_metadata import StripMetadata
+
+
+def export_passes(num_layers: int, tap_names: tuple[str, ...]) -> tuple[Pass, ...]:
+    """The passes that turn an exported graph into the one that ships, in order.
+
+    Args:
+        num_layers: attention layers that the model has; passes that find fewer refuse.
+        tap_names: outputs of the export that become intermediate values.
+    """
+    return (
+        StripMetadata(),
+        DetachTaps(tap_names),
+        NameDims(),
+        AnnotateAttention(num_layers),
+        AttachNativeBody(num_layers),
+        CheckOperators(),
+    )
+
+
+__all__ = ["Pass", "PassResult", "apply_passes", "export_passes"]
