@@ -35,6 +35,10 @@ _THRESHOLD_CHUNK = tl.constexpr(128)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 #: Below every position, so that a row without a window passes its comparison.
 _NO_WINDOW = tl.constexpr(-(2**30))
+#: How the mask meets a key tile: see ``_accumulate``.
+_WHOLE = tl.constexpr(0)
+_CUT = tl.constexpr(1)
+_EITHER = tl.constexpr(2)
 
 
 @triton.jit
@@ -123,12 +127,25 @@ def _time_bias(row_time, col_time, ts_table, ts_thresholds, num_buckets, MAX: tl
 
 
 @triton.jit
+def _is_allowed(cols, rows, history_end, own_begin, window_begin, history, context, MASK_KIND: tl.constexpr):
+    """Return the mask [BLOCK_M, BLOCK_N] of a key tile; True where the row may attend to the column."""
+    if MASK_KIND == 0:
+        return cols[None, :] <= rows[:, None]
+    else:
+        is_own = (cols[None, :] >= own_begin[:, None]) & (cols[None, :] <= rows[:, None])
+        is_allowed = (cols[None, :] < history_end[:, None]) | is_own
+        position = tl.where(cols < context, 0, tl.minimum(cols, history) - tl.maximum(context - 1, 0))
+        return is_allowed & (position[None, :] >= window_begin[:, None])
+
+
+@triton.jit
 def _accumulate(
     acc,
     q,
     k_head,
     v_head,
     start,
+    is_edge,
     rows,
     history_end,
     own_begin,
@@ -155,40 +172,41 @@ def _accumulate(
     POS_BIAS: tl.constexpr,
     TIME_BIAS: tl.constexpr,
     MASK_KIND: tl.constexpr,
-    MASKED: tl.constexpr,
+    EDGE: tl.constexpr,
     TIME_MAX: tl.constexpr,
 ):
-    """Add the key tile [start, start + BLOCK_N) to ``acc`` [BLOCK_M, BLOCK_DV] and return it."""
+    """Add the key tile [start, start + BLOCK_N) to ``acc`` [BLOCK_M, BLOCK_DV] and return it.
+
+    EDGE says whether the mask cuts the tile: _WHOLE (no), _CUT (yes), or _EITHER (``is_edge`` tells at run time).
+    """
     cols = start + tl.arange(0, BLOCK_N)
     dims_qk = tl.arange(0, BLOCK_DQK)
     dims_v = tl.arange(0, BLOCK_DV)
     k_pointers = k_head + cols.to(tl.int64)[:, None] * k_stride + dims_qk[None, :]  # [BLOCK_N, BLOCK_DQK]
     v_pointers = v_head + cols.to(tl.int64)[:, None] * v_stride + dims_v[None, :]  # [BLOCK_N, BLOCK_DV]
-    if MASKED:
-        k = tl.load(k_pointers, mask=(cols < num_keys)[:, None] & (dims_qk < Dqk)[None, :], other=0.0)
-        v = tl.load(v_pointers, mask=(cols < num_keys)[:, None] & (dims_v < Dv)[None, :], other=0.0)
-    else:
+    if EDGE == _WHOLE:
         k = tl.load(k_pointers, mask=(dims_qk < Dqk)[None, :], other=0.0)
         v = tl.load(v_pointers, mask=(dims_v < Dv)[None, :], other=0.0)
+    else:
+        k = tl.load(k_pointers, mask=(cols < num_keys)[:, None] & (dims_qk < Dqk)[None, :], other=0.0)
+        v = tl.load(v_pointers, mask=(cols < num_keys)[:, None] & (dims_v < Dv)[None, :], other=0.0)
 
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha  # [BLOCK_M, BLOCK_N]
+    # The bias first: it hides the latency of k and v, which the loop with a time bias cannot load ahead.
+    bias = tl.zeros([rows.shape[0], BLOCK_N], dtype=tl.float32)  # [BLOCK_M, BLOCK_N]
+    if TIME_BIAS:
+        col_time = tl.load(col_timestamps + tl.minimum(cols, num_keys - 1))
+        bias += _time_bias(row_time, col_time, ts_table, ts_thresholds, num_buckets, TIME_MAX)
     if POS_BIAS:
         index = tl.minimum(cols, history)[None, :] + pos_row[:, None]
         # Sequences longer than the table share its outermost entries.
-        score += tl.load(pos_table + tl.minimum(tl.maximum(index, 0), pos_last))
-    if TIME_BIAS:
-        col_time = tl.load(col_timestamps + tl.minimum(cols, num_keys - 1))
-        score += _time_bias(row_time, col_time, ts_table, ts_thresholds, num_buckets, TIME_MAX)
+        bias += tl.load(pos_table + tl.minimum(tl.maximum(index, 0), pos_last))
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha + bias  # [BLOCK_M, BLOCK_N]
     weight = score / (1.0 + tl.exp2(score * -_LOG2_E))  # SiLU; exp2 -> inf gives -0, never NaN, for finite scores
-    if MASKED:
-        if MASK_KIND == 0:
-            is_allowed = cols[None, :] <= rows[:, None]
-        else:
-            is_own = (cols[None, :] >= own_begin[:, None]) & (cols[None, :] <= rows[:, None])
-            is_allowed = (cols[None, :] < history_end[:, None]) | is_own
-            position = tl.where(cols < context, 0, tl.minimum(cols, history) - tl.maximum(context - 1, 0))
-            is_allowed = is_allowed & (position[None, :] >= window_begin[:, None])
-        weight = tl.where(is_allowed, weight, 0.0)
+    if EDGE == _CUT:
+        weight = tl.where(_is_allowed(cols, rows, history_end, own_begin, window_begin, history, context, MASK_KIND), weight, 0.0)
+    if EDGE == _EITHER:
+        if is_edge:
+            weight = tl.where(_is_allowed(cols, rows, history_end, own_begin, window_begin, history, context, MASK_KIND), weight, 0.0)
     return tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
 
 
@@ -377,13 +395,62 @@ def hstu_attention(
         ts_head += tl.where(ts_heads > 1, head, 0).to(tl.int64) * (num_buckets + 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    for start in range(full_left, full_right, BLOCK_N):
+    # The cut tiles come last in one loop over their three ranges.  The search for time buckets is a loop of its own, which keeps
+    # Triton from pipelining the loop around it; then a second copy of the body gains nothing and doubles the code.
+    whole_tiles = (full_right - full_left) // BLOCK_N
+    cut_begin = whole_tiles
+    if TIME_BIAS:
+        cut_begin = 0
+    else:
+        for start in range(full_left, full_right, BLOCK_N):
+            acc = _accumulate(
+                acc,
+                q_tile,
+                k_head,
+                v_head,
+                start,
+                False,
+                rows,
+                history_end,
+                own_begin,
+                window_begin,
+                row_time,
+                pos_row,
+                col_times,
+                pos_head,
+                ts_head,
+                ts_thresholds,
+                alpha,
+                num_keys,
+                history,
+                context,
+                q_stride,
+                v_stride,
+                Dqk,
+                Dv,
+                pos_last,
+                num_buckets,
+                BLOCK_N,
+                BLOCK_DQK,
+                BLOCK_DV,
+                POS_BIAS,
+                TIME_BIAS,
+                MASK_KIND,
+                _WHOLE,
+                TIME_MAX,
+            )
+    for index in range(cut_begin, whole_tiles + masked_tiles):
+        cut = index - whole_tiles
+        start = tl.where(cut < left_tiles, left + cut * BLOCK_N, full_right + (cut - left_tiles) * BLOCK_N)
+        start = tl.where(cut < edge_tiles, start, own_left + (cut - edge_tiles) * BLOCK_N)
+        start = tl.where(cut < 0, full_left + index * BLOCK_N, start)
         acc = _accumulate(
             acc,
             q_tile,
             k_head,
             v_head,
             start,
+            cut >= 0,
             rows,
             history_end,
             own_begin,
@@ -410,46 +477,7 @@ def hstu_attention(
             POS_BIAS,
             TIME_BIAS,
             MASK_KIND,
-            False,
-            TIME_MAX,
-        )
-    for index in range(0, masked_tiles):
-        # One loop over the three masked ranges: a second copy of the body would double the code for a few tiles.
-        start = tl.where(index < left_tiles, left + index * BLOCK_N, full_right + (index - left_tiles) * BLOCK_N)
-        start = tl.where(index < edge_tiles, start, own_left + (index - edge_tiles) * BLOCK_N)
-        acc = _accumulate(
-            acc,
-            q_tile,
-            k_head,
-            v_head,
-            start,
-            rows,
-            history_end,
-            own_begin,
-            window_begin,
-            row_time,
-            pos_row,
-            col_times,
-            pos_head,
-            ts_head,
-            ts_thresholds,
-            alpha,
-            num_keys,
-            history,
-            context,
-            q_stride,
-            v_stride,
-            Dqk,
-            Dv,
-            pos_last,
-            num_buckets,
-            BLOCK_N,
-            BLOCK_DQK,
-            BLOCK_DV,
-            POS_BIAS,
-            TIME_BIAS,
-            MASK_KIND,
-            True,
+            _EITHER if TIME_BIAS else _CUT,
             TIME_MAX,
         )
 

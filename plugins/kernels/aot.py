@@ -1,0 +1,291 @@
+"""Ahead-of-time compiler of the attention kernel: variants -> cubins and PTX -> one C++ source of the plugin library.
+
+Needs no GPU, no driver and no CUDA toolkit (Triton carries ptxas).  Level: kernels; imports neither triton nor torch itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hstu_compile.plugins.kernels.variants import (
+    ARCHS,
+    DTYPE_CODES,
+    CompileTask,
+    KernelVariant,
+    compile_tasks,
+    default_variants,
+    variants_for,
+)
+
+__all__ = ["ARCHS", "KernelImage", "KernelVariant", "compile_variants", "default_variants", "variants_for", "write_cpp_source"]
+
+#: Files whose text decides the machine code of a task (with the task itself, Triton and its ptxas, which one wheel pins).
+_SOURCES = ("hstu_attention.py", "compile_worker.py")
+
+
+@dataclass(frozen=True)
+class KernelImage:
+    """One compiled kernel with what a launch needs to know; the fields of ``HstuKernelImage``.
+
+    Attributes:
+        variant: its compile-time switches.
+        sm: compute capability it was compiled for; with ``is_ptx`` the lowest one it can be compiled for at load time.
+        is_ptx: ``data`` is NUL-terminated PTX text, else a cubin.
+        tactic: id of its tile configuration, from 1.
+        block_m: query rows of one block, which decide the grid.
+        num_warps: warps of one block.
+        shared_bytes: dynamic shared memory of one block.
+        name: of the kernel in the module.
+        data: the module.
+    """
+
+    variant: KernelVariant
+    sm: int
+    is_ptx: bool
+    tactic: int
+    block_m: int
+    num_warps: int
+    shared_bytes: int
+    name: str
+    data: bytes
+
+
+def compile_variants(
+    variants: Sequence[KernelVariant],
+    archs: Sequence[int] = ARCHS,
+    cache_dir: Path | None = None,
+    jobs: int | None = None,
+    *,
+    with_ptx: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[KernelImage]:
+    """Compile every (variant, architecture, tactic) and the PTX of each variant's first tactic; no GPU is needed.
+
+    Args:
+        variants: what to compile; duplicates are compiled once.
+        archs: compute capabilities, each of ``ARCHS``.
+        cache_dir: compiled kernels are kept here under a hash of source, options and Triton's version; None keeps nothing.
+        jobs: compiler processes; None takes one per usable core.
+        with_ptx: also make the PTX that newer GPUs compile at load time.
+        progress: called with (done, total) after each kernel, from compiler threads, one at a time.
+
+    Returns:
+        The images, in the order of the tasks (stable between runs).
+
+    Raises:
+        ValueError: if an architecture has no kernels or ``variants`` is empty.
+        RuntimeError: if a kernel does not compile; names the variant, the architecture and Triton's message.
+    """
+    tasks = compile_tasks(tuple(variants), tuple(archs), with_ptx=with_ptx)
+    if not tasks:
+        raise ValueError("no kernel variants to compile; see variants_for and default_variants")
+    with tempfile.TemporaryDirectory(prefix="hstu-kernels-") as scratch:
+        store = Path(scratch) if cache_dir is None else Path(cache_dir)
+        store.mkdir(parents=True, exist_ok=True)
+        images = {task: _load(store, task) for task in tasks}
+        missing = [task for task, image in images.items() if image is None]
+        done = len(tasks) - len(missing)
+        if progress is not None:
+            progress(done, len(tasks))
+        lock = threading.Lock()
+
+        def finished() -> None:
+            nonlocal done
+            with lock:
+                done += 1
+                if progress is not None:
+                    progress(done, len(tasks))
+
+        _compile(missing, store, Path(scratch), jobs or len(os.sched_getaffinity(0)), finished)
+        for task in missing:
+            images[task] = _load(store, task)
+    return [image for image in images.values() if image is not None]
+
+
+def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, finished: Callable[[], None]) -> None:
+    """Compile ``tasks`` into ``store`` with ``jobs`` worker processes that share one queue; the first failure stops all."""
+    pending: queue.SimpleQueue[CompileTask] = queue.SimpleQueue()
+    # Slowest first (wide float32 tiles, many rows), so that no worker ends on a long one.
+    for task in sorted(tasks, key=lambda t: -_cost(t)):
+        pending.put(task)
+    errors: list[str] = []
+
+    def work(number: int) -> None:
+        log = scratch / f"worker{number}.log"
+        # Line information would put this machine's paths into the library.
+        env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": str(scratch / "triton")}
+        command = [sys.executable, "-m", "hstu_compile.plugins.kernels.compile_worker"]
+        with log.open("w") as stderr, subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=env, text=True
+        ) as worker:
+            assert worker.stdin is not None and worker.stdout is not None
+            while not errors:
+                try:
+                    task = pending.get_nowait()
+                except queue.Empty:
+                    break
+                data_path = scratch / f"worker{number}.bin"
+                request = {**asdict(task), "data_path": str(data_path)}
+                try:
+                    worker.stdin.write(json.dumps(request) + "\n")
+                    worker.stdin.flush()
+                    line = worker.stdout.readline()
+                except OSError:
+                    line = ""
+                reply = json.loads(line) if line else {"error": f"the compiler process ended; its log: {log.read_text()[-2000:]}"}
+                if "error" in reply:
+                    errors.append(f"{_describe(task)}: {reply['error']}")
+                    break
+                _save(store, task, data_path.read_bytes(), reply["metadata"])
+                finished()
+            worker.stdin.close()
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(min(jobs, len(tasks)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise RuntimeError("attention kernel did not compile for " + "; ".join(errors))
+
+
+def _describe(task: CompileTask) -> str:
+    variant = task.variant
+    target = f"PTX {task.arch}" if task.is_ptx else f"sm_{task.arch}"
+    return f"{target}, {variant.dtype}, padded head dims {variant.block_dqk} and {variant.block_dv}, tactic {task.tile.tactic}"
+
+
+def _cost(task: CompileTask) -> int:
+    tile, variant = task.tile, task.variant
+    rate = 8 if variant.dtype == "float32" else 1
+    return rate * tile.block_m * tile.block_n * (variant.block_dqk + variant.block_dv + 128 * variant.time_bias) // tile.num_warps
+
+
+def _key(task: CompileTask) -> str:
+    """Return the content hash of what a task compiles to."""
+    content = hashlib.sha256()
+    for name in _SOURCES:
+        content.update((Path(__file__).parent / name).read_bytes())
+    content.update(importlib.metadata.version("triton").encode())
+    # A tile's reason is prose: changing it must not recompile.
+    description = {**asdict(task), "tile": {**asdict(task.tile), "reason": ""}}
+    content.update(json.dumps(description, sort_keys=True).encode())
+    return content.hexdigest()
+
+
+def _load(store: Path, task: CompileTask) -> KernelImage | None:
+    """Return the stored image of ``task``; None when there is none or its files do not agree."""
+    key = _key(task)
+    try:
+        metadata: dict[str, Any] = json.loads((store / f"{key}.json").read_text())
+        data = (store / f"{key}.bin").read_bytes()
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if metadata.get("sha256") != hashlib.sha256(data).hexdigest():
+        return None
+    return KernelImage(
+        variant=task.variant,
+        sm=task.arch,
+        is_ptx=task.is_ptx,
+        tactic=task.tile.tactic,
+        block_m=task.tile.block_m,
+        num_warps=metadata["num_warps"],
+        shared_bytes=metadata["shared_bytes"],
+        name=metadata["name"],
+        data=data,
+    )
+
+
+def _save(store: Path, task: CompileTask, data: bytes, metadata: dict[str, Any]) -> None:
+    """Write both files of an image so that a reader sees all of each or nothing, also with other builds at work."""
+    key = _key(task)
+    described = {**metadata, "sha256": hashlib.sha256(data).hexdigest(), "task": asdict(task)}
+    for suffix, content in ((".bin", data), (".json", json.dumps(described, indent=1).encode())):
+        handle, temporary = tempfile.mkstemp(dir=store, prefix=".", suffix=suffix)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, store / f"{key}{suffix}")
+
+
+def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, Path]:
+    """Write the table of ``images`` as C++ and their bytes beside it; return both paths (source, data).
+
+    The source takes the bytes in through the assembler (.incbin), so that g++ needs no time for them.  It names the data file by its
+    absolute path: compile it where it was written.
+
+    Args:
+        images: at least one.
+        path: of the C++ file, which includes ``hstuKernelImages.h``; the data file is ``path`` with the suffix ``.bin``.
+
+    Raises:
+        ValueError: if ``images`` is empty, or the path has a character the assembler cannot quote.
+    """
+    if not images:
+        raise ValueError("no kernel images: a plugin library without kernels cannot run anything")
+    source, blob = Path(path).resolve(), Path(path).resolve().with_suffix(".bin")
+    if any(c in str(blob) for c in '"\\\n'):
+        raise ValueError(f"kernel image path {str(blob)!r} has a quote, a backslash or a line break, which the assembler cannot quote")
+    rows, content = [], bytearray()
+    for image in images:
+        # 64-byte alignment: the driver reads a cubin as an ELF file in place.
+        content += b"\0" * (-len(content) % 64)
+        variant = image.variant
+        numbers = (
+            image.sm,
+            int(image.is_ptx),
+            DTYPE_CODES[variant.dtype],
+            variant.timestamp_bits,
+            variant.block_dqk,
+            variant.block_dv,
+            int(variant.aligned),
+            int(variant.pos_bias),
+            int(variant.time_bias),
+            variant.mask_kind,
+            image.tactic,
+            image.block_m,
+            image.num_warps,
+            image.shared_bytes,
+        )
+        fields = ", ".join(map(str, numbers))
+        rows.append(f'    {{{fields}, "{image.name}", hstuKernelImageData + {len(content)}, {len(image.data)}}},')
+        content += image.data
+    blob.write_bytes(bytes(content))
+    source.write_text(
+        "\n".join(
+            [
+                "// Generated by hstu_compile.plugins.kernels.aot: the compiled attention kernels. Do not edit.",
+                '#include "hstuKernelImages.h"',
+                "",
+                "// clang-format off",
+                '__asm__(".pushsection .rodata\\n"',
+                '        ".balign 64\\n"',
+                '        ".globl hstuKernelImageData\\n"',
+                '        ".hidden hstuKernelImageData\\n"',
+                '        "hstuKernelImageData:\\n"',
+                f'        ".incbin \\"{blob}\\"\\n"',
+                '        ".popsection\\n");',
+                'extern "C" __attribute__((visibility("hidden"))) unsigned char const hstuKernelImageData[];',
+                "",
+                "// sm, isPtx, dtype, timestampBits, blockDqk, blockDv, aligned, posBias, timeBias, maskKind, tactic, blockM, numWarps, sharedBytes",
+                "HstuKernelImage const kHstuKernelImages[] = {",
+                *rows,
+                "};",
+                f"size_t const kHstuNbKernelImages = {len(images)};",
+                "// clang-format on",
+                "",
+            ]
+        )
+    )
+    return source, blob
