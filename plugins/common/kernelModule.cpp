@@ -1,0 +1,115 @@
+#include "kernelModule.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "pluginError.h"
+
+namespace hstu
+{
+namespace
+{
+
+//! Above this a kernel must opt in to its dynamic shared memory (CUDA programming guide, "Shared memory").
+constexpr int32_t kDefaultSharedBytes = 48 * 1024;
+
+//! Identifies a context for the life of the process: a destroyed context's address may be reused, its id is not.
+unsigned long long contextKey(CudaDriver const& driver, CUcontext context)
+{
+    unsigned long long id = 0;
+    if (driver.ctxGetId != nullptr && driver.ctxGetId(context, &id) == CUDA_SUCCESS)
+    {
+        return id;
+    }
+    return reinterpret_cast<unsigned long long>(context);
+}
+
+struct ModuleCache
+{
+    std::mutex mutex;
+    std::map<std::pair<unsigned long long, HstuKernelImage const*>, std::weak_ptr<LoadedKernel const>> kernels;
+};
+
+//! Leaked on purpose: plugins may be destroyed by static destructors that run after this file's.
+ModuleCache& moduleCache()
+{
+    static ModuleCache* const cache = new ModuleCache;
+    return *cache;
+}
+
+} // namespace
+
+LoadedKernel::LoadedKernel(HstuKernelImage const& image)
+    : mImage(&image)
+{
+    CudaDriver const& driver = cudaDriver();
+    checkCuda(driver.ctxGetCurrent(&mContext), "cuCtxGetCurrent");
+    CUresult const loaded = driver.moduleLoadData(&mModule, image.data);
+    if (loaded != CUDA_SUCCESS)
+    {
+        checkCuda(loaded, image.isPtx != 0 ? "cuModuleLoadData of the PTX kernel" : "cuModuleLoadData of the kernel");
+    }
+    try
+    {
+        checkCuda(driver.moduleGetFunction(&mFunction, mModule, image.name), "cuModuleGetFunction");
+        if (image.sharedBytes > kDefaultSharedBytes)
+        {
+            checkCuda(
+                driver.funcSetAttribute(mFunction, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, image.sharedBytes),
+                "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)");
+        }
+        // CUDA 12 loads lazily by default; a first launch inside a stream capture must not be what loads the code.
+        if (driver.funcLoad != nullptr)
+        {
+            checkCuda(driver.funcLoad(mFunction), "cuFuncLoad");
+        }
+    }
+    catch (...)
+    {
+        driver.moduleUnload(mModule);
+        throw;
+    }
+}
+
+LoadedKernel::~LoadedKernel()
+{
+    CudaDriver const* const driver = findCudaDriver();
+    if (driver == nullptr)
+    {
+        return;
+    }
+    // At process exit or after the context is gone the driver refuses, and has freed the module already.
+    CUcontext current = nullptr;
+    driver->ctxGetCurrent(&current);
+    bool const switched = current != mContext;
+    if (switched && driver->ctxSetCurrent(mContext) != CUDA_SUCCESS)
+    {
+        return;
+    }
+    driver->moduleUnload(mModule);
+    if (switched)
+    {
+        driver->ctxSetCurrent(current);
+    }
+}
+
+std::shared_ptr<LoadedKernel const> acquireKernel(HstuKernelImage const& image)
+{
+    ensureCurrentContext();
+    CudaDriver const& driver = cudaDriver();
+    CUcontext context = nullptr;
+    checkCuda(driver.ctxGetCurrent(&context), "cuCtxGetCurrent");
+    ModuleCache& cache = moduleCache();
+    std::lock_guard<std::mutex> const lock(cache.mutex);
+    std::weak_ptr<LoadedKernel const>& slot = cache.kernels[{contextKey(driver, context), &image}];
+    std::shared_ptr<LoadedKernel const> kernel = slot.lock();
+    if (kernel == nullptr)
+    {
+        kernel = std::make_shared<LoadedKernel const>(image);
+        slot = kernel;
+    }
+    return kernel;
+}
+
+} // namespace hstu

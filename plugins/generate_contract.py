@@ -1,0 +1,242 @@
+"""Writes hstuAttentionContract.h, the operator's contract as C++ tables, from HstuAttention_PluginConfig.yaml.
+
+CMake runs this at build time, so the field reader, the shape checker and the documentation cannot drift from the
+YAML that the ONNX schema is read from. Needs only PyYAML.
+
+Usage: python generate_contract.py CONTRACT.yaml OUTPUT.h
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# The type classes of the contract: T and S are resolved per node, the others are fixed.
+TYPE_CLASSES = {"T": "kElement", "S": "kTimestamp", "int32": "kInt32", "float32": "kFloat32"}
+ELEMENT_TYPES = {"float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBfloat16", "int64": "kInt64", "int32": "kInt32"}
+
+_DIM = re.compile(r"^(?:(?P<factor>\d+)\*)?(?P<name>[A-Za-z][A-Za-z_]*?)(?P<addend>[+-]\d+)?$")
+
+
+def camel(name: str) -> str:
+    """Turns a snake_case name of the contract into the lowerCamel name of its C++ member.
+
+    >>> camel("min_full_attn_seq_len")
+    'minFullAttnSeqLen'
+    """
+    head, *tail = name.split("_")
+    return head + "".join(part[:1].upper() + part[1:] for part in tail)
+
+
+def pascal(name: str) -> str:
+    """Turns a name of the contract into the part of a k-constant after the k.
+
+    >>> pascal("pos_table_len"), pascal("Lq")
+    ('PosTableLen', 'Lq')
+    """
+    word = camel(name)
+    return word[:1].upper() + word[1:]
+
+
+def parse_dim(text: str) -> tuple[str, int, int]:
+    """Parses a dimension of the contract into (symbol, factor, addend): extent = factor * symbol + addend.
+
+    Raises:
+        ValueError: if the text is neither a symbol nor of the form ``factor*symbol+addend``.
+
+    >>> parse_dim("Lq"), parse_dim("2*pos_table_len-1"), parse_dim("B_plus_1")
+    (('Lq', 1, 0), ('pos_table_len', 2, -1), ('B', 1, 1))
+    """
+    if text.endswith("_plus_1"):
+        return text[: -len("_plus_1")], 1, 1
+    match = _DIM.match(text)
+    if match is None:
+        raise ValueError(f"dimension {text!r} of the contract is not of the form [factor*]symbol[+addend]")
+    return match["name"], int(match["factor"] or 1), int(match["addend"] or 0)
+
+
+def quoted(text: str) -> str:
+    """Returns a C++ string literal of the text."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _attribute_row(spec: dict[str, Any]) -> str:
+    is_float = spec["type"] == "float"
+    low = spec.get("min_exclusive", spec.get("min"))
+    high = spec.get("max")
+    member = f"&HstuAttentionAttributes::{camel(spec['name'])}"
+    fields = [
+        quoted(spec["name"]),
+        "true" if is_float else "false",
+        "true" if "min_exclusive" in spec else "false",
+        "-std::numeric_limits<double>::infinity()" if low is None else repr(float(low)),
+        "std::numeric_limits<double>::infinity()" if high is None else repr(float(high)),
+        member if is_float else "nullptr",
+        "nullptr" if is_float else member,
+    ]
+    return "    {" + ", ".join(fields) + "},"
+
+
+def _tensor_row(spec: dict[str, Any]) -> str:
+    dims = [parse_dim(str(dim)) for dim in spec["dims"]]
+    present = spec.get("present_when")
+    cells = ", ".join(f"{{Symbol::k{pascal(name)}, {factor}, {addend}}}" for name, factor, addend in dims)
+    member = f"&HstuAttentionAttributes::{camel(present)}" if present else "nullptr"
+    return f"    {{{quoted(spec['name'])}, TypeClass::{TYPE_CLASSES[spec['type']]}, {len(dims)}, {{{{{cells}}}}}, {member}}},"
+
+
+def header_from_contract(contract: dict[str, Any]) -> str:
+    """Renders the whole header.
+
+    Args:
+        contract: the parsed YAML: name, namespace, version, types, inputs, outputs, attributes, limits.
+
+    Returns:
+        The text of hstuAttentionContract.h.
+
+    Raises:
+        KeyError: if the contract names a type this generator does not know.
+        ValueError: if a dimension cannot be parsed.
+    """
+    symbols: list[str] = []
+    for tensor in [*contract["inputs"], *contract["outputs"]]:
+        for dim in tensor["dims"]:
+            name = parse_dim(str(dim))[0]
+            if name not in symbols:
+                symbols.append(name)
+    attributes = contract["attributes"]
+    max_rank = max(len(tensor["dims"]) for tensor in [*contract["inputs"], *contract["outputs"]])
+    limits = contract["limits"]
+
+    def types(key: str) -> str:
+        return ", ".join(f"ElementType::{ELEMENT_TYPES[name]}" for name in contract["types"][key])
+
+    lines = [
+        "// Generated from HstuAttention_PluginConfig.yaml by generate_contract.py. Do not edit.",
+        "#ifndef HSTU_ATTENTION_CONTRACT_H",
+        "#define HSTU_ATTENTION_CONTRACT_H",
+        "",
+        "#include <array>",
+        "#include <cstdint>",
+        "#include <limits>",
+        "",
+        '#include "elementType.h"',
+        "",
+        "namespace hstu",
+        "{",
+        "",
+        f"inline constexpr char kPluginName[] = {quoted(contract['name'])};",
+        f"inline constexpr char kPluginNamespace[] = {quoted(contract['namespace'])};",
+        f"inline constexpr char kPluginVersion[] = {quoted(str(contract['version']))};",
+        "",
+        "//! Attributes of one node, in the contract's order.",
+        "struct HstuAttentionAttributes",
+        "{",
+    ]
+    for spec in attributes:
+        cpp = "float" if spec["type"] == "float" else "int32_t"
+        lines += [f"    {cpp} {camel(spec['name'])}{{}}; //!< {spec['doc']}"]
+    lines += [
+        "};",
+        "",
+        "//! What the contract says about one attribute. Exactly one of the two members is set.",
+        "struct AttributeSpec",
+        "{",
+        "    char const* name;",
+        "    bool isFloat;",
+        "    bool minExclusive;",
+        "    double min;",
+        "    double max;",
+        "    float HstuAttentionAttributes::*floatMember;",
+        "    int32_t HstuAttentionAttributes::*intMember;",
+        "};",
+        "",
+        "inline constexpr AttributeSpec kAttributes[] = {",
+        *[_attribute_row(spec) for spec in attributes],
+        "};",
+        "",
+        "//! Symbolic dimensions of the inputs and the output.",
+        "enum class Symbol : int32_t",
+        "{",
+        *[f"    k{pascal(name)}," for name in symbols],
+        "};",
+        f"inline constexpr int32_t kNbSymbols = {len(symbols)};",
+        "inline constexpr char const* kSymbolNames[] = {" + ", ".join(quoted(name) for name in symbols) + "};",
+        "",
+        "//! extent = factor * symbol + addend.",
+        "struct DimSpec",
+        "{",
+        "    Symbol symbol;",
+        "    int32_t factor;",
+        "    int32_t addend;",
+        "};",
+        "",
+        "//! How a tensor's element type is fixed.",
+        "enum class TypeClass : int32_t",
+        "{",
+        "    kElement,   //!< T: the same for q, k, v and out",
+        "    kTimestamp, //!< S: the same for all timestamps",
+        "    kInt32,",
+        "    kFloat32,",
+        "};",
+        "",
+        f"inline constexpr int32_t kMaxRank = {max_rank};",
+        "",
+        "//! What the contract says about one tensor. A null presentWhen means always present.",
+        "struct TensorSpec",
+        "{",
+        "    char const* name;",
+        "    TypeClass type;",
+        "    int32_t rank;",
+        "    std::array<DimSpec, kMaxRank> dims;",
+        "    int32_t HstuAttentionAttributes::*presentWhen;",
+        "};",
+        "",
+        "//! Index of each input in kInputs.",
+        "enum class Input : int32_t",
+        "{",
+        *[f"    k{pascal(spec['name'])}," for spec in contract["inputs"]],
+        "};",
+        f"inline constexpr int32_t kNbInputs = {len(contract['inputs'])};",
+        "",
+        "inline constexpr TensorSpec kInputs[] = {",
+        *[_tensor_row(spec) for spec in contract["inputs"]],
+        "};",
+        "",
+        "inline constexpr TensorSpec kOutputs[] = {",
+        *[_tensor_row(spec) for spec in contract["outputs"]],
+        "};",
+        f"inline constexpr int32_t kNbOutputs = {len(contract['outputs'])};",
+        "",
+        f"inline constexpr ElementType kElementTypes[] = {{{types('T')}}};",
+        f"inline constexpr ElementType kTimestampTypes[] = {{{types('S')}}};",
+        "",
+        f"inline constexpr int64_t kMinHeadDim = {limits['head_dim']['min']};",
+        f"inline constexpr int64_t kMaxHeadDim = {limits['head_dim']['max']};",
+        f"inline constexpr int64_t kMinNumBuckets = {limits['num_buckets']['min']};",
+        f"inline constexpr int64_t kMaxNumBuckets = {limits['num_buckets']['max']};",
+        "",
+        "} // namespace hstu",
+        "",
+        "#endif // HSTU_ATTENTION_CONTRACT_H",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Writes the header named by the second argument from the contract named by the first."""
+    if len(argv) != 3:
+        sys.stderr.write(__doc__ or "")
+        return 2
+    contract = yaml.safe_load(Path(argv[1]).read_text(encoding="utf-8"))
+    Path(argv[2]).write_text(header_from_contract(contract), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,249 @@
+#include "hstuAttentionKernel.h"
+
+#include <algorithm>
+#include <set>
+#include <sstream>
+
+#include "pluginError.h"
+
+namespace hstu
+{
+namespace
+{
+
+constexpr int32_t kMinBlock = 16; // smallest tile of the tensor core instructions
+constexpr int32_t kVectorElements = 16;
+constexpr int32_t kThreadsPerWarp = 32;
+constexpr int32_t kPlainCausal = 0;
+constexpr int32_t kGeneralMask = 1;
+
+int32_t paddedHeadDim(int32_t dim) noexcept
+{
+    int32_t block = kMinBlock;
+    while (block < dim)
+    {
+        block *= 2;
+    }
+    return block;
+}
+
+//! Whether the node's mask is plain causal, for which cheaper kernels exist.
+int32_t neededMaskKind(HstuAttentionAttributes const& attributes) noexcept
+{
+    bool const plain = attributes.hasNumTargets == 0 && attributes.hasContextualSeqLens == 0
+        && attributes.contextualSeqLen == 0 && attributes.maxAttnLen == 0;
+    return plain ? kPlainCausal : kGeneralMask;
+}
+
+bool fitsNode(HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
+{
+    bool const alignable
+        = signature.attentionDim % kVectorElements == 0 && signature.linearDim % kVectorElements == 0;
+    return image.dtype == signature.elementType && image.blockDqk == paddedHeadDim(signature.attentionDim)
+        && image.blockDv == paddedHeadDim(signature.linearDim) && image.posBias == attributes.posBias
+        && image.timeBias == attributes.timeBias
+        && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
+        && (image.aligned == 0 || alignable) && image.maskKind >= neededMaskKind(attributes);
+}
+
+//! Orders images that all run on the device: exact code before compatible code before code the driver must compile,
+//! then the newest, then the cheaper mask.
+bool isBetter(HstuKernelImage const& a, HstuKernelImage const& b) noexcept
+{
+    if (a.isPtx != b.isPtx)
+    {
+        return a.isPtx < b.isPtx;
+    }
+    return a.sm != b.sm ? a.sm > b.sm : a.maskKind < b.maskKind;
+}
+
+void keepBetter(HstuKernelImage const*& slot, HstuKernelImage const& image) noexcept
+{
+    if (slot == nullptr || isBetter(image, *slot))
+    {
+        slot = &image;
+    }
+}
+
+std::string smList(std::set<int32_t> const& architectures)
+{
+    std::ostringstream text;
+    for (int32_t const sm : architectures)
+    {
+        text << (text.tellp() == 0 ? "" : ", ") << "sm_" << sm;
+    }
+    return text.str();
+}
+
+} // namespace
+
+bool runsOn(HstuKernelImage const& image, int32_t sm) noexcept
+{
+    if (image.isPtx != 0)
+    {
+        return image.sm <= sm;
+    }
+    constexpr int32_t kFirstArchitectureSpecific = 90;
+    return image.sm >= kFirstArchitectureSpecific ? image.sm == sm : image.sm / 10 == sm / 10 && image.sm <= sm;
+}
+
+std::vector<TacticImages> findTactics(
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm)
+{
+    std::vector<TacticImages> tactics;
+    for (size_t i = 0; i < kHstuNbKernelImages; ++i)
+    {
+        HstuKernelImage const& image = kHstuKernelImages[i];
+        if (!fitsNode(image, attributes, signature) || (sm != 0 && !runsOn(image, sm)))
+        {
+            continue;
+        }
+        auto const found = std::find_if(
+            tactics.begin(), tactics.end(), [&image](TacticImages const& t) { return t.tactic == image.tactic; });
+        TacticImages& entry = found != tactics.end() ? *found : tactics.emplace_back();
+        entry.tactic = image.tactic;
+        keepBetter(image.aligned != 0 ? entry.aligned : entry.unaligned, image);
+    }
+    std::sort(tactics.begin(), tactics.end(),
+        [](TacticImages const& a, TacticImages const& b) { return a.tactic < b.tactic; });
+    return tactics;
+}
+
+std::string describeMissingKernel(
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm)
+{
+    std::ostringstream needed;
+    needed << elementTypeName(static_cast<ElementType>(signature.elementType)) << ", q/k head dim " << signature.attentionDim
+           << ", v head dim " << signature.linearDim << ", pos_bias " << attributes.posBias << ", time_bias "
+           << attributes.timeBias;
+    if (attributes.timeBias != 0)
+    {
+        needed << " with " << signature.timestampBits << "-bit timestamps";
+    }
+    needed << ", " << (neededMaskKind(attributes) == kPlainCausal ? "causal" : "general") << " mask";
+
+    std::set<int32_t> fitting;
+    std::set<int32_t> architectures;
+    std::set<std::string> kinds;
+    for (size_t i = 0; i < kHstuNbKernelImages; ++i)
+    {
+        HstuKernelImage const& image = kHstuKernelImages[i];
+        architectures.insert(image.sm);
+        if (fitsNode(image, attributes, signature))
+        {
+            fitting.insert(image.sm);
+        }
+        std::ostringstream kind;
+        kind << elementTypeName(static_cast<ElementType>(image.dtype)) << " " << image.blockDqk << "x" << image.blockDv
+             << (image.posBias != 0 ? " pos" : "") << (image.timeBias != 0 ? " time" : "");
+        if (image.timeBias != 0)
+        {
+            kind << image.timestampBits;
+        }
+        kind << (image.maskKind == kPlainCausal ? " causal" : " general") << (image.aligned != 0 ? " aligned" : "");
+        kinds.insert(kind.str());
+    }
+
+    std::ostringstream text;
+    text << kPluginName << ": this library has no kernel for " << needed.str();
+    if (sm != 0)
+    {
+        text << " on sm_" << sm;
+    }
+    text << ". It was built for " << smList(architectures);
+    if (!fitting.empty())
+    {
+        text << " and fits this node on " << smList(fitting) << " only";
+    }
+    else
+    {
+        text << " with these kernels (dtype, padded head dims, bias, mask):";
+        for (std::string const& kind : kinds)
+        {
+            text << " [" << kind << "]";
+        }
+    }
+    text << ". Fix: rebuild it for this model and GPU with `hstu-compile plugin build";
+    if (sm != 0)
+    {
+        text << " --archs " << sm;
+    }
+    text << "`";
+    return text.str();
+}
+
+bool isAligned(DevicePointers const& pointers) noexcept
+{
+    constexpr uintptr_t kAlignment = 16;
+    uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
+    for (void const* const pointer : pointers.inputs)
+    {
+        bits |= reinterpret_cast<uintptr_t>(pointer);
+    }
+    return bits % kAlignment == 0;
+}
+
+void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes const& attributes, NodeSizes const& sizes,
+    DevicePointers const& pointers, CUstream stream)
+{
+    HstuKernelImage const& image = kernel.image();
+    auto pointer = [&pointers](Input input) { return reinterpret_cast<CUdeviceptr>(pointers.inputs[static_cast<size_t>(input)]); };
+    auto size = [&sizes](Symbol symbol) { return static_cast<int32_t>(sizes[symbol]); };
+
+    CUdeviceptr q = pointer(Input::kQ);
+    CUdeviceptr k = pointer(Input::kK);
+    CUdeviceptr v = pointer(Input::kV);
+    CUdeviceptr out = reinterpret_cast<CUdeviceptr>(pointers.output);
+    CUdeviceptr qOffsets = pointer(Input::kQOffsets);
+    CUdeviceptr kOffsets = pointer(Input::kKOffsets);
+    CUdeviceptr numTargets = pointer(Input::kNumTargets);
+    CUdeviceptr contextualSeqLens = pointer(Input::kContextualSeqLens);
+    CUdeviceptr scalingSeqLens = pointer(Input::kScalingSeqLens);
+    CUdeviceptr rowTimestamps = pointer(Input::kRowTimestamps);
+    CUdeviceptr colTimestamps = pointer(Input::kColTimestamps);
+    CUdeviceptr posTable = pointer(Input::kPosTable);
+    CUdeviceptr tsTable = pointer(Input::kTsTable);
+    CUdeviceptr tsThresholds = pointer(Input::kTsThresholds);
+    float alpha = attributes.alpha;
+    float scalingSeqLen = attributes.scalingSeqLen;
+    int32_t lq = size(Symbol::kLq);
+    int32_t lk = size(Symbol::kLk);
+    int32_t batch = size(Symbol::kB);
+    int32_t heads = size(Symbol::kH);
+    int32_t dqk = size(Symbol::kDqk);
+    int32_t dv = size(Symbol::kDv);
+    int32_t posTableLen = size(Symbol::kPosTableLen);
+    int32_t posHeads = size(Symbol::kHp);
+    int32_t tsHeads = size(Symbol::kHt);
+    int32_t numBuckets = size(Symbol::kNumBuckets);
+    int32_t targetGroupSize = attributes.targetGroupSize;
+    int32_t contextualSeqLen = attributes.contextualSeqLen;
+    int32_t maxAttnLen = attributes.maxAttnLen;
+    int32_t minFullAttnSeqLen = attributes.minFullAttnSeqLen;
+    // Triton appends two scratch pointers to every kernel; the images are built with zero scratch bytes.
+    CUdeviceptr globalScratch = 0;
+    CUdeviceptr profileScratch = 0;
+
+    void* arguments[] = {&q, &k, &v, &out, &qOffsets, &kOffsets, &numTargets, &contextualSeqLens, &scalingSeqLens,
+        &rowTimestamps, &colTimestamps, &posTable, &tsTable, &tsThresholds, &alpha, &scalingSeqLen, &lq, &lk, &batch, &heads,
+        &dqk, &dv, &posTableLen, &posHeads, &tsHeads, &numBuckets, &targetGroupSize, &contextualSeqLen, &maxAttnLen,
+        &minFullAttnSeqLen, &globalScratch, &profileScratch};
+
+    // A sequence's tiles start at slot q_offsets[b] / blockM + b, so this many slots hold every tile of any offsets:
+    // the launch depends on nothing but dims. In 64 bits because Lq + B may pass 2^31.
+    int64_t const slots = int64_t{lq} / image.blockM + batch + 1;
+    HSTU_CHECK(slots <= std::numeric_limits<int32_t>::max(), kPluginName, ": ", slots, " tiles exceed the launch grid (Lq ", lq,
+        ", B ", batch, ")");
+    CUresult const result = cudaDriver().launchKernel(kernel.function(), static_cast<unsigned>(slots),
+        static_cast<unsigned>(heads), 1, static_cast<unsigned>(kThreadsPerWarp * image.numWarps), 1, 1,
+        static_cast<unsigned>(image.sharedBytes), stream, arguments, nullptr);
+    if (result != CUDA_SUCCESS)
+    {
+        std::ostringstream what;
+        what << kPluginName << ": launch of " << image.name << " (sm_" << image.sm << ", tactic " << image.tactic << ", Lq " << lq
+             << ", Lk " << lk << ", B " << batch << ", H " << heads << ", Dqk " << dqk << ", Dv " << dv << ")";
+        checkCuda(result, what.str().c_str());
+    }
+}
+
+} // namespace hstu

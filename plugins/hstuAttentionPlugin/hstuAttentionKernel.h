@@ -1,0 +1,61 @@
+#ifndef HSTU_ATTENTION_KERNEL_H
+#define HSTU_ATTENTION_KERNEL_H
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "hstuAttentionContract.h"
+#include "hstuAttentionFields.h"
+#include "hstuAttentionShapes.h"
+#include "hstuKernelImages.h"
+#include "kernelModule.h"
+
+namespace hstu
+{
+
+//! The images of one tactic that fit a node on a device. At least one is set.
+struct TacticImages
+{
+    int32_t tactic{0};
+    HstuKernelImage const* aligned{nullptr};   //!< only for 16-byte-aligned pointers
+    HstuKernelImage const* unaligned{nullptr}; //!< for any pointers
+};
+
+//! \return whether code of this image runs on a device of compute capability `sm`, by CUDA's compatibility rules: a
+//! cubin of 8.x runs on a higher 8.y, one of 9.0 and later is architecture-specific, PTX runs on all later ones.
+bool runsOn(HstuKernelImage const& image, int32_t sm) noexcept;
+
+//! Picks the images for a node from the table that is compiled into the library.
+//!
+//! \param sm compute capability of the device, or 0 for "any device" (no GPU here).
+//! \return one entry per tactic, ascending by id; empty when the library has none that fits.
+std::vector<TacticImages> findTactics(
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm);
+
+//! \return what to tell a user for whom findTactics found nothing: what is needed, what the library holds, the fix.
+std::string describeMissingKernel(
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm);
+
+//! Device pointers of one call, indexed as kInputs; null where the input is absent.
+struct DevicePointers
+{
+    std::array<void const*, kNbInputs> inputs{};
+    void* output{nullptr};
+};
+
+//! \return whether every pointer the kernel reads or writes in vectors is 16-byte aligned.
+bool isAligned(DevicePointers const& pointers) noexcept;
+
+//! Launches the kernel on the stream. Does nothing else: no allocation, no synchronisation, no loading, so it may be
+//! captured into a CUDA graph.
+//!
+//! \param sizes all known; pointers must not be null where the tensor is not empty.
+//! Throws PluginError with the shape when the driver refuses the launch.
+void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes const& attributes, NodeSizes const& sizes,
+    DevicePointers const& pointers, CUstream stream);
+
+} // namespace hstu
+
+#endif // HSTU_ATTENTION_KERNEL_H
