@@ -6,14 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     from torch import Tensor
 
     from hstu_compile.model.config import RetrievalConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
+
+# Intermediate values layer_0 .. layer_n of every graph are the residual stream before and after each layer.
+TAP_PREFIX = "layer_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +119,9 @@ class Feed:
 
     name: str
     arrays: dict[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """[B] events of each sequence."""
+        offsets = self.arrays["seq_offsets"]
+        return offsets[1:] - offsets[:-1]

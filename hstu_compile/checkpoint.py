@@ -86,7 +86,17 @@ def _load(path: Path) -> Any:
             text.splitlines()[0] if text else type(error).__name__,
             "check that torch.load(path, weights_only=True) reads the file",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError, UnicodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        UnicodeError,
+    ) as error:
         text = str(error).splitlines()
         raise CheckpointError(
             "HSTU-E101",

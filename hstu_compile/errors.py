@@ -137,7 +137,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "HSTU-E101": ErrorCode(
         "The checkpoint cannot be read",
         "The file is missing, empty, truncated, or not something torch.save wrote. hstu-compile reads checkpoints with "
-        "weights_only=True. Check that the file was copied whole and that torch.load(path, weights_only=True) reads it.",
+        "weights_only=True. Check that the file was copied whole and that torch.load(path, weights_only=True) "
+        "reads it.",
     ),
     "HSTU-E102": ErrorCode(
         "The checkpoint wants to run code",
@@ -147,7 +148,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E103": ErrorCode(
         "No state_dict in the checkpoint",
-        "The file loads, but holds no mapping from names to tensors. Accepted: a bare state_dict, or a dict that has one "
+        "The file loads, but holds no mapping from names to tensors. Accepted: a bare state_dict, or a dict that "
+        "has one "
         "under model_state_dict, state_dict or model.",
     ),
     "HSTU-E104": ErrorCode(
@@ -157,8 +159,10 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E105": ErrorCode(
         "Missing or unexpected parameters",
-        "Every parameter of the model must be in the checkpoint and every one in the checkpoint must belong to the model: "
-        "a weight that is silently dropped or left at its initial value gives a model that runs and recommends wrongly. "
+        "Every parameter of the model must be in the checkpoint and every one in the checkpoint must belong to "
+        "the model: "
+        "a weight that is silently dropped or left at its initial value gives a model that runs and recommends "
+        "wrongly. "
         "All names are listed, with the nearest name offered.",
     ),
     "HSTU-E106": ErrorCode(
@@ -176,7 +180,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E109": ErrorCode(
         "The configuration file is not usable",
-        "--config takes a JSON object with the family's own field names, for instance the one saved beside the weights.",
+        "--config takes a JSON object with the family's own field names, for instance the one saved beside the "
+        "weights.",
     ),
     "HSTU-E110": ErrorCode(
         "This model is not supported",
@@ -210,7 +215,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E403": ErrorCode(
         "The engine is not what was asked for",
-        "The engine was built, and its inspector shows another precision or another number of plugin layers than asked.",
+        "The engine was built, and its inspector shows another precision or another number of plugin layers than "
+        "asked.",
     ),
     "HSTU-E404": ErrorCode(
         "The engine cannot run here",
@@ -219,7 +225,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E405": ErrorCode(
         "A shape or profile option cannot be used",
-        "Shape options are written as in trtexec: --minShapes name:1x2,name2:3, with min <= opt <= max in every dimension.",
+        "Shape options are written as in trtexec: --minShapes name:1x2,name2:3, with min <= opt <= max in every "
+        "dimension.",
     ),
     "HSTU-E501": ErrorCode(
         "The plugin library cannot be built",
@@ -231,7 +238,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E503": ErrorCode(
         "The plugin is not registered",
-        "The engine or the ONNX file asks for hstu::HstuAttention and no creator with that name, version and namespace is "
+        "The engine or the ONNX file asks for hstu::HstuAttention and no creator with that name, version and "
+        "namespace is "
         "registered. `hstu-compile doctor BUNDLE` tells which library which loader needs.",
     ),
     "HSTU-E504": ErrorCode(
@@ -254,7 +262,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E701": ErrorCode(
         "An input is missing, unknown, or has the wrong type or rank",
-        "`hstu-compile inspect BUNDLE` lists the inputs with dtype and shape. Integers are converted when no value changes.",
+        "`hstu-compile inspect BUNDLE` lists the inputs with dtype and shape. Integers are converted when no "
+        "value changes.",
     ),
     "HSTU-E702": ErrorCode(
         "Illegal sequence offsets",
@@ -262,7 +271,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E703": ErrorCode(
         "An id is outside the vocabulary",
-        "The engine clamps ids into the table because a GPU kernel must not read outside it, but an id the model never saw "
+        "The engine clamps ids into the table because a GPU kernel must not read outside it, but an id the model "
+        "never saw "
         "has no meaningful embedding, so `run` refuses it. Map unknown items to 0 (padding) or drop them.",
     ),
     "HSTU-E704": ErrorCode(

@@ -17,13 +17,12 @@ import torch
 from onnxscript import values as onnxscript_values
 from torch import Tensor, nn
 
-from hstu_compile.artifacts import OnnxGraph, Precision, TensorSpec
+from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision, TensorSpec
 from hstu_compile.errors import ExportError
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
 
 OPSET = 20
-TAP_PREFIX = "layer_"
 
 TORCH_DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -84,7 +83,8 @@ def _translate_attention(
     max_attn_len: int,
     min_full_attn_seq_len: int,
 ) -> Any:
-    """torch.ops.hstu.hstu_attention to one hstu::HstuAttention node: present inputs in order, every attribute stored."""
+    """torch.ops.hstu.hstu_attention to one hstu::HstuAttention node: present inputs in order, every attribute "
+    "stored."""
     contract = attention_contract()
     given = {
         "q": q,
@@ -121,9 +121,7 @@ def _translate_attention(
     present = [given[each.name] for each in contract.present_inputs(attributes)]
     opset = onnxscript_values.Opset(contract.namespace, int(contract.version))
     op = getattr(opset, contract.name)
-    return op(
-        *present, **attributes, plugin_version=contract.version, plugin_namespace=contract.namespace
-    )
+    return op(*present, **attributes, plugin_version=contract.version, plugin_namespace=contract.namespace)
 
 
 @contextlib.contextmanager

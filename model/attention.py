@@ -103,7 +103,8 @@ def hstu_attention(
     )
     buckets = None
     if ts_table is not None:
-        assert row_timestamps is not None and col_timestamps is not None and ts_thresholds is not None
+        if row_timestamps is None or col_timestamps is None or ts_thresholds is None:
+            raise ValueError("a time table needs row_timestamps, col_timestamps and ts_thresholds")
         buckets = time_buckets(
             padded_from_jagged(row_timestamps, q_offsets, max_q),
             padded_from_jagged(col_timestamps, k_offsets, max_k),

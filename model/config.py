@@ -38,7 +38,9 @@ def _require_choices(config: Any) -> None:
         elif hint is bool:
             _require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
         elif hint is int:
-            _require(isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; it must be an integer")
+            _require(
+                isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; it must be an integer"
+            )
         elif hint is float:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(is_number and math.isfinite(value), f"{name} is {value!r}; it must be a finite number")

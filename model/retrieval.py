@@ -120,7 +120,9 @@ class RetrievalModel(nn.Module):
     def batch(self, timestamps: Tensor, seq_offsets: Tensor, request_timestamps: Tensor) -> tuple[JaggedBatch, Tensor]:
         """What the layers share, and the position of each event in its sequence [L] int64."""
         owner = sequence_index(seq_offsets, timestamps.shape[0])
-        position = torch.arange(timestamps.shape[0], device=owner.device) - seq_offsets.to(torch.int64).index_select(0, owner)
+        position = torch.arange(timestamps.shape[0], device=owner.device) - seq_offsets.to(torch.int64).index_select(
+            0, owner
+        )
         row_timestamps = timestamps
         if self.config.layer.attention.time_bias == "next":
             row_timestamps = next_timestamps(timestamps, request_timestamps, seq_offsets, owner)

@@ -75,7 +75,9 @@ def apply_passes(graph: OnnxGraph, passes: Sequence[Pass]) -> Iterable[OnnxGraph
             onnx.checker.check_model(model)
         except onnx.checker.ValidationError as error:
             before = ", ".join(record.name for record in records) or "none"
-            raise InternalError(f"pass {step.name} left an invalid graph (passes before it: {before}): {error}") from error
+            raise InternalError(
+                f"pass {step.name} left an invalid graph (passes before it: {before}): {error}"
+            ) from error
         records.append(PassRecord(step.name, result.counts, time.perf_counter() - started))
         snapshot = onnx.ModelProto()
         snapshot.CopyFrom(model)

@@ -98,14 +98,14 @@ class _Research(Dialect):
             )
         for key in required:
             if len(shapes[key]) != 2:
-                raise DialectError("shape", f"{key} has shape {list(shapes[key])}; it must be a matrix", "check the file")
+                raise DialectError(
+                    "shape", f"{key} has shape {list(shapes[key])}; it must be a matrix", "check the file"
+                )
         embedding_dim, packed = shapes[first + "_uvqk"]
         attention = self._attention(shapes, user, first, packed)
         rated = RATING_KEY in shapes
         num_rows, item_dim = shapes[ITEM_KEY]
-        preprocessor = user.choice(
-            "preprocessor", _PREPROCESSORS, list(_PREPROCESSORS)[1 if rated else 0]
-        )
+        preprocessor = user.choice("preprocessor", _PREPROCESSORS, list(_PREPROCESSORS)[1 if rated else 0])
         if (preprocessor == "rated") != rated:
             raise DialectError(
                 "shape",
@@ -116,7 +116,8 @@ class _Research(Dialect):
         if item_dim + rating_dim != embedding_dim:
             raise DialectError(
                 "shape",
-                f"item embeddings are {item_dim} wide and rating embeddings {rating_dim}, together not the {embedding_dim} "
+                f"item embeddings are {item_dim} wide and rating embeddings {rating_dim}, together not the "
+                f"{embedding_dim} "
                 f"that {first}_uvqk takes (interleaved items and ratings are not supported)",
                 "use a checkpoint of the positional or the rated preprocessor",
             )
@@ -129,7 +130,8 @@ class _Research(Dialect):
             stated = user.integer(name)
             if stated is not None and seen is not None and stated != seen:
                 raise DialectError(
-                    "shape", f"the configuration says {name} = {stated}, the checkpoint's shapes say {seen}",
+                    "shape",
+                    f"the configuration says {name} = {stated}, the checkpoint's shapes say {seen}",
                     f"correct {name}, or pass the configuration of this checkpoint",
                 )
         concat_ua = user.flag("concat_ua", False)
@@ -184,7 +186,8 @@ class _Research(Dialect):
             raise DialectError(
                 "shape",
                 f"num_heads {num_heads}, linear_dim {linear_dim}, attention_dim {attention_dim}, concat_ua "
-                f"{str(parts == 3).lower()} need _uvqk with {2 * num_heads * (linear_dim + attention_dim)} columns and _o with "
+                f"{str(parts == 3).lower()} need _uvqk with {2 * num_heads * (linear_dim + attention_dim)} "
+                f"columns and _o with "
                 f"{parts * num_heads * linear_dim} inputs; the checkpoint has {packed} and {output_in}",
                 "correct num_heads, linear_dim, attention_dim or concat_ua in the configuration",
             )

@@ -1,0 +1,309 @@
+"""Command line: options to `BuildConfig`, results to stdout, progress to stderr. Level 6, no logic of its own.
+
+Only click and light modules are imported here; a command imports what it needs when it runs, so that `-h` works in an
+environment without torch and TensorRT.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import hstu_compile
+from hstu_compile.config import BuildConfig
+from hstu_compile.errors import ERROR_CODES, EXIT_VERIFICATION, UsageError
+from hstu_compile.trt_options import EngineOptions, trt_options, trtexec_command
+
+if TYPE_CHECKING:
+    from hstu_compile.pipeline import BuildPlan, BuildResult, StageReport
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+_PATH = click.Path(path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))
+
+
+class _Console:
+    """Prints one line per stage to stderr, and a progress bar while a stage is long and someone is watching."""
+
+    def __init__(self, verbose: bool, num_stages: int) -> None:
+        self._verbose, self._num_stages = verbose, num_stages
+        self._is_terminal = sys.stderr.isatty()
+
+    def stage_started(self, index: int, name: str) -> None:
+        if self._verbose:
+            click.echo(f"[{index}/{self._num_stages}] {name} ...", err=True)
+
+    def stage_progress(self, what: str, done: int, total: int) -> None:
+        if self._is_terminal and total:
+            filled = 24 * done // total
+            end = "\r" + " " * 79 + "\r" if done == total else ""
+            click.echo(
+                f"\r  [{'#' * filled}{'.' * (24 - filled)}] {done}/{total} {what:<40.40}{end}", nl=False, err=True
+            )
+        elif self._verbose:
+            click.echo(f"    {what} {done}/{total}", err=True)
+
+    def stage_finished(self, index: int, report: StageReport) -> None:
+        click.echo(f"[{index}/{self._num_stages}] {report.name:<10} {report.summary}  {report.seconds:.1f} s", err=True)
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(hstu_compile.__version__, prog_name="hstu-compile")
+def cli() -> None:
+    """Compile a trained HSTU recommender from a PyTorch checkpoint to a verified, servable GPU engine."""
+
+
+def _one_precision(fp32: bool, fp16: bool, bf16: bool) -> Any:
+    chosen = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    if len(chosen) > 1:
+        raise UsageError(
+            "HSTU-E901",
+            f"--{' and --'.join(chosen)} exclude each other",
+            "a graph has one precision",
+            "pass one of --fp32, --fp16, --bf16",
+        )
+    return chosen[0] if chosen else "fp32"
+
+
+@cli.command()
+@click.argument("checkpoint", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="Bundle folder (default: CHECKPOINT's stem + .hstu).")
+@click.option("--fp32", is_flag=True, help="float32 graph (default).")
+@click.option("--fp16", is_flag=True, help="float16 graph, strongly typed; norms and accumulation stay float32.")
+@click.option("--bf16", is_flag=True, help="bfloat16 graph, strongly typed; norms and accumulation stay float32.")
+@click.option("--config", "config_file", type=_PATH, help="JSON configuration of the training run.")
+@click.option("--dialect", help="Checkpoint family (default: detected).")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnx"]),
+    default="auto",
+    show_default=True,
+    help="Engine builder; onnx builds no engine.",
+)
+@click.option("--max-batch", type=int, default=64, show_default=True, help="Most sequences in a request.")
+@click.option("--opt-batch", type=int, help="Typical number of sequences (default: max-batch / 8).")
+@click.option("--max-seq-len", type=int, help="Longest history in events (default: the model's limit).")
+@click.option("--opt-seq-len", type=int, help="Typical history (default: max-seq-len / 2).")
+@click.option(
+    "--top-k", type=int, default=0, show_default=True, metavar="K", help="Also output the K best unseen items."
+)
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare every artifact with the eager model."
+)
+@click.option("--dry-run", is_flag=True, help="Read the checkpoint, say what would be built, and stop.")
+@click.option("--keep-intermediates", type=_PATH, metavar="DIR", help="Write the artifact of every stage to DIR.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the verification requests.")
+@_JSON
+@click.option("-v", "--verbose", is_flag=True, help="Say more while it runs.")
+@trt_options
+def build(
+    checkpoint: Path,
+    fp32: bool,
+    fp16: bool,
+    bf16: bool,
+    dry_run: bool,
+    as_json: bool,
+    verbose: bool,
+    engine_options: EngineOptions,
+    **settings: Any,
+) -> int:
+    """Compile CHECKPOINT to a bundle: ONNX, engine, reference outputs and report.
+
+    Exits with 6 when the artifact differs from the eager model by more than the bound; the bundle is written all the
+    same, marked FAIL, so that its report can be read.
+    """
+    precision = _one_precision(fp32, fp16, bf16)
+    config = BuildConfig(checkpoint=checkpoint, precision=precision, **settings)
+    from hstu_compile import pipeline
+
+    if dry_run:
+        plan = pipeline.plan_build(config)
+        _print_json(plan.to_dict()) if as_json else _print_plan(plan, precision)
+        return 0
+    console = _Console(verbose, len(pipeline.STAGES))
+    result = pipeline.compile_checkpoint(config, engine_options, console)
+    if as_json:
+        _print_json({"bundle": str(result.path), "status": result.status, "report": result.report})
+    else:
+        _print_result(result)
+    return EXIT_VERIFICATION if result.status == "FAIL" else 0
+
+
+def _print_plan(plan: BuildPlan, precision: str) -> None:
+    facts = plan.to_dict()
+    config = plan.spec.config
+    click.echo(f"checkpoint  {facts['checkpoint']['file']}, dialect {plan.spec.dialect}")
+    click.echo(f"model       {config.num_layers} layers, {facts['parameters']} parameters, precision {precision}")
+    click.echo(f"graph       {facts['attention_nodes']} hstu::HstuAttention nodes, one per layer; all layers covered")
+    limits = plan.limits
+    click.echo(
+        f"profile     1 to {limits.max_batch} sequences (typical {limits.opt_batch}) of up to "
+        f"{limits.max_seq_len} events "
+        f"(typical {limits.opt_seq_len})"
+    )
+    click.echo(f"backend     {plan.backend.name}: {plan.backend.reason}")
+
+
+def _print_result(result: BuildResult) -> None:
+    if result.worst_error is None:
+        click.echo(f"{result.path}  {result.status}")
+    else:
+        click.echo(
+            f"{result.path}  {result.status}  worst error {result.worst_error:.3g} (allowed {result.worst_bound:.3g})"
+        )
+
+
+@cli.command()
+@click.argument("model", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="Engine file (default: MODEL's stem + .engine).")
+@click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
+@click.option("--max-batch", type=int, default=64, show_default=True, help="Most sequences in a request.")
+@click.option("--opt-batch", type=int, help="Typical number of sequences (default: max-batch / 8).")
+@click.option("--max-seq-len", type=int, help="Longest history (default: what the graph was exported for).")
+@click.option("--opt-seq-len", type=int, help="Typical history (default: max-seq-len / 2).")
+@click.option("--dry-run", is_flag=True, help="Print the equivalent trtexec command and stop.")
+@_JSON
+@trt_options
+def engine(
+    model: Path,
+    output: Path | None,
+    backend: str,
+    max_batch: int,
+    opt_batch: int | None,
+    max_seq_len: int | None,
+    opt_seq_len: int | None,
+    dry_run: bool,
+    as_json: bool,
+    engine_options: EngineOptions,
+) -> int:
+    """Build an engine from MODEL, the .onnx of a bundle. Needs TensorRT, and no torch."""
+    from hstu_compile import engine_stage
+
+    request = engine_stage.EngineRequest(
+        model=model,
+        output=output if output is not None else model.with_suffix(".engine"),
+        backend=backend,
+        max_batch=max_batch,
+        opt_batch=opt_batch if opt_batch is not None else max(1, max_batch // 8),
+        max_seq_len=max_seq_len,
+        opt_seq_len=opt_seq_len,
+        options=engine_options,
+    )
+    if dry_run:
+        profiles = engine_stage.profiles_of(request)
+        click.echo(trtexec_command(model, engine_options, profiles, engine_path=request.output))
+        return 0
+    facts = engine_stage.run_engine_stage(request)
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(
+            f"{facts['output']}  {facts['backend']} {facts['version']}, {facts['bytes']} bytes, "
+            f"{facts['seconds']:.1f} s"
+        )
+    return 0
+
+
+@cli.command()
+@click.argument("path", metavar="CKPT|BUNDLE", type=_PATH)
+@click.option("--config", "config_file", type=_PATH, help="JSON configuration of the training run.")
+@click.option("--dialect", help="Checkpoint family (default: detected).")
+@_JSON
+def inspect(path: Path, config_file: Path | None, dialect: str | None, as_json: bool) -> int:
+    """Say what a checkpoint or a bundle holds."""
+    from hstu_compile import inspection
+
+    facts = inspection.inspect_path(path, config_file, dialect)
+    _print_json(facts) if as_json else click.echo(inspection.render_inspection(facts))
+    return 0
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@_JSON
+def verify(bundle: Path, as_json: bool) -> int:
+    """Check every file of BUNDLE and repeat its verification from the stored requests."""
+    from hstu_compile.bundle import read_bundle
+    from hstu_compile.recheck import recheck_bundle
+
+    files = read_bundle(bundle)
+    result = recheck_bundle(files, _silent)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        for run in result.verification.runs:
+            click.echo(f"{run.artifact} on {run.runtime}: {run.status}" + (f" ({run.reason})" if run.reason else ""))
+        click.echo(f"{result.polygraphy.command}: exit {result.polygraphy.exit_code}")
+        worst = result.verification
+        click.echo(f"{bundle}  {result.status}  worst error {worst.worst_error:.3g} (allowed {worst.worst_bound:.3g})")
+    return 0 if result.status == "PASS" else EXIT_VERIFICATION
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress of a command that is short."""
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--inputs", required=True, type=_PATH, help="Requests: an .npz with one array per input.")
+@click.option("--outputs", required=True, type=_PATH, help="Where to write the answers, an .npz.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+    default="onnxruntime",
+    show_default=True,
+)
+@_JSON
+def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) -> int:
+    """Answer the requests in INPUTS with BUNDLE."""
+    from hstu_compile.bundle import load_bundle
+    from hstu_compile.npz import save_npz
+    from hstu_compile.runtime.request import feeds_from_npz
+
+    with load_bundle(bundle, runtime) as loaded:
+        answers = loaded.run(feeds_from_npz(inputs))
+    save_npz(outputs, answers)
+    facts = [{"name": n, "dtype": str(a.dtype), "shape": list(a.shape)} for n, a in answers.items()]
+    if as_json:
+        _print_json({"outputs": facts, "file": str(outputs)})
+    else:
+        for fact in facts:
+            click.echo(f"{fact['name']}  {fact['dtype']}  {fact['shape']}")
+    return 0
+
+
+@cli.command()
+@_JSON
+def env(as_json: bool) -> int:
+    """Describe this machine for a bug report."""
+    from hstu_compile.environment import collect_environment, render_environment
+
+    facts = collect_environment()
+    _print_json(facts) if as_json else click.echo(render_environment(facts))
+    return 0
+
+
+@cli.command()
+@click.argument("code", required=False)
+def explain(code: str | None) -> int:
+    """Explain an error code, or list all of them."""
+    if code is None:
+        for name, doc in ERROR_CODES.items():
+            click.echo(f"{name}  {doc.title}")
+        return 0
+    wanted = code.upper() if code.upper().startswith("HSTU-") else f"HSTU-{code.upper()}"
+    if wanted not in ERROR_CODES:
+        raise UsageError(
+            "HSTU-E902", f"there is no error code {code}", "it is not in the list", "run `hstu-compile explain`"
+        )
+    click.echo(f"{wanted}: {ERROR_CODES[wanted].title}\n\n{ERROR_CODES[wanted].text}")
+    return 0

@@ -1,0 +1,113 @@
+"""How far an artifact may be from the eager model, and how that distance is measured. Level 1, NumPy alone.
+
+The measure is free of scale: the largest difference in a row over the root mean square of that row of the float64
+reference. A row that the reference says is zero must be zero. An absolute tolerance would be vacuous for HSTU, whose
+attention outputs shrink with 1/N, and one tolerance over all rows would hide a wrong row among many good ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# An artifact may be as wrong as two eager runs of the same precision: it rounds in the same places, in another order.
+EAGER_FACTOR = 2.0
+
+# Below this an eager error is luck, not precision (a batch of one event makes few roundings). For fp32 it makes the
+# bound 1e-5; for the half types it is four units of roundoff (2**-11, 2**-8), since LN, projections, gate and residual
+# each round once. Even the loosest bound, 3.2e-2 for bf16, rejects an output scaled by 0.9.
+EAGER_FLOOR = {"fp32": 5e-6, "fp16": 4 * 2.0**-11, "bf16": 4 * 2.0**-8}
+
+# Score of a top-k slot for which no unseen item is left (the model's own constant, without importing torch).
+NO_ITEM_SCORE = float(np.finfo(np.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowError:
+    """Error of a tensor and where it is largest."""
+
+    error: float
+    row: int
+    max_abs: float
+
+
+def row_error(actual: Array, reference: Array) -> RowError:
+    """Largest row-scaled difference.
+
+    Args:
+        actual: [R, C] any float type.
+        reference: [R, C] float64.
+
+    Returns:
+        The error; infinite when shapes differ, a value is not finite, or a zero row is not zero.
+    """
+    if actual.shape != reference.shape:
+        return RowError(math.inf, 0, math.inf)
+    if reference.size == 0:
+        return RowError(0.0, 0, 0.0)
+    rows = reference.reshape(reference.shape[0], -1).astype(np.float64)
+    difference = np.abs(actual.reshape(rows.shape).astype(np.float64) - rows)
+    worst = difference.max(axis=1)
+    worst[~np.isfinite(worst)] = math.inf
+    scale = np.sqrt(np.mean(rows * rows, axis=1))
+    errors = np.where(scale > 0, worst / np.where(scale > 0, scale, 1.0), np.where(worst > 0, math.inf, 0.0))
+    row = int(np.argmax(errors))
+    return RowError(float(errors[row]), row, float(worst.max()))
+
+
+def error_bound(eager_error: float, precision: str) -> float:
+    """Largest error allowed for an artifact whose eager model, in the same precision, errs by `eager_error`."""
+    return EAGER_FACTOR * max(eager_error, EAGER_FLOOR[precision])
+
+
+def bound_rule(precision: str) -> str:
+    """The rule of `error_bound` in words, for reports."""
+    return (
+        f"per row: max |artifact - float64| / rms(float64 row) <= {EAGER_FACTOR:g} x the same error of the eager "
+        f"{precision} model (at least {EAGER_FLOOR[precision]:.2g})"
+    )
+
+
+def top_items_problem(ids: Array, scores: Array, reference_scores: Array, seen: Array, tolerance: float) -> str | None:
+    """Why a top-k list is not one that the reference scores allow, or None.
+
+    Near ties may change places, so ids are not compared one by one: each listed item must have the score that the
+    reference gives it, and no unlisted item may be better than the worst listed one, both up to `tolerance`.
+
+    Args:
+        ids: [B, K] int -- 1-based items, 0 for an empty slot.
+        scores: [B, K] float, descending.
+        reference_scores: [B, V] float64.
+        seen: [B, V] bool -- items of the history, never to be listed.
+        tolerance: absolute, in units of the scores.
+    """
+    for b in range(ids.shape[0]):
+        listed = ids[b][ids[b] > 0].astype(np.int64) - 1
+        if len(set(listed.tolist())) != listed.size:
+            return f"sequence {b} lists an item twice"
+        if seen[b, listed].any():
+            return f"sequence {b} lists an item of its own history"
+        open_items = np.flatnonzero(~seen[b])
+        if listed.size != min(ids.shape[1], open_items.size):
+            return f"sequence {b} lists {listed.size} items of {open_items.size} open ones"
+        if not (scores[b, listed.size :] == np.float32(NO_ITEM_SCORE)).all():
+            return f"sequence {b} gives an empty slot a score"
+        gap = np.abs(scores[b, : listed.size] - reference_scores[b, listed])
+        if listed.size and not float(gap.max()) <= tolerance:
+            return f"sequence {b}: score off by {gap.max():.3g}, allowed {tolerance:.3g}"
+        if (np.diff(scores[b]) > 0).any():
+            return f"sequence {b} is not in descending order"
+        rest = np.setdiff1d(open_items, listed)
+        if (
+            rest.size
+            and listed.size
+            and reference_scores[b, rest].max() > reference_scores[b, listed].min() + 2 * tolerance
+        ):
+            return f"sequence {b} leaves out an item that is better than a listed one"
+    return None

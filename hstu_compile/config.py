@@ -1,0 +1,73 @@
+"""What a person asked for. Level 0: plain data, checked here, used by the pipeline alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["fp32", "fp16", "bf16"]
+BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """Options of one build.
+
+    Attributes:
+        checkpoint: the .pt file.
+        output: bundle folder; None puts `<checkpoint stem>.hstu` in the working directory.
+        precision: type of weights and activations in the graph.
+        config_file: JSON configuration of the training run, where the checkpoint does not say.
+        dialect: checkpoint family; None detects it.
+        backend: engine builder; "onnx" builds none.
+        max_batch: most sequences in a request batch.
+        opt_batch: typical number; None is an eighth of max_batch, at least 1.
+        max_seq_len: longest history in events; None is the model's own limit.
+        opt_seq_len: typical history; None is half of max_seq_len.
+        top_k: also output the K best unseen items; 0 leaves them out.
+        verify: compare every artifact with the eager model.
+        keep_intermediates: folder for the artifact of every stage, or None.
+        force: replace an existing bundle.
+        seed: of the verification batches.
+    """
+
+    checkpoint: Path
+    output: Path | None = None
+    precision: Precision = "fp32"
+    config_file: Path | None = None
+    dialect: str | None = None
+    backend: BackendRequest = "auto"
+    max_batch: int = 64
+    opt_batch: int | None = None
+    max_seq_len: int | None = None
+    opt_seq_len: int | None = None
+    top_k: int = 0
+    verify: bool = True
+    keep_intermediates: Path | None = None
+    force: bool = False
+    seed: int = 0
+
+    @property
+    def bundle_path(self) -> Path:
+        """Where the bundle goes."""
+        return self.output if self.output is not None else Path(f"{self.checkpoint.stem}.hstu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Shape limits of a build, resolved against the model.
+
+    Attributes:
+        max_batch: most sequences.
+        opt_batch: typical number of sequences.
+        max_seq_len: longest history in events.
+        opt_seq_len: typical history in events.
+        top_k: best items per sequence in the outputs; 0 for none.
+    """
+
+    max_batch: int
+    opt_batch: int
+    max_seq_len: int
+    opt_seq_len: int
+    top_k: int

@@ -1,0 +1,126 @@
+"""The engine stage on its own: an .onnx file to an .engine file, on the machine that serves. Level 5, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from hstu_compile.artifacts import Profile
+from hstu_compile.bundle import writing_to
+from hstu_compile.engine import engine_from_onnx
+from hstu_compile.environment import choose_backend
+from hstu_compile.errors import EngineError
+from hstu_compile.op_schema import is_attention, node_attributes
+from hstu_compile.profiles import ProfileSizes, profiles_for_inputs
+from hstu_compile.trt_options import EngineOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRequest:
+    """What to build.
+
+    Attributes:
+        model: the .onnx file.
+        output: the .engine file.
+        backend: auto, tensorrt or tensorrt-rtx.
+        max_batch: most sequences.
+        opt_batch: typical number.
+        max_seq_len: longest history; None reads it from the attention nodes.
+        opt_seq_len: typical history; None is half of the longest.
+        options: of the builder; explicit shapes replace the four numbers above.
+    """
+
+    model: Path
+    output: Path
+    backend: str
+    max_batch: int
+    opt_batch: int
+    max_seq_len: int | None
+    opt_seq_len: int | None
+    options: EngineOptions
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf raises its own undocumented types on damaged files
+        raise EngineError(
+            "HSTU-E402",
+            f"{path} cannot be read as an ONNX model",
+            f"{type(error).__name__}: {error}",
+            "pass the model.onnx of a bundle",
+        ) from error
+
+
+def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) -> tuple[Profile, ...]:
+    """Shape ranges of the request.
+
+    Raises:
+        EngineError: HSTU-E405, if they contradict each other or what the graph was exported for.
+    """
+    explicit = request.options.explicit_profile()
+    if explicit is not None:
+        return (explicit,)
+    model = model if model is not None else _load(request.model)
+    limits = [node_attributes(node)["max_seq_len"] for node in model.graph.node if is_attention(node)]
+    exported = min(limits) if limits else None
+    longest = request.max_seq_len if request.max_seq_len is not None else exported
+    if longest is None or (exported is not None and longest > exported):
+        raise EngineError(
+            "HSTU-E405",
+            f"--max-seq-len {longest} cannot be used",
+            f"the graph was exported for sequences of up to {exported} events"
+            if exported is not None
+            else "the graph has no attention node to read the longest sequence from",
+            "build the bundle again with a larger --max-seq-len, or pass a smaller one here",
+        )
+    sizes = ProfileSizes(request.max_batch, longest, request.opt_batch, request.opt_seq_len)
+    return profiles_for_inputs([value.name for value in model.graph.input], sizes)
+
+
+def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
+    """Build the engine and write it, whole or not at all.
+
+    Returns:
+        Facts about the engine: output, backend, version, bytes, seconds, layers, compute_capabilities, messages.
+
+    Raises:
+        EngineError, PluginError: see `engine_from_onnx`.
+        BundleError: HSTU-E802, if the file cannot be written.
+    """
+    model = _load(request.model)
+    profiles = profiles_of(request, model)
+    choice = choose_backend(request.backend)
+    if choice.name == "onnx":
+        raise EngineError(
+            "HSTU-E401",
+            "no engine builder is available",
+            choice.reason,
+            "pip install 'hstu-compile[gpu]' on a GPU machine, or 'hstu-compile[rtx]'",
+        )
+    plugin = request.options.plugins[0] if request.options.plugins else None
+    engine = engine_from_onnx(
+        model, backend=choice.name, profiles=profiles, plugin_library=plugin, options=request.options
+    )
+    partial = request.output.with_name(f".{request.output.name}.partial")
+    with writing_to(request.output):
+        try:
+            partial.write_bytes(engine.plan)
+            os.replace(partial, request.output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return {
+        "output": str(request.output),
+        "backend": engine.backend,
+        "reason": choice.reason,
+        "version": engine.version,
+        "bytes": len(engine.plan),
+        "seconds": engine.seconds,
+        "layers": engine.layers,
+        "compute_capabilities": list(engine.compute_capabilities),
+        "messages": list(engine.messages),
+    }

@@ -1,0 +1,42 @@
+"""What a graph is made of, counted from the graph itself and not from what was asked for. Level 3."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+_NAMES = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.DOUBLE: "fp64",
+}
+
+# The operators whose type decides speed and accuracy.
+_COUNTED = ("MatMul", "Gemm", "LayerNormalization", "HstuAttention")
+
+
+def graph_facts(model: onnx.ModelProto) -> dict[str, Any]:
+    """Node and operator counts, bytes of weights, and how many of the heavy operators compute in which type."""
+    graph = model.graph
+    types = {info.name: info.type.tensor_type.elem_type for info in (*graph.value_info, *graph.input, *graph.output)}
+    precision: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type in _COUNTED:
+            precision[f"{node.op_type} {_NAMES.get(types.get(node.output[0], 0), 'unknown')}"] += 1
+    return {
+        "nodes": len(graph.node),
+        "initializers_bytes": sum(_nbytes(tensor) for tensor in graph.initializer),
+        "operators": dict(sorted(Counter(node.op_type for node in graph.node).items())),
+        "precision_counts": dict(sorted(precision.items())),
+    }
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    for dim in tensor.dims:
+        size *= dim
+    return int(size)

@@ -1,0 +1,76 @@
+"""`hstu-compile inspect`: what a checkpoint or a bundle holds. Level 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hstu_compile.bundle import read_bundle
+from hstu_compile.errors import CheckpointError
+
+
+def inspect_path(path: Path, config_file: Path | None = None, dialect: str | None = None) -> dict[str, Any]:
+    """Facts about a bundle (folder) or a checkpoint (file).
+
+    Args:
+        path: either one.
+        config_file: training configuration, for checkpoints.
+        dialect: checkpoint family, for checkpoints.
+
+    Returns:
+        `kind` is bundle or checkpoint; a bundle has `inputs` and `outputs` as lists of name, dtype, shape.
+
+    Raises:
+        BundleError, CheckpointError: if it is neither, or damaged.
+    """
+    if path.is_dir():
+        files = read_bundle(path)
+        manifest = files.manifest
+        keys = ("status", "checkpoint", "precision", "backend", "limits", "profiles", "inputs", "outputs", "operator")
+        return {
+            "kind": "bundle",
+            "path": str(path),
+            "format_version": manifest["format_version"],
+            **{key: manifest[key] for key in keys},
+            "verification": manifest["verification"],
+            "files": manifest["files"],
+        }
+    from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint
+
+    if not path.exists():
+        raise CheckpointError("HSTU-E101", f"cannot read {path}", "there is no such file or folder", "check the path")
+    config = config_from_file(config_file) if config_file is not None else None
+    spec = spec_from_checkpoint(path, config, dialect)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "sha256": spec.sha256,
+        "dialect": spec.dialect,
+        "config": spec.config.to_dict(),
+        "parameters": sum(tensor.numel() for tensor in spec.state_dict.values()),
+        "tensors": [{"name": n, "shape": list(t.shape)} for n, t in spec.state_dict.items()],
+        "ignored_keys": list(spec.ignored_keys),
+    }
+
+
+def render_inspection(facts: Mapping[str, Any]) -> str:
+    """The same facts as text."""
+    lines: list[str] = []
+
+    def write(name: str, value: Any, depth: int) -> None:
+        indent = "  " * depth
+        if isinstance(value, Mapping):
+            lines.append(f"{indent}{name}:")
+            for key, inner in value.items():
+                write(str(key), inner, depth + 1)
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines.append(f"{indent}{name}:")
+            for inner in value:
+                lines.append(f"{indent}  " + "  ".join(str(part) for part in inner.values()))
+        else:
+            lines.append(f"{indent}{name}: {value}")
+
+    for key, value in facts.items():
+        write(key, value, 0)
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""Feeds and outputs in Polygraphy's files, and the `polygraphy run` that repeats the check. Level 4.
+
+The command needs neither torch nor hstu-compile: whoever doubts a bundle can run it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from polygraphy.comparator import IterationResult, RunResults
+from polygraphy.json import load_json, save_json
+
+Outputs = Mapping[str, NDArray[Any]]
+_TAIL = 1500
+
+
+def save_feeds(path: Path, feeds: Sequence[Outputs]) -> None:
+    """Write a list of feeds for `--load-inputs`."""
+    save_json([OrderedDict(feed) for feed in feeds], str(path))
+
+
+def load_feeds(path: Path) -> list[dict[str, NDArray[Any]]]:
+    """Read what `save_feeds` wrote."""
+    return [dict(feed) for feed in load_json(str(path))]
+
+
+def save_outputs(path: Path, runner: str, outputs: Sequence[Outputs]) -> None:
+    """Write outputs, one entry per feed, for `--load-outputs`."""
+    results = RunResults()
+    results.append((runner, [IterationResult(OrderedDict(each), runner_name=runner) for each in outputs]))
+    results.save(str(path))
+
+
+def load_outputs(path: Path) -> list[dict[str, NDArray[Any]]]:
+    """Read what `save_outputs` wrote."""
+    results = RunResults.load(str(path))
+    _, iterations = next(iter(results))
+    return [{name: np.asarray(iteration[name]) for name in iteration} for iteration in iterations]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolygraphyCheck:
+    """A polygraphy command, run in the bundle's folder, and what came of it."""
+
+    arguments: tuple[str, ...]
+    exit_code: int
+    output_tail: str
+
+    @property
+    def command(self) -> str:
+        """The command as typed in the bundle's folder."""
+        return shlex.join(["polygraphy", *self.arguments])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"command": self.command, "exit_code": self.exit_code, "output_tail": self.output_tail}
+
+
+def run_polygraphy(folder: Path, arguments: Sequence[str]) -> PolygraphyCheck:
+    """Run polygraphy in a folder."""
+    beside = Path(sys.executable).with_name("polygraphy")
+    program = str(beside) if beside.exists() else shutil.which("polygraphy") or "polygraphy"
+    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return PolygraphyCheck(tuple(arguments), done.returncode, (done.stdout + done.stderr)[-_TAIL:])

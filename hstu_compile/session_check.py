@@ -1,0 +1,254 @@
+"""Run one artifact on one runtime and compare it with what the eager model answered. Level 3, without torch.
+
+Input: a session and a `Reference`. Output: a `RuntimeCheck`; `report_of` sums several up to a `VerifyReport`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision
+from hstu_compile.compare import Array, bound_rule, error_bound, row_error, top_items_problem
+from hstu_compile.errors import HstuCompileError
+from hstu_compile.metrics import kendall_tau, top_k_overlap
+from hstu_compile.runtime.session import Session
+
+Status = Literal["PASS", "FAIL", "NOT RUN"]
+Outputs = dict[str, Array]
+Progress = Callable[[str, int, int], None]
+
+_TOP = 10
+_TIMED_RUNS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the eager model answers, per feed.
+
+    Attributes:
+        feeds: the requests.
+        exact: float64 outputs.
+        eager: outputs of the eager model in the build's precision.
+        eager_error: largest row error of each eager tensor over all feeds.
+        item_vectors: [V, D] float64 -- to rank with; None where only stored outputs are compared.
+    """
+
+    feeds: tuple[Feed, ...]
+    exact: tuple[Outputs, ...] = dataclasses.field(repr=False)
+    eager: tuple[Outputs, ...] = dataclasses.field(repr=False)
+    eager_error: dict[str, float]
+    item_vectors: Array | None = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCheck:
+    """One tensor of one feed."""
+
+    tensor: str
+    feed: str
+    error: float
+    bound: float
+    max_abs: float
+    status: Status
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCheck:
+    """Residual stream after one layer, worst over all feeds; layer 0 is the input."""
+
+    layer: int
+    error: float
+    eager_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeCheck:
+    """One artifact on one runtime."""
+
+    runtime: str
+    artifact: str
+    status: Status
+    reason: str | None
+    tensors: tuple[TensorCheck, ...] = ()
+    layers: tuple[LayerCheck, ...] = ()
+    ranking: dict[str, float] | None = None
+    timing: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """The verdict: PASS only if at least one artifact ran and none that ran failed.
+
+    Attributes:
+        status: PASS or FAIL.
+        rule: the bound in words.
+        worst_error: error of the tensor nearest to, or farthest beyond, its bound.
+        worst_bound: that bound.
+        worst_where: tensor, feed and runtime.
+        eager_error: of the eager model's user embeddings in the build's precision.
+        feeds: name and size of every feed.
+        runs: one per artifact and runtime.
+    """
+
+    status: Status
+    rule: str
+    worst_error: float
+    worst_bound: float
+    worst_where: str
+    eager_error: float
+    feeds: tuple[dict[str, Any], ...]
+    runs: tuple[RuntimeCheck, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form for report.json and the manifest."""
+        return {
+            "bound_rule": self.rule,
+            "worst_error": self.worst_error,
+            "worst_bound": self.worst_bound,
+            "worst_where": self.worst_where,
+            "eager_error": self.eager_error,
+            "feeds": list(self.feeds),
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+        }
+
+
+def _seen(feed: Feed, num_items: int) -> Array:
+    owner = np.repeat(np.arange(len(feed.lengths)), feed.lengths)
+    seen = np.zeros((len(feed.lengths), num_items + 1), bool)
+    seen[owner, feed.arrays["item_ids"].clip(0, num_items)] = True
+    return seen[:, 1:]
+
+
+def _check_top_items(reference: Reference, index: int, outputs: Outputs, bound: float) -> TensorCheck:
+    feed, items = reference.feeds[index], reference.item_vectors
+    assert items is not None
+    users = reference.exact[index]["user_embeddings"]
+    scores = users @ items.T
+    # |<du, item>| <= |du| * |item|, and the user embedding's own bound limits |du| to bound * |u|.
+    reach = np.linalg.norm(users, axis=1).max(initial=0.0) * np.linalg.norm(items, axis=1).max()
+    tolerance = float(bound * reach)
+    seen = _seen(feed, items.shape[0])
+    problem = top_items_problem(outputs["top_items"], outputs["top_scores"], scores, seen, tolerance)
+    listed = outputs["top_items"] > 0
+    gap = np.abs(outputs["top_scores"] - np.take_along_axis(scores, outputs["top_items"].clip(1) - 1, 1))
+    worst = float(np.where(listed, gap, 0.0).max(initial=0.0))
+    relative = worst / reach if reach else 0.0
+    return TensorCheck("top_items", feed.name, relative, bound, worst, "FAIL" if problem else "PASS", problem or "")
+
+
+def _ranking(reference: Reference, index: int, outputs: Outputs) -> dict[str, float]:
+    items = reference.item_vectors
+    assert items is not None
+    exact = reference.exact[index]["user_embeddings"] @ items.T
+    actual = outputs["user_embeddings"].astype(np.float64) @ items.T
+    top = min(_TOP, items.shape[0])
+    best = [np.argsort(-scores, axis=1, kind="stable")[:, :top] + 1 for scores in (exact, actual)]
+    rows = np.flatnonzero(np.any(exact != 0, axis=1))
+    taus = [kendall_tau(exact[row], actual[row]) for row in rows[:4]]
+    return {
+        "top10_overlap": top_k_overlap(best[0][rows], best[1][rows], top),
+        "kendall_tau": float(statistics.fmean(taus)),
+    }
+
+
+def _time(session: Session, feed: Feed, label: str) -> dict[str, Any]:
+    samples = []
+    for _ in range(_TIMED_RUNS):
+        started = time.perf_counter()
+        session.run(feed.arrays)
+        samples.append(1e3 * (time.perf_counter() - started))
+    samples.sort()
+    return {
+        "name": label,
+        "batch": len(feed.lengths),
+        "events": int(feed.lengths.sum()),
+        "median_ms": statistics.median(samples),
+        "p90_ms": samples[math.ceil(0.9 * len(samples)) - 1],
+        "note": f"{_TIMED_RUNS} runs on this machine, host copies included",
+    }
+
+
+def check_session(
+    session: Session, artifact: str, reference: Reference, precision: Precision, progress: Progress
+) -> RuntimeCheck:
+    """Run every feed and compare every output, and every layer that the session exposes."""
+    outputs: list[Outputs] = []
+    for index, feed in enumerate(reference.feeds):
+        progress(session.name, index, len(reference.feeds))
+        outputs.append(session.run(feed.arrays))
+    progress(session.name, len(reference.feeds), len(reference.feeds))
+    bounds = {name: error_bound(error, precision) for name, error in reference.eager_error.items()}
+    checks: list[TensorCheck] = []
+    layers: dict[int, float] = {}
+    for index, (feed, actual) in enumerate(zip(reference.feeds, outputs, strict=True)):
+        for name in (n for n in actual if n in bounds):
+            error = row_error(actual[name], reference.exact[index][name])
+            status: Status = "PASS" if error.error <= bounds[name] else "FAIL"
+            if name.startswith(TAP_PREFIX):
+                layer = int(name.removeprefix(TAP_PREFIX))
+                layers[layer] = max(layers.get(layer, 0.0), error.error)
+                if status == "PASS":
+                    continue
+            detail = "" if status == "PASS" else f"row {error.row}"
+            checks.append(TensorCheck(name, feed.name, error.error, bounds[name], error.max_abs, status, detail))
+        if "top_items" in actual and reference.item_vectors is not None:
+            checks.append(_check_top_items(reference, index, actual, bounds["user_embeddings"]))
+    mixed = min(1, len(reference.feeds) - 1)
+    return RuntimeCheck(
+        runtime=session.name,
+        artifact=artifact,
+        status="FAIL" if any(check.status == "FAIL" for check in checks) else "PASS",
+        reason=None,
+        tensors=tuple(checks),
+        layers=tuple(
+            LayerCheck(layer, error, reference.eager_error[f"{TAP_PREFIX}{layer}"])
+            for layer, error in sorted(layers.items())
+        ),
+        ranking=_ranking(reference, mixed, outputs[mixed]) if reference.item_vectors is not None else None,
+        timing=_time(session, reference.feeds[mixed], session.name),
+    )
+
+
+def guarded_check(
+    runtime: str, artifact: str, open_it: Callable[[], Session], check: Callable[[Session], RuntimeCheck]
+) -> RuntimeCheck:
+    """A runtime that is absent or cannot take the artifact is reported with its reason, never left out."""
+    try:
+        session = open_it()
+    except HstuCompileError as error:
+        return RuntimeCheck(runtime, artifact, "NOT RUN", f"{error.what}: {error.why}")
+    with session:
+        return check(session)
+
+
+def report_of(runs: Sequence[RuntimeCheck], reference: Reference, precision: Precision) -> VerifyReport:
+    """Sum up the runs; the worst tensor is the one nearest to, or farthest beyond, its bound."""
+    checks = [(check.error / check.bound, check, run) for run in runs for check in run.tensors]
+    _, worst, where = max(checks, key=lambda each: (each[1].status == "FAIL", each[0]))
+    feeds = tuple(
+        {
+            "name": feed.name,
+            "sequences": len(feed.lengths),
+            "events": int(feed.lengths.sum()),
+            "max_len": int(feed.lengths.max(initial=0)),
+        }
+        for feed in reference.feeds
+    )
+    return VerifyReport(
+        status="FAIL" if any(run.status == "FAIL" for run in runs) else "PASS",
+        rule=bound_rule(precision),
+        worst_error=worst.error,
+        worst_bound=worst.bound,
+        worst_where=f"{worst.tensor} of '{worst.feed}' on {where.runtime}",
+        eager_error=reference.eager_error["user_embeddings"],
+        feeds=feeds,
+        runs=tuple(runs),
+    )
