@@ -17,7 +17,13 @@ import yaml
 
 # The type classes of the contract: T and S are resolved per node, the others are fixed.
 TYPE_CLASSES = {"T": "kElement", "S": "kTimestamp", "int32": "kInt32", "float32": "kFloat32"}
-ELEMENT_TYPES = {"float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBfloat16", "int64": "kInt64", "int32": "kInt32"}
+ELEMENT_TYPES = {
+    "float32": "kFloat32",
+    "float16": "kFloat16",
+    "bfloat16": "kBfloat16",
+    "int64": "kInt64",
+    "int32": "kInt32",
+}
 
 _DIM = re.compile(r"^(?:(?P<factor>\d+)\*)?(?P<name>[A-Za-z][A-Za-z_]*?)(?P<addend>[+-]\d+)?$")
 
@@ -86,7 +92,8 @@ def _tensor_row(spec: dict[str, Any]) -> str:
     present = spec.get("present_when")
     cells = ", ".join(f"{{Symbol::k{pascal(name)}, {factor}, {addend}}}" for name, factor, addend in dims)
     member = f"&HstuAttentionAttributes::{camel(present)}" if present else "nullptr"
-    return f"    {{{quoted(spec['name'])}, TypeClass::{TYPE_CLASSES[spec['type']]}, {len(dims)}, {{{{{cells}}}}}, {member}}},"
+    kind = TYPE_CLASSES[spec["type"]]
+    return f"    {{{quoted(spec['name'])}, TypeClass::{kind}, {len(dims)}, {{{{{cells}}}}}, {member}}},"
 
 
 def header_from_contract(contract: dict[str, Any]) -> str:
