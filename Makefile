@@ -1,0 +1,109 @@
+# The entry points of this repository. `make help` lists them; .ci/run calls the same recipes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# OpenMP threads that wait for others sleep instead of spinning. On 2 cores that others use as well, an epoch of the demo
+# took 5.7 s so, and 23.3 s with spinning.
+export OMP_WAIT_POLICY := passive
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Python 3.11 first: it is the version that every dependency has a wheel for. Override with `make env PYTHON=...`.
+PYTHON ?=
+PYTHON_CANDIDATES := python3.11 python3.12 python3.10 python3
+# This exact release has CPU wheels. Installed before the rest, so that no other package chooses another torch.
+TORCH ?= torch==2.13.0
+EXTRAS := export,cpu,rtx,plugin,dev
+# The TensorRT 10.14 headers. Without its dependencies: they would replace torch and Triton.
+HEADERS := kernel-lens==2.0.1
+# What the environment was made from; `make env` does nothing while this is unchanged.
+ENV_STAMP := $(VENV)/.made-from
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TREE := build/tree
+SAMPLES := $(wildcard samples/*/)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: env
+env: ## create .venv with all that the CPU path needs; nothing to do when current
+	@wanted="$$(sha256sum pyproject.toml | cut -d ' ' -f 1) $(TORCH) $(EXTRAS) $(HEADERS)"
+	if [ -x $(BIN)/hstu-compile ] && [ "$$(cat $(ENV_STAMP) 2>/dev/null || true)" = "$$wanted" ]; then exit 0; fi
+	if [ ! -x $(BIN)/python ]; then
+		python=""
+		for candidate in $(or $(PYTHON),$(PYTHON_CANDIDATES)); do
+			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+				2>/dev/null; then python="$$candidate"; break; fi
+		done
+		if [ -z "$$python" ]; then
+			echo "error: no Python 3.10 to 3.12 with venv among: $(or $(PYTHON),$(PYTHON_CANDIDATES))" >&2
+			echo "  Fix: install one (Debian and Ubuntu: python3.11 python3.11-venv), or: make env PYTHON=/path/to/python" >&2
+			exit 2
+		fi
+		echo "env: creating $(VENV) with $$("$$python" --version)"
+		"$$python" -m venv $(VENV)
+	fi
+	install() {
+		if ! $(PIP) install --quiet "$$@"; then
+			echo "error: pip could not install: $$*" >&2
+			echo "  Fix: see pip's message above. Without a network, point PIP_INDEX_URL or PIP_FIND_LINKS at a mirror" >&2
+			echo "  that has the packages of pyproject.toml, then repeat: make env" >&2
+			exit 1
+		fi
+	}
+	if ! $(BIN)/python -c 'import torch' 2>/dev/null; then
+		echo "env: installing $(TORCH) (a large download the first time)"
+		install "$(TORCH)"
+	fi
+	echo "env: installing hstu-compile with its extras ($(EXTRAS))"
+	install "setuptools>=77"
+	install --no-build-isolation --editable ".[$(EXTRAS)]"
+	install --no-deps "$(HEADERS)"
+	echo "$$wanted" > $(ENV_STAMP)
+	echo "env: ready, $(BIN)/hstu-compile"
+
+.PHONY: demo
+demo: env ## train on MovieLens-100K, build the fp16 bundle, compare the ranking metrics
+	@$(BIN)/python samples/01_movielens_demo/demo.py
+
+.PHONY: test
+test: env lint typecheck ## lint, type check, and every test but the slow ones
+	@$(BIN)/python -m pytest
+
+.PHONY: test-slow
+test-slow: env ## the slow tests, among them the whole demo
+	@$(BIN)/python -m pytest -m slow
+
+.PHONY: lint
+lint: env ## ruff: rules and format
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: typecheck
+typecheck: env ## mypy --strict on the package and the samples
+	@# The folders model/, calibration/ and plugins/ become subpackages only when installed, so an installed tree is checked.
+	rm -rf $(TREE) build/lib build/bdist.*
+	$(PIP) install --quiet --no-deps --no-build-isolation --target $(TREE) .
+	(cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache --python-executable \
+		../../$(BIN)/python -p hstu_compile)
+	for sample in $(SAMPLES); do
+		MYPYPATH=$(TREE):$$sample $(BIN)/mypy --cache-dir build/.mypy_cache $$sample*.py
+	done
+
+.PHONY: bench
+bench: env ## CPU benchmarks; rewrites tests/bench/results
+	@shopt -s nullglob
+	scripts=(tests/bench/bench_*.py)
+	if [ $${#scripts[@]} = 0 ]; then echo "error: no tests/bench/bench_*.py" >&2; exit 1; fi
+	for script in "$${scripts[@]}"; do $(BIN)/python "$$script"; done
+
+.PHONY: clean
+clean: ## remove what was built; .venv and the downloaded data stay
+	@if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name data -exec rm -rf {} +; fi
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.ONESHELL:
