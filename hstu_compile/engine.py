@@ -1,0 +1,674 @@
+"""Stage 4: an ONNX graph and its profiles to a serialised engine. Level 3.
+
+Runs beside TensorRT 8.5 on Python 3.10 with nothing but onnx, numpy and click: no torch, no exporter.
+
+Precision is in the graph. TensorRT >= 10 and TensorRT-RTX build strongly typed networks and take no precision flag.
+TensorRT 8 is weakly typed: half graphs set the FP16 flag, and every layer that the graph has in float32 is pinned there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.inliner
+from onnx import TensorProto
+
+from hstu_compile.artifacts import EngineArtifact, Precision, Profile
+from hstu_compile.environment import Backend, BackendChoice, choose_backend
+from hstu_compile.errors import EngineError, UsageError
+from hstu_compile.profiles import ProfileSizes, profiles_for_inputs
+from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
+from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api
+from hstu_compile.trt_options import EngineOptions, trtexec_command
+
+# (phase, fraction 0..1); phases come from TensorRT.
+Progress = Callable[[str, float], None]
+
+_STANDARD = ("", "ai.onnx")
+_MAX_MESSAGES = 50
+# Above this, protobuf cannot hold the model in one message, and weights go to a file beside it.
+_MAX_IN_MEMORY_BYTES = 2**31 - 2**20
+_PRECISIONS = {"Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStageResult:
+    """What `run_engine_stage` made.
+
+    Attributes:
+        artifact: the engine and the facts about it.
+        choice: backend, with the reason.
+        path: file of the engine.
+        trtexec: command that builds the same engine, or None where trtexec cannot (TensorRT-RTX, TensorRT 8).
+    """
+
+    artifact: EngineArtifact
+    choice: BackendChoice
+    path: Path
+    trtexec: str | None
+
+
+def graph_precision(model: onnx.ModelProto) -> Precision:
+    """Type of the graph's weights: the half type if any weight has one, else fp32."""
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    if TensorProto.BFLOAT16 in kinds:
+        return "bf16"
+    return "fp16" if TensorProto.FLOAT16 in kinds else "fp32"
+
+
+def plugin_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Nodes of a custom domain, which a plugin or a local function must serve."""
+    return [node for node in model.graph.node if node.domain not in _STANDARD]
+
+
+def plugin_key(node: onnx.NodeProto) -> PluginKey:
+    """What the parser looks this node's plugin up by: its attributes, else version "1" and the node's domain."""
+    text = {a.name: a.s.decode() for a in node.attribute if a.name in ("plugin_version", "plugin_namespace")}
+    return PluginKey(node.op_type, text.get("plugin_version", "1"), text.get("plugin_namespace", node.domain))
+
+
+def engine_from_onnx(
+    model: Path | onnx.ModelProto,
+    *,
+    backend: Backend,
+    profiles: Sequence[Profile],
+    plugin_library: Path | None = None,
+    options: EngineOptions | None = None,
+    on_progress: Progress | None = None,
+) -> EngineArtifact:
+    """Build an engine.
+
+    With a plugin library every attention node becomes one plugin layer. Without one, the native body that the graph
+    carries is built instead.
+
+    Args:
+        model: the graph, or its file. It is not changed.
+        backend: tensorrt or tensorrt-rtx.
+        profiles: shape ranges; one optimisation profile each.
+        plugin_library: library with the plugin, for real TensorRT only.
+        options: builder settings.
+        on_progress: called while TensorRT >= 10 builds.
+
+    Returns:
+        The engine. `layers` counts, as the inspector shows them: total, plugin, and fp32, fp16, bf16, other by the type
+        of a layer's first output. Where no GPU is there to load the engine, the parsed network is counted, and
+        `messages` says so.
+
+    Raises:
+        EngineError: HSTU-E401 backend absent; E402 refused by parser or builder; E403 fewer plugin layers than
+            attention nodes; E405 profiles do not fit the graph's inputs.
+        PluginError: HSTU-E503 or E504.
+        RewriteError: HSTU-E302, if TensorRT 8 cannot take the graph.
+        UsageError: HSTU-E901, if an option does not exist in this backend.
+    """
+    options = options or EngineOptions()
+    api = tensorrt_api(backend)
+    if api.is_rtx and (plugin_library is not None or options.plugins):
+        raise UsageError(
+            "HSTU-E901",
+            "TensorRT-RTX takes no plugins",
+            f"{plugin_library or options.plugins[0]} was given; a registered plugin makes its parser end the process",
+            "leave the plugin out, or use --backend tensorrt",
+        )
+    if plugin_library is not None and options.profiling_verbosity == "none":
+        raise UsageError(
+            "HSTU-E901",
+            "--profilingVerbosity none hides the layers",
+            "the number of plugin layers in the engine could not be checked",
+            "use --profilingVerbosity layer_names_only or detailed",
+        )
+    started = time.perf_counter()
+    proto = _loaded(model)
+    precision = graph_precision(proto)
+    wanted = plugin_nodes(proto) if plugin_library is not None else []
+    with api.capture() as log:
+        proto = _prepared(proto, api, precision, plugin_library, options)
+        build = _Build(api, log, proto, precision, options, on_progress)
+        plan, network_layers = build.run(profiles)
+        layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
+    if wanted and layers["plugin"] < len(wanted):
+        raise EngineError(
+            "HSTU-E403",
+            f"the engine has {layers['plugin']} plugin layers",
+            f"the graph has {len(wanted)} {wanted[0].op_type} nodes; each must be one plugin layer",
+            "rebuild with --exportLayerInfo layers.json and look for what took the missing nodes",
+            {"plugin_layers": layers["plugin"], "nodes": [node.name for node in wanted]},
+        )
+    return EngineArtifact(
+        plan=plan,
+        backend=backend,
+        version=api.version,
+        compute_capabilities=options.compute_capabilities,
+        profiles=tuple(profiles),
+        layers=layers,
+        messages=tuple((notes + log.warnings)[:_MAX_MESSAGES]),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def run_engine_stage(
+    model: Path,
+    output: Path,
+    *,
+    backend: str = "auto",
+    sizes: ProfileSizes | None = None,
+    plugin_library: Path | None = None,
+    options: EngineOptions | None = None,
+    on_progress: Progress | None = None,
+) -> EngineStageResult:
+    """`hstu-compile engine`: choose the backend, build, and write the engine file atomically.
+
+    Args:
+        model: ONNX file.
+        output: engine file; an existing one is replaced.
+        backend: auto, tensorrt or tensorrt-rtx.
+        sizes: numbers for the retrieval profile; not needed where the options spell out the shapes.
+        plugin_library: see `engine_from_onnx`.
+        options: see `engine_from_onnx`.
+        on_progress: see `engine_from_onnx`.
+
+    Raises:
+        EngineError: also HSTU-E401 if no engine builder is there at all, E405 without sizes and shapes.
+    """
+    options = options or EngineOptions()
+    choice = choose_backend(backend)
+    if choice.name == "onnx":
+        raise EngineError(
+            "HSTU-E401",
+            "no engine builder is available",
+            choice.reason,
+            "pip install 'hstu-compile[rtx]', or 'hstu-compile[gpu]' on a machine with a GPU",
+        )
+    proto = _loaded(model)
+    explicit = options.explicit_profile()
+    if explicit is not None:
+        profiles: tuple[Profile, ...] = (explicit,)
+    elif sizes is not None:
+        profiles = profiles_for_inputs([value.name for value in proto.graph.input], sizes)
+    else:
+        raise EngineError(
+            "HSTU-E405",
+            "no shapes were given",
+            "the inputs have dynamic sizes, and an engine is built for a range of them",
+            "give --max-batch and --max-seq-len, or --minShapes, --optShapes and --maxShapes",
+        )
+    artifact = engine_from_onnx(
+        proto,
+        backend=choice.name,
+        profiles=profiles,
+        plugin_library=plugin_library,
+        options=options,
+        on_progress=on_progress,
+    )
+    write_atomically(output, artifact.plan)
+    plugins = options.plugins + ((plugin_library,) if plugin_library is not None else ())
+    has_trtexec = choice.name == "tensorrt" and not tensorrt_api("tensorrt").is_tensorrt8
+    command = (
+        trtexec_command(model, dataclasses.replace(options, plugins=plugins), profiles, engine_path=output)
+        if has_trtexec
+        else None
+    )
+    return EngineStageResult(artifact, choice, output, command)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        EngineError: HSTU-E802, with the system's message.
+    """
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise EngineError(
+            "HSTU-E802", f"{path} cannot be written", str(error), "choose a writable folder with enough space"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _loaded(model: Path | onnx.ModelProto) -> onnx.ModelProto:
+    if isinstance(model, onnx.ModelProto):
+        return model
+    try:
+        return onnx.load(str(model))
+    except Exception as error:  # protobuf raises its own types, which differ between versions
+        raise EngineError(
+            "HSTU-E402",
+            f"{model} cannot be read as ONNX",
+            f"{type(error).__name__}: {error}",
+            "pass the model.onnx that hstu-compile wrote",
+            {"path": str(model)},
+        ) from error
+
+
+def _prepared(
+    proto: onnx.ModelProto,
+    api: TensorRtApi,
+    precision: Precision,
+    plugin_library: Path | None,
+    options: EngineOptions,
+) -> onnx.ModelProto:
+    """Load plugins, and leave the parser exactly one way to take each custom node."""
+    keys = list(dict.fromkeys(plugin_key(node) for node in plugin_nodes(proto)))
+    for library in options.plugins:
+        api.load_plugins(library, [])
+    if plugin_library is not None:
+        api.load_plugins(plugin_library, keys)
+    bodies = {(function.domain, function.name) for function in proto.functions}
+    native = plugin_library is None
+    bare = [node for node in plugin_nodes(proto) if (node.domain, node.op_type) not in bodies]
+    if bare and api.is_rtx:
+        raise EngineError(
+            "HSTU-E402",
+            "TensorRT-RTX cannot take this graph",
+            f"{bare[0].op_type} {bare[0].name} has no native body, and TensorRT-RTX takes no plugins",
+            "export the model with hstu-compile, which attaches a native body",
+            {"nodes": [node.name for node in bare]},
+        )
+    if bare and native:
+        api.require_creators(dict.fromkeys(plugin_key(node) for node in bare), None)
+    if api.is_rtx:
+        return proto
+    if api.is_tensorrt8:
+        return lowered_for_tensorrt8(proto, precision, native=native)[0]
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    if native and copy.functions:
+        # A creator that something else registered in this process must not decide what is built.
+        return onnx.inliner.inline_local_functions(copy)
+    # TensorRT 10.0 to 10.6 may prefer the local function to the plugin.
+    del copy.functions[:]
+    return copy
+
+
+def _cublas_works() -> bool:
+    """Whether a real cuBLAS answers; a stand-in that only satisfies the loader does not."""
+    for name in ("libcublas.so.12", "libcublas.so.11"):
+        try:
+            version = ctypes.c_int(0)
+            if ctypes.CDLL(name).cublasGetProperty(0, ctypes.byref(version)) == 0 and version.value > 0:
+                return True
+        except (OSError, AttributeError):
+            continue
+    return False
+
+
+@contextlib.contextmanager
+def _interrupts_to(monitor: Any) -> Iterator[None]:
+    """Let Ctrl-C ask the monitor to stop the build.
+
+    Python's own handler would raise inside the monitor's methods, and TensorRT's frames above them are noexcept.
+    Without a monitor (TensorRT 8) Python's handler runs when the builder returns, as ever.
+    """
+    if monitor is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        monitor.interrupted = True
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Build:
+    """One run of the builder."""
+
+    def __init__(
+        self,
+        api: TensorRtApi,
+        log: LogCapture,
+        proto: onnx.ModelProto,
+        precision: Precision,
+        options: EngineOptions,
+        on_progress: Progress | None,
+    ) -> None:
+        self.api, self.trt, self.log = api, api.trt, log
+        self.proto, self.precision, self.options, self.on_progress = proto, precision, options, on_progress
+
+    def run(self, profiles: Sequence[Profile]) -> tuple[bytes, dict[str, int]]:
+        """The serialised engine, and the layers of the network as it was parsed."""
+        trt = self.trt
+        try:
+            builder = trt.Builder(self.api.logger)
+        except TypeError as error:  # pybind's way of saying that the factory returned null
+            raise EngineError(
+                "HSTU-E401",
+                f"the {self.api.backend} builder does not start",
+                self.log.tail(),
+                "TensorRT needs a working NVIDIA driver and GPU to build; TensorRT-RTX (--backend tensorrt-rtx) does not",
+            ) from error
+        flags = trt.NetworkDefinitionCreationFlag
+        flag = flags.EXPLICIT_BATCH if self.api.is_tensorrt8 else flags.STRONGLY_TYPED
+        network = builder.create_network(1 << int(flag))
+        parser = trt.OnnxParser(network, self.api.logger)
+        self._parse(parser, network)
+        config = builder.create_builder_config()
+        cache = self._configure(config, network)
+        for profile in profiles:
+            self._add_profile(builder, config, network, profile)
+        monitor = self._monitor(config)
+        with _interrupts_to(monitor):
+            plan = builder.build_serialized_network(network, config)
+        if monitor is not None and monitor.interrupted:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise EngineError(
+                "HSTU-E402",
+                f"{self.api.backend} {self.api.version} could not build the engine",
+                self.log.tail(),
+                "read the messages above; a smaller --max-batch or --max-seq-len needs less GPU memory",
+            )
+        if cache is not None and self.options.timing_cache is not None:
+            write_atomically(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
+        return bytes(plan), _network_layers(network)
+
+    def _parse(self, parser: Any, network: Any) -> None:
+        if self.proto.ByteSize() < _MAX_IN_MEMORY_BYTES:
+            parsed = parser.parse(self.proto.SerializeToString())
+        else:
+            with tempfile.TemporaryDirectory(prefix="hstu-compile-") as folder:
+                path = str(Path(folder) / "model.onnx")
+                copy = onnx.ModelProto()
+                copy.CopyFrom(self.proto)
+                onnx.save_model(copy, path, save_as_external_data=True, location="weights.bin")
+                parsed = parser.parse_from_file(path)
+        if parsed and network.num_layers > 0:
+            return
+        problems = [self._parser_error(parser.get_error(i)) for i in range(parser.num_errors)]
+        raise EngineError(
+            "HSTU-E402",
+            f"the ONNX parser of {self.api.backend} {self.api.version} refused the graph",
+            "\n    ".join(problems or ["no error was reported, and the network is empty"])
+            + f"\n    log: {self.log.tail()}",
+            "check the graph with `hstu-compile inspect`; a plugin that is missing is named above",
+            {"parser_errors": problems},
+        )
+
+    def _parser_error(self, error: Any) -> str:
+        index = error.node()
+        nodes = self.proto.graph.node
+        if hasattr(error, "node_name") and error.node_name():
+            place = f"{error.node_operator()} {error.node_name()}"
+        elif 0 <= index < len(nodes):
+            place = f"{nodes[index].op_type} {nodes[index].name or nodes[index].output[0]}"
+        else:
+            place = f"node {index}"
+        return f"{place}: {error.desc()} ({error.code()}, {error.func()})"
+
+    def _configure(self, config: Any, network: Any) -> Any:
+        """Set every option; returns the timing cache in use, or None."""
+        trt, options = self.trt, self.options
+        verbosity = (options.profiling_verbosity or "detailed").upper()
+        config.profiling_verbosity = getattr(trt.ProfilingVerbosity, verbosity)
+        self._set(config, "builder_optimization_level", options.builder_optimization_level, "builderOptimizationLevel")
+        self._set(config, "max_aux_streams", options.max_aux_streams, "maxAuxStreams")
+        for pool, size in options.memory_pools:
+            member = re.sub(r"(?<!^)(?=[A-Z])", "_", pool).upper()
+            kind = self._member(trt.MemoryPoolType, {"TACTIC_SHARED_MEM": "TACTIC_SHARED_MEMORY"}.get(member, member), pool)
+            config.set_memory_pool_limit(kind, size)
+        if options.hardware_compatibility is not None:
+            name = {"none": "NONE", "ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}
+            levels = getattr(trt, "HardwareCompatibilityLevel", None)
+            level = self._member(levels, name[options.hardware_compatibility], "hardwareCompatibilityLevel")
+            self._set(config, "hardware_compatibility_level", level, "hardwareCompatibilityLevel")
+        if options.version_compatible:
+            config.set_flag(self._member(trt.BuilderFlag, "VERSION_COMPATIBLE", "versionCompatible"))
+        self._set_tf32(config)
+        if self.api.is_tensorrt8:
+            self._set_weak_types(config, network)
+        self._set_compute_capabilities(config)
+        return self._set_timing_cache(config)
+
+    def _set_tf32(self, config: Any) -> None:
+        # float32 graphs are promised to agree with eager float32, which TF32's 10-bit mantissa does not. In half graphs
+        # the only float32 products are those of the native attention body, on half-valued operands that TF32 represents
+        # exactly (fp16 has the same 10 bits, bf16 fewer), so TF32 tensor cores change nothing there but the speed.
+        if self.options.no_tf32 or self.precision == "fp32":
+            config.clear_flag(self.trt.BuilderFlag.TF32)
+
+    def _set_weak_types(self, config: Any, network: Any) -> None:
+        trt = self.trt
+        if not _cublas_works():
+            config.set_tactic_sources(0)
+        if self.precision != "fp16":
+            return
+        config.set_flag(trt.BuilderFlag.FP16)
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        # With the FP16 flag the builder may compute any layer in half. What the graph has in float32 (LayerNorm,
+        # normalisation, counts) is there because half is not enough for it.
+        skipped = {trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2, trt.LayerType.IDENTITY}
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+            if layer.type in skipped or any(output.is_shape_tensor for output in outputs):
+                continue
+            if outputs[0].dtype == trt.DataType.FLOAT:
+                layer.precision = trt.DataType.FLOAT
+                layer.set_output_type(0, trt.DataType.FLOAT)
+
+    def _set_compute_capabilities(self, config: Any) -> None:
+        wanted = self.options.compute_capabilities
+        if not wanted:
+            return
+        if not hasattr(config, "set_compute_capability"):
+            raise UsageError(
+                "HSTU-E901",
+                "--computeCapabilities cannot be used",
+                f"{self.api.backend} {self.api.version} builds for the GPU that it runs on",
+                "use --backend tensorrt-rtx, or leave --computeCapabilities out",
+            )
+        config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
+            name = "SM" + capability.replace(".", "")
+            config.set_compute_capability(self._member(self.trt.ComputeCapability, name, "computeCapabilities"), index)
+
+    def _set_timing_cache(self, config: Any) -> Any:
+        path = self.options.timing_cache
+        if path is None:
+            return None
+        try:
+            content = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise EngineError(
+                "HSTU-E405", f"the timing cache {path} cannot be read", str(error), "remove it or name another file"
+            ) from error
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise EngineError(
+                "HSTU-E405",
+                f"the timing cache {path} cannot be used",
+                f"it is not a cache of {self.api.backend} {self.api.version} on this GPU\n    {self.log.tail()}",
+                "name another file with --timingCacheFile, one per TensorRT version and GPU",
+                {"path": str(path)},
+            )
+        return cache
+
+    def _member(self, enum: Any, name: str, option: str) -> Any:
+        """An enum member, or a UsageError that lists the ones there are."""
+        members = [] if enum is None else list(enum.__members__)
+        if name not in members:
+            raise UsageError(
+                "HSTU-E901",
+                f"--{option} {name} cannot be used",
+                f"{self.api.backend} {self.api.version} has {', '.join(members) or 'no such setting'}",
+                f"leave --{option} out or choose one of these",
+                {"option": option},
+            )
+        return enum.__members__[name]
+
+    def _set(self, config: Any, attribute: str, value: Any, option: str) -> None:
+        if value is None:
+            return
+        if not hasattr(config, attribute):
+            raise UsageError(
+                "HSTU-E901",
+                f"--{option} cannot be used",
+                f"{self.api.backend} {self.api.version} has no such setting",
+                f"leave --{option} out, or use a newer TensorRT",
+                {"option": option},
+            )
+        setattr(config, attribute, value)
+
+    def _add_profile(self, builder: Any, config: Any, network: Any, profile: Profile) -> None:
+        inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+        problems = [f"{name} is not an input" for name in profile.opt if name not in inputs]
+        for name, shape in inputs.items():
+            if -1 not in shape:
+                continue
+            if name not in profile.opt:
+                problems.append(f"{name} {list(shape)} has dynamic sizes and no range")
+                continue
+            for kind, given in (("min", profile.min[name]), ("opt", profile.opt[name]), ("max", profile.max[name])):
+                if len(given) != len(shape) or any(size not in (-1, got) for size, got in zip(shape, given)):
+                    problems.append(f"{name} is {list(shape)}, and its {kind} shape {list(given)} does not fit")
+        if problems:
+            listed = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
+            raise EngineError(
+                "HSTU-E405",
+                f"profile {profile.name} does not fit the graph",
+                "; ".join(problems) + f"\n    Inputs: {listed}",
+                "give min, opt and max shapes for every input with dynamic sizes",
+                {"inputs": {name: list(shape) for name, shape in inputs.items()}},
+            )
+        made = builder.create_optimization_profile()
+        for name in profile.opt:
+            made.set_shape(name, profile.min[name], profile.opt[name], profile.max[name])
+        if config.add_optimization_profile(made) < 0:
+            raise EngineError(
+                "HSTU-E405",
+                f"{self.api.backend} refused profile {profile.name}",
+                self.log.tail(),
+                "keep min <= opt <= max, and sizes that fit this GPU",
+            )
+
+    def _monitor(self, config: Any) -> Any:
+        """Report progress, and let Ctrl-C stop the build, where this TensorRT can tell how far it is."""
+        if not hasattr(config, "progress_monitor") or not hasattr(self.trt, "IProgressMonitor"):
+            return None
+        report, trt = self.on_progress, self.trt
+
+        class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+                self.interrupted = False
+                self.totals: dict[str, int] = {}
+
+            def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
+                self.totals[phase] = max(num_steps, 1)
+
+            def phase_finish(self, phase: str) -> None:
+                self.totals.pop(phase, None)
+
+            def step_complete(self, phase: str, step: int) -> bool:
+                # Nothing may be raised through TensorRT's frames, which are noexcept: it would end the process.
+                try:
+                    if report is not None and phase in self.totals:
+                        report(phase, min(1.0, (step + 1) / self.totals[phase]))
+                except BaseException:
+                    self.interrupted = True
+                return not self.interrupted
+
+        monitor = Monitor()
+        config.progress_monitor = monitor
+        return monitor
+
+
+def _count(kinds: Sequence[str]) -> dict[str, int]:
+    return {"total": len(kinds), **{kind: kinds.count(kind) for kind in ("plugin", "fp32", "fp16", "bf16", "other")}}
+
+
+def _network_layers(network: Any) -> dict[str, int]:
+    """Layers of a parsed network by kind; in a strongly typed network these are the types that will run."""
+    kinds = []
+    for layer in map(network.get_layer, range(network.num_layers)):
+        dtype = layer.get_output(0).dtype.name if layer.num_outputs else ""
+        kind = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}.get(dtype, "other")
+        kinds.append("plugin" if "PLUGIN" in layer.type.name else kind)
+    return _count(kinds)
+
+
+def layer_kind(layer: dict[str, Any] | str, plugin_names: set[str]) -> str:
+    """plugin, fp32, fp16, bf16 or other, from one entry of the inspector's JSON.
+
+    Args:
+        layer: an object, or only the name at verbosity layer_names_only.
+        plugin_names: names of the graph's plugin nodes.
+    """
+    if isinstance(layer, str):
+        return "plugin" if any(name and name in layer for name in plugin_names) else "other"
+    if "plugin" in str(layer.get("LayerType", "")).lower():
+        return "plugin"
+    for output in layer.get("Outputs", []):
+        # TensorRT <= 10 writes "Format/Datatype": "Row major linear FP16 format"; 11 has a field of its own.
+        text = str(output.get("Datatype") or output.get("Format/Datatype", ""))
+        if match := re.search(r"\b(BFloat16|BF16|Half|FP16|Float|FP32)\b", text):
+            return _PRECISIONS[match[1]]
+        return "other"
+    return "other"
+
+
+def _inspected(
+    api: TensorRtApi,
+    log: LogCapture,
+    plan: bytes,
+    options: EngineOptions,
+    network_layers: dict[str, int],
+    plugin_names: set[str],
+) -> tuple[dict[str, int], list[str]]:
+    """Layer counts of the engine, and notes on where they come from. Writes --exportLayerInfo."""
+    engine = _loaded_engine(api, plan)
+    if engine is None:
+        if options.export_layer_info is not None or not api.is_rtx:
+            raise EngineError(
+                "HSTU-E404",
+                "the engine that was just built cannot be loaded for inspection",
+                log.tail(),
+                "leave --exportLayerInfo out, or build on a machine with a GPU",
+            )
+        return network_layers, ["the engine cannot be loaded here; layers are those of the parsed network"]
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(api.trt.LayerInformationFormat.JSON)
+    if options.export_layer_info is not None:
+        write_atomically(options.export_layer_info, text.encode())
+    entries = json.loads(text).get("Layers", [])
+    return _count([layer_kind(entry, plugin_names) for entry in entries]), []
+
+
+def _loaded_engine(api: TensorRtApi, plan: bytes) -> Any:
+    """The engine just built, or None where it cannot be loaded (TensorRT-RTX without a GPU)."""
+    try:
+        runtime = api.trt.Runtime(api.logger)
+    except TypeError:  # pybind's way of saying that the factory returned null
+        return None
+    return runtime.deserialize_cuda_engine(plan)
