@@ -557,21 +557,14 @@ def _engine(report: Mapping[str, Any]) -> Html:
             f"Not applicable: no engine was built. Backend {backend['name']}: ", _reason(backend["reason"]), "."
         )
     size = element("p", f"{_size(engine['bytes'])}, built in {number(engine['seconds'])} s.")
-    parts: list[object] = [size]
-    parts.append(
-        _settings(
-            "Layers as the engine inspector shows them",
-            engine["layers"],
-            "The backend does not show the engine's layers.",
-        )
-    )
-    parts.append(_profiles(engine["profiles"] or ()))
+    layers = _settings("Layers, by the inspector", engine["layers"], "The backend does not show the engine's layers.")
+    facts = element("div", _profiles(engine["profiles"] or ()), layers, class_="columns")
+    heading = element("h3", "Messages of the builder")
     messages = engine["messages"] or ()
-    parts.append(element("h3", "Messages of the builder"))
-    parts.append(
+    said = (
         element("pre", "\n".join(str(line) for line in messages)) if messages else note("The builder gave no warnings.")
     )
-    return joined(parts)
+    return joined((size, facts, heading, said))
 
 
 def _profiles(profiles: Sequence[Mapping[str, Any]]) -> Html:
