@@ -82,7 +82,8 @@ def target_ranks(
     # The target itself is the 1 of a 1-based rank.
     is_candidate[rows, target_column] = False
     is_worse = scores < scores[rows, target_column][:, None]
-    return 1 + (is_candidate & ~is_worse).sum(axis=1, dtype=np.int64)
+    ranks: NDArray[np.int64] = 1 + (is_candidate & ~is_worse).sum(axis=1, dtype=np.int64)
+    return ranks
 
 
 def top_item_ranks(top_items: IntArray, target_ids: IntArray) -> NDArray[np.int64]:
@@ -181,7 +182,7 @@ def kendall_tau(first: FloatArray, second: FloatArray) -> float:
         raise ValueError("a NaN score has no order")
     first_rank = np.unique(first, return_inverse=True)[1].reshape(-1).astype(np.int64)
     second_rank = np.unique(second, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    pairs = first.shape[0] * (first.shape[0] - 1) // 2
+    pairs: int = first.shape[0] * (first.shape[0] - 1) // 2
     first_ties = _num_tied_pairs(first_rank)
     second_ties = _num_tied_pairs(second_rank)
     if pairs in (first_ties, second_ties):
