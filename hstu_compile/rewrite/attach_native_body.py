@@ -82,16 +82,27 @@ class _Side:
 
     def __init__(self, b: FunctionBuilder, offsets: str, rows_of: str, bound: int) -> None:
         self.builder, self.bound = b, bound
-        offsets = b.cast(offsets, TensorProto.INT64)
-        self.starts = b.op("Slice", offsets, b.ints(0), b.ints(-1), b.ints(0))
-        self.ends = b.op("Slice", offsets, b.ints(1), b.ints(np.iinfo(np.int64).max), b.ints(0))
+        self.offsets = b.cast(offsets, TensorProto.INT64)
+        self.starts = b.op("Slice", self.offsets, b.ints(0), b.ints(-1), b.ints(0))
+        self.ends = b.op("Slice", self.offsets, b.ints(1), b.ints(np.iinfo(np.int64).max), b.ints(0))
+        self.total = b.op("Slice", self.offsets, b.ints(-1), b.ints(np.iinfo(np.int64).max), b.ints(0))
         self.lengths = b.op("Sub", self.ends, self.starts)
         self.num_rows = b.op("Shape", rows_of, start=0, end=1)
+        self.are_valid = self._are_valid()
         self.steps = b.constant(np.arange(bound)[None, :])
-        inside = b.op("Less", self.steps, b.unsqueeze(self.lengths, 1))
+        inside = b.op("And", b.op("Less", self.steps, b.unsqueeze(self.lengths, 1)), self.are_valid)
         index = b.op("Add", b.unsqueeze(self.starts, 1), self.steps)
         # Rows behind a sequence read the zero row that `padded` appends: garbage there never enters the sums.
         self.index = b.op("Where", inside, index, self.num_rows)
+
+    def _are_valid(self) -> str:
+        """[1] bool: 0 == offsets[0] <= ... <= offsets[B] <= L. Otherwise no row is read or written: all of out is 0."""
+        b = self.builder
+        descents = b.op("ReduceSum", b.cast(b.op("Less", self.ends, self.starts), TensorProto.INT64), b.ints(0))
+        is_ascending = b.op("Equal", descents, b.ints(0))
+        starts_at_zero = b.op("Equal", b.op("Slice", self.offsets, b.ints(0), b.ints(1), b.ints(0)), b.ints(0))
+        fits = b.op("LessOrEqual", self.total, self.num_rows)
+        return b.op("And", b.op("And", is_ascending, starts_at_zero), fits)
 
     def padded(self, rows: str) -> str:
         """[L, ...] -> [B, bound, ...] with zeros behind each sequence."""
@@ -152,11 +163,12 @@ class _NativeBody:
         passed = b.op("LessOrEqual", b.unsqueeze(side.ends, 0), b.unsqueeze(rows, 1))
         owner = b.op("ReduceSum", b.cast(passed, TensorProto.INT64), b.ints(1), keepdims=0)
         batch = b.op("Shape", side.starts)
-        owner = b.op("Min", owner, b.op("Sub", batch, b.ints(1)))
-        step = b.op("Sub", rows, b.op("Gather", side.starts, owner))
-        total = b.op("Slice", side.ends, b.ints(-1), b.ints(np.iinfo(np.int64).max), b.ints(0))
+        # Not below 0 either: a batch of no sequences still has the one offset that is read here.
+        owner = b.op("Max", b.op("Min", owner, b.op("Sub", batch, b.ints(1))), b.ints(0))
+        step = b.op("Sub", rows, b.op("Gather", side.offsets, owner))
         bound = b.constant(side.bound)
-        inside = b.op("And", b.op("Less", step, bound), b.op("Less", rows, total))
+        inside = b.op("And", b.op("Less", step, bound), b.op("Less", rows, side.total))
+        inside = b.op("And", inside, side.are_valid)
         index = b.op("Add", b.op("Mul", owner, bound), step)
         zero_row = b.op("Mul", batch, bound)
         index = b.op("Where", inside, index, zero_row)
