@@ -1,0 +1,235 @@
+"""Refuse requests that a model must not be run on, naming every fault. Level 3; no torch.
+
+The engine itself clamps ids into its tables, because a GPU kernel must not read outside them; this module is where a
+person learns that an id was wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_compile.errors import RequestError
+from hstu_compile.runtime._feeds import converted
+
+_DTYPES = {"item_ids": "int32", "timestamps": "int64", "seq_offsets": "int32", "request_timestamps": "int64", "ratings": "int32"}
+_MOST_NAMED = 5
+
+_FIXES = {
+    "HSTU-E701": "pass these arrays: item_ids int32 [L], timestamps int64 [L], seq_offsets int32 [B + 1], "
+    "request_timestamps int64 [B], and ratings int32 [L] where the model has ratings",
+    "HSTU-E702": "seq_offsets is the cumulative sum of the lengths with a 0 in front",
+    "HSTU-E703": "map unknown items to 0 (padding) or drop them",
+    "HSTU-E704": "split the batch, keep the last events of a long history, or rebuild with larger limits",
+    "HSTU-E705": "sort each sequence by time, and ask at or after its last event",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestLimits:
+    """What a request may hold; read from a bundle's manifest.
+
+    Attributes:
+        num_items: largest item id; 0 is padding.
+        num_ratings: rows of the rating table; 0 for a model without ratings.
+        max_batch: most sequences.
+        max_seq_len: most events in one sequence.
+    """
+
+    num_items: int
+    num_ratings: int
+    max_batch: int
+    max_seq_len: int
+
+
+class _Problems:
+    """Faults in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []
+
+    def add(self, code: str, text: str) -> None:
+        self.found.append((code, text))
+
+    def raise_if_any(self) -> None:
+        if not self.found:
+            return
+        code = self.found[0][0]
+        codes = dict.fromkeys(each for each, _ in self.found)
+        raise RequestError(
+            code,
+            f"the request has {len(self.found)} fault{'s' if len(self.found) > 1 else ''}",
+            "; ".join(text for _, text in self.found),
+            "; ".join(_FIXES[each] for each in codes),
+            {"problems": [{"code": each, "problem": text} for each, text in self.found]},
+        )
+
+
+def check_request(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits) -> dict[str, NDArray[Any]]:
+    """Check a request batch and give it the model's dtypes.
+
+    Args:
+        feeds: item_ids [L], timestamps [L] seconds, seq_offsets [B + 1], request_timestamps [B] seconds, and ratings
+            [L] for a model with ratings. Integers of other types are converted where no value changes.
+        limits: what the model was built for.
+
+    Returns:
+        New contiguous arrays: int32 ids, offsets and ratings, int64 timestamps.
+
+    Raises:
+        RequestError: with every fault; its code is the first fault's. HSTU-E701 names, types and ranks, E702 offsets,
+            E703 ids, E704 sizes, E705 times.
+    """
+    problems = _Problems()
+    arrays = _typed(feeds, limits, problems)
+    problems.raise_if_any()
+    num_events = arrays["item_ids"].shape[0]
+    for name in ("timestamps", "ratings"):
+        if name in arrays and arrays[name].shape[0] != num_events:
+            problems.add("HSTU-E701", f"{name} has {arrays[name].shape[0]} entries and item_ids has {num_events}")
+    _check_vocabulary(arrays, limits, problems)
+    offsets = arrays["seq_offsets"]
+    if _check_offsets(offsets, num_events, problems):
+        _check_sizes(arrays, limits, problems)
+        if arrays["timestamps"].shape[0] == num_events:
+            _check_times(arrays, problems)
+    problems.raise_if_any()
+    return arrays
+
+
+def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _Problems) -> dict[str, NDArray[Any]]:
+    names = [name for name in _DTYPES if name != "ratings" or limits.num_ratings]
+    for name in names:
+        if name not in feeds:
+            problems.add("HSTU-E701", f"{name} is missing")
+    for name in feeds:
+        if name not in names:
+            problems.add("HSTU-E701", f"{name!r} is not an input of this model")
+    arrays = {}
+    for name in names:
+        if name not in feeds:
+            continue
+        array = np.asarray(feeds[name])
+        if array.ndim != 1:
+            problems.add("HSTU-E701", f"{name} has rank {array.ndim} and shape {list(array.shape)}; it must have rank 1")
+            continue
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            problems.add("HSTU-E701", f"{name} holds NaN or infinity {_where(~np.isfinite(array))}")
+            continue
+        cast = converted(_whole_numbers(array), _DTYPES[name])
+        if cast is None:
+            shown = f" with values {array.min()}..{array.max()}" if array.size and array.dtype.kind in "iuf" else ""
+            problems.add("HSTU-E701", f"{name} is {array.dtype}{shown}; {_DTYPES[name]} cannot hold it unchanged")
+            continue
+        arrays[name] = np.array(cast)
+    return arrays
+
+
+def _whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
+    """An empty array of any number type is an empty integer array: np.array([]) is float64."""
+    return array.astype(np.int64) if array.size == 0 and array.dtype.kind in "fiu" else array
+
+
+def _where(mask: NDArray[np.bool_], values: NDArray[Any] | None = None) -> str:
+    """The first few indices at which the mask is set, with their values."""
+    hits = np.flatnonzero(mask)
+    shown = [f"{i}" if values is None else f"{i} ({values[i]})" for i in hits[:_MOST_NAMED]]
+    more = f" and {hits.size - _MOST_NAMED} more" if hits.size > _MOST_NAMED else ""
+    return f"at index {', '.join(shown)}{more}"
+
+
+def _check_vocabulary(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _Problems) -> None:
+    for name, last in (("item_ids", limits.num_items), ("ratings", limits.num_ratings - 1)):
+        if name not in arrays:
+            continue
+        outside = (arrays[name] < 0) | (arrays[name] > last)
+        if outside.any():
+            problems.add("HSTU-E703", f"{name} outside 0..{last} {_where(outside, arrays[name])}")
+
+
+def _check_offsets(offsets: NDArray[Any], num_events: int, problems: _Problems) -> bool:
+    """Whether the offsets can be used to look at sequences."""
+    before = len(problems.found)
+    if offsets.shape[0] < 2:
+        problems.add("HSTU-E702", f"seq_offsets has {offsets.shape[0]} entries; one sequence needs two")
+        return False
+    if offsets[0] != 0:
+        problems.add("HSTU-E702", f"seq_offsets starts at {offsets[0]}, not at 0")
+    descents = np.diff(offsets.astype(np.int64)) < 0
+    if descents.any():
+        first = int(np.flatnonzero(descents)[0])
+        problems.add(
+            "HSTU-E702",
+            f"seq_offsets descends at sequence {first}, from {offsets[first]} to {offsets[first + 1]}"
+            + (f", and at {descents.sum() - 1} more" if descents.sum() > 1 else ""),
+        )
+    if offsets[-1] != num_events:
+        problems.add("HSTU-E702", f"seq_offsets ends at {offsets[-1]}, and there are {num_events} events")
+    return len(problems.found) == before
+
+
+def _check_sizes(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _Problems) -> None:
+    lengths = np.diff(arrays["seq_offsets"])
+    if lengths.shape[0] > limits.max_batch:
+        problems.add("HSTU-E704", f"{lengths.shape[0]} sequences; at most {limits.max_batch} fit")
+    long = lengths > limits.max_seq_len
+    for index in np.flatnonzero(long)[:_MOST_NAMED]:
+        problems.add("HSTU-E704", f"sequence {index} has {lengths[index]} events; at most {limits.max_seq_len} fit")
+    if long.sum() > _MOST_NAMED:
+        problems.add("HSTU-E704", f"{long.sum() - _MOST_NAMED} more sequences are too long")
+
+
+def _check_times(arrays: Mapping[str, NDArray[Any]], problems: _Problems) -> None:
+    """Ascending inside each sequence, and the request not before the last event."""
+    times, offsets, asked = arrays["timestamps"], arrays["seq_offsets"], arrays["request_timestamps"]
+    num_sequences = offsets.shape[0] - 1
+    if times.size > 1:
+        backwards = times[1:] < times[:-1]
+        starts = offsets[1:-1]
+        # The step into a sequence's first event compares two sequences, which have no order.
+        backwards[starts[(starts > 0) & (starts < times.size)] - 1] = False
+        for event in np.flatnonzero(backwards)[:_MOST_NAMED]:
+            sequence = int(np.searchsorted(offsets, event, side="right")) - 1
+            problems.add(
+                "HSTU-E705",
+                f"sequence {sequence} goes back in time at event {event + 1 - offsets[sequence]}: "
+                f"{times[event]} then {times[event + 1]}",
+            )
+    if asked.shape[0] != num_sequences:
+        problems.add("HSTU-E701", f"request_timestamps has {asked.shape[0]} entries for {num_sequences} sequences")
+        return
+    filled = np.flatnonzero(np.diff(offsets) > 0)
+    last = times[offsets[filled + 1] - 1]
+    early = filled[asked[filled] < last]
+    for sequence in early[:_MOST_NAMED]:
+        problems.add(
+            "HSTU-E705",
+            f"sequence {sequence} is asked at {asked[sequence]}, before its last event at {times[offsets[sequence + 1] - 1]}",
+        )
+
+
+def feeds_from_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Arrays of an .npz file, without pickles.
+
+    Raises:
+        RequestError: HSTU-E706.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single .npy array, not an .npz archive")
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RequestError(
+            "HSTU-E706",
+            f"{path} cannot be read as feeds",
+            f"{type(error).__name__}: {error}",
+            "write it with numpy.savez(path, item_ids=..., timestamps=..., seq_offsets=..., request_timestamps=...)",
+            {"path": str(path)},
+        ) from error
