@@ -3,14 +3,13 @@
 Runs beside TensorRT 8.5 on Python 3.10 with nothing but onnx, numpy and click: no torch, no exporter.
 
 Precision is in the graph. TensorRT >= 10 and TensorRT-RTX build strongly typed networks and take no precision flag.
-TensorRT 8 is weakly typed: half graphs set the FP16 flag, and every layer that the graph has in float32 is pinned there.
+TensorRT 8 is weakly typed: half graphs set the FP16 flag, and every layer that is float32 in the graph is pinned there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 import re
@@ -27,12 +26,11 @@ import onnx.inliner
 from onnx import TensorProto
 
 from hstu_compile.artifacts import EngineArtifact, Precision, Profile
-from hstu_compile.environment import Backend, BackendChoice, choose_backend
+from hstu_compile.environment import Backend
 from hstu_compile.errors import EngineError, UsageError
-from hstu_compile.profiles import ProfileSizes, profiles_for_inputs
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api
-from hstu_compile.trt_options import EngineOptions, trtexec_command
+from hstu_compile.trt_options import EngineOptions
 
 # (phase, fraction 0..1); phases come from TensorRT.
 Progress = Callable[[str, float], None]
@@ -41,24 +39,8 @@ _STANDARD = ("", "ai.onnx")
 _MAX_MESSAGES = 50
 # Above this, protobuf cannot hold the model in one message, and weights go to a file beside it.
 _MAX_IN_MEMORY_BYTES = 2**31 - 2**20
+_POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY", "tacticDram": "TACTIC_DRAM"}
 _PRECISIONS = {"Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32"}
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStageResult:
-    """What `run_engine_stage` made.
-
-    Attributes:
-        artifact: the engine and the facts about it.
-        choice: backend, with the reason.
-        path: file of the engine.
-        trtexec: command that builds the same engine, or None where trtexec cannot (TensorRT-RTX, TensorRT 8).
-    """
-
-    artifact: EngineArtifact
-    choice: BackendChoice
-    path: Path
-    trtexec: str | None
 
 
 def graph_precision(model: onnx.ModelProto) -> Precision:
@@ -157,71 +139,6 @@ def engine_from_onnx(
         messages=tuple((notes + log.warnings)[:_MAX_MESSAGES]),
         seconds=time.perf_counter() - started,
     )
-
-
-def run_engine_stage(
-    model: Path,
-    output: Path,
-    *,
-    backend: str = "auto",
-    sizes: ProfileSizes | None = None,
-    plugin_library: Path | None = None,
-    options: EngineOptions | None = None,
-    on_progress: Progress | None = None,
-) -> EngineStageResult:
-    """`hstu-compile engine`: choose the backend, build, and write the engine file atomically.
-
-    Args:
-        model: ONNX file.
-        output: engine file; an existing one is replaced.
-        backend: auto, tensorrt or tensorrt-rtx.
-        sizes: numbers for the retrieval profile; not needed where the options spell out the shapes.
-        plugin_library: see `engine_from_onnx`.
-        options: see `engine_from_onnx`.
-        on_progress: see `engine_from_onnx`.
-
-    Raises:
-        EngineError: also HSTU-E401 if no engine builder is there at all, E405 without sizes and shapes.
-    """
-    options = options or EngineOptions()
-    choice = choose_backend(backend)
-    if choice.name == "onnx":
-        raise EngineError(
-            "HSTU-E401",
-            "no engine builder is available",
-            choice.reason,
-            "pip install 'hstu-compile[rtx]', or 'hstu-compile[gpu]' on a machine with a GPU",
-        )
-    proto = _loaded(model)
-    explicit = options.explicit_profile()
-    if explicit is not None:
-        profiles: tuple[Profile, ...] = (explicit,)
-    elif sizes is not None:
-        profiles = profiles_for_inputs([value.name for value in proto.graph.input], sizes)
-    else:
-        raise EngineError(
-            "HSTU-E405",
-            "no shapes were given",
-            "the inputs have dynamic sizes, and an engine is built for a range of them",
-            "give --max-batch and --max-seq-len, or --minShapes, --optShapes and --maxShapes",
-        )
-    artifact = engine_from_onnx(
-        proto,
-        backend=choice.name,
-        profiles=profiles,
-        plugin_library=plugin_library,
-        options=options,
-        on_progress=on_progress,
-    )
-    write_atomically(output, artifact.plan)
-    plugins = options.plugins + ((plugin_library,) if plugin_library is not None else ())
-    has_trtexec = choice.name == "tensorrt" and not tensorrt_api("tensorrt").is_tensorrt8
-    command = (
-        trtexec_command(model, dataclasses.replace(options, plugins=plugins), profiles, engine_path=output)
-        if has_trtexec
-        else None
-    )
-    return EngineStageResult(artifact, choice, output, command)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -332,7 +249,7 @@ def _interrupts_to(monitor: Any) -> Iterator[None]:
         return
 
     def stop(signum: int, frame: Any) -> None:
-        monitor.interrupted = True
+        monitor.failure = KeyboardInterrupt()
 
     previous = signal.signal(signal.SIGINT, stop)
     try:
@@ -366,7 +283,7 @@ class _Build:
                 "HSTU-E401",
                 f"the {self.api.backend} builder does not start",
                 self.log.tail(),
-                "TensorRT needs a working NVIDIA driver and GPU to build; TensorRT-RTX (--backend tensorrt-rtx) does not",
+                "TensorRT needs an NVIDIA driver and GPU to build; TensorRT-RTX (--backend tensorrt-rtx) does not",
             ) from error
         flags = trt.NetworkDefinitionCreationFlag
         flag = flags.EXPLICIT_BATCH if self.api.is_tensorrt8 else flags.STRONGLY_TYPED
@@ -380,8 +297,8 @@ class _Build:
         monitor = self._monitor(config)
         with _interrupts_to(monitor):
             plan = builder.build_serialized_network(network, config)
-        if monitor is not None and monitor.interrupted:
-            raise KeyboardInterrupt
+        if monitor is not None and monitor.failure is not None:
+            raise monitor.failure
         if plan is None:
             raise EngineError(
                 "HSTU-E402",
@@ -434,9 +351,7 @@ class _Build:
         self._set(config, "builder_optimization_level", options.builder_optimization_level, "builderOptimizationLevel")
         self._set(config, "max_aux_streams", options.max_aux_streams, "maxAuxStreams")
         for pool, size in options.memory_pools:
-            member = re.sub(r"(?<!^)(?=[A-Z])", "_", pool).upper()
-            kind = self._member(trt.MemoryPoolType, {"TACTIC_SHARED_MEM": "TACTIC_SHARED_MEMORY"}.get(member, member), pool)
-            config.set_memory_pool_limit(kind, size)
+            config.set_memory_pool_limit(self._member(trt.MemoryPoolType, _POOLS[pool], "memPoolSize"), size)
         if options.hardware_compatibility is not None:
             name = {"none": "NONE", "ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}
             levels = getattr(trt, "HardwareCompatibilityLevel", None)
@@ -550,7 +465,8 @@ class _Build:
                 problems.append(f"{name} {list(shape)} has dynamic sizes and no range")
                 continue
             for kind, given in (("min", profile.min[name]), ("opt", profile.opt[name]), ("max", profile.max[name])):
-                if len(given) != len(shape) or any(size not in (-1, got) for size, got in zip(shape, given)):
+                fits = len(given) == len(shape) and all(a in (-1, b) for a, b in zip(shape, given, strict=True))
+                if not fits:
                     problems.append(f"{name} is {list(shape)}, and its {kind} shape {list(given)} does not fit")
         if problems:
             listed = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
@@ -581,7 +497,7 @@ class _Build:
         class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
             def __init__(self) -> None:
                 trt.IProgressMonitor.__init__(self)
-                self.interrupted = False
+                self.failure: BaseException | None = None
                 self.totals: dict[str, int] = {}
 
             def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
@@ -595,9 +511,9 @@ class _Build:
                 try:
                     if report is not None and phase in self.totals:
                         report(phase, min(1.0, (step + 1) / self.totals[phase]))
-                except BaseException:
-                    self.interrupted = True
-                return not self.interrupted
+                except BaseException as error:
+                    self.failure = error
+                return self.failure is None
 
         monitor = Monitor()
         config.progress_monitor = monitor

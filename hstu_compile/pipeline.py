@@ -260,7 +260,7 @@ def _engine(plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, listener:
         profiles=profiles,
         plugin_library=None,
         options=options,
-        on_progress=listener.stage_progress,
+        on_progress=lambda phase, fraction: listener.stage_progress(phase, round(100 * fraction), 100),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.json import load_json, save_json
+from polygraphy.logger import G_LOGGER
 
 Outputs = Mapping[str, NDArray[Any]]
 _TAIL = 1500
@@ -26,24 +27,28 @@ _TAIL = 1500
 
 def save_feeds(path: Path, feeds: Sequence[Outputs]) -> None:
     """Write a list of feeds for `--load-inputs`."""
-    save_json([OrderedDict(feed) for feed in feeds], str(path))
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        save_json([OrderedDict(feed) for feed in feeds], str(path))
 
 
 def load_feeds(path: Path) -> list[dict[str, NDArray[Any]]]:
     """Read what `save_feeds` wrote."""
-    return [dict(feed) for feed in load_json(str(path))]
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        return [dict(feed) for feed in load_json(str(path))]
 
 
 def save_outputs(path: Path, runner: str, outputs: Sequence[Outputs]) -> None:
     """Write outputs, one entry per feed, for `--load-outputs`."""
     results = RunResults()
     results.append((runner, [IterationResult(OrderedDict(each), runner_name=runner) for each in outputs]))
-    results.save(str(path))
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        results.save(str(path))
 
 
 def load_outputs(path: Path) -> list[dict[str, NDArray[Any]]]:
     """Read what `save_outputs` wrote."""
-    results = RunResults.load(str(path))
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        results = RunResults.load(str(path))
     _, iterations = next(iter(results))
     return [{name: np.asarray(iteration[name]) for name in iteration} for iteration in iterations]
 
