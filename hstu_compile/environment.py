@@ -47,7 +47,7 @@ _MODULES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 _INSTALL = {
-    "tensorrt": "pip install 'hstu-compile[gpu]' (TensorRT 10 or 11), or TensorRT 8.5/8.6 on Python 3.10; it needs a GPU",
+    "tensorrt": "pip install 'hstu-compile[gpu]' (TensorRT 10 or 11; needs a GPU), or TensorRT 8.5/8.6 on Python 3.10",
     "tensorrt-rtx": "pip install 'hstu-compile[rtx]', which builds engines without a GPU",
 }
 
@@ -218,7 +218,7 @@ def _gpus() -> list[dict[str, str]]:
     fields = ("name", "compute_cap", "memory.total", "driver_version", "power.limit")
     query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     output = subprocess.run(query, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True).stdout
-    return [dict(zip(fields, (cell.strip() for cell in line.split(",")))) for line in output.splitlines() if line]
+    return [dict(zip(fields, line.split(", "), strict=True)) for line in output.splitlines() if line]
 
 
 def _probe(function: Callable[[], Any]) -> Any:

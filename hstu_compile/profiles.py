@@ -39,9 +39,9 @@ class ProfileSizes:
         opt_batch, opt_seq_len = self.typical()
         problems = []
         if not 1 <= self.min_batch <= opt_batch <= self.max_batch:
-            problems.append(f"1 <= min {self.min_batch} <= opt {opt_batch} <= max {self.max_batch} sequences is violated")
+            problems.append(f"1 <= min {self.min_batch} <= opt {opt_batch} <= max {self.max_batch} sequences is false")
         if not 1 <= opt_seq_len <= self.max_seq_len:
-            problems.append(f"1 <= opt {opt_seq_len} <= max {self.max_seq_len} events per sequence is violated")
+            problems.append(f"1 <= opt {opt_seq_len} <= max {self.max_seq_len} events per sequence is false")
         if self.max_batch * self.max_seq_len > _INT32_MAX:
             problems.append(
                 f"max_batch {self.max_batch} times max_seq_len {self.max_seq_len} is more than {_INT32_MAX} events, "
@@ -74,9 +74,9 @@ def retrieval_profile(sizes: ProfileSizes, *, has_ratings: bool) -> tuple[Profil
 
     def shapes(num_events: int, batch: int) -> dict[str, tuple[int, ...]]:
         return {
-            **{name: (num_events,) for name in events},
-            **{name: (batch + 1,) for name in OFFSET_INPUTS},
-            **{name: (batch,) for name in SEQUENCE_INPUTS},
+            **dict.fromkeys(events, (num_events,)),
+            **dict.fromkeys(OFFSET_INPUTS, (batch + 1,)),
+            **dict.fromkeys(SEQUENCE_INPUTS, (batch,)),
         }
 
     return (

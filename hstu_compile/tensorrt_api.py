@@ -63,6 +63,7 @@ class TensorRtApi:
         self.backend, self.trt = backend, module
         self._captures: list[LogCapture] = []
         self._lock = threading.Lock()
+        self._libraries: set[str] = set()
         self.logger = self._make_logger()
 
     def _make_logger(self) -> Any:
@@ -127,7 +128,7 @@ class TensorRtApi:
         return []
 
     def load_plugins(self, library: Path, keys: Iterable[PluginKey]) -> None:
-        """Load a plugin library so that every key has a creator. Loading it again does no harm.
+        """Load a plugin library so that every key has a creator; without keys, load it for whatever it brings.
 
         A library that registers itself needs no more than dlopen; one that only exports getCreators is handed to the
         registry. It is never handed over when dlopen was enough: the registry would register a second time.
@@ -135,11 +136,12 @@ class TensorRtApi:
         Raises:
             PluginError: HSTU-E504 if the file cannot be loaded, HSTU-E503 if a key is still not registered.
         """
-        wanted = list(keys)
-        if not all(self.has_creator(key) for key in wanted):
+        wanted, path = list(keys), str(library.resolve())
+        if path not in self._libraries:
+            before = self.registered()
             self._expose_tensorrt()
             try:
-                ctypes.CDLL(str(library.resolve()), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
             except OSError as error:
                 raise PluginError(
                     "HSTU-E504",
@@ -148,8 +150,10 @@ class TensorRtApi:
                     "build it for this TensorRT with `hstu-compile plugin build`",
                     {"library": str(library)},
                 ) from error
-            if not all(self.has_creator(key) for key in wanted) and hasattr(self.registry(), "load_library"):
-                self.registry().load_library(str(library.resolve()))
+            arrived = self.registered() != before
+            if not arrived and hasattr(self.registry(), "load_library"):
+                self.registry().load_library(path)
+            self._libraries.add(path)
         self.require_creators(wanted, library)
 
     def require_creators(self, keys: Iterable[PluginKey], library: Path | None) -> None:

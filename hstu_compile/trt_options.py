@@ -81,7 +81,7 @@ class EngineOptions:
             low, typical, high = (given[kind][name] for kind in ("min", "opt", "max"))
             if not len(low) == len(typical) == len(high):
                 problems.append(f"{name} has {len(low)}, {len(typical)} and {len(high)} dimensions in min, opt and max")
-            elif not all(a <= b <= c for a, b, c in zip(low, typical, high)):
+            elif not all(a <= b <= c for a, b, c in zip(low, typical, high, strict=True)):
                 problems.append(f"{name}: min {_spell(low)}, opt {_spell(typical)}, max {_spell(high)} do not ascend")
         if problems:
             raise EngineError(
@@ -283,7 +283,7 @@ def trtexec_command(
         raise UsageError(
             "HSTU-E901",
             "no trtexec command exists for this build",
-            f"--computeCapabilities {','.join(options.compute_capabilities)} is TensorRT-RTX's; trtexec has no such option",
+            f"trtexec has no --computeCapabilities {','.join(options.compute_capabilities)}; TensorRT-RTX has",
             "use tensorrt_rtx, or leave --computeCapabilities out",
         )
     words = ["trtexec", f"--onnx={onnx_path}"]

@@ -26,13 +26,71 @@ _STANDARD = ("", "ai.onnx")
 
 # Operators that mean the same at opset 17 and 20 and that the 8.5 parser takes as they are.
 _UNCHANGED = frozenset(
-    "Abs Add And Ceil Concat Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm Greater "
-    "GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Or Pow Range Reciprocal Relu Reshape "
-    "Sigmoid Sign Sin Slice Softmax Softplus Sqrt Sub Tanh Tile Transpose Unsqueeze Where".split()
+    (
+        "Abs",
+        "Add",
+        "And",
+        "Ceil",
+        "Concat",
+        "Cos",
+        "CumSum",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "Range",
+        "Reciprocal",
+        "Relu",
+        "Reshape",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Softplus",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    )
 )
 # At opset 18 (20 for Max and Min) their axes moved from an attribute to an input.
 _AXES_MOVED = frozenset(
-    "ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSumSquare".split()
+    (
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSumSquare",
+    )
 )
 # Attributes that appeared after opset 17, with the value that changes nothing.
 _NEW_ATTRIBUTES: dict[str, tuple[str, Any]] = {
@@ -47,12 +105,56 @@ _INTEGERS = frozenset((TensorProto.INT32, TensorProto.INT64))
 
 # Which inputs of an operator share the type of its data; their outputs have it too, except for comparisons.
 _DATA_FIRST = frozenset(
-    "Abs Expand Flatten Gather GatherElements GatherND Identity Neg ReduceMax ReduceMin Reshape Sign Slice Split Squeeze Tile "
-    "Transpose Unsqueeze".split()
+    (
+        "Abs",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "Neg",
+        "ReduceMax",
+        "ReduceMin",
+        "Reshape",
+        "Sign",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    )
 )
-_DATA_ALL = frozenset("Add Clip Concat Div Max Min Mod Mul Sub".split())
-_COMPARISONS = frozenset("Equal Greater GreaterOrEqual Less LessOrEqual".split())
-_TYPE_FREE = frozenset("Cast Shape Size".split())
+_DATA_ALL = frozenset(
+    (
+        "Add",
+        "Clip",
+        "Concat",
+        "Div",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Sub",
+    )
+)
+_COMPARISONS = frozenset(
+    (
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+    )
+)
+_TYPE_FREE = frozenset(
+    (
+        "Cast",
+        "Shape",
+        "Size",
+    )
+)
 
 
 def _refuse(what: str, problems: Sequence[str], fix: str) -> RewriteError:
@@ -229,8 +331,8 @@ class NarrowInt64(Pass):
 
     Cases: 1. a graph input of int64 becomes int32 and everything computed from it follows, up to the plugin node,
     whose type S allows it; 2. int64 constants are saturated to int32's range (the parser would do so with a warning):
-    a time-bucket threshold that no int32 difference reaches becomes 2**31 - 1, which none reaches either, as differences
-    of timestamps in 0..2**31 - 2 are smaller; a slice end of "to the end" stays beyond every end.
+    a time-bucket threshold beyond int32 becomes 2**31 - 1, which no difference of timestamps in 0..2**31 - 2 reaches
+    either; a slice end of "to the end" stays beyond every end.
     Indices and shapes stay int64 in the file, because ONNX demands it; the parser reads them as int32.
     """
 
@@ -533,7 +635,7 @@ class LowerToOpset17(Pass):
     def _clip(self, node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto] | None:
         if graph.elem_type(node.input[0]) not in _INTEGERS:
             return None
-        steps = [(op, bound) for op, bound in zip(("Max", "Min"), node.input[1:]) if bound]
+        steps = [(op, bound) for op, bound in zip(("Max", "Min"), node.input[1:], strict=False) if bound]
         if not steps:
             return [helper.make_node("Identity", node.input[:1], node.output, name=node.name)]
         nodes, value = [], node.input[0]

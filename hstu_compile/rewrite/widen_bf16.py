@@ -15,8 +15,30 @@ from hstu_compile.rewrite._pass import Pass, PassResult
 
 # These move values without computing new ones: rounding their result again would change nothing.
 _MOVES = frozenset(
-    "Concat Expand Flatten Gather GatherElements GatherND Identity Reshape ScatterND Slice Split Squeeze Tile Transpose "
-    "Unsqueeze Where Max Min Clip Neg Abs Relu".split()
+    (
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "Reshape",
+        "ScatterND",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+        "Max",
+        "Min",
+        "Clip",
+        "Neg",
+        "Abs",
+        "Relu",
+    )
 )
 _STANDARD = ("", "ai.onnx")
 
@@ -43,7 +65,8 @@ class WidenBf16(Pass):
             del model.functions[:]
         graph = model.graph
         inferred = onnx.shape_inference.infer_shapes(model).graph
-        kinds = {v.name: v.type.tensor_type.elem_type for v in [*inferred.value_info, *inferred.input, *inferred.output]}
+        typed = [*inferred.value_info, *inferred.input, *inferred.output]
+        kinds = {value.name: value.type.tensor_type.elem_type for value in typed}
         kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
         constants = sum(_widen_tensor(tensor) for tensor in graph.initializer)
         nodes: list[onnx.NodeProto] = []
@@ -83,10 +106,8 @@ def _has_bf16(model: onnx.ModelProto) -> bool:
 
 def _makes_bf16(node: onnx.NodeProto) -> bool:
     """Whether the node itself names bfloat16, as a Cast's target or a constant's type."""
-    return any(
-        (a.name == "to" and a.i == TensorProto.BFLOAT16) or (a.name == "value" and a.t.data_type == TensorProto.BFLOAT16)
-        for a in node.attribute
-    )
+    kinds = {"to": lambda attribute: attribute.i, "value": lambda attribute: attribute.t.data_type}
+    return any(a.name in kinds and kinds[a.name](a) == TensorProto.BFLOAT16 for a in node.attribute)
 
 
 def _widen_tensor(tensor: TensorProto) -> bool:

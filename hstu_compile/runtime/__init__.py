@@ -1,1 +1,1 @@
-"""Run the shipped graph and engines: sessions and the checks of what they are fed. Level 3; imports neither torch nor model/."""
+"""Run the shipped graph and engines: sessions, and the checks of what they are fed. Level 3; no torch, no model/."""

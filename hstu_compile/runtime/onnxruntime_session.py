@@ -104,7 +104,7 @@ class OnnxRuntimeSession:
                     f"{type(error).__name__}: {error}",
                     "check the request with `hstu-compile run`, which names illegal values",
                 ) from error
-        return {spec.name: np.asarray(result) for spec, result in zip(self.outputs, results)}
+        return {spec.name: np.asarray(result) for spec, result in zip(self.outputs, results, strict=True)}
 
     def close(self) -> None:
         """See `Session.close`."""
@@ -121,7 +121,8 @@ class OnnxRuntimeSession:
 
 
 def _spec(value: Any) -> TensorSpec:
-    return TensorSpec(value.name, _DTYPES.get(value.type, value.type), tuple(d if d is not None else "?" for d in value.shape))
+    shape = tuple("?" if size is None else size for size in value.shape)
+    return TensorSpec(value.name, _DTYPES.get(value.type, value.type), shape)
 
 
 def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> bytes:

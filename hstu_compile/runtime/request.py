@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from hstu_compile.errors import RequestError
 from hstu_compile.runtime._feeds import converted
 
-_DTYPES = {"item_ids": "int32", "timestamps": "int64", "seq_offsets": "int32", "request_timestamps": "int64", "ratings": "int32"}
+_DTYPES = {
+    "item_ids": "int32",
+    "timestamps": "int64",
+    "seq_offsets": "int32",
+    "request_timestamps": "int64",
+    "ratings": "int32",
+}
 _MOST_NAMED = 5
 
 _FIXES = {
@@ -117,7 +123,7 @@ def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _
             continue
         array = np.asarray(feeds[name])
         if array.ndim != 1:
-            problems.add("HSTU-E701", f"{name} has rank {array.ndim} and shape {list(array.shape)}; it must have rank 1")
+            problems.add("HSTU-E701", f"{name} has rank {array.ndim}, shape {list(array.shape)}; it must have rank 1")
             continue
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             problems.add("HSTU-E701", f"{name} holds NaN or infinity {_where(~np.isfinite(array))}")
@@ -208,10 +214,8 @@ def _check_times(arrays: Mapping[str, NDArray[Any]], problems: _Problems) -> Non
     last = times[offsets[filled + 1] - 1]
     early = filled[asked[filled] < last]
     for sequence in early[:_MOST_NAMED]:
-        problems.add(
-            "HSTU-E705",
-            f"sequence {sequence} is asked at {asked[sequence]}, before its last event at {times[offsets[sequence + 1] - 1]}",
-        )
+        end = times[offsets[sequence + 1] - 1]
+        problems.add("HSTU-E705", f"sequence {sequence} is asked at {asked[sequence]}, before its last event at {end}")
 
 
 def feeds_from_npz(path: Path) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Session on TensorRT 8.5 to 11 and TensorRT-RTX: one execution context, one stream, buffers that only grow. Level 3."""
+"""Session on TensorRT 8.5 to 11 and TensorRT-RTX: one context, one stream, buffers that only grow. Level 3."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TensorRtSession:
                 "leave the plugin out, or use --runtime tensorrt",
             )
         self.name = f"{api.backend} {api.version}"
-        self._api, self._lock = api, threading.Lock()
+        self._api, self._lock, self._closed = api, threading.Lock(), False
         self._driver = driver or CudaDriver()
         self._buffers = DeviceBuffers(self._driver)
         self._runtime: Any = None
@@ -138,7 +138,7 @@ class TensorRtSession:
         """
         arrays = self._within_profile(matched_feeds(feeds, self.inputs))
         with self._lock:
-            if self._context is None:
+            if self._closed:
                 raise RuntimeError("the session is closed")
             with self._driver.current(), self._api.capture() as log:
                 return self._enqueue(arrays, log)
@@ -150,7 +150,7 @@ class TensorRtSession:
         problems = []
         for name, array in arrays.items():
             low, high = self._range[name]
-            if not all(a <= size <= b for a, size, b in zip(low, array.shape, high)):
+            if not all(a <= size <= b for a, size, b in zip(low, array.shape, high, strict=True)):
                 problems.append(f"{name} is {list(array.shape)}; the engine takes {list(low)} to {list(high)}")
         if problems:
             raise RequestError(
@@ -198,8 +198,9 @@ class TensorRtSession:
     def close(self) -> None:
         """See `Session.close`."""
         with self._lock:
-            if self._driver is None:
+            if self._closed:
                 return
+            self._closed = True
             with self._driver.current():
                 # Their order matters: a context must not outlive its engine, nor an engine its runtime.
                 self._context = None
@@ -207,7 +208,6 @@ class TensorRtSession:
                 self._runtime = None
                 self._buffers.close()
             self._driver.close()
-            self._driver = None  # type: ignore[assignment]
 
     def __enter__(self) -> TensorRtSession:
         return self
