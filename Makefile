@@ -48,7 +48,7 @@ env: ## create .venv with all that the CPU path needs; nothing to do when curren
 		"$$python" -m venv $(VENV)
 	fi
 	install() {
-		if ! $(PIP) install --quiet "$$@"; then
+		if ! $(PIP) install -qq "$$@"; then
 			echo "error: pip could not install: $$*" >&2
 			echo "  Fix: see pip's message above. Without a network, point PIP_INDEX_URL or PIP_FIND_LINKS at a mirror" >&2
 			echo "  that has the packages of pyproject.toml, then repeat: make env" >&2
@@ -87,7 +87,7 @@ lint: env ## ruff: rules and format
 typecheck: env ## mypy --strict on the package and the samples
 	@# The folders model/, calibration/ and plugins/ become subpackages only when installed, so an installed tree is checked.
 	rm -rf $(TREE) build/lib build/bdist.*
-	$(PIP) install --quiet --no-deps --no-build-isolation --target $(TREE) .
+	$(PIP) install -qq --no-deps --no-build-isolation --target $(TREE) .
 	(cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache --python-executable \
 		../../$(BIN)/python -p hstu_compile)
 	for sample in $(SAMPLES); do
