@@ -57,7 +57,7 @@ class Histories:
     @property
     def num_users(self) -> int:
         """U."""
-        return self.seq_offsets.shape[0] - 1
+        return len(self.seq_offsets) - 1
 
     def take_users(self, count: int) -> Histories:
         """The first `count` users."""

@@ -9,8 +9,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hstu_compile.model import AttentionConfig, LayerConfig, RetrievalConfig, RetrievalModel
+from hstu_compile.model import AttentionConfig, HstuLayer, LayerConfig, RetrievalConfig, RetrievalModel
 
 import prepare_data
 
@@ -156,7 +157,7 @@ def next_item_loss(model: RetrievalModel, data: TrainingBatch, recipe: Recipe) -
     """Cross-entropy of the next item over the whole catalogue, mean over the events of the batch."""
     batch, position = model.batch(data.timestamps, data.seq_offsets, data.request_timestamps)
     x = model.embed(data.item_ids, data.timestamps, position, None, recipe.dropout)
-    for layer in model.layers:
+    for layer in cast(Iterable[HstuLayer], model.layers):
         uvqk = layer.project_uvqk(x)
         # The gate multiplies the normed attention, so dropping u drops the same entries of their product.
         gate = F.dropout(uvqk.u, recipe.dropout, model.training)
@@ -193,7 +194,7 @@ def train(
             for data in training_batches(histories, recipe.batch_size, max_events, generator):
                 step_loss = next_item_loss(model, data, recipe)
                 optimizer.zero_grad(set_to_none=True)
-                step_loss.backward()
+                torch.autograd.backward(step_loss)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
