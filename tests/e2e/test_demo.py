@@ -117,7 +117,7 @@ class TestFetch:
 def test_trains_saves_and_recommends(tmp_path, hour_encoding, positions):
     histories = synthetic_histories()
     config = train.research_config(hour_encoding=hour_encoding, positions=positions)
-    recipe = train.Recipe(epochs=25, batch_size=10, dropout=0.0)
+    recipe = train.Recipe(epochs=15, batch_size=10, dropout=0.0)
     model, loss = train.train(config, histories, recipe, show_progress=False)
     assert loss < 2.0
     train.save_checkpoint(model, tmp_path / "checkpoint.pt")
@@ -165,14 +165,15 @@ def test_the_seed_decides_the_weights():
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_training_never_sees_the_evaluation_targets():
+def test_training_never_sees_the_evaluation_targets(monkeypatch):
     histories = synthetic_histories()
     marker = prepare_data.NUM_ITEMS
     items = histories.item_ids.copy()
     items[histories.seq_offsets[1:] - 1] = marker
     marked = dataclasses.replace(histories, item_ids=items)
     for max_events in (5, prepare_data.MAX_HISTORY):
-        for batch in train.training_batches(marked, 8, max_events, np.random.default_rng(0)):
+        monkeypatch.setattr(prepare_data, "MAX_HISTORY", max_events)
+        for batch in train.training_batches(marked, 8, np.random.default_rng(0)):
             assert batch.item_ids.shape == batch.next_ids.shape == batch.timestamps.shape
             assert not (batch.item_ids == marker).any()
             assert not (batch.next_ids == marker).any()
