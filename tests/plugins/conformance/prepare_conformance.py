@@ -1,0 +1,235 @@
+"""Gathers everything that the conformance run on a GPU machine needs into one folder; needs no GPU.
+
+The folder holds the program, the plugin library for sm_90, the cases with the float64 oracle's answers and the run
+script; where TensorRT 8.5 headers are given, also the TensorRT 8 library for the retrieval fixture (one head of width
+50, position and time bias, int32 timestamps, float16 and float32). On the GPU machine: `run_gpu.sh RESULTS_DIR`.
+
+Usage: python -m tests.plugins.conformance.prepare_conformance OUT_DIR [--tensorrt8-include-dir DIR] [--archs 90]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_compile.plugin_library import (
+    PluginBuildRequest,
+    build_plugin_library,
+    find_cuda_headers,
+    find_tensorrt_headers,
+)
+from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
+from tests import tolerances
+from tests.attention_cases import attention_grid, bias_cases, build_case, hostile_cases, mask_cases, with_dtype
+from tests.oracle import AttentionCase, oracle_of
+
+HERE = Path(__file__).parent
+SOURCES = ("conformance.cpp", "caseFile.cpp", "compare.cpp", "device.cpp")
+FLOAT_ATTRIBUTES = ("alpha", "scaling_seq_len")
+
+
+def large_cases() -> Iterator[AttentionCase]:
+    """Cases of several tiles a sequence at a real head width, where interior tiles and tile boundaries differ."""
+    lengths = [0, 1, 63, 64, 65, 129, 300]
+    targets = [0, 1, 7, 64, 1, 100, 33]
+    wide: dict[str, Any] = {"num_heads": 1, "dqk": 64, "dv": 64}
+    yield build_case(lengths, name="large-causal", seed=500, **wide)
+    yield build_case(lengths, name="large-targets", num_targets=targets, target_group_size=5, seed=501, **wide)
+    yield build_case(lengths, name="large-context", contextual_seq_len=70, num_targets=targets, seed=502, **wide)
+    yield build_case(lengths, name="large-window", max_attn_len=90, min_full_attn_seq_len=20, seed=503, **wide)
+    yield build_case(
+        lengths,
+        name="large-delta",
+        query_lengths=[0, 1, 5, 64, 60, 70, 131],
+        num_targets=targets,
+        max_attn_len=100,
+        per_sequence_scale=True,
+        seed=504,
+        **wide,
+    )
+    fixture: dict[str, Any] = {
+        "num_heads": 1,
+        "dqk": 50,
+        "dv": 50,
+        "num_buckets": 128,
+        "bucket_ratio": float(np.exp(0.301)),
+    }
+    bias = {"pos_bias": "shared", "time_bias": "shared", "next_timestamp": True, "pos_table_len": 300}
+    yield build_case(lengths, name="large-research", seed=505, **fixture, **bias)
+    yield build_case(lengths, name="large-research-int32", seed=506, timestamp_bits=32, **fixture, **bias)
+
+
+def all_cases() -> list[AttentionCase]:
+    """Return the grid: whole in float16; masks, biases, hostile data and two large cases in the other types."""
+    large = list(large_cases())
+    some = [*mask_cases(), *bias_cases(), *hostile_cases(), *large[:2]]
+    cases = [with_dtype(case, "float16") for case in [*attention_grid(), *large]]
+    return [*cases, *(with_dtype(case, dtype) for dtype in ("bfloat16", "float32") for case in some)]
+
+
+def variants_of(cases: Iterable[AttentionCase]) -> tuple[KernelVariant, ...]:
+    """Return the kernels that the cases need, each once; with unaligned and causal-only ones for the large cases."""
+    found: dict[KernelVariant, None] = {}
+    for case in cases:
+        bits = 0 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize
+        general = variants_for(
+            case.dtype,
+            case.q.shape[2],
+            case.v.shape[2],
+            pos_bias=case.pos_table is not None,
+            time_bias=bits > 0,
+            timestamp_bits=bits or 64,
+        )
+        found.update(dict.fromkeys(general))
+        if case.name == "large-causal":
+            for variant in general:
+                found.update(
+                    {dataclasses.replace(variant, aligned=False): None, dataclasses.replace(variant, mask_kind=0): None}
+                )
+    return tuple(found)
+
+
+def attributes_of(case: AttentionCase) -> dict[str, float | int]:
+    """Return the node's attributes in the contract's order."""
+
+    def longest(offsets: NDArray[Any]) -> int:
+        return int(np.clip(np.diff(offsets.astype(np.int64)), 1, 1 << 20).max(initial=1))
+
+    return {
+        "alpha": case.attrs.alpha,
+        "scaling_seq_len": case.attrs.scaling_seq_len,
+        "max_query_len": longest(case.q_offsets),
+        "max_seq_len": longest(case.k_offsets),
+        "target_group_size": case.attrs.target_group_size,
+        "contextual_seq_len": case.attrs.contextual_seq_len,
+        "max_attn_len": case.attrs.max_attn_len,
+        "min_full_attn_seq_len": case.attrs.min_full_attn_seq_len,
+        "has_num_targets": int(case.num_targets is not None),
+        "has_contextual_seq_lens": int(case.contextual_seq_lens is not None),
+        "has_scaling_seq_lens": int(case.scaling_seq_lens is not None),
+        "pos_bias": int(case.pos_table is not None),
+        "time_bias": int(case.row_timestamps is not None),
+    }
+
+
+def encoded(values: NDArray[Any], dtype: str) -> bytes:
+    """Return values that are exact in `dtype` as its little-endian bytes."""
+    if dtype == "bfloat16":
+        return (np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return np.ascontiguousarray(values, dtype=dtype).tobytes()
+
+
+def write_case(case: AttentionCase, index: TextIO, data: BinaryIO) -> None:
+    """Append one case: facts to the index, bytes to the data file."""
+
+    def placed(content: bytes) -> str:
+        offset = data.tell()
+        data.write(content)
+        return f"{offset} {len(content)}"
+
+    def dims(values: NDArray[Any]) -> str:
+        return " ".join(map(str, [values.ndim, *values.shape]))
+
+    index.write(f"case {case.name} {case.dtype}\n")
+    for name, value in attributes_of(case).items():
+        kind = "float" if name in FLOAT_ATTRIBUTES else "int"
+        index.write(f"attribute {name} {kind} {value!r}\n")
+    required = {name: getattr(case, name) for name in ("q", "k", "v", "q_offsets", "k_offsets")}
+    for name, values in {**required, **case.optional_inputs()}.items():
+        if values is not None:
+            dtype = case.dtype if name in ("q", "k", "v") else str(values.dtype)
+            index.write(f"input {name} {dtype} {dims(values)} {placed(encoded(values, dtype))}\n")
+    result = oracle_of(case)
+    divisor = result.scale + tolerances.SCORE_WEIGHT[case.dtype] * result.score_scale
+    reference = placed(encoded(result.out, "float64"))
+    index.write(f"output {dims(result.out)} {reference} {placed(encoded(divisor, 'float32'))}\n")
+    bounds = (tolerances.COMPONENTWISE[case.dtype], tolerances.RMS[case.dtype], tolerances.SUBNORMAL_STEP[case.dtype])
+    index.write(f"bounds {' '.join(map(repr, bounds))}\n")
+
+
+def write_cases(cases: Iterable[AttentionCase], out: Path) -> None:
+    """Write cases.txt and cases.bin."""
+    with (out / "cases.txt").open("w") as index, (out / "cases.bin").open("wb") as data:
+        for case in cases:
+            write_case(case, index, data)
+
+
+def build_program(out: Path) -> Path:
+    """Compile the conformance program against TensorRT 10 headers; it is linked to neither TensorRT nor CUDA."""
+    program = out / "conformance"
+    headers = find_tensorrt_headers()
+    if headers.version < (10, 3, 0) or headers.version >= (11, 0, 0):
+        raise SystemExit(f"the conformance program is written for TensorRT 10.3 to 10.x headers, found {headers}")
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-static-libstdc++",
+        "-static-libgcc",
+        "-pthread",
+    ]
+    command += ["-isystem", str(headers.include_dir), "-isystem", str(find_cuda_headers())]
+    subprocess.run([*command, *(str(HERE / name) for name in SOURCES), "-o", str(program), "-ldl"], check=True)
+    return program
+
+
+def print_progress(stage: str, done: int, total: int) -> None:
+    """Show one line that rewrites itself."""
+    sys.stderr.write(f"\r{stage} {done}/{total}   ")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Prepare the folder named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tensorrt8-include-dir", type=Path, help="TensorRT 8.5 headers, for the TensorRT 8 library")
+    parser.add_argument("--archs", type=int, nargs="+", default=[90])
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    cases = all_cases()
+    write_cases(cases, out)
+    build_program(out)
+    common: dict[str, Any] = {"archs": tuple(arguments.archs), "with_ptx": False, "jobs": arguments.jobs}
+    library = build_plugin_library(PluginBuildRequest(variants=variants_of(cases), **common), print_progress)
+    if library.version_compatible is None:
+        raise SystemExit("the headers are of TensorRT 8.5, which has no loadable plugin libraries")
+    shutil.copy2(library.version_compatible, out)
+    shutil.copy2(HERE / "run_gpu.sh", out)
+    if arguments.tensorrt8_include_dir is not None:
+        fixture = [
+            dataclasses.replace(variant, aligned=aligned)
+            for dtype in ("float16", "float32")
+            for variant in variants_for(dtype, 50, 50, pos_bias=True, time_bias=True, timestamp_bits=32)
+            for aligned in (False, True)
+        ]
+        request = PluginBuildRequest(
+            variants=tuple(fixture),
+            tensorrt_include_dir=arguments.tensorrt8_include_dir,
+            runtime_version="8.5",
+            **common,
+        )
+        (out / "tensorrt85").mkdir(exist_ok=True)
+        shutil.copy2(build_plugin_library(request, print_progress).self_registering, out / "tensorrt85")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"\n{out}: {len(cases)} cases, {len(variants_of(cases))} kernel variants, {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

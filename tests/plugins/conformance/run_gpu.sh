@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs the conformance grid on this machine's GPU and then a small subset under compute-sanitizer. Builds nothing.
+#
+# Usage: run_gpu.sh RESULTS_DIR          (beside the files that prepare_conformance.py wrote)
+# Writes conformance.jsonl, memcheck.txt, racecheck.txt, initcheck.txt and summary.txt into RESULTS_DIR.
+# Exit code 0: everything passed; 1: a check failed; 3: the grid passed but compute-sanitizer cannot run here.
+set -uo pipefail
+
+results=${1:?usage: run_gpu.sh RESULTS_DIR}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+mkdir -p "$results"
+summary=$results/summary.txt
+: >"$summary"
+chmod +x "$here/conformance" 2>/dev/null
+status=0
+
+note() { echo "$*" | tee -a "$summary"; }
+
+nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null | sed 's/^/gpu: /' | tee -a "$summary"
+
+"$here/conformance" "$here/libhstu_trt_plugin_vc.so" "$here" >"$results/conformance.jsonl" 2>"$results/conformance.err"
+code=$?
+note "grid: exit $code, $(tail -n 1 "$results/conformance.jsonl")"
+[ $code -eq 0 ] || status=1
+
+sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)}
+if [ -z "$sanitizer" ]; then
+    note "sanitizer: compute-sanitizer was not found; set COMPUTE_SANITIZER to its path"
+    [ $status -ne 0 ] || status=3
+    exit $status
+fi
+
+# One case of each kind: every tool slows a kernel down by one to two orders of magnitude.
+subset=(causal targets-hostile delta-all research large-window garbage-tail q-offsets k-offsets no-sequences)
+for tool in memcheck racecheck initcheck; do
+    log=$results/$tool.txt
+    : >"$log"
+    verdict=clean
+    for filter in "${subset[@]}"; do
+        echo "== $tool --filter $filter" >>"$log"
+        timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+            "$here/conformance" "$here/libhstu_trt_plugin_vc.so" "$here" --filter "$filter" --repeat 2 >>"$log" 2>&1
+        code=$?
+        if ! grep -q "SUMMARY" <(sed -n "/== $tool --filter $filter/,\$p" "$log"); then
+            verdict="did not run (exit $code)"
+            break
+        elif [ $code -ne 0 ]; then
+            verdict="findings (exit $code at $filter)"
+        fi
+    done
+    note "$tool: $verdict, $(grep -c 'ERROR SUMMARY: 0 errors\|RACECHECK SUMMARY: 0 hazards' "$log") of ${#subset[@]} filters clean"
+    case $verdict in
+        clean) ;;
+        did*) [ $status -ne 0 ] || status=3 ;;
+        *) status=1 ;;
+    esac
+done
+exit $status
