@@ -52,22 +52,26 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(parameters)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[L, width] -> [L, width], same dtype."""
+        """[L, width] -> [L, width] in `compute_dtype`: the caller rounds, once, where the result is stored."""
         dtype = compute_dtype(x.dtype)
         wide = x.to(dtype)
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.groups == 1:
-            return F.layer_norm(wide, (self.width,), weight, bias, self.eps).to(x.dtype)
+            return F.layer_norm(wide, (self.width,), weight, bias, self.eps)
         per_group = self.width // self.groups
         grouped = F.layer_norm(wide.view(-1, self.groups, per_group), (per_group,), None, None, self.eps)
         if weight is not None and bias is not None:
             grouped = grouped * weight[None, :, None] + bias[None, :, None]
-        return grouped.reshape(-1, self.width).to(x.dtype)
+        return grouped.reshape(-1, self.width)
 
 
 class HstuLayer(nn.Module):
-    """y = x + Output(u, attention(q, k, v)) with u, v, q, k = SiLU(LN(x) @ uvqk)."""
+    """y = x + Output(u, attention(q, k, v)) with u, v, q, k = SiLU(LN(x) @ uvqk).
+
+    In half precision the projections and what is stored between kernels are half; everything elementwise in between is
+    computed in float32 and rounded once.
+    """
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
@@ -99,17 +103,17 @@ class HstuLayer(nn.Module):
 
     def project_uvqk(self, x: Tensor) -> UVQK:
         """[L, D] -> u, v [L, H * linear_dim], q, k [L, H * attention_dim], SiLU applied where the family has it."""
-        attn = self.config.attention
-        normed = x if self.input_norm is None else self.input_norm(x)
-        packed = normed @ self.uvqk_weight
+        attn, wide = self.config.attention, compute_dtype(x.dtype)
+        normed = x if self.input_norm is None else self.input_norm(x).to(x.dtype)
+        packed = (normed @ self.uvqk_weight).to(wide)
         if self.uvqk_bias is not None:
-            packed = packed + self.uvqk_bias
+            packed = packed + self.uvqk_bias.to(wide)
         if self.config.silu_scope == "uvqk":
             packed = F.silu(packed)
         inner, qk = attn.num_heads * attn.linear_dim, attn.num_heads * attn.attention_dim
-        u, v, q, k = torch.split(packed, [inner, inner, qk, qk], dim=1)
+        u, v, q, k = torch.split(packed.to(x.dtype), [inner, inner, qk, qk], dim=1)
         if self.config.silu_scope == "u":
-            u = F.silu(u)
+            u = F.silu(u.to(wide)).to(x.dtype)
         return UVQK(u, v, q, k)
 
     def attend(self, uvqk: UVQK, batch: JaggedBatch) -> Tensor:
@@ -168,17 +172,17 @@ class HstuLayer(nn.Module):
 
     def output(self, x: Tensor, u: Tensor, attention: Tensor) -> Tensor:
         """Gate the normed attention with u, project, add the residual: [L, D]."""
+        wide = compute_dtype(x.dtype)
         normed = self.output_norm(attention)
-        gated = u * normed
+        gated = (u.to(wide) * normed).to(x.dtype)
         if self.config.output_concat == "u_norm_gated":
-            gated = torch.cat([u, normed, gated], dim=1)
+            gated = torch.cat([u, normed.to(x.dtype), gated], dim=1)
         elif self.config.output_concat == "u_attn_gated":
             gated = torch.cat([u, attention, gated], dim=1)
-        if self.config.output_projection:
-            gated = gated @ self.output_weight
+        update = (gated @ self.output_weight if self.config.output_projection else gated).to(wide)
         if self.output_bias is not None:
-            gated = gated + self.output_bias
-        return gated + x
+            update = update + self.output_bias.to(wide)
+        return (update + x.to(wide)).to(x.dtype)
 
     def forward(self, x: Tensor, batch: JaggedBatch) -> Tensor:
         """[L, D] -> [L, D]."""

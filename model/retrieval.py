@@ -107,15 +107,17 @@ class RetrievalModel(nn.Module):
                 raise ValueError("this model was trained with ratings; ratings [L] are missing")
             rating = self.rating_embedding(ratings.clamp(0, self.config.num_ratings - 1))
             features = torch.cat([features, rating], dim=1)
-        x = features * math.sqrt(self.config.layer.embedding_dim)
+        # In a half type the factor itself would be rounded, and every event scaled by the same wrong amount.
+        wide = compute_dtype(features.dtype)
+        x = features.to(wide) * math.sqrt(self.config.layer.embedding_dim)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(position.clamp(0, self.config.num_positions - 1))
+            x = x + self.position_embedding(position.clamp(0, self.config.num_positions - 1)).to(wide)
         if self.config.hour_encoding == "additive":
             hour = torch.div(timestamps, SECONDS_PER_HOUR, rounding_mode="floor") % HOURS_PER_DAY
-            x = x + self.hour_table.index_select(0, hour)
+            x = x + self.hour_table.index_select(0, hour).to(wide)
         if dropout:
             x = F.dropout(x, dropout, self.training)
-        return x * (ids != 0).to(x.dtype)[:, None]
+        return (x * (ids != 0).to(wide)[:, None]).to(features.dtype)
 
     def batch(self, timestamps: Tensor, seq_offsets: Tensor, request_timestamps: Tensor) -> tuple[JaggedBatch, Tensor]:
         """What the layers share, and the position of each event in its sequence [L] int64."""
