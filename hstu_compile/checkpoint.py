@@ -10,6 +10,8 @@ import difflib
 import hashlib
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,9 @@ from hstu_compile.model.retrieval import RetrievalModel
 NATIVE_FORMAT = "hstu-compile/1"
 _STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
 _MAX_LISTED = 40
+_PICKLE_PROTOCOL = b"\x80"
+_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _PROBLEM_CODES = {
     "config": "HSTU-E109",
@@ -49,7 +54,7 @@ def config_from_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             "HSTU-E109", f"cannot read the configuration {path}", str(error), "pass an existing JSON file"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             "HSTU-E109", f"{path} is not JSON", str(error), "pass the JSON configuration of the training run"
         ) from error
@@ -64,46 +69,50 @@ def config_from_file(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
+    if path.is_dir():
+        raise CheckpointError("HSTU-E101", f"cannot read {path}", "it is a folder", "pass the .pt file inside it")
     if not path.is_file():
         raise CheckpointError("HSTU-E101", f"cannot read {path}", "there is no such file", "check the path")
     if path.stat().st_size == 0:
         raise CheckpointError("HSTU-E101", f"cannot read {path}", "the file is empty (0 bytes)", "copy it again")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            # What torch notes about pickle protocols is part of the refusal or of no interest.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(
+            "HSTU-E101", f"cannot read {path}", error.strerror or str(error), "check the file's permissions"
+        ) from error
+    except Exception as error:  # A damaged file makes the unpickler fail in whatever operation the damage leads to.
         text = str(error)
-        if zipfile.is_zipfile(path) and "global" in text.lower():
-            refused = next((line.strip() for line in text.splitlines() if "GLOBAL" in line), text.splitlines()[0])
+        if (refused := _REFUSED_GLOBAL.search(text)) and (_is_pickle_or_zip(path) or "is blocked" in text):
             raise CheckpointError(
                 "HSTU-E102",
                 f"{path} is refused: loading it could run code",
-                refused,
+                f"the file names {refused[1]}; only tensors and plain containers are read",
                 "save tensors only: torch.save({'model_state_dict': model.state_dict()}, path)",
             ) from error
         raise CheckpointError(
             "HSTU-E101",
-            f"{path} is not a checkpoint that can be read safely",
-            text.splitlines()[0] if text else type(error).__name__,
-            "check that torch.load(path, weights_only=True) reads the file",
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OSError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        UnicodeError,
-    ) as error:
-        text = str(error).splitlines()
-        raise CheckpointError(
-            "HSTU-E101",
             f"{path} is truncated or not a PyTorch checkpoint",
-            text[0] if text else type(error).__name__,
+            _reason(error),
             "copy the file again, and check that torch.load(path, weights_only=True) reads it",
         ) from error
+
+
+def _is_pickle_or_zip(path: Path) -> bool:
+    """Whether torch.save can have written the file: a text file may hold what reads as the name of a function."""
+    with path.open("rb") as file:
+        return file.read(1) == _PICKLE_PROTOCOL or zipfile.is_zipfile(path)
+
+
+def _reason(error: Exception) -> str:
+    """The unpickler's own reason, without its advice to load the file unsafely."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it is not a pickle of tensors and plain containers"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _state_dict_of(path: Path, loaded: Any) -> dict[str, Tensor]:
@@ -112,7 +121,7 @@ def _state_dict_of(path: Path, loaded: Any) -> dict[str, Tensor]:
         candidates += [loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)]
     for candidate in reversed(candidates):
         if isinstance(candidate, Mapping) and candidate and all(isinstance(v, Tensor) for v in candidate.values()):
-            return {_without_wrappers(str(key)): value for key, value in candidate.items()}
+            return _named_tensors(path, candidate)
     seen = ", ".join(map(repr, list(loaded)[:10])) if isinstance(loaded, Mapping) else type(loaded).__name__
     raise CheckpointError(
         "HSTU-E103",
@@ -120,6 +129,21 @@ def _state_dict_of(path: Path, loaded: Any) -> dict[str, Tensor]:
         f"found {seen or 'an empty dict'}; looked for tensors at the top and under {', '.join(_STATE_DICT_KEYS)}",
         "save it as torch.save({'model_state_dict': model.state_dict()}, path)",
     )
+
+
+def _named_tensors(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = _without_wrappers(str(key))
+        if name in named:
+            raise CheckpointError(
+                "HSTU-E105",
+                f"{path} holds {name} twice",
+                f"{key} is the same parameter once the prefixes of wrappers are removed",
+                "save the state_dict of one model",
+            )
+        named[name] = tensor
+    return named
 
 
 def _without_wrappers(key: str) -> str:
@@ -185,13 +209,15 @@ def _renamed(path: Path, dialect: Dialect, config: RetrievalConfig, tensors: dic
             "pass the whole model's state_dict and its configuration",
             {"missing": missing, "unexpected": unexpected},
         )
-    state = {name: source.convert(tensors[source.key]).detach().clone() for name, source in sources.items()}
-    expected = RetrievalModel(config).state_dict()
-    wrong = [
-        f"{sources[name].key} is {list(tensor.shape)}, the configuration needs {list(expected[name].shape)}"
-        for name, tensor in state.items()
-        if tensor.shape != expected[name].shape
-    ]
+    _check_storage(path, [(key, tensors[key]) for key in sorted(wanted)])
+    # Shapes alone: a table of a hundred million rows is not drawn at random to be thrown away.
+    with torch.device("meta"):
+        expected = RetrievalModel(config).state_dict()
+    wrong = []
+    for name, source in sources.items():
+        seen, needed = tuple(tensors[source.key].shape), source.source_shape(tuple(expected[name].shape))
+        if seen != needed:
+            wrong.append(f"{source.key} is {list(seen)}, the configuration needs {list(needed)}")
     if wrong:
         raise CheckpointError(
             "HSTU-E106",
@@ -199,15 +225,45 @@ def _renamed(path: Path, dialect: Dialect, config: RetrievalConfig, tensors: dic
             "; ".join(wrong),
             "pass the configuration of this checkpoint with --config",
         )
+    state = {
+        name: source.convert(tensors[source.key].detach()).to(torch.float32, copy=True)
+        for name, source in sources.items()
+    }
     bad = [f"{sources[name].key} ({_bad_values(t)})" for name, t in state.items() if not bool(torch.isfinite(t).all())]
     if bad:
         raise CheckpointError(
             "HSTU-E108",
-            f"{len(bad)} parameters of {path} are not finite",
+            f"{len(bad)} parameters of {path} are not finite in float32",
             "; ".join(bad),
             "use an earlier checkpoint of the run",
         )
-    return {name: tensor.to(torch.float32) for name, tensor in state.items()}
+    return state
+
+
+def _check_storage(path: Path, tensors: list[tuple[str, Tensor]]) -> None:
+    """Refuse tensors that are not plain arrays of floats, and shapes that claim more than the file holds."""
+    odd = [
+        f"{key} is {str(tensor.dtype).removeprefix('torch.')}, {str(tensor.layout).removeprefix('torch.')}"
+        for key, tensor in tensors
+        if tensor.dtype not in _FLOAT_TYPES or tensor.layout != torch.strided
+    ]
+    if odd:
+        raise UnsupportedModelError(
+            "HSTU-E110",
+            f"{len(odd)} parameters of {path} are not plain float tensors",
+            f"{'; '.join(odd)}; supported: dense float64, float32, float16, bfloat16",
+            "save the weights before quantisation, as dense floats",
+        )
+    hollow = [
+        key for key, tensor in tensors if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ]
+    if hollow:
+        raise CheckpointError(
+            "HSTU-E106",
+            f"{len(hollow)} parameters of {path} claim more elements than the file stores",
+            ", ".join(hollow),
+            "save contiguous tensors, and use a file from a source that you trust",
+        )
 
 
 def _bad_values(tensor: Tensor) -> str:

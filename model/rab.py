@@ -25,7 +25,8 @@ def time_bucket_thresholds(num_buckets: int, divisor: float) -> Tensor:
     """
     if num_buckets < 1 or not divisor > 0:
         raise ValueError(f"num_buckets {num_buckets} must be at least 1 and divisor {divisor} greater than 0")
-    target = torch.arange(1, num_buckets + 1)
+    # On the CPU whatever the default device is: the result is cached.
+    target = torch.arange(1, num_buckets + 1, device="cpu")
     low = torch.zeros_like(target)  # bucket(low) < target always holds: bucket(0) is 0
     high = torch.full_like(target, torch.iinfo(torch.int64).max)
     for _ in range(64):

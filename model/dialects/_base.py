@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hstu_compile.model.config import RetrievalConfig
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 Problem = Literal["config", "heads", "shape", "unsupported", "keys"]
 
 
@@ -30,10 +31,17 @@ class DialectError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SourceTensor:
-    """Where one of our parameters comes from: the key in the checkpoint, and the change of layout."""
+    """Where one of our parameters comes from.
+
+    Attributes:
+        key: the name in the checkpoint.
+        convert: the checkpoint's layout to ours.
+        source_shape: the shape in our layout to the one in the checkpoint's.
+    """
 
     key: str
     convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    source_shape: Callable[[Shape], Shape] = lambda shape: shape
 
 
 class Dialect(abc.ABC):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, SourceTensor
 from hstu_compile.model.retrieval import RetrievalModel
@@ -25,12 +27,21 @@ class _Native(Dialect):
                 "or pass that configuration with --config",
             )
         try:
-            return RetrievalConfig.from_dict(config)
-        except (ValueError, TypeError, KeyError) as error:
+            parsed = RetrievalConfig.from_dict(config)
+        except (ValueError, TypeError, OverflowError) as error:
             raise DialectError("config", str(error), "correct the configuration") from error
+        if parsed.num_layers > len(shapes):
+            raise DialectError(
+                "config",
+                f"num_layers is {parsed.num_layers}, and the checkpoint has only {len(shapes)} tensors",
+                "correct num_layers",
+            )
+        return parsed
 
     def sources(self, config: RetrievalConfig) -> dict[str, SourceTensor]:
-        return {name: SourceTensor(name) for name in RetrievalModel(config).state_dict()}
+        with torch.device("meta"):  # names alone
+            names = list(RetrievalModel(config).state_dict())
+        return {name: SourceTensor(name) for name in names}
 
 
 NATIVE = _Native()

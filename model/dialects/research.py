@@ -6,11 +6,10 @@ bias from positions and from the next event's timestamp; norms without parameter
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
-
-from torch import Tensor
 
 from hstu_compile.model.config import AttentionConfig, LayerConfig, RetrievalConfig
 from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, SourceTensor
@@ -37,19 +36,51 @@ _POSTPROCESSORS = {
 _ACTIVATIONS = {"silu": "uvqk", "none": "none"}
 _NORMALIZATIONS = ("rel_bias", "hstu_rel_bias")
 
+_FIELDS = (
+    "attention_dim",
+    "concat_ua",
+    "embedding_dim",
+    "hour_encoding",
+    "item_l2_norm",
+    "linear_activation",
+    "linear_dim",
+    "max_output_len",
+    "max_sequence_len",
+    "normalization",
+    "num_blocks",
+    "num_buckets",
+    "num_heads",
+    "num_items",
+    "postprocessor",
+    "preprocessor",
+)
+# Above this likeness an unknown field is a slip of the pen; "item_embedding_dim" and "embedding_dim" are at 0.84.
+_MISSPELT_LIKENESS = 0.88
 
-def _transpose(tensor: Tensor) -> Tensor:
-    return tensor.t().contiguous()
+
+def _transposed(key: str) -> SourceTensor:
+    return SourceTensor(key, lambda tensor: tensor.t().contiguous(), lambda shape: shape[::-1])
 
 
-def _as_row(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(0)
+def _as_row(key: str) -> SourceTensor:
+    return SourceTensor(key, lambda tensor: tensor.unsqueeze(0), lambda shape: shape[1:])
 
 
 class _UserConfig:
-    """The user's configuration, read field by field with the family's own names; other fields are notes to people."""
+    """The user's configuration, read field by field with the family's own names.
+
+    Other fields are notes to people, unless they look like one of these misspelt: a switch that is silently left at
+    its default gives a model that runs and recommends wrongly.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
+        slips = [
+            f"{name} (nearest: {near[0]})"
+            for name in values
+            if name not in _FIELDS and (near := difflib.get_close_matches(name, _FIELDS, 1, _MISSPELT_LIKENESS))
+        ]
+        if slips:
+            raise DialectError("config", f"unknown fields: {', '.join(slips)}", "correct or remove them")
         self._values = values
 
     def integer(self, name: str) -> int | None:
@@ -68,6 +99,8 @@ class _UserConfig:
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
         value = self._values.get(name, default)
+        if not isinstance(value, str):
+            raise DialectError("config", f"{name} is {value!r}; allowed: {', '.join(choices)}", f"correct {name}")
         if value not in choices:
             raise DialectError(
                 "unsupported",
@@ -89,18 +122,26 @@ class _Research(Dialect):
     def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> RetrievalConfig:
         user = _UserConfig(config or {})
         user.choice("normalization", dict.fromkeys(_NORMALIZATIONS, "rel_bias"), "rel_bias")
-        num_layers = 1 + max(int(m[1]) for key in shapes if (m := LAYER_PATTERN.match(key)))
         first = LAYER_KEY.format(0)
         required = (ITEM_KEY, POSITION_KEY, first + "_uvqk", first + "_o.weight")
         if lacking := [key for key in required if key not in shapes]:
             raise DialectError(
                 "keys", f"the checkpoint lacks {', '.join(lacking)}", "pass the whole model's state_dict"
             )
-        for key in required:
-            if len(shapes[key]) != 2:
+        tables = (first + "_rel_attn_bias._pos_w", first + "_rel_attn_bias._ts_w")
+        ranks = {**dict.fromkeys((*required, RATING_KEY, "_attn_mask"), 2), **dict.fromkeys(tables, 1)}
+        for key, rank in ranks.items():
+            if key in shapes and len(shapes[key]) != rank:
                 raise DialectError(
-                    "shape", f"{key} has shape {list(shapes[key])}; it must be a matrix", "check the file"
+                    "shape", f"{key} has shape {list(shapes[key])}; it must have {rank} dimensions", "check the file"
                 )
+        num_layers = 1 + max(int(m[1]) for key in shapes if (m := LAYER_PATTERN.match(key)))
+        if num_layers > len(shapes):
+            raise DialectError(
+                "keys",
+                f"the checkpoint has a layer {num_layers - 1} and only {len(shapes)} tensors",
+                "pass the whole model's state_dict",
+            )
         embedding_dim, packed = shapes[first + "_uvqk"]
         attention = self._attention(shapes, user, first, packed)
         rated = RATING_KEY in shapes
@@ -136,6 +177,9 @@ class _Research(Dialect):
                 )
         concat_ua = user.flag("concat_ua", False)
         hour_encoding = user.choice("hour_encoding", {"none": "none", "additive": "additive"}, "none")
+        silu_scope = user.choice("linear_activation", _ACTIVATIONS, "silu")
+        postprocessor = user.choice("postprocessor", _POSTPROCESSORS, "l2_norm")
+        item_l2_norm = user.flag("item_l2_norm", True)
         try:
             return RetrievalConfig(
                 dialect=self.name,
@@ -144,7 +188,7 @@ class _Research(Dialect):
                 layer=LayerConfig(
                     embedding_dim=embedding_dim,
                     attention=attention,
-                    silu_scope=user.choice("linear_activation", _ACTIVATIONS, "silu"),  # type: ignore[arg-type]
+                    silu_scope=silu_scope,  # type: ignore[arg-type]
                     uvqk_bias=False,
                     input_norm=True,
                     input_norm_affine=False,
@@ -160,9 +204,9 @@ class _Research(Dialect):
                 num_ratings=shapes[RATING_KEY][0] if rated else 0,
                 num_positions=shapes[POSITION_KEY][0],
                 hour_encoding=hour_encoding,  # type: ignore[arg-type]
-                postprocessor=user.choice("postprocessor", _POSTPROCESSORS, "l2_norm"),  # type: ignore[arg-type]
+                postprocessor=postprocessor,  # type: ignore[arg-type]
                 postprocessor_eps=NORM_EPS,
-                item_l2_norm=user.flag("item_l2_norm", True),
+                item_l2_norm=item_l2_norm,
             )
         except ValueError as error:
             raise DialectError("shape", str(error), "pass the configuration of this checkpoint") from error
@@ -170,7 +214,9 @@ class _Research(Dialect):
     def _attention(self, shapes: Shapes, user: _UserConfig, first: str, packed: int) -> AttentionConfig:
         output_in = shapes[first + "_o.weight"][1]
         num_heads = user.integer("num_heads")
-        if not num_heads:
+        if num_heads == 0:
+            raise DialectError("config", "num_heads is 0; it must be at least 1", "correct num_heads")
+        if num_heads is None:
             raise DialectError(
                 "heads",
                 f"the number of heads is in no tensor's shape: {first}_uvqk holds {packed} columns whatever it is",
@@ -232,13 +278,13 @@ class _Research(Dialect):
         for index in range(config.num_layers):
             ours, theirs = f"layers.{index}.", LAYER_KEY.format(index)
             sources[ours + "uvqk_weight"] = SourceTensor(theirs + "_uvqk")
-            sources[ours + "output_weight"] = SourceTensor(theirs + "_o.weight", _transpose)
+            sources[ours + "output_weight"] = _transposed(theirs + "_o.weight")
             if config.layer.output_bias:
                 sources[ours + "output_bias"] = SourceTensor(theirs + "_o.bias")
             if config.layer.attention.pos_table_len:
-                sources[ours + "pos_table"] = SourceTensor(theirs + "_rel_attn_bias._pos_w", _as_row)
+                sources[ours + "pos_table"] = _as_row(theirs + "_rel_attn_bias._pos_w")
             if config.layer.attention.time_bias != "none":
-                sources[ours + "ts_table"] = SourceTensor(theirs + "_rel_attn_bias._ts_w", _as_row)
+                sources[ours + "ts_table"] = _as_row(theirs + "_rel_attn_bias._ts_w")
         return sources
 
 
