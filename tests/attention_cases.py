@@ -1,7 +1,8 @@
 """Builders of :class:`tests.oracle.AttentionCase`: O(1) random inputs for ragged shapes, masks and biases.
 
-Values are drawn so that outputs are O(1): scores have mean and deviation near 1, v has mean 1 and the divisor is near the
-sequence lengths.  ``attention_grid`` is the fixed grid that every implementation (interpreter, GPU, C++, ONNX, eager) must pass.
+Values are drawn so that outputs are O(1): scores have mean and deviation near 1, v has mean 1 and the divisor is near
+the sequence lengths.  ``attention_grid`` is the fixed grid that every implementation (interpreter, GPU, C++, ONNX,
+eager) must pass.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def offsets_of(lengths: Sequence[int]) -> Array:
 def geometric_thresholds(num_buckets: int, ratio: float, bits: int) -> Array:
     """Return ascending integer thresholds ceil(ratio^m), m = 1..num_buckets, saturated at the type's largest value."""
     largest = 2 ** (bits - 1) - 1
-    exact = [min(int(np.ceil(ratio**m)), largest) if m * np.log2(ratio) < 62 else largest for m in range(1, num_buckets + 1)]
+    exact = [
+        min(int(np.ceil(ratio**m)), largest) if m * np.log2(ratio) < 62 else largest for m in range(1, num_buckets + 1)
+    ]
     return np.array(exact, dtype=np.int64 if bits == 64 else np.int32)
 
 
@@ -102,7 +105,11 @@ def build_case(
         rows, cols = [], []
         for length, queries in zip(seq_lengths, query_lengths, strict=True):
             # Sessions: mostly seconds between events, now and then days.
-            gaps = np.where(rng.random(length + 1) < 0.15, rng.integers(3600, 3_000_000, length + 1), rng.integers(0, 90, length + 1))
+            gaps = np.where(
+                rng.random(length + 1) < 0.15,
+                rng.integers(3600, 3_000_000, length + 1),
+                rng.integers(0, 90, length + 1),
+            )
             times = np.cumsum(gaps) + (1_600_000_000 if timestamp_bits == 64 else 1_000_000_000)
             cols.append(times[:length])
             own = times[1:] if next_timestamp else times[:length]
@@ -194,8 +201,8 @@ def mask_cases() -> Iterator[AttentionCase]:
             },
         }.items()
     ):
-        yield build_case(lengths, name=name, seed=100 + index, **options)  # type: ignore[arg-type]
-    yield build_case([2, 1, 97, 3], name="one-long", seed=120, num_targets=[1, 1, 11, 0])
+        yield build_case(lengths, name=name, num_heads=1, seed=100 + index, **options)  # type: ignore[arg-type]
+    yield build_case([2, 1, 97, 3], name="one-long", num_heads=1, seed=120, num_targets=[1, 1, 11, 0])
 
 
 def bias_cases() -> Iterator[AttentionCase]:
@@ -204,7 +211,9 @@ def bias_cases() -> Iterator[AttentionCase]:
     yield build_case(lengths, name="position", pos_bias="shared", seed=200)
     yield build_case(lengths, name="position-per-head-targets", pos_bias="per_head", num_targets=targets, seed=201)
     yield build_case(lengths, name="position-short-table", pos_bias="shared", pos_table_len=9, seed=202)
-    yield build_case(lengths, name="time-own-per-head", time_bias="per_head", num_buckets=16, bucket_ratio=2.0, seed=203)
+    yield build_case(
+        lengths, name="time-own-per-head", time_bias="per_head", num_buckets=16, bucket_ratio=2.0, seed=203
+    )
     yield build_case(lengths, name="time-int32", time_bias="shared", timestamp_bits=32, seed=204)
     yield build_case(
         lengths,
@@ -238,7 +247,9 @@ def bias_cases() -> Iterator[AttentionCase]:
 
 def shape_cases() -> Iterator[AttentionCase]:
     """Head dims 16..256 with 25 and 50, Dqk != Dv, one head, delta queries, per-sequence divisors, garbage tails."""
-    for index, (dqk, dv) in enumerate([(25, 25), (50, 50), (32, 32), (64, 64), (16, 40), (96, 33), (128, 128), (1, 1), (256, 256)]):
+    for index, (dqk, dv) in enumerate(
+        [(25, 25), (50, 50), (32, 32), (64, 64), (16, 40), (96, 33), (128, 128), (1, 1), (256, 256)]
+    ):
         yield build_case([17, 5, 20], name=f"dims-{dqk}x{dv}", dqk=dqk, dv=dv, num_targets=[2, 5, 0], seed=300 + index)
     yield build_case([9, 33], name="one-head", num_heads=1, seed=320)
     keys, queries = [40, 7, 16, 0, 33], [3, 7, 0, 0, 17]
@@ -272,10 +283,15 @@ def hostile_cases() -> Iterator[AttentionCase]:
         yield dataclasses.replace(good, name=f"q-offsets-{name}", q_offsets=bad)
         yield dataclasses.replace(good, name=f"k-offsets-{name}", k_offsets=bad)
     yield dataclasses.replace(good, name="targets-hostile", num_targets=np.array([99, -5, 2**31 - 1], dtype=np.int32))
-    yield dataclasses.replace(good, name="context-hostile", contextual_seq_lens=np.array([-(2**31), 99, 2**31 - 1], dtype=np.int32))
+    yield dataclasses.replace(
+        good, name="context-hostile", contextual_seq_lens=np.array([-(2**31), 99, 2**31 - 1], dtype=np.int32)
+    )
     yield dataclasses.replace(good, name="more-queries-than-keys", k_offsets=offsets_of([2, 18, 0]), num_targets=None)
     yield dataclasses.replace(
-        good, name="more-queries-than-keys-context", k_offsets=offsets_of([2, 18, 0]), contextual_seq_lens=np.array([1, 0, 3], dtype=np.int32)
+        good,
+        name="more-queries-than-keys-context",
+        k_offsets=offsets_of([2, 18, 0]),
+        contextual_seq_lens=np.array([1, 0, 3], dtype=np.int32),
     )
     yield build_case([], name="no-sequences", tail=19)
     yield build_case([], name="no-rows")

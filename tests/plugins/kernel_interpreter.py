@@ -1,0 +1,128 @@
+"""Runs the Triton attention kernel on CPU, in processes with TRITON_INTERPRET=1 (read at Triton's first import)."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import numpy as np
+
+from tests.attention_cases import round_to_dtype
+from tests.oracle import Array, AttentionCase
+
+#: (BLOCK_M, BLOCK_N) of the tests: the smallest legal tile meets most boundaries per row computed.
+SMALL_TILE = (16, 16)
+
+
+def _start_worker() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    _repair_bfloat16()
+
+
+def _repair_bfloat16() -> None:
+    """Give Triton 3.6's interpreter the GPU's bfloat16.
+
+    It holds a bfloat16 as its 16 bits.  ``tl.dot`` multiplies those bits as integers, and the conversion from float32
+    cuts bits off where the GPU rounds to nearest even.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widen(operand: TensorHandle) -> TensorHandle:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        return dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            bits = round_to_dtype(np.ascontiguousarray(src.data), "bfloat16").view(np.uint32)
+            return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+def run_kernel(case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None) -> Array:
+    """Return the kernel's output [Lq, H, Dv] as float32; the output buffer starts as NaN, so an unwritten row shows.
+
+    Only for a worker process of :class:`KernelInterpreter`.
+    """
+    import torch
+
+    from hstu_compile.plugins.kernels import launch
+    from hstu_compile.plugins.kernels.tiles import TileConfig
+
+    dtype = getattr(torch, case.dtype)
+
+    def tensor(values: Array | None) -> torch.Tensor | None:
+        return None if values is None else torch.from_numpy(np.ascontiguousarray(values))
+
+    def poisoned(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    inputs = {name: tensor(values) for name, values in case.optional_inputs().items()}
+    attributes = {
+        field.name: getattr(case.attrs, field.name)
+        for field in dataclasses.fields(case.attrs)
+        if field.name != "pos_table_len"
+    }
+    allocate = torch.empty
+    q, k, v = (torch.from_numpy(np.ascontiguousarray(values)).to(dtype) for values in (case.q, case.k, case.v))
+    out_shape = (q.shape[0], q.shape[1], v.shape[2])
+    torch.empty = lambda *size, **options: (  # type: ignore[assignment]
+        poisoned(out_shape, **options) if size == (out_shape,) else allocate(*size, **options)
+    )
+    try:
+        out = launch.hstu_attention_triton(
+            q,
+            k,
+            v,
+            torch.from_numpy(case.q_offsets),
+            torch.from_numpy(case.k_offsets),
+            **inputs,
+            **attributes,
+            config=TileConfig(1, tile[0], tile[1], 4, 1, "interpreter"),
+            mask_kind=mask_kind,
+        )
+    finally:
+        torch.empty = allocate
+    return out.float().numpy()
+
+
+class KernelInterpreter:
+    """A pool of two interpreter processes; use as a context manager."""
+
+    def __init__(self) -> None:
+        """Start nothing yet: processes start with the first case."""
+        self._pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+    def __enter__(self) -> KernelInterpreter:
+        """Return self."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop the cases that nobody waits for and end the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(
+        self, case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None
+    ) -> Future[Array]:
+        """Start ``case``; the future's result is the output [Lq, H, Dv]."""
+        return self._pool.submit(run_kernel, case, tile, mask_kind)
+
+    def run(self, case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None) -> Array:
+        """Return the output [Lq, H, Dv] of ``case``."""
+        return self.submit(case, tile, mask_kind).result()
