@@ -1,6 +1,7 @@
 """Ahead-of-time compiler of the attention kernel: variants -> cubins and PTX -> one C++ source of the plugin library.
 
-Needs no GPU, no driver and no CUDA toolkit (Triton carries ptxas).  Level: kernels; imports neither triton nor torch itself.
+Needs no GPU, no driver and no CUDA toolkit (Triton carries ptxas).  Level: kernels; imports neither triton nor torch
+itself.
 """
 
 from __future__ import annotations
@@ -29,9 +30,18 @@ from hstu_compile.plugins.kernels.variants import (
     variants_for,
 )
 
-__all__ = ["ARCHS", "KernelImage", "KernelVariant", "compile_variants", "default_variants", "variants_for", "write_cpp_source"]
+__all__ = [
+    "ARCHS",
+    "KernelImage",
+    "KernelVariant",
+    "compile_variants",
+    "default_variants",
+    "variants_for",
+    "write_cpp_source",
+]
 
-#: Files whose text decides the machine code of a task (with the task itself, Triton and its ptxas, which one wheel pins).
+#: Files whose text decides the machine code of a task (with the task itself, Triton and its ptxas, which one wheel
+#: pins).
 _SOURCES = ("hstu_attention.py", "compile_worker.py")
 
 
@@ -76,7 +86,8 @@ def compile_variants(
     Args:
         variants: what to compile; duplicates are compiled once.
         archs: compute capabilities, each of ``ARCHS``.
-        cache_dir: compiled kernels are kept here under a hash of source, options and Triton's version; None keeps nothing.
+        cache_dir: compiled kernels are kept here under a hash of source, options and Triton's version; None keeps
+            nothing.
         jobs: compiler processes; None takes one per usable core.
         with_ptx: also make the PTX that newer GPUs compile at load time.
         progress: called with (done, total) after each kernel, from compiler threads, one at a time.
@@ -115,7 +126,7 @@ def compile_variants(
 
 
 def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, finished: Callable[[], None]) -> None:
-    """Compile ``tasks`` into ``store`` with ``jobs`` worker processes that share one queue; the first failure stops all."""
+    """Compile ``tasks`` into ``store`` with ``jobs`` workers on one queue; the first failure stops all."""
     pending: queue.SimpleQueue[CompileTask] = queue.SimpleQueue()
     # Slowest first (wide float32 tiles, many rows), so that no worker ends on a long one.
     for task in sorted(tasks, key=lambda t: -_cost(t)):
@@ -125,11 +136,19 @@ def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, fi
     def work(number: int) -> None:
         log = scratch / f"worker{number}.log"
         # Line information would put this machine's paths into the library.
-        env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": str(scratch / "triton")}
+        env = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_DISABLE_LINE_INFO": "1",
+            "TRITON_CACHE_DIR": str(scratch / "triton"),
+        }
         command = [sys.executable, "-m", "hstu_compile.plugins.kernels.compile_worker"]
-        with log.open("w") as stderr, subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=env, text=True
-        ) as worker:
+        with (
+            log.open("w") as stderr,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=env, text=True
+            ) as worker,
+        ):
             assert worker.stdin is not None and worker.stdout is not None
             while not errors:
                 try:
@@ -144,7 +163,11 @@ def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, fi
                     line = worker.stdout.readline()
                 except OSError:
                     line = ""
-                reply = json.loads(line) if line else {"error": f"the compiler process ended; its log: {log.read_text()[-2000:]}"}
+                reply = (
+                    json.loads(line)
+                    if line
+                    else {"error": f"the compiler process ended; its log: {log.read_text()[-2000:]}"}
+                )
                 if "error" in reply:
                     errors.append(f"{_describe(task)}: {reply['error']}")
                     break
@@ -164,13 +187,20 @@ def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, fi
 def _describe(task: CompileTask) -> str:
     variant = task.variant
     target = f"PTX {task.arch}" if task.is_ptx else f"sm_{task.arch}"
-    return f"{target}, {variant.dtype}, padded head dims {variant.block_dqk} and {variant.block_dv}, tactic {task.tile.tactic}"
+    dims = f"padded head dims {variant.block_dqk} and {variant.block_dv}"
+    return f"{target}, {variant.dtype}, {dims}, tactic {task.tile.tactic}"
 
 
 def _cost(task: CompileTask) -> int:
     tile, variant = task.tile, task.variant
     rate = 8 if variant.dtype == "float32" else 1
-    return rate * tile.block_m * tile.block_n * (variant.block_dqk + variant.block_dv + 128 * variant.time_bias) // tile.num_warps
+    return (
+        rate
+        * tile.block_m
+        * tile.block_n
+        * (variant.block_dqk + variant.block_dv + 128 * variant.time_bias)
+        // tile.num_warps
+    )
 
 
 def _key(task: CompileTask) -> str:
@@ -222,12 +252,14 @@ def _save(store: Path, task: CompileTask, data: bytes, metadata: dict[str, Any])
 def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, Path]:
     """Write the table of ``images`` as C++ and their bytes beside it; return both paths (source, data).
 
-    The source takes the bytes in through the assembler (.incbin), so that g++ needs no time for them.  It names the data file by its
+    The source takes the bytes in through the assembler (.incbin), so that g++ needs no time for them.  It names the
+    data file by its
     absolute path: compile it where it was written.
 
     Args:
         images: at least one.
-        path: of the C++ file, which includes ``hstuKernelImages.h``; the data file is ``path`` with the suffix ``.bin``.
+        path: of the C++ file, which includes ``hstuKernelImages.h``; the data file is ``path`` with the suffix
+            ``.bin``.
 
     Raises:
         ValueError: if ``images`` is empty, or the path has a character the assembler cannot quote.
@@ -236,7 +268,9 @@ def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, P
         raise ValueError("no kernel images: a plugin library without kernels cannot run anything")
     source, blob = Path(path).resolve(), Path(path).resolve().with_suffix(".bin")
     if any(c in str(blob) for c in '"\\\n'):
-        raise ValueError(f"kernel image path {str(blob)!r} has a quote, a backslash or a line break, which the assembler cannot quote")
+        raise ValueError(
+            f"kernel image path {str(blob)!r} has a quote, backslash or line break, which the assembler cannot quote"
+        )
     rows, content = [], bytearray()
     for image in images:
         # 64-byte alignment: the driver reads a cubin as an ELF file in place.
@@ -278,7 +312,7 @@ def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, P
                 '        ".popsection\\n");',
                 'extern "C" __attribute__((visibility("hidden"))) unsigned char const hstuKernelImageData[];',
                 "",
-                "// sm, isPtx, dtype, timestampBits, blockDqk, blockDv, aligned, posBias, timeBias, maskKind, tactic, blockM, numWarps, sharedBytes",
+                "// Fields in the order of the struct.",
                 "HstuKernelImage const kHstuKernelImages[] = {",
                 *rows,
                 "};",

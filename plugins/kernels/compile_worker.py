@@ -1,7 +1,9 @@
 """Worker process of the ahead-of-time compiler: compiles one kernel per line of standard input, without a GPU.
 
-A process of its own, because TRITON_INTERPRET decides at import what ``@triton.jit`` makes, and because Triton prints its failures.
-Input: one JSON object per line, a :class:`CompileTask` and the path to write.  Output: one JSON line each, ``{}`` or ``{"error"}``.
+A process of its own, because TRITON_INTERPRET decides at import what ``@triton.jit`` makes, and because Triton prints
+its failures.
+Input: one JSON object per line, a :class:`CompileTask` and the path to write.  Output: one JSON line each, ``{}`` or
+``{"error"}``.
 Level: kernels; imports triton, not torch.
 """
 
@@ -86,7 +88,8 @@ def _serve() -> None:
             data, metadata = compile_kernel(task)
             Path(request["data_path"]).write_bytes(data)
             reply["metadata"] = metadata
-        except Exception as error:  # noqa: BLE001 - reported to the parent, whatever it was
+        except Exception as error:
+            # Whatever it was, the parent reports it with the kernel's name.
             reply["error"] = f"{type(error).__name__}: {error}"
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

@@ -5,24 +5,29 @@ prefix C and absolute row i = (Lk_b - Lq_b) + r::
 
     out_i = sum_j allowed(i, j) * SiLU(alpha * <q_i, k_j> + bias(i, j)) * v_j / scaling_seq_len
 
-``allowed`` and ``bias`` are those of HstuAttention_PluginConfig.yaml.  Level: kernels, below everything; imports triton only.
+``allowed`` and ``bias`` are those of HstuAttention_PluginConfig.yaml.  Level: kernels, below everything; imports triton
+only.
 
 Memory: q [Lq, H, Dqk], k [Lk, H, Dqk], v [Lk, H, Dv], out [Lq, H, Dv], contiguous; offsets int32 [B + 1] on the device.
-Nothing is padded in memory and no workspace is used.  Row pointers are 64-bit: Lk * H * D passes 2^31 at 4.2 M tokens of 512.
+Nothing is padded in memory and no workspace is used.  Row pointers are 64-bit: Lk * H * D passes 2^31 at 4.2 M tokens
+of 512.
 
 Grid: (Lq // BLOCK_M + B + 1, H).  The tiles of sequence b start at slot q_offsets[b] // BLOCK_M + b.  These starts are
-strictly increasing and leave room for ceil(Lq_b / BLOCK_M) tiles, so the host needs no maximum length and reads no device data.
-Each program finds its sequence by counting starts <= slot in the same pass that validates both offset vectors.
+strictly increasing and leave room for ceil(Lq_b / BLOCK_M) tiles, so the host needs no maximum length and reads no
+device data. Each program finds its sequence by counting starts <= slot in the same pass that validates both offset
+vectors.
 
 Masking, per row: ``allowed(i, j) = j < history_end(i) or own_begin(i) <= j <= i`` and, under a window,
-``position(j) >= window_begin(i)``.  history_end is exclusive, own_begin inclusive.  Key tiles that every row of the query tile
-sees whole take a loop without mask arithmetic; the window's left edge, the diagonal and the row's own candidate group take the
-other.  Columns of other candidates' groups are never loaded when a whole tile lies between the history and the group.
+``position(j) >= window_begin(i)``.  history_end is exclusive, own_begin inclusive.  Key tiles that every row of the
+query tile sees whole take a loop without mask arithmetic; the window's left edge, the diagonal and the row's own
+candidate group take the other.  Columns of other candidates' groups are never loaded when a whole tile lies between the
+history and the group.
 
-Numerics: scores, SiLU and sums in float32 (float32 inputs multiply in IEEE float32, never TF32); the SiLU weight is rounded to the
-input dtype before it meets v, and the divisor is applied to the float32 sum.  A row without an allowed key writes 0.  Rows of
-other sequences and behind the sequence's end are never loaded, so their NaN or Inf cannot reach the output; a non-finite v row
-inside a sequence may also reach rows of the same query tile that do not see it (0 * NaN in the tile product).
+Numerics: scores, SiLU and sums in float32 (float32 inputs multiply in IEEE float32, never TF32); the SiLU weight is
+rounded to the input dtype before it meets v, and the divisor is applied to the float32 sum.  A row without an allowed
+key writes 0.  Rows of other sequences and behind the sequence's end are never loaded, so their NaN or Inf cannot reach
+the output; a non-finite v row inside a sequence may also reach rows of the same query tile that do not see it (0 * NaN
+in the tile product).
 """
 
 import triton
@@ -35,10 +40,6 @@ _THRESHOLD_CHUNK = tl.constexpr(128)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 #: Below every position, so that a row without a window passes its comparison.
 _NO_WINDOW = tl.constexpr(-(2**30))
-#: How the mask meets a key tile: see ``_accumulate``.
-_WHOLE = tl.constexpr(0)
-_CUT = tl.constexpr(1)
-_EITHER = tl.constexpr(2)
 
 
 @triton.jit
@@ -87,10 +88,10 @@ def _gap(a, b, MAX: tl.constexpr):
 
 @triton.jit
 def _time_bias(row_time, col_time, ts_table, ts_thresholds, num_buckets, MAX: tl.constexpr):
-    """Return ts_table[#{m : ts_thresholds[m] <= |row_time - col_time|}] as [BLOCK_M, BLOCK_N] float32, or one value for all.
+    """Return ts_table[#{m : ts_thresholds[m] <= |row_time - col_time|}] as [BLOCK_M, BLOCK_N] float32.
 
-    The extreme distances of the tile bound its buckets.  Sessions put most tiles far from the diagonal into one bucket, which
-    needs no work per element; the others search only between the bounds.
+    The extreme distances of the tile bound its buckets.  Sessions put most tiles far from the diagonal into one bucket,
+    which needs no work per element; the others search only between the bounds.
     """
     row_min = tl.min(row_time, 0)
     row_max = tl.max(row_time, 0)
@@ -172,24 +173,25 @@ def _accumulate(
     POS_BIAS: tl.constexpr,
     TIME_BIAS: tl.constexpr,
     MASK_KIND: tl.constexpr,
-    EDGE: tl.constexpr,
+    CHECK_COLS: tl.constexpr,
     TIME_MAX: tl.constexpr,
 ):
     """Add the key tile [start, start + BLOCK_N) to ``acc`` [BLOCK_M, BLOCK_DV] and return it.
 
-    EDGE says whether the mask cuts the tile: _WHOLE (no), _CUT (yes), or _EITHER (``is_edge`` tells at run time).
+    ``is_edge`` says whether the mask cuts the tile; a compile-time False or True leaves the other path out of the code.
+    CHECK_COLS is needed where the tile may reach past the last key.
     """
     cols = start + tl.arange(0, BLOCK_N)
     dims_qk = tl.arange(0, BLOCK_DQK)
     dims_v = tl.arange(0, BLOCK_DV)
     k_pointers = k_head + cols.to(tl.int64)[:, None] * k_stride + dims_qk[None, :]  # [BLOCK_N, BLOCK_DQK]
     v_pointers = v_head + cols.to(tl.int64)[:, None] * v_stride + dims_v[None, :]  # [BLOCK_N, BLOCK_DV]
-    if EDGE == _WHOLE:
-        k = tl.load(k_pointers, mask=(dims_qk < Dqk)[None, :], other=0.0)
-        v = tl.load(v_pointers, mask=(dims_v < Dv)[None, :], other=0.0)
-    else:
+    if CHECK_COLS:
         k = tl.load(k_pointers, mask=(cols < num_keys)[:, None] & (dims_qk < Dqk)[None, :], other=0.0)
         v = tl.load(v_pointers, mask=(cols < num_keys)[:, None] & (dims_v < Dv)[None, :], other=0.0)
+    else:
+        k = tl.load(k_pointers, mask=(dims_qk < Dqk)[None, :], other=0.0)
+        v = tl.load(v_pointers, mask=(dims_v < Dv)[None, :], other=0.0)
 
     # The bias first: it hides the latency of k and v, which the loop with a time bias cannot load ahead.
     bias = tl.zeros([rows.shape[0], BLOCK_N], dtype=tl.float32)  # [BLOCK_M, BLOCK_N]
@@ -202,11 +204,9 @@ def _accumulate(
         bias += tl.load(pos_table + tl.minimum(tl.maximum(index, 0), pos_last))
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha + bias  # [BLOCK_M, BLOCK_N]
     weight = score / (1.0 + tl.exp2(score * -_LOG2_E))  # SiLU; exp2 -> inf gives -0, never NaN, for finite scores
-    if EDGE == _CUT:
-        weight = tl.where(_is_allowed(cols, rows, history_end, own_begin, window_begin, history, context, MASK_KIND), weight, 0.0)
-    if EDGE == _EITHER:
-        if is_edge:
-            weight = tl.where(_is_allowed(cols, rows, history_end, own_begin, window_begin, history, context, MASK_KIND), weight, 0.0)
+    if is_edge:
+        is_allowed = _is_allowed(cols, rows, history_end, own_begin, window_begin, history, context, MASK_KIND)
+        weight = tl.where(is_allowed, weight, 0.0)
     return tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
 
 
@@ -265,10 +265,11 @@ def hstu_attention(
     TIME_BIAS: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):
-    """Compute one [BLOCK_M, Dv] tile of one head; see the module's docstring for the mapping and kernels/README.md for the ABI.
+    """Compute one [BLOCK_M, Dv] tile of one head; the ABI is in kernels/README.md.
 
-    ``num_targets``, ``contextual_seq_lens`` and ``scaling_seq_lens`` may be null: one predicated scalar load per program costs
-    less than eight times the compiled variants.  MASK_KIND 0 is plain causal (no targets, context or window), 1 is everything.
+    ``num_targets``, ``contextual_seq_lens`` and ``scaling_seq_lens`` may be null: one predicated scalar load per
+    program costs less than eight times the compiled variants.  MASK_KIND 0 is plain causal (no targets, context or
+    window), 1 is everything.
     """
     slot = tl.program_id(0)
     head = tl.program_id(1)
@@ -313,7 +314,8 @@ def hstu_attention(
     has_scales = scaling_seq_lens.to(tl.int64) != 0
     scale = tl.load(scaling_seq_lens + sequence, mask=has_scales, other=scaling_seq_len)
 
-    # Rows as positions among the keys: queries are the suffix.  A query before the first key (more queries than keys) sees nothing.
+    # Rows as positions among the keys: queries are the suffix.  A query before the first key (more queries than keys)
+    # sees nothing.
     local_rows = tile * BLOCK_M + lanes
     rows = num_keys - num_queries + local_rows
     first_row = num_keys - num_queries + tile * BLOCK_M
@@ -395,8 +397,9 @@ def hstu_attention(
         ts_head += tl.where(ts_heads > 1, head, 0).to(tl.int64) * (num_buckets + 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    # The cut tiles come last in one loop over their three ranges.  The search for time buckets is a loop of its own, which keeps
-    # Triton from pipelining the loop around it; then a second copy of the body gains nothing and doubles the code.
+    # The cut tiles come last in one loop over their three ranges.  The search for time buckets is a loop of its own,
+    # which keeps Triton from pipelining the loop around it; then a second copy of the body gains nothing and doubles
+    # the code.
     whole_tiles = (full_right - full_left) // BLOCK_N
     cut_begin = whole_tiles
     if TIME_BIAS:
@@ -436,7 +439,7 @@ def hstu_attention(
                 POS_BIAS,
                 TIME_BIAS,
                 MASK_KIND,
-                _WHOLE,
+                False,
                 TIME_MAX,
             )
     for index in range(cut_begin, whole_tiles + masked_tiles):
@@ -450,7 +453,7 @@ def hstu_attention(
             k_head,
             v_head,
             start,
-            cut >= 0,
+            (cut >= 0) if TIME_BIAS else True,
             rows,
             history_end,
             own_begin,
@@ -477,7 +480,7 @@ def hstu_attention(
             POS_BIAS,
             TIME_BIAS,
             MASK_KIND,
-            _EITHER if TIME_BIAS else _CUT,
+            True,
             TIME_MAX,
         )
 

@@ -1,31 +1,28 @@
 """PyTorch face of the Triton attention kernel: the fast path on a GPU, and on CPU under Triton's interpreter.
 
-Level: kernels; imports torch and triton.  ``TRITON_INTERPRET=1`` must be set before triton is first imported to run on CPU.
+Level: kernels; imports torch and triton.  ``TRITON_INTERPRET=1`` must be set before triton is first imported to run on
+CPU.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 
 from hstu_compile.plugins.kernels.hstu_attention import hstu_attention
 from hstu_compile.plugins.kernels.tiles import TileConfig, tile_configs
+from hstu_compile.plugins.kernels.variants import ARCHS, padded_dim
 
-_ARCHS = (80, 86, 89, 90, 100, 120)
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def block_dim(dim: int) -> int:
-    """Return the padded head dim of the kernel: the next power of two, at least 16 (the smallest side of a matrix product)."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _config_of(q: torch.Tensor, v: torch.Tensor) -> TileConfig:
+def _config_of(q: torch.Tensor, v: torch.Tensor, *, pos_bias: bool, time_bias: bool) -> TileConfig:
     arch = 80
     if q.is_cuda:
         major, minor = torch.cuda.get_device_capability(q.device)
-        arch = max((a for a in _ARCHS if a <= 10 * major + minor), default=80)
-    return tile_configs(arch, _DTYPES[q.dtype], block_dim(q.shape[2]), block_dim(v.shape[2]))[0]
+        arch = max((a for a in ARCHS if a <= 10 * major + minor), default=80)
+    return tile_configs(
+        arch, _DTYPES[q.dtype], padded_dim(q.shape[2]), padded_dim(v.shape[2]), pos_bias=pos_bias, time_bias=time_bias
+    )[0]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -60,12 +57,13 @@ def hstu_attention_triton(
     """Return HSTU attention [Lq, H, Dv] in q's dtype; one launch, no synchronisation, no data-dependent host work.
 
     Args:
-        q: [Lq, H, Dqk] float32, float16 or bfloat16, made contiguous if it is not; k [Lk, H, Dqk] and v [Lk, H, Dv] the same dtype.
+        q: [Lq, H, Dqk] float32, float16 or bfloat16, made contiguous if it is not; k [Lk, H, Dqk] and v [Lk, H, Dv] the
+            same dtype.
         q_offsets: [B + 1] int32; k_offsets likewise.  Checked on the device: invalid offsets give zeros.
-        num_targets: [B] int32 -- candidates at each tail, clamped to the length; contextual_seq_lens [B] int32; scaling_seq_lens [B]
-            float32.  When given, the last two replace the attributes.
-        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lk] and ts_thresholds [num_buckets] the same type; ts_table
-            [1 or H, num_buckets + 1] float32.  All four or none.
+        num_targets: [B] int32 -- candidates at each tail, clamped to the length; contextual_seq_lens [B] int32;
+            scaling_seq_lens [B] float32.  When given, the last two replace the attributes.
+        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lk] and ts_thresholds [num_buckets] the same type;
+            ts_table [1 or H, num_buckets + 1] float32.  All four or none.
         pos_table: [1 or H, 2 * pos_table_len - 1] float32.
         alpha: multiplier of the products; the other attributes as in the contract.
         config: tile configuration; None takes the first tactic of the device.
@@ -74,7 +72,9 @@ def hstu_attention_triton(
     Raises:
         ValueError: shapes, dtypes or devices that contradict each other, head dims beyond 256, or a bias given in part.
     """
-    _require(q.dim() == k.dim() == v.dim() == 3, f"q, k, v must be [L, H, D], got {q.dim()}, {k.dim()}, {v.dim()} dimensions")
+    _require(
+        q.dim() == k.dim() == v.dim() == 3, f"q, k, v must be [L, H, D], got {q.dim()}, {k.dim()}, {v.dim()} dimensions"
+    )
     num_heads, dqk, dv = q.shape[1], q.shape[2], v.shape[2]
     _require(
         tuple(k.shape[1:]) == (num_heads, dqk) and tuple(v.shape[:2]) == (k.shape[0], num_heads),
@@ -86,7 +86,10 @@ def hstu_attention_triton(
         f"q, k, v must share float32, float16 or bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}",
     )
     batch = q_offsets.numel() - 1
-    _require(batch >= 0 and k_offsets.numel() == batch + 1, f"offsets must be [B + 1], got {q_offsets.numel()} and {k_offsets.numel()}")
+    _require(
+        batch >= 0 and k_offsets.numel() == batch + 1,
+        f"offsets must be [B + 1], got {q_offsets.numel()} and {k_offsets.numel()}",
+    )
     _require(target_group_size >= 1, f"target_group_size must be at least 1, got {target_group_size}")
     times = (row_timestamps, col_timestamps, ts_table, ts_thresholds)
     time_bias = ts_table is not None
@@ -109,14 +112,17 @@ def hstu_attention_triton(
         if tensor is None:
             continue
         _require(tensor.dtype in kinds, f"{name} must be one of {[str(kind) for kind in kinds]}, got {tensor.dtype}")
-        _require(shape is None or tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        _require(
+            shape is None or tuple(tensor.shape) == shape, f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
+        )
         _require(tensor.device == q.device, f"{name} is on {tensor.device}, q on {q.device}")
     num_buckets = 0
     if row_timestamps is not None and col_timestamps is not None and ts_table is not None and ts_thresholds is not None:
         num_buckets = ts_thresholds.numel()
         _require(
             row_timestamps.dtype == col_timestamps.dtype == ts_thresholds.dtype,
-            f"timestamps and thresholds must share a type, got {row_timestamps.dtype}, {col_timestamps.dtype}, {ts_thresholds.dtype}",
+            "row_timestamps, col_timestamps and ts_thresholds must share a type, got "
+            f"{row_timestamps.dtype}, {col_timestamps.dtype}, {ts_thresholds.dtype}",
         )
         _require(
             ts_table.shape[0] in (1, num_heads) and ts_table.shape[1] == num_buckets + 1,
@@ -131,7 +137,9 @@ def hstu_attention_triton(
     if out.numel() == 0:
         return out
     if mask_kind is None:
-        is_general = num_targets is not None or contextual_seq_lens is not None or contextual_seq_len > 0 or max_attn_len > 0
+        is_general = (
+            num_targets is not None or contextual_seq_lens is not None or contextual_seq_len > 0 or max_attn_len > 0
+        )
         mask_kind = int(is_general)
 
     def pointer(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -139,7 +147,7 @@ def hstu_attention_triton(
         return torch.empty(0, dtype=dtype, device=q.device) if tensor is None else tensor.contiguous()
 
     time_type = torch.int64 if row_timestamps is None else row_timestamps.dtype
-    tile = config or _config_of(q, v)
+    tile = config or _config_of(q, v, pos_bias=pos_table is not None, time_bias=time_bias)
     grid = (q.shape[0] // tile.block_m + batch + 1, num_heads)
     hstu_attention[grid](
         q.contiguous(),
@@ -174,8 +182,8 @@ def hstu_attention_triton(
         min_full_attn_seq_len,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_DQK=block_dim(dqk),
-        BLOCK_DV=block_dim(dv),
+        BLOCK_DQK=padded_dim(dqk),
+        BLOCK_DV=padded_dim(dv),
         POS_BIAS=int(pos_table is not None),
         TIME_BIAS=int(time_bias),
         MASK_KIND=mask_kind,

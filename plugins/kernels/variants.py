@@ -46,7 +46,8 @@ class KernelVariant:
             raise ValueError(f"padded head dims must be in {legal_blocks}, got {self.block_dqk} and {self.block_dv}")
         if self.timestamp_bits not in ((32, 64) if self.time_bias else (0,)):
             raise ValueError(
-                f"timestamp_bits must be 32 or 64 with a time bias and 0 without, got {self.timestamp_bits} with time_bias={self.time_bias}"
+                "timestamp_bits must be 32 or 64 with a time bias and 0 without, "
+                f"got {self.timestamp_bits} with time_bias={self.time_bias}"
             )
         if self.mask_kind not in (0, 1):
             raise ValueError(f"mask_kind must be 0 (plain causal) or 1 (every mask), got {self.mask_kind}")
@@ -54,7 +55,7 @@ class KernelVariant:
 
 @dataclass(frozen=True)
 class CompileTask:
-    """One kernel to compile: a variant, its tile and its target; ``arch`` is the capability, ``is_ptx`` asks for PTX text."""
+    """One kernel to compile: a variant, its tile and its capability; ``is_ptx`` asks for PTX text."""
 
     variant: KernelVariant
     tile: TileConfig
@@ -116,9 +117,10 @@ def variants_for(
 def default_variants() -> tuple[KernelVariant, ...]:
     """Return the variants of a library that is built for no model in particular.
 
-    Half precision at the head dims of the published configurations, every mask: ranking models without a bias at 64 and 128, and
-    retrieval models with position and time bias at 64 (padded from 25 or 50, hence without alignment).  Anything else is one
-    ``variants_for`` away; a library for every combination would be 300 variants.
+    Half precision at the head dims of the published configurations, every mask: ranking models without a bias at 64 and
+        128, and
+    retrieval models with position and time bias at 64 (padded from 25 or 50, hence without alignment).  Anything else
+    is one ``variants_for`` away; a library for every combination would be 300 variants.
     """
     return (
         *variants_for("float16", 128, 128),
@@ -128,7 +130,20 @@ def default_variants() -> tuple[KernelVariant, ...]:
     )
 
 
-def compile_tasks(variants: tuple[KernelVariant, ...], archs: tuple[int, ...], *, with_ptx: bool = True) -> tuple[CompileTask, ...]:
+def _tiles_of(variant: KernelVariant, arch: int) -> tuple[TileConfig, ...]:
+    return tile_configs(
+        arch,
+        variant.dtype,
+        variant.block_dqk,
+        variant.block_dv,
+        pos_bias=variant.pos_bias,
+        time_bias=variant.time_bias,
+    )
+
+
+def compile_tasks(
+    variants: tuple[KernelVariant, ...], archs: tuple[int, ...], *, with_ptx: bool = True
+) -> tuple[CompileTask, ...]:
     """Return every kernel of ``variants``: one per architecture and tactic, and the first tactic as PTX.
 
     Raises:
@@ -140,10 +155,8 @@ def compile_tasks(variants: tuple[KernelVariant, ...], archs: tuple[int, ...], *
     tasks = []
     for variant in dict.fromkeys(variants):
         for arch in dict.fromkeys(archs):
-            tiles = tile_configs(arch, variant.dtype, variant.block_dqk, variant.block_dv)
-            tasks += [CompileTask(variant, tile, arch, is_ptx=False) for tile in tiles]
+            tasks += [CompileTask(variant, tile, arch, is_ptx=False) for tile in _tiles_of(variant, arch)]
         if with_ptx:
             # The first tactic on the smallest shared memory runs on every GPU.
-            tile = tile_configs(86, variant.dtype, variant.block_dqk, variant.block_dv)[0]
-            tasks.append(CompileTask(variant, tile, PTX_ARCH, is_ptx=True))
+            tasks.append(CompileTask(variant, _tiles_of(variant, 86)[0], PTX_ARCH, is_ptx=True))
     return tuple(tasks)
