@@ -227,6 +227,7 @@ def save_checkpoint(model: RetrievalModel, path: Path) -> None:
 
 
 def positive_int(text: str) -> int:
+    """The value of an option that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
