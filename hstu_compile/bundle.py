@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError
+from hstu_compile.plugin_library import SELF_REGISTERING
 from hstu_compile.runtime.request import RequestLimits, check_request
 from hstu_compile.runtime.session import Session, open_session
 
@@ -171,6 +172,11 @@ class BundleFiles:
         return RequestLimits(**self.manifest["limits"])
 
     @property
+    def plugin_library(self) -> Path | None:
+        """The self-registering plugin library, where the bundle has one."""
+        return self.path / SELF_REGISTERING if SELF_REGISTERING in self.manifest["files"] else None
+
+    @property
     def has_engine(self) -> bool:
         """Whether an engine was built."""
         return ENGINE_FILE in self.manifest["files"]
@@ -243,6 +249,7 @@ class Bundle:
             self.runtime,
             onnx=self.files.path / ONNX_FILE,
             engine=self.files.path / ENGINE_FILE if self.files.has_engine else None,
+            plugin_library=self.files.plugin_library if self.runtime == "tensorrt" else None,
         )
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

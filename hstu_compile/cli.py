@@ -6,6 +6,7 @@ environment without torch and TensorRT.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import click
 
 import hstu_compile
 from hstu_compile.config import BuildConfig
-from hstu_compile.errors import ERROR_CODES, EXIT_VERIFICATION, UsageError
-from hstu_compile.trt_options import EngineOptions, trt_options, trtexec_command
+from hstu_compile.errors import ERROR_CODES, EXIT_BUILD, EXIT_VERIFICATION, UsageError
+from hstu_compile.trt_options import EngineOptions, parse_compute_capabilities, trt_options, trtexec_command
 
 if TYPE_CHECKING:
     from hstu_compile.pipeline import BuildPlan, BuildResult, StageReport
@@ -27,7 +28,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result a
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1))
+    click.echo(json.dumps(value, indent=1, default=str))
 
 
 class _Console:
@@ -98,6 +99,11 @@ def _one_precision(fp32: bool, fp16: bool, bf16: bool) -> Any:
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare every artifact with the eager model."
 )
+@click.option(
+    "--plugin/--no-plugin",
+    default=None,
+    help="Build the TensorRT plugin of this model into the bundle (default: when the backend is tensorrt).",
+)
 @click.option("--dry-run", is_flag=True, help="Read the checkpoint, say what would be built, and stop.")
 @click.option("--keep-intermediates", type=_PATH, metavar="DIR", help="Write the artifact of every stage to DIR.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -116,7 +122,9 @@ def build(
     engine_options: EngineOptions,
     **settings: Any,
 ) -> int:
-    """Compile CHECKPOINT to a bundle: ONNX, engine, reference outputs and report.
+    """Compile CHECKPOINT to a verified bundle.
+
+    The bundle holds the ONNX graph, the engine, reference outputs and a report.
 
     Exits with 6 when the artifact differs from the eager model by more than the bound; the bundle is written all the
     same, marked FAIL, so that its report can be read.
@@ -185,7 +193,10 @@ def engine(
     as_json: bool,
     engine_options: EngineOptions,
 ) -> int:
-    """Build an engine from MODEL, the .onnx of a bundle. Needs TensorRT, and no torch."""
+    """Build an engine from an .onnx file.
+
+    MODEL is the model.onnx of a bundle. Needs TensorRT or TensorRT-RTX, and no torch.
+    """
     from hstu_compile import engine_stage
 
     request = engine_stage.EngineRequest(
@@ -231,7 +242,10 @@ def inspect(path: Path, config_file: Path | None, dialect: str | None, as_json: 
 @click.argument("bundle", type=_PATH)
 @_JSON
 def verify(bundle: Path, as_json: bool) -> int:
-    """Check every file of BUNDLE and repeat its verification from the stored requests."""
+    """Check BUNDLE and repeat its verification.
+
+    The stored requests run again, without the checkpoint and without torch.
+    """
     from hstu_compile.bundle import read_bundle
     from hstu_compile.recheck import recheck_bundle
 
@@ -279,6 +293,52 @@ def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) 
         for fact in facts:
             click.echo(f"{fact['name']}  {fact['dtype']}  {fact['shape']}")
     return 0
+
+
+@cli.group()
+def plugin() -> None:
+    """Work with the TensorRT plugin library."""
+
+
+@plugin.command(name="build")
+@click.option("--onnx", "model", type=_PATH, help="Build the kernels that this graph needs (default: a common set).")
+@click.option("-o", "--output", type=_PATH, metavar="DIR", help="Also copy the libraries to DIR.")
+@click.option("--arch", "archs", multiple=True, help="GPU architecture such as 9.0; may be repeated (default: all).")
+@click.option(
+    "--tensorrt-version", help="TensorRT that will load the library, such as 8.5.3 (default: the installed one)."
+)
+@_JSON
+def plugin_build(
+    model: Path | None, output: Path | None, archs: tuple[str, ...], tensorrt_version: str | None, as_json: bool
+) -> int:
+    """Compile the plugin library, without a GPU.
+
+    Needs CMake and g++, no nvcc. Results are cached by content.
+    """
+    from hstu_compile import plugin_stage
+
+    capabilities = parse_compute_capabilities(",".join(archs)) if archs else ()
+    facts = plugin_stage.run_plugin_stage(model, output, capabilities, tensorrt_version)
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo("\n".join(facts["libraries"]))
+    return 0
+
+
+@cli.command()
+@click.argument("target", metavar="[BUNDLE|MODEL.onnx]", required=False, type=_PATH)
+@_JSON
+def doctor(target: Path | None, as_json: bool) -> int:
+    """Find out why a plugin is not found.
+
+    Lists the registered creators, what the model asks for, which loader needs which library, and what is missing.
+    """
+    from hstu_compile.doctor import diagnose, render_doctor
+
+    report = diagnose(target)
+    _print_json(dataclasses.asdict(report)) if as_json else click.echo(render_doctor(report))
+    return 0 if not report.findings else EXIT_BUILD
 
 
 @cli.command()

@@ -26,6 +26,7 @@ class BuildConfig:
         max_seq_len: longest history in events; None is the model's own limit.
         opt_seq_len: typical history; None is half of max_seq_len.
         top_k: also output the K best unseen items; 0 leaves them out.
+        plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
         verify: compare every artifact with the eager model.
         keep_intermediates: folder for the artifact of every stage, or None.
         force: replace an existing bundle.
@@ -43,6 +44,7 @@ class BuildConfig:
     max_seq_len: int | None = None
     opt_seq_len: int | None = None
     top_k: int = 0
+    plugin: bool | None = None
     verify: bool = True
     keep_intermediates: Path | None = None
     force: bool = False

@@ -44,7 +44,12 @@ class EngineRequest:
     options: EngineOptions
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        EngineError: HSTU-E402, if it is not one.
+    """
     try:
         return onnx.load(path)
     except Exception as error:  # protobuf raises its own undocumented types on damaged files
@@ -65,7 +70,7 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
     explicit = request.options.explicit_profile()
     if explicit is not None:
         return (explicit,)
-    model = model if model is not None else _load(request.model)
+    model = model if model is not None else load_onnx(request.model)
     limits = [node_attributes(node)["max_seq_len"] for node in model.graph.node if is_attention(node)]
     exported = min(limits) if limits else None
     longest = request.max_seq_len if request.max_seq_len is not None else exported
@@ -92,7 +97,7 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
         EngineError, PluginError: see `engine_from_onnx`.
         BundleError: HSTU-E802, if the file cannot be written.
     """
-    model = _load(request.model)
+    model = load_onnx(request.model)
     profiles = profiles_of(request, model)
     choice = choose_backend(request.backend)
     if choice.name == "onnx":
@@ -117,6 +122,7 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
         "output": str(request.output),
         "backend": engine.backend,
         "reason": choice.reason,
+        "attention": "plugin" if plugin is not None else "native body (no plugin library was given)",
         "version": engine.version,
         "bytes": len(engine.plan),
         "seconds": engine.seconds,

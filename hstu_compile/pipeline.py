@@ -28,7 +28,9 @@ from hstu_compile.environment import BackendChoice, choose_backend, collect_envi
 from hstu_compile.errors import UsageError
 from hstu_compile.export import TORCH_DTYPES, exported_from_model, tensor_specs
 from hstu_compile.graph_facts import graph_facts
+from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.op_schema import attention_contract
+from hstu_compile.plugin_library import PluginLibrary, build_plugin_library, installed_tensorrt_version
 from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_feeds, save_outputs
 from hstu_compile.profiles import ProfileSizes, retrieval_profile
 from hstu_compile.report import render_report
@@ -218,7 +220,8 @@ def compile_checkpoint(
         totals = Counter({f"{r.name} {kind}": count for r in graph.passes for kind, count in r.counts.items() if count})
         summarise(", ".join(f"{count} {kind}" for kind, count in totals.items()))
     with build.stage("engine") as summarise:
-        engine = _engine(plan, graph, options, build.listener)
+        plugin = _plugin(config, plan, graph, build.listener)
+        engine = _engine(plan, graph, options, plugin, build.listener)
         if engine is None:
             summarise(f"none: {plan.backend.reason}")
         else:
@@ -234,19 +237,31 @@ def compile_checkpoint(
             progress = build.listener.stage_progress
             feeds = [Feed(batch.name, batch.arrays) for batch in batches]
             reference = reference_from_spec(spec, config.precision, feeds, limits.top_k, progress)
-            verification = verify_artifacts(graph, engine, reference, None, progress)
+            verification = verify_artifacts(
+                graph, engine, reference, plugin.self_registering if plugin else None, progress
+            )
             build.keep("05_verify.json", json.dumps(verification.to_dict(), indent=1))
             ran = ", ".join(f"{run.runtime} {run.status}" for run in verification.runs)
             summarise(f"{ran}; worst error {verification.worst_error:.3g} of {verification.worst_bound:.3g} allowed")
         else:
             summarise("not verified (--no-verify)")
     with build.stage("bundle") as summarise:
-        result = _write_bundle(build, plan, graph, engine, reference, verification)
+        result = _write_bundle(build, plan, graph, engine, plugin, reference, verification)
         summarise(str(result.path))
     return result
 
 
-def _engine(plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, listener: Listener) -> EngineArtifact | None:
+def _plugin(config: BuildConfig, plan: BuildPlan, graph: OnnxGraph, listener: Listener) -> PluginLibrary | None:
+    """The plugin library of this model, where TensorRT will load it or the user asks for it."""
+    wanted = config.plugin if config.plugin is not None else plan.backend.name == "tensorrt"
+    if not wanted:
+        return None
+    return build_plugin_library(plugin_request_of(graph.model, installed_tensorrt_version()), listener.stage_progress)
+
+
+def _engine(
+    plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, plugin: PluginLibrary | None, listener: Listener
+) -> EngineArtifact | None:
     if plan.backend.name == "onnx":
         return None
     limits = plan.limits
@@ -258,7 +273,7 @@ def _engine(plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, listener:
         graph.model,
         backend=plan.backend.name,
         profiles=profiles,
-        plugin_library=None,
+        plugin_library=plugin.self_registering if plugin is not None and plan.backend.name == "tensorrt" else None,
         options=options,
         on_progress=lambda phase, fraction: listener.stage_progress(phase, round(100 * fraction), 100),
     )
@@ -268,6 +283,18 @@ def _engine_dict(engine: EngineArtifact) -> dict[str, Any]:
     facts = dataclasses.asdict(dataclasses.replace(engine, plan=b""))
     del facts["plan"]
     return {**facts, "bytes": len(engine.plan)}
+
+
+def _plugin_dict(plugin: PluginLibrary | None) -> dict[str, Any] | None:
+    if plugin is None:
+        return None
+    return {
+        "trt_version": plugin.trt_version,
+        "archs": list(plugin.archs),
+        "with_ptx": plugin.with_ptx,
+        "content_hash": plugin.content_hash,
+        "variants": [dataclasses.asdict(variant) for variant in plugin.variants],
+    }
 
 
 def _polygraphy_arguments(reference: Reference, verification: VerifyReport, graph: OnnxGraph) -> list[str]:
@@ -304,6 +331,7 @@ def _write_bundle(
     plan: BuildPlan,
     graph: OnnxGraph,
     engine: EngineArtifact | None,
+    plugin: PluginLibrary | None,
     reference: Reference | None,
     verification: VerifyReport | None,
 ) -> BuildResult:
@@ -313,6 +341,9 @@ def _write_bundle(
         writer.add(bundles.ONNX_FILE, graph.model.SerializeToString(deterministic=True))
         if engine is not None:
             writer.add(bundles.ENGINE_FILE, engine.plan)
+        if plugin is not None:
+            for library in filter(None, (plugin.self_registering, plugin.version_compatible)):
+                writer.add(library.name, library.read_bytes())
         polygraphy: PolygraphyCheck | None = None
         if reference is not None and verification is not None:
             polygraphy = _write_reference(writer, reference, verification, graph)
@@ -322,7 +353,7 @@ def _write_bundle(
         report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
         writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")
         writer.add(bundles.REPORT_HTML, render_report(report))
-        manifest = _manifest(plan, graph, engine, polygraphy, report)
+        manifest = {**_manifest(plan, graph, engine, polygraphy, report), "plugin": _plugin_dict(plugin)}
         path = writer.commit(manifest)
     return BuildResult(
         path,

@@ -87,6 +87,10 @@ def _check(files: bundles.BundleFiles, runtime: str, reference: Reference, progr
     def check(session: Session) -> RuntimeCheck:
         return check_session(session, artifact, reference, files.manifest["precision"]["requested"], progress)
 
+    plugin = files.plugin_library if runtime == "tensorrt" else None
     return guarded_check(
-        runtime, artifact, lambda: open_session(runtime, onnx=files.path / bundles.ONNX_FILE, engine=engine), check
+        runtime,
+        artifact,
+        lambda: open_session(runtime, onnx=files.path / bundles.ONNX_FILE, engine=engine, plugin_library=plugin),
+        check,
     )
