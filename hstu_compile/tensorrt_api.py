@@ -137,7 +137,8 @@ class TensorRtApi:
             PluginError: HSTU-E504 if the file cannot be loaded, HSTU-E503 if a key is still not registered.
         """
         wanted, path = list(keys), str(library.resolve())
-        if path not in self._libraries:
+        have = bool(wanted) and all(self.has_creator(key) for key in wanted)
+        if not have and path not in self._libraries:
             before = self.registered()
             self._expose_tensorrt()
             try:

@@ -92,6 +92,8 @@ _AXES_MOVED = frozenset(
         "ReduceSumSquare",
     )
 )
+# Those that leave a value as it is when they reduce over that value alone.
+_IDENTITY_OF_ONE = frozenset(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"))
 # Attributes that appeared after opset 17, with the value that changes nothing.
 _NEW_ATTRIBUTES: dict[str, tuple[str, Any]] = {
     "Cast": ("saturate", 1),
@@ -587,6 +589,9 @@ class LowerToOpset17(Pass):
             self.problems.append(f"{_label(node)}: its axes are computed")
             return None
         if axes.size == 0 and _attribute(node, "noop_with_empty_axes", 0):
+            if node.op_type not in _IDENTITY_OF_ONE:
+                self.problems.append(f"{_label(node)}: it reduces over no axis")
+                return None
             return [helper.make_node("Identity", node.input[:1], node.output, name=node.name)]
         _drop_attribute(node, "noop_with_empty_axes")
         del node.input[1:]

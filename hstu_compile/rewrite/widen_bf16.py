@@ -71,6 +71,7 @@ class WidenBf16(Pass):
         constants = sum(_widen_tensor(tensor) for tensor in graph.initializer)
         nodes: list[onnx.NodeProto] = []
         rounded = 0
+        done = _rounding_casts(graph)
         for node in graph.node:
             untyped = [name for name in node.output if name and kinds.get(name, 0) == 0]
             if untyped and any(kinds.get(name) == TensorProto.BFLOAT16 for name in node.input):
@@ -80,14 +81,14 @@ class WidenBf16(Pass):
                     f"{node.op_type} {node.name} reads bfloat16, and shape inference does not tell what it writes",
                     "export the graph again with hstu-compile, which writes the types down",
                 )
-            added = _widened(node, kinds)
+            added = [node] if node.output and node.output[0] in done else _widened(node, kinds)
             rounded += len(added) > 1
             nodes += added
         del graph.node[:]
         graph.node.extend(nodes)
         values = 0
         for value in [*graph.input, *graph.output, *graph.value_info]:
-            if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            if value.type.tensor_type.elem_type == TensorProto.BFLOAT16 and value.name not in done:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
                 values += 1
         return PassResult({"constants": constants, "rounded": rounded, "values": values})
@@ -108,6 +109,26 @@ def _makes_bf16(node: onnx.NodeProto) -> bool:
     """Whether the node itself names bfloat16, as a Cast's target or a constant's type."""
     kinds = {"to": lambda attribute: attribute.i, "value": lambda attribute: attribute.t.data_type}
     return any(a.name in kinds and kinds[a.name](a) == TensorProto.BFLOAT16 for a in node.attribute)
+
+
+def _rounding_casts(graph: onnx.GraphProto) -> set[str]:
+    """Outputs of Casts to bfloat16 that nothing reads but a Cast to float32: roundings already, from an earlier run."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+
+    def casts_to(node: onnx.NodeProto, kind: int) -> bool:
+        return node.op_type == "Cast" and any(a.name == "to" and a.i == kind for a in node.attribute)
+
+    return {
+        node.output[0]
+        for node in graph.node
+        if casts_to(node, TensorProto.BFLOAT16)
+        and node.output[0] not in outputs
+        and all(casts_to(reader, TensorProto.FLOAT) for reader in readers.get(node.output[0], []))
+    }
 
 
 def _widen_tensor(tensor: TensorProto) -> bool:
