@@ -187,7 +187,7 @@ def find_tensorrt_headers(include_dir: Path | None = None, runtime_version: str 
         raise PluginError(
             "HSTU-E502",
             "the TensorRT headers and the TensorRT runtime are different major versions",
-            f"the headers are {headers}; the runtime is {runtime_version}. Their C++ interfaces differ: a library built "
+            f"the headers are {headers}; the runtime is {runtime_version}. Their interfaces differ: a library built "
             "from one would crash in the other",
             f"set TENSORRT_INCLUDE_DIR to TensorRT {wanted} headers (folder `include` of branch release/{wanted}.x of "
             "github.com/NVIDIA/TensorRT, or of the TensorRT SDK)",
@@ -461,6 +461,10 @@ def _build_into(
         images = compile_variants(
             variants, archs, cache_dir / "kernels", request.jobs, with_ptx=request.with_ptx, progress=kernel_progress
         )
+        compiled = {(image.variant, image.sm) for image in images if not image.is_ptx}
+        missing = [(v, arch) for v in variants for arch in archs if (v, arch) not in compiled]
+        if missing:
+            raise RuntimeError(f"{len(missing)} kernels are missing from the result, the first is {missing[0]}")
         kernel_source, _ = write_cpp_source(images, work / "kernelImages.cpp")
     except (ValueError, RuntimeError) as error:
         raise PluginError(

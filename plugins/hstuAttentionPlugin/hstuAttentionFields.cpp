@@ -63,7 +63,10 @@ void checkRange(AttributeSpec const& spec, double value, Problems& problems)
     bool const aboveMin = spec.minExclusive ? value > spec.min : value >= spec.min;
     if (!std::isfinite(value) || !aboveMin || value > spec.max)
     {
-        problems.add("field '", spec.name, "' is ", value, "; allowed: ", allowedRange(spec));
+        std::ostringstream seen;
+        seen.precision(spec.isFloat ? 9 : 10); // every float, every int32
+        seen << value;
+        problems.add("field '", spec.name, "' is ", seen.str(), "; allowed: ", allowedRange(spec));
     }
 }
 

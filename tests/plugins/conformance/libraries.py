@@ -1,0 +1,66 @@
+"""Plugin libraries that several tests share: built once, kept in pytest's cache under their content hash."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from hstu_compile.errors import PluginError
+from hstu_compile.plugin_library import (
+    PluginBuildRequest,
+    PluginLibrary,
+    build_plugin_library,
+    find_tensorrt_headers,
+    read_tensorrt_version,
+)
+from hstu_compile.plugins.kernels.variants import variants_for
+
+#: The two kernels of the CPU tests: no bias, and the research model's two biases.
+SMALL_VARIANTS = (
+    *variants_for("float16", 16, 16),
+    *variants_for("float16", 16, 16, pos_bias=True, time_bias=True),
+)
+
+
+def plugin_cache(config: pytest.Config) -> Path:
+    """Return a folder that outlives the test run; libraries in it are found by content."""
+    assert config.cache is not None
+    return config.cache.mkdir("hstu-plugin")
+
+
+def small_library(config: pytest.Config, include_dir: Path | None = None) -> PluginLibrary:
+    """Build the library with `SMALL_VARIANTS` for sm_90, against the given headers or those that are found.
+
+    Skips by name where triton or the headers are not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: the kernels cannot be compiled")
+    if include_dir is None:
+        try:
+            include_dir = find_tensorrt_headers().include_dir
+        except PluginError as error:
+            pytest.skip(f"no TensorRT headers: {error.why}")
+    version = ".".join(map(str, read_tensorrt_version(include_dir)))
+    return build_plugin_library(
+        PluginBuildRequest(
+            variants=SMALL_VARIANTS,
+            archs=(90,),
+            with_ptx=False,
+            tensorrt_include_dir=include_dir,
+            runtime_version=version,
+            cache_dir=plugin_cache(config),
+        )
+    )
+
+
+def headers_of_major(major: int) -> Path:
+    """Return headers of a major version, named by HSTU_TEST_TENSORRT<major>_INCLUDE_DIR; skips without them."""
+    variable = f"HSTU_TEST_TENSORRT{major}_INCLUDE_DIR"
+    candidates = [os.environ.get(variable), os.environ.get("TENSORRT_INCLUDE_DIR")]
+    for candidate in filter(None, candidates):
+        if read_tensorrt_version(Path(candidate))[0] == major:
+            return Path(candidate)
+    pytest.skip(f"no TensorRT {major} headers: set {variable} to the include folder of a TensorRT {major} release")

@@ -1,0 +1,67 @@
+"""The conformance program without a GPU: every method that the builder calls, in TensorRT's order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attention_cases import bias_cases, mask_cases, with_dtype
+from tests.plugins.conformance import prepare_conformance
+from tests.plugins.conformance.libraries import small_library
+
+
+@pytest.fixture(scope="module")
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of program and cases, and the library: the cases are those that its two kernels can run."""
+    library = small_library(request.config)
+    if not library.trt_version.startswith("10."):
+        pytest.skip(f"the conformance program needs TensorRT 10 headers, found {library.trt_version}")
+    folder = tmp_path_factory.mktemp("conformance")
+    cases = [*mask_cases(), *(case for case in bias_cases() if case.name == "research")]
+    prepare_conformance.write_cases([with_dtype(case, "float16") for case in cases], folder)
+    prepare_conformance.build_program(folder)
+    assert library.version_compatible is not None
+    return folder, library.version_compatible
+
+
+def run(folder: Path, library: Path, *options: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Run the program; return its exit code, its results and its last line."""
+    command = [str(folder / "conformance"), str(library), str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    *lines, last = done.stdout.splitlines()
+    return done.returncode, [json.loads(line) for line in lines], last
+
+
+def test_every_builder_method_behaves_for_every_mask_and_bias(prepared: tuple[Path, Path]) -> None:
+    code, results, last = run(*prepared, "--host-only")
+    assert [r for r in results if r["status"] != "pass"] == []
+    assert code == 0
+    assert last == f"{len(results)} passed, 0 failed"
+    builds = [r["case"] for r in results if r["mode"] == "build-phase"]
+    assert {"causal", "targets", "window-context-targets-tail", "research"} <= set(builds)
+
+
+def test_the_program_fails_where_the_library_lacks_the_kernel(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, library = prepared
+    case = next(case for case in bias_cases() if case.name == "position")
+    prepare_conformance.write_cases([with_dtype(case, "float16")], tmp_path)
+    (tmp_path / "conformance").symlink_to(folder / "conformance")
+    code, results, last = run(tmp_path, library, "--host-only")
+    assert code == 1
+    assert last.endswith("1 failed")
+    (failed,) = [r for r in results if r["status"] != "pass"]
+    assert "no kernel for float16, q/k head dim 16, v head dim 16, pos_bias 1, time_bias 0" in failed["log"]
+    assert "hstu-compile plugin build" in failed["log"]
+
+
+def test_without_a_gpu_the_full_run_fails_instead_of_skipping(prepared: tuple[Path, Path]) -> None:
+    code, results, _ = run(*prepared, "--filter", "one-long")
+    opened = [r for r in results if r["case"] == "device"]
+    if not opened:
+        pytest.skip("this machine has a GPU: run_gpu.sh covers it")
+    assert code == 1
+    assert opened[0]["status"] == "FAIL"

@@ -1,0 +1,84 @@
+"""The C++ tables are the contract's: generated from the YAML, compiled, and used to pick kernels."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hstu_compile.errors import PluginError
+from hstu_compile.plugin_library import find_cuda_headers
+from hstu_compile.plugins import generate_contract
+
+ROOT = Path(generate_contract.__file__).parent
+CONTRACT = ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml"
+WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+@pytest.fixture(scope="module")
+def contract() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(CONTRACT.read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [("Lq", ("Lq", 1, 0)), ("2*pos_table_len-1", ("pos_table_len", 2, -1)), ("num_buckets+1", ("num_buckets", 1, 1))],
+)
+def test_dimensions_are_parsed(text: str, parsed: tuple[str, int, int]) -> None:
+    assert generate_contract.parse_dim(text) == parsed
+
+
+def test_a_dimension_that_is_no_formula_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'Lq\*\*2' of the contract is not of the form"):
+        generate_contract.parse_dim("Lq**2")
+
+
+def test_every_attribute_input_and_limit_is_in_the_header(contract: dict[str, Any]) -> None:
+    header = generate_contract.header_from_contract(contract)
+    for attribute in contract["attributes"]:
+        assert f'{{"{attribute["name"]}", ' in header
+    for tensor in [*contract["inputs"], *contract["outputs"]]:
+        assert f'{{"{tensor["name"]}", TypeClass::' in header
+    assert f"kMaxHeadDim = {contract['limits']['head_dim']['max']};" in header
+    assert f'kPluginVersion[] = "{contract["version"]}";' in header
+
+
+def test_a_new_attribute_reaches_the_field_reader_by_itself(contract: dict[str, Any], tmp_path: Path) -> None:
+    changed = copy.deepcopy(contract)
+    changed["attributes"].append({"name": "soft_cap", "type": "float", "min": 0.0, "max": 8.0, "doc": "test"})
+    (tmp_path / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(changed))
+    (tmp_path / "check.cpp").write_text(
+        '#include "hstuAttentionFields.h"\n'
+        "int main() { hstu::HstuAttentionAttributes a{}; a.softCap = 9.0F;\n"
+        '  try { hstu::validateAttributes("n", a); } catch (std::exception const& e) {\n'
+        "    return std::string(e.what()).find(\"'soft_cap' is 9; allowed: a finite float >= 0 and <= 8\") == "
+        "std::string::npos; }\n  return 2; }\n"
+    )
+    includes = [f"-I{tmp_path}", f"-I{ROOT / 'common'}", f"-I{ROOT / 'hstuAttentionPlugin'}"]
+    sources = [str(tmp_path / "check.cpp"), str(ROOT / "hstuAttentionPlugin" / "hstuAttentionFields.cpp")]
+    program = tmp_path / "check"
+    subprocess.run(["g++", *WARNINGS, *includes, *sources, "-o", str(program)], check=True)
+    assert subprocess.run([str(program)], check=False).returncode == 0
+
+
+def test_the_core_needs_no_tensorrt_header_and_picks_the_right_image(tmp_path: Path, contract: dict[str, Any]) -> None:
+    try:
+        cuda = find_cuda_headers()
+    except PluginError as error:
+        pytest.skip(f"no CUDA headers: {error.why}")
+    (tmp_path / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(contract))
+    includes = [f"-I{tmp_path}", f"-I{ROOT / 'common'}", f"-I{ROOT / 'hstuAttentionPlugin'}", "-isystem", str(cuda)]
+    sources = [Path(__file__).parent / "conformance" / "selection.cpp"]
+    sources += [ROOT / "hstuAttentionPlugin" / "hstuAttentionKernel.cpp", *sorted((ROOT / "common").glob("*.cpp"))]
+    program = tmp_path / "selection"
+    subprocess.run(["g++", *WARNINGS, *includes, *map(str, sources), "-o", str(program), "-ldl"], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
