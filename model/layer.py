@@ -136,7 +136,9 @@ class HstuLayer(nn.Module):
         row_timestamps = batch.row_timestamps if use_time else None
         col_timestamps = batch.col_timestamps if use_time else None
         thresholds = self.ts_thresholds if use_time else None
-        if torch.compiler.is_exporting():
+        # The op is one node in an export and the fused kernel on a GPU, which has no float64 and no gradient.
+        fused = q.is_cuda and q.dtype != torch.float64 and not torch.is_grad_enabled()
+        if fused or torch.compiler.is_exporting():
             out = hstu_attention_op(
                 q,
                 k,

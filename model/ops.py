@@ -1,4 +1,7 @@
-"""The attention as one traceable op, torch.ops.hstu.hstu_attention, so that export keeps it as one node. Level 1."""
+"""The attention as one op of torch, hstu::hstu_attention: export keeps it as one node, a GPU runs it as one kernel.
+
+Level 1. The one place of model/ that knows of the Triton kernel, and only when a tensor is on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -86,3 +89,53 @@ def _fake_hstu_attention(
     min_full_attn_seq_len: int,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+@hstu_attention_op.register_kernel("cuda")
+def _cuda_hstu_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    num_targets: Tensor | None,
+    contextual_seq_lens: Tensor | None,
+    scaling_seq_lens: Tensor | None,
+    row_timestamps: Tensor | None,
+    col_timestamps: Tensor | None,
+    pos_table: Tensor | None,
+    ts_table: Tensor | None,
+    ts_thresholds: Tensor | None,
+    alpha: float,
+    scaling_seq_len: float,
+    max_query_len: int,
+    max_seq_len: int,
+    target_group_size: int,
+    contextual_seq_len: int,
+    max_attn_len: int,
+    min_full_attn_seq_len: int,
+) -> Tensor:
+    """The fused kernel: jagged, without padding. max_query_len and max_seq_len bound the native body, not the kernel."""
+    from hstu_compile.plugins.kernels.launch import hstu_attention_triton
+
+    return hstu_attention_triton(
+        q,
+        k,
+        v,
+        q_offsets,
+        k_offsets,
+        num_targets=num_targets,
+        contextual_seq_lens=contextual_seq_lens,
+        scaling_seq_lens=scaling_seq_lens,
+        row_timestamps=row_timestamps,
+        col_timestamps=col_timestamps,
+        pos_table=pos_table,
+        ts_table=ts_table,
+        ts_thresholds=ts_thresholds,
+        alpha=alpha,
+        scaling_seq_len=scaling_seq_len,
+        target_group_size=target_group_size,
+        contextual_seq_len=contextual_seq_len,
+        max_attn_len=max_attn_len,
+        min_full_attn_seq_len=min_full_attn_seq_len,
+    )
