@@ -11,6 +11,9 @@ from hstu_compile.model.jagged import jagged_from_padded, padded_from_jagged
 from hstu_compile.model.masks import valid_attn_mask
 from hstu_compile.model.rab import relative_attention_bias, time_buckets
 
+# Scores of a batch beyond which it is computed in halves: 256 MiB in float32, of which a few are alive at once.
+_MAX_SCORES = 1 << 26
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionAttrs:
@@ -72,7 +75,8 @@ def hstu_attention(
         [Lq, H, linear_dim] in q's dtype. Rows without a valid key, and rows outside every sequence, are zero.
 
     Notes:
-        Half inputs are accumulated in float32 and rounded once, at the end. Memory is O(B * H * Nq * Nk).
+        Half inputs are accumulated in float32 and rounded once, at the end. Memory is O(H * Nq * Nk) of the longest
+        sequence: a large batch is computed in halves.
     """
     dtype = compute_dtype(q.dtype)
     q_lengths, k_lengths = q_offsets[1:] - q_offsets[:-1], k_offsets[1:] - k_offsets[:-1]
@@ -80,6 +84,32 @@ def hstu_attention(
     if batch == 0 or q.shape[0] == 0:
         return q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
     max_q, max_k = max(int(q_lengths.max()), 1), max(int(k_lengths.max()), 1)
+    if batch > 1 and batch * q.shape[1] * max_q * max_k > _MAX_SCORES:
+        halves = [(0, batch // 2), (batch // 2, batch)]
+        parts = []
+        for first, last in halves:
+            queries = slice(int(q_offsets[first]), int(q_offsets[last]))
+            keys = slice(int(k_offsets[first]), int(k_offsets[last]))
+            parts.append(
+                hstu_attention(
+                    q[queries],
+                    k[keys],
+                    v[keys],
+                    q_offsets[first : last + 1] - q_offsets[first],
+                    k_offsets[first : last + 1] - k_offsets[first],
+                    attrs,
+                    num_targets=None if num_targets is None else num_targets[first:last],
+                    contextual_seq_lens=None if contextual_seq_lens is None else contextual_seq_lens[first:last],
+                    scaling_seq_lens=None if scaling_seq_lens is None else scaling_seq_lens[first:last],
+                    row_timestamps=None if row_timestamps is None else row_timestamps[queries],
+                    col_timestamps=None if col_timestamps is None else col_timestamps[keys],
+                    pos_table=pos_table,
+                    ts_table=ts_table,
+                    ts_thresholds=ts_thresholds,
+                )
+            )
+        tail = q.new_zeros((q.shape[0] - int(q_offsets[-1]), q.shape[1], v.shape[2]))
+        return torch.cat([*parts, tail])
     column = (batch, 1, 1)
     key_len = k_lengths.to(torch.int64).view(column)
     query_pos = torch.arange(max_q, device=q.device)[None, :, None] + key_len - q_lengths.view(column)
