@@ -412,14 +412,24 @@ class _Build:
         path = self.options.timing_cache
         if path is None:
             return None
+        if self.api.is_rtx:
+            raise UsageError(
+                "HSTU-E901",
+                "--timingCacheFile cannot be used",
+                "TensorRT-RTX times nothing while it builds; its timing cache does nothing",
+                "leave --timingCacheFile out",
+            )
         try:
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise EngineError(
                 "HSTU-E405", f"the timing cache {path} cannot be read", str(error), "remove it or name another file"
             ) from error
+        before = len(self.log.lines)
         cache = config.create_timing_cache(content)
-        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        # TensorRT turns a file that it cannot read into an empty cache, and only logs that it did.
+        unread = any("deserialize timing cache" in line for line in self.log.lines[before:])
+        if cache is None or unread or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise EngineError(
                 "HSTU-E405",
                 f"the timing cache {path} cannot be used",

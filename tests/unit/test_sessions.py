@@ -1,0 +1,313 @@
+"""Sessions: ONNX Runtime for real; TensorRT's half of the work is played by a stand-in that computes with NumPy."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu_compile.errors import EngineError, PluginError, RequestError, UsageError
+from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers
+from hstu_compile.runtime.session import open_session
+from hstu_compile.runtime.tensorrt_session import TensorRtSession
+from hstu_compile.tensorrt_api import TensorRtApi
+from tests.exported_graphs import TAPS, exported_graph, request_batch, small_model
+from tests.tolerances import COMPONENTWISE
+
+
+@pytest.mark.parametrize("lengths", [(5, 0, 24, 1), (0, 0), (1,), (24,)])
+def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> None:
+    feeds = request_batch(lengths)
+    with open_session("onnxruntime", onnx=exported_graph("fp32"), taps=TAPS) as session:
+        assert session.name.startswith("onnxruntime ")
+        assert [spec.name for spec in session.inputs] == list(feeds)
+        outputs = session.run(feeds)
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    model = small_model("fp32")
+    with torch.no_grad():
+        layers = model.layer_activations(**tensors)
+        expected = {"user_embeddings": model.user_embeddings(layers[-1], tensors["seq_offsets"])}
+    expected |= dict(zip(TAPS, layers, strict=True))
+    assert set(outputs) == set(expected)
+    for name, tensor in expected.items():
+        reference = tensor.numpy()
+        assert outputs[name].shape == reference.shape
+        rms = np.sqrt(np.mean(np.square(reference))) if reference.size else 0.0
+        assert (rms > 0) == bool(sum(lengths))
+        assert np.abs(outputs[name] - reference).max(initial=0.0) <= 10 * COMPONENTWISE["float32"] * rms
+
+
+def test_safe_conversions_and_refusals() -> None:
+    feeds = request_batch((3,))
+    with open_session("onnxruntime", onnx=exported_graph("fp32")) as session:
+        expected = session.run(feeds)["user_embeddings"]
+        wide = {name: array.astype(np.int64) for name, array in feeds.items()}
+        np.testing.assert_array_equal(session.run(wide)["user_embeddings"], expected)
+        with pytest.raises(RequestError, match="timestamps is missing; extra is not an input") as caught:
+            session.run({**{k: v for k, v in feeds.items() if k != "timestamps"}, "extra": np.zeros(1)})
+        assert caught.value.code == "HSTU-E701"
+        with pytest.raises(RequestError, match=r"item_ids is int64 with values 1099511627776\.\."):
+            session.run({**feeds, "item_ids": np.full(3, 2**40)})
+        with pytest.raises(RequestError, match="item_ids has rank 2, not 1"):
+            session.run({**feeds, "item_ids": feeds["item_ids"][None]})
+    with pytest.raises(RuntimeError, match="closed"):
+        session.run(feeds)
+
+
+def test_an_absent_tap_and_a_damaged_graph_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="layer_9 are not computed"):
+        open_session("onnxruntime", onnx=exported_graph("fp32"), taps=["layer_9"])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x00garbage")
+    with pytest.raises(EngineError, match="cannot load the graph") as caught:
+        open_session("onnxruntime", onnx=path)
+    assert caught.value.code == "HSTU-E404"
+
+
+def test_arguments_that_do_not_belong_together() -> None:
+    with pytest.raises(UsageError, match=r"needs a graph"):
+        open_session("onnxruntime", engine=b"")
+    with pytest.raises(UsageError, match=r"needs an engine"):
+        open_session("tensorrt-rtx", onnx=exported_graph("fp32"))
+    with pytest.raises(UsageError, match="layer_0 were fused away"):
+        open_session("tensorrt", engine=b"", taps=["layer_0"])
+    with pytest.raises(EngineError, match="'tflite' is not one of"):
+        open_session("tflite")
+    with pytest.raises(EngineError, match=r"no\.engine cannot be read"):
+        open_session("tensorrt-rtx", engine=Path("no.engine"))
+
+
+class FakeCuda:
+    """libcuda on host memory: an address is the address of a ctypes buffer."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Any] = {}
+        self.allocations = 0
+        self.depth = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2"}:
+            return lambda *arguments: 0
+        if name in {"cuStreamCreate", "cuStreamDestroy_v2", "cuStreamSynchronize"}:
+            return lambda *arguments: 0 if self.depth else 201
+        raise AttributeError(name)
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:  # noqa: N802 - libcuda's name
+        self.depth += 1
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802 - libcuda's name
+        self.depth -= 1
+        return 0
+
+    def cuMemAlloc_v2(self, address: Any, size: Any) -> int:  # noqa: N802 - libcuda's name
+        if size.value > 2**20:
+            return 2
+        buffer = ctypes.create_string_buffer(size.value)
+        address._obj.value = ctypes.addressof(buffer)
+        self.memory[ctypes.addressof(buffer)] = buffer
+        self.allocations += 1
+        return 0
+
+    def cuMemFree_v2(self, address: Any) -> int:  # noqa: N802 - libcuda's name
+        del self.memory[address.value]
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:  # noqa: N802
+        ctypes.memmove(target.value, source.value, size.value)
+        return 0
+
+    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:  # noqa: N802
+        ctypes.memmove(target.value, source.value, size.value)
+        return 0
+
+    def cuGetErrorString(self, status: int, text: Any) -> int:  # noqa: N802 - libcuda's name
+        text._obj.value = b"out of memory"
+        return 0
+
+
+def fake_tensorrt(*, loads: bool = True, log: str = "", int64: bool = True) -> types.SimpleNamespace:
+    """The engine computes, per sequence, the sum of item_ids inside the offsets, as float32 [B]."""
+    kind = types.SimpleNamespace
+    stamp = "INT64" if int64 else "INT32"
+    tensors = {
+        "item_ids": ("INT32", 1, 8),
+        "timestamps": (stamp, 1, 8),
+        "seq_offsets": ("INT32", 2, 5),
+        "sums": ("FLOAT", 0, 0),
+    }
+
+    class ILogger:
+        Severity = kind(VERBOSE=kind(name="VERBOSE"), ERROR=kind(name="ERROR"))
+
+    class Context:
+        def __init__(self) -> None:
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            self.addresses: dict[str, int] = {}
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            self.shapes[name] = tuple(shape)
+            return True
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self.addresses[name] = address
+            return address != 0
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return (self.shapes["seq_offsets"][0] - 1,)
+
+        def read(self, name: str) -> Any:
+            count = self.shapes[name][0]
+            return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.addresses[name]))
+
+        def execute_async_v3(self, stream: int) -> bool:
+            ids, offsets = self.read("item_ids"), self.read("seq_offsets")
+            sums = np.array([ids[a:b].sum() for a, b in itertools.pairwise(offsets)], np.float32)
+            ctypes.memmove(self.addresses["sums"], sums.ctypes.data, sums.nbytes)
+            return True
+
+    class Engine:
+        num_io_tensors = len(tensors)
+
+        def get_tensor_name(self, index: int) -> str:
+            return list(tensors)[index]
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            return kind(name=tensors[name][0])
+
+        def get_tensor_mode(self, name: str) -> str:
+            return "out" if name == "sums" else "in"
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return (-1,)
+
+        def get_tensor_profile_shape(self, name: str, index: int) -> Any:
+            return (tensors[name][1],), (tensors[name][1],), (tensors[name][2],)
+
+        def create_execution_context(self) -> Context:
+            return Context()
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Any:
+            if log:
+                self.logger.log(ILogger.Severity.ERROR, log)
+            return Engine() if loads else None
+
+    return kind(
+        __version__="10.0.0",
+        ILogger=type("ILogger", (ILogger,), {"__init__": lambda self: None}),
+        Runtime=Runtime,
+        TensorIOMode=kind(INPUT="in", OUTPUT="out"),
+        DataType=kind(INT64=0) if int64 else kind(),
+    )
+
+
+def open_fake(cuda: FakeCuda, **settings: Any) -> TensorRtSession:
+    module: Any = fake_tensorrt(**settings)
+    return TensorRtSession(TensorRtApi("tensorrt", module), b"plan", driver=CudaDriver(cuda))
+
+
+def small_feeds(*lengths: int) -> dict[str, Any]:
+    batch = request_batch(lengths)
+    return {name: batch[name] for name in ("item_ids", "timestamps", "seq_offsets")}
+
+
+def expected_sums(feeds: dict[str, Any]) -> list[float]:
+    offsets = feeds["seq_offsets"]
+    return [float(feeds["item_ids"][a:b].sum()) for a, b in itertools.pairwise(offsets)]
+
+
+def test_an_engine_runs_and_its_buffers_are_reused() -> None:
+    cuda = FakeCuda()
+    with open_fake(cuda) as session:
+        assert session.name == "tensorrt 10.0.0"
+        assert [(s.name, s.dtype, s.shape) for s in session.outputs] == [("sums", "float32", ("?",))]
+        for lengths in ((2, 0, 6), (1,), (8,), (0, 0), (3, 4)):
+            feeds = small_feeds(*lengths)
+            assert session.run(feeds)["sums"].tolist() == expected_sums(feeds)
+            if lengths == (2, 0, 6):
+                first = cuda.allocations
+        assert cuda.allocations == first, "a smaller request allocated memory"
+        assert cuda.memory
+    assert not cuda.memory
+    assert cuda.depth == 0
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.run(feeds)
+
+
+@pytest.mark.parametrize(("lengths", "name"), [((5, 4), "item_ids"), ((1, 1, 1, 1, 1), "seq_offsets")])
+def test_a_request_outside_the_profile_is_refused_before_it_runs(lengths: tuple[int, ...], name: str) -> None:
+    cuda = FakeCuda()
+    with (
+        open_fake(cuda) as session,
+        pytest.raises(RequestError, match=rf"{name} is \[\d\]; the engine takes") as caught,
+    ):
+        session.run(small_feeds(*lengths))
+    assert caught.value.code == "HSTU-E704"
+    assert cuda.allocations == 0
+
+
+def test_tensorrt_8_takes_timestamps_that_fit_int32() -> None:
+    with open_fake(FakeCuda(), int64=False) as session:
+        feeds = small_feeds(2, 3)
+        assert feeds["timestamps"].dtype == np.int64
+        assert session.run(feeds)["sums"].tolist() == expected_sums(feeds)
+        with pytest.raises(RequestError, match=r"timestamps is int64 with values .* int32 cannot hold it"):
+            session.run({**feeds, "timestamps": feeds["timestamps"] + 2**33})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "IPluginRegistry::getCreator: Cannot find plugin: HstuAttention, version: 1, namespace: hstu",
+        "getPluginCreator could not find plugin: HstuAttention version: 1",
+    ],
+)
+def test_a_missing_plugin_is_told_apart(message: str) -> None:
+    cuda = FakeCuda()
+    with pytest.raises(PluginError, match="HstuAttention") as caught:
+        open_fake(cuda, loads=False, log=message)
+    assert caught.value.code == "HSTU-E503"
+    assert cuda.depth == 0
+
+
+def test_an_engine_of_another_version_is_refused() -> None:
+    with pytest.raises(EngineError, match="Version tag does not match") as caught:
+        open_fake(FakeCuda(), loads=False, log="Version tag does not match")
+    assert caught.value.code == "HSTU-E404"
+
+
+def test_one_request_at_a_time() -> None:
+    with open_fake(FakeCuda()) as session:
+        failures: list[Any] = []
+
+        def serve(seed: int) -> None:
+            for _ in range(50):
+                batch = request_batch((seed + 1, 2), seed=seed)
+                feeds = {name: batch[name] for name in ("item_ids", "timestamps", "seq_offsets")}
+                if session.run(feeds)["sums"].tolist() != expected_sums(feeds):
+                    failures.append(seed)
+
+        threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_a_failing_cuda_call_is_named() -> None:
+    driver = CudaDriver(FakeCuda())
+    with driver.current(), pytest.raises(EngineError, match=r"cuMemAlloc_v2 failed\n  Why: out of memory \(2\)"):
+        DeviceBuffers(driver).address("big", 2**21)
