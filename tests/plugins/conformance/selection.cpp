@@ -19,7 +19,7 @@ constexpr HstuKernelImage image(int32_t sm, int32_t isPtx, int32_t aligned, int3
 
 constexpr HstuKernelImage timeImage(int32_t timestampBits)
 {
-    return {90, 0, 0, timestampBits, 64, 64, 0, 1, 1, 1, 1, 64, 4, 0, "kernel", kCode, sizeof(kCode)};
+    return {90, 0, 1, timestampBits, 64, 64, 0, 1, 1, 1, 1, 64, 4, 0, "kernel", kCode, sizeof(kCode)};
 }
 
 } // namespace
