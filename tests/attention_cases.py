@@ -154,7 +154,8 @@ def split_requests(case: AttentionCase, order: Sequence[int]) -> AttentionCase:
     def gather(values: Array | None, offsets: Array) -> Array | None:
         if values is None:
             return None
-        return np.concatenate([values[:0], *(values[offsets[b] : offsets[b + 1]] for b in order)])
+        rows: Array = np.concatenate([values[:0], *(values[offsets[b] : offsets[b + 1]] for b in order)])
+        return rows
 
     def pick(values: Array | None) -> Array | None:
         return None if values is None else values[list(order)]

@@ -13,7 +13,8 @@ def seq_lengths(draw: st.DrawFn, longest: int = 3 * TILE) -> list[int]:
     """Draw lengths: 0, 1, around a tile, primes, and now and then one long sequence among short ones."""
     edges = [n for n in (0, 1, TILE - 1, TILE, TILE + 1, 2, 5, 7, 11, 13, 19, 23, 31, 37, 41) if n <= longest]
     lengths = draw(st.lists(st.sampled_from(edges), min_size=0, max_size=5))
-    if lengths and draw(st.booleans()):
+    has_long = draw(st.booleans())
+    if lengths and has_long:
         lengths[draw(st.integers(0, len(lengths) - 1))] = longest
     return lengths
 

@@ -163,11 +163,8 @@ def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, fi
                     line = worker.stdout.readline()
                 except OSError:
                     line = ""
-                reply = (
-                    json.loads(line)
-                    if line
-                    else {"error": f"the compiler process ended; its log: {log.read_text()[-2000:]}"}
-                )
+                ended = {"error": f"the compiler process ended; its log: {log.read_text()[-2000:]}"}
+                reply: dict[str, Any] = json.loads(line) if line else ended
                 if "error" in reply:
                     errors.append(f"{_describe(task)}: {reply['error']}")
                     break

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Triton ships no type information.
+# mypy: disable-error-code="import-untyped"
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -83,7 +85,7 @@ def _serve() -> None:
         task = CompileTask(
             KernelVariant(**request["variant"]), TileConfig(**request["tile"]), request["arch"], request["is_ptx"]
         )
-        reply = {}
+        reply: dict[str, Any] = {}
         try:
             data, metadata = compile_kernel(task)
             Path(request["data_path"]).write_bytes(data)

@@ -131,7 +131,7 @@ def tile_configs(
     if time_bias:
         return _HALF_TIME if widest <= 128 else _HALF_TIME_256
     if widest <= 64:
-        configs = _HALF_64
+        configs: tuple[TileConfig, ...] = _HALF_64
     elif widest <= 128:
         configs = _HALF_128_WGMMA if from_shared else _HALF_128_MMA
     else:
