@@ -49,7 +49,7 @@ def retrieval_batch(name: str, config: RetrievalConfig, lengths: Sequence[int], 
         timestamps[start : start + length] = times[:length]
         request_timestamps[b] = times[length]
         start += length
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "item_ids": rng.integers(1, config.num_items + 1, total, dtype=np.int32),
         "timestamps": timestamps,
         "seq_offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),

@@ -123,5 +123,4 @@ class Feed:
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
         """[B] events of each sequence."""
-        offsets = self.arrays["seq_offsets"]
-        return offsets[1:] - offsets[:-1]
+        return np.diff(self.arrays["seq_offsets"])

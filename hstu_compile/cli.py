@@ -32,7 +32,7 @@ def _print_json(value: Any) -> None:
 
 
 class _Console:
-    """Prints one line per stage to stderr, and a progress bar while a stage is long and someone is watching."""
+    """A `pipeline.Listener`: one line per stage on stderr, and a bar while a stage is long and someone is watching."""
 
     def __init__(self, verbose: bool, num_stages: int) -> None:
         self._verbose, self._num_stages = verbose, num_stages

@@ -37,6 +37,8 @@ _EXAMPLE_LENGTHS = (5, 3, 4)
 class _ServedModel(nn.Module):
     """The outputs that are served, then the residual stream of every layer as taps."""
 
+    item_vectors: Tensor
+
     def __init__(self, model: RetrievalModel, top_k: int) -> None:
         super().__init__()
         self.model, self.top_k = model, top_k
@@ -83,8 +85,7 @@ def _translate_attention(
     max_attn_len: int,
     min_full_attn_seq_len: int,
 ) -> Any:
-    """torch.ops.hstu.hstu_attention to one hstu::HstuAttention node: present inputs in order, every attribute "
-    "stored."""
+    """Turn torch.ops.hstu.hstu_attention into one node: present inputs in order, every attribute stored."""
     contract = attention_contract()
     given = {
         "q": q,

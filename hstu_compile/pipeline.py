@@ -11,9 +11,9 @@ import datetime
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 
@@ -35,7 +35,7 @@ from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_
 from hstu_compile.profiles import ProfileSizes, retrieval_profile
 from hstu_compile.report import render_report
 from hstu_compile.rewrite import apply_passes, export_passes
-from hstu_compile.session_check import Reference, VerifyReport
+from hstu_compile.session_check import Outputs, Reference, VerifyReport
 from hstu_compile.trt_options import EngineOptions
 from hstu_compile.verify import reference_from_spec, verify_artifacts
 
@@ -54,8 +54,8 @@ class StageReport:
     summary: str
 
 
-class Listener:
-    """Hears of the build as it goes; this one stays silent."""
+class Listener(Protocol):
+    """Hears of the build as it goes."""
 
     def stage_started(self, index: int, name: str) -> None:
         """Stage `index` (1-based) of len(STAGES) begins."""
@@ -65,6 +65,19 @@ class Listener:
 
     def stage_finished(self, index: int, report: StageReport) -> None:
         """Stage `index` ended."""
+
+
+class SilentListener:
+    """The listener of builds that nobody watches."""
+
+    def stage_started(self, index: int, name: str) -> None:
+        """Say nothing."""
+
+    def stage_progress(self, what: str, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def stage_finished(self, index: int, report: StageReport) -> None:
+        """Say nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +208,7 @@ def compile_checkpoint(
     Raises:
         HstuCompileError: by stage; nothing is left at the destination then.
     """
-    build = _Build(config, listener or Listener())
+    build = _Build(config, listener or SilentListener())
     options = options or EngineOptions()
     bundles.check_destination(config.bundle_path.absolute(), config.force)
 
@@ -310,6 +323,7 @@ def _polygraphy_arguments(reference: Reference, verification: VerifyReport, grap
         scale = max(float((u * u).mean(axis=1).max(initial=0.0)) ** 0.5 for u in users)
         if name == "top_scores":
             scale = max(float((u * u).sum(axis=1).max(initial=0.0)) ** 0.5 for u in users)
+            assert reference.item_vectors is not None
             scale *= float((reference.item_vectors**2).sum(axis=1).max()) ** 0.5
         bound = bounds["user_embeddings"] + reference.eager_error["user_embeddings"]
         tolerances.append(f"{name}:{bound * scale:.3g}")
@@ -371,7 +385,10 @@ def _write_reference(
     writer: bundles.BundleWriter, reference: Reference, verification: VerifyReport, graph: OnnxGraph
 ) -> PolygraphyCheck:
     names = _polygraphy_outputs(reference)
-    pick = lambda outputs: [{name: each[name] for name in names} for each in outputs]  # noqa: E731
+
+    def pick(outputs: Sequence[Outputs]) -> list[Outputs]:
+        return [{name: each[name] for name in names} for each in outputs]
+
     with writer.writing() as folder:
         save_feeds(folder / bundles.FEEDS_FILE, [feed.arrays for feed in reference.feeds])
         save_outputs(folder / bundles.EAGER_FILE, f"eager-{graph.precision}", pick(reference.eager))

@@ -73,6 +73,8 @@ class HstuLayer(nn.Module):
     computed in float32 and rounded once.
     """
 
+    ts_thresholds: Tensor
+
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
@@ -139,7 +141,7 @@ class HstuLayer(nn.Module):
         # The op is one node in an export and the fused kernel on a GPU, which has no float64 and no gradient.
         fused = q.is_cuda and q.dtype != torch.float64 and not torch.is_grad_enabled()
         if fused or torch.compiler.is_exporting():
-            out = hstu_attention_op(
+            out: Tensor = hstu_attention_op(
                 q,
                 k,
                 v,
@@ -181,7 +183,7 @@ class HstuLayer(nn.Module):
             gated = torch.cat([u, normed.to(x.dtype), gated], dim=1)
         elif self.config.output_concat == "u_attn_gated":
             gated = torch.cat([u, attention, gated], dim=1)
-        update = (gated @ self.output_weight if self.config.output_projection else gated).to(wide)
+        update: Tensor = (gated @ self.output_weight if self.config.output_projection else gated).to(wide)
         if self.output_bias is not None:
             update = update + self.output_bias.to(wide)
         return (update + x.to(wide)).to(x.dtype)

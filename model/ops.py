@@ -115,7 +115,7 @@ def _cuda_hstu_attention(
     max_attn_len: int,
     min_full_attn_seq_len: int,
 ) -> Tensor:
-    """The fused kernel: jagged, without padding. max_query_len and max_seq_len bound the native body, not the kernel."""
+    """The fused kernel: jagged, without padding. max_query_len and max_seq_len bound the native body alone."""
     from hstu_compile.plugins.kernels.launch import hstu_attention_triton
 
     return hstu_attention_triton(

@@ -49,7 +49,10 @@ def time_buckets(row_timestamps: Tensor, col_timestamps: Tensor, thresholds: Ten
     Returns:
         [B, Nq, Nk] int64 in 0..num_buckets.
     """
-    gap = (row_timestamps[:, :, None] - col_timestamps[:, None, :]).abs()
+    row, col = row_timestamps[:, :, None], col_timestamps[:, None, :]
+    gap = torch.maximum(row, col) - torch.minimum(row, col)
+    # A difference beyond the type wraps to a negative number; it is in the last bucket that the type can reach.
+    gap = torch.where(gap < 0, torch.iinfo(gap.dtype).max, gap)
     return torch.bucketize(gap, thresholds, right=True)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,8 @@ class RetrievalModel(nn.Module):
     Shapes: L events in B sequences, D embedding_dim, V items.
     """
 
+    hour_table: Tensor
+
     def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
         self.config = config
@@ -79,7 +82,7 @@ class RetrievalModel(nn.Module):
         """Cast weights and activations to `dtype` in place; bias tables stay at least float32."""
         tables = {
             table: table.detach().to(compute_dtype(dtype), copy=True)
-            for layer in self.layers
+            for layer in cast(Iterable[HstuLayer], self.layers)
             for table in (layer.pos_table, layer.ts_table)
             if table is not None
         }
@@ -101,7 +104,7 @@ class RetrievalModel(nn.Module):
             dropout: probability, for training.
         """
         ids = item_ids.clamp(0, self.config.num_items)
-        features = self.item_embedding(ids)
+        features: Tensor = self.item_embedding(ids)
         if self.rating_embedding is not None:
             if ratings is None:
                 raise ValueError("this model was trained with ratings; ratings [L] are missing")
@@ -113,7 +116,9 @@ class RetrievalModel(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(position.clamp(0, self.config.num_positions - 1)).to(wide)
         if self.config.hour_encoding == "additive":
-            hour = torch.div(timestamps, SECONDS_PER_HOUR, rounding_mode="floor") % HOURS_PER_DAY
+            # The remainder first: exporters divide integers in float32, which is exact below a day and not at an epoch.
+            second = timestamps % (HOURS_PER_DAY * SECONDS_PER_HOUR)
+            hour = torch.div(second, SECONDS_PER_HOUR, rounding_mode="floor")
             x = x + self.hour_table.index_select(0, hour).to(wide)
         if dropout:
             x = F.dropout(x, dropout, self.training)
@@ -132,14 +137,15 @@ class RetrievalModel(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Postprocessor over the last axis, in float32 (float64 stays); zero rows stay zero."""
-        wide = x.to(compute_dtype(x.dtype))
+        wide: Tensor = x.to(compute_dtype(x.dtype))
         eps = self.config.postprocessor_eps
         if self.config.postprocessor == "l2_norm":
-            return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=eps)
+            norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            return wide / norm.clamp(min=eps)
         return F.layer_norm(wide, (wide.shape[-1],), None, None, eps)
 
     def item_vectors(self) -> Tensor:
-        """[V, D] float32 (float64 stays): vectors of items 1..V as the dot product sees them."""
+        """[V, item_embedding_dim] float32 (float64 stays): vectors of items 1..V as the dot product sees them."""
         items = self.item_embedding.weight[1:]
         items = items.to(compute_dtype(items.dtype))
         if self.config.item_l2_norm:
@@ -162,7 +168,7 @@ class RetrievalModel(nn.Module):
         return activations
 
     def user_embeddings(self, last_activation: Tensor, seq_offsets: Tensor) -> Tensor:
-        """[L, D] -> [B, D] float32: the normalised last row of each sequence; zeros for an empty one."""
+        """[L, D] -> [B, item_embedding_dim] float32: the normalised last row of each sequence; zeros for an empty one."""
         ends = seq_offsets[1:].to(torch.int64)
         row = torch.where(ends > seq_offsets[:-1], ends - 1, last_activation.shape[0])
         return self.normalise(with_zero_row(last_activation).index_select(0, row))
@@ -185,7 +191,7 @@ class RetrievalModel(nn.Module):
             ratings: [L] int32 -- only for models with a rating table.
 
         Returns:
-            [B, D] float32.
+            [B, item_embedding_dim] float32.
         """
         activations = self.layer_activations(item_ids, timestamps, seq_offsets, request_timestamps, ratings)
         return self.user_embeddings(activations[-1], seq_offsets)
