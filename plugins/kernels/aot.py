@@ -105,7 +105,8 @@ def compile_variants(
     with tempfile.TemporaryDirectory(prefix="hstu-kernels-") as scratch:
         store = Path(scratch) if cache_dir is None else Path(cache_dir)
         store.mkdir(parents=True, exist_ok=True)
-        images = {task: _load(store, task) for task in tasks}
+        keys = {task: _key(task) for task in tasks}
+        images = {task: _load(store, task, keys[task]) for task in tasks}
         missing = [task for task, image in images.items() if image is None]
         done = len(tasks) - len(missing)
         if progress is not None:
@@ -119,17 +120,22 @@ def compile_variants(
                 if progress is not None:
                     progress(done, len(tasks))
 
-        _compile(missing, store, Path(scratch), jobs or len(os.sched_getaffinity(0)), finished)
+        _compile(
+            {task: keys[task] for task in missing}, store, Path(scratch), jobs or len(os.sched_getaffinity(0)), finished
+        )
         for task in missing:
-            images[task] = _load(store, task)
+            images[task] = _load(store, task, keys[task])
+        lost = [_describe(task) for task, image in images.items() if image is None]
+        if lost:
+            raise RuntimeError(f"compiled attention kernels vanished from {store}: {'; '.join(lost)}")
     return [image for image in images.values() if image is not None]
 
 
-def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, finished: Callable[[], None]) -> None:
-    """Compile ``tasks`` into ``store`` with ``jobs`` workers on one queue; the first failure stops all."""
+def _compile(keys: dict[CompileTask, str], store: Path, scratch: Path, jobs: int, finished: Callable[[], None]) -> None:
+    """Compile the tasks of ``keys`` into ``store`` with ``jobs`` workers on one queue; the first failure stops all."""
     pending: queue.SimpleQueue[CompileTask] = queue.SimpleQueue()
     # Slowest first (wide float32 tiles, many rows), so that no worker ends on a long one.
-    for task in sorted(tasks, key=lambda t: -_cost(t)):
+    for task in sorted(keys, key=lambda t: -_cost(t)):
         pending.put(task)
     errors: list[str] = []
 
@@ -168,11 +174,15 @@ def _compile(tasks: list[CompileTask], store: Path, scratch: Path, jobs: int, fi
                 if "error" in reply:
                     errors.append(f"{_describe(task)}: {reply['error']}")
                     break
-                _save(store, task, data_path.read_bytes(), reply["metadata"])
+                if _key(task) != keys[task]:
+                    # What was compiled may be either text: storing it under one of them would poison the cache.
+                    errors.append(f"{_describe(task)}: the kernel's sources changed while it was compiled; build again")
+                    break
+                _save(store, task, keys[task], data_path.read_bytes(), reply["metadata"])
                 finished()
             worker.stdin.close()
 
-    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(min(jobs, len(tasks)))]
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(min(jobs, len(keys)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -212,9 +222,8 @@ def _key(task: CompileTask) -> str:
     return content.hexdigest()
 
 
-def _load(store: Path, task: CompileTask) -> KernelImage | None:
+def _load(store: Path, task: CompileTask, key: str) -> KernelImage | None:
     """Return the stored image of ``task``; None when there is none or its files do not agree."""
-    key = _key(task)
     try:
         metadata: dict[str, Any] = json.loads((store / f"{key}.json").read_text())
         data = (store / f"{key}.bin").read_bytes()
@@ -235,9 +244,8 @@ def _load(store: Path, task: CompileTask) -> KernelImage | None:
     )
 
 
-def _save(store: Path, task: CompileTask, data: bytes, metadata: dict[str, Any]) -> None:
+def _save(store: Path, task: CompileTask, key: str, data: bytes, metadata: dict[str, Any]) -> None:
     """Write both files of an image so that a reader sees all of each or nothing, also with other builds at work."""
-    key = _key(task)
     described = {**metadata, "sha256": hashlib.sha256(data).hexdigest(), "task": asdict(task)}
     for suffix, content in ((".bin", data), (".json", json.dumps(described, indent=1).encode())):
         handle, temporary = tempfile.mkstemp(dir=store, prefix=".", suffix=suffix)

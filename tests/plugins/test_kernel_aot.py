@@ -100,6 +100,20 @@ def test_damaged_cache_entry_is_compiled_again(images: list[KernelImage], cache_
     assert again == images
 
 
+def test_sources_edited_during_a_build_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counter = iter(range(1000))
+    monkeypatch.setattr(aot, "_key", lambda task: f"key{next(counter)}")
+    with pytest.raises(RuntimeError, match=r"sources changed while it was compiled"):
+        compile_variants(CHEAP, archs=(80,), cache_dir=tmp_path, jobs=1, with_ptx=False)
+    assert not list(tmp_path.glob("key*"))
+
+
+def test_image_lost_between_compiling_and_reading_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(aot, "_compile", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"vanished from .*sm_80, float16"):
+        compile_variants(CHEAP, archs=(80,), cache_dir=tmp_path, with_ptx=False)
+
+
 def test_cache_key_follows_the_options_and_not_the_prose() -> None:
     task = compile_tasks(CHEAP, (90,))[0]
     reworded = dataclasses.replace(task, tile=dataclasses.replace(task.tile, reason="other words"))
