@@ -136,8 +136,12 @@ class RetrievalModel(nn.Module):
         return JaggedBatch(seq_offsets, row_timestamps, timestamps), position
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Postprocessor over the last axis, in float32 (float64 stays); zero rows stay zero."""
-        wide: Tensor = x.to(compute_dtype(x.dtype))
+        """Postprocessor, in float32 (float64 stays): [..., D] -> [..., item_embedding_dim]; zero rows stay zero.
+
+        Of a rated model's D columns only those of the item part are kept: they are what meets an item's vector.
+        """
+        item_dim = self.config.item_embedding_dim
+        wide: Tensor = (x if item_dim == x.shape[-1] else x[..., :item_dim]).to(compute_dtype(x.dtype))
         eps = self.config.postprocessor_eps
         if self.config.postprocessor == "l2_norm":
             norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -168,7 +172,7 @@ class RetrievalModel(nn.Module):
         return activations
 
     def user_embeddings(self, last_activation: Tensor, seq_offsets: Tensor) -> Tensor:
-        """[L, D] -> [B, item_embedding_dim] float32: the normalised last row of each sequence; zeros for an empty one."""
+        """[L, D] -> [B, item_embedding_dim] float32: the normalised last row of each sequence, zeros if it is empty."""
         ends = seq_offsets[1:].to(torch.int64)
         row = torch.where(ends > seq_offsets[:-1], ends - 1, last_activation.shape[0])
         return self.normalise(with_zero_row(last_activation).index_select(0, row))

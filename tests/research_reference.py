@@ -265,10 +265,10 @@ def reference_activations(
 
 
 def reference_user_embedding(form: ResearchForm, last: Array) -> Array:
-    """[D] float64 from the last activations [L, D]; zeros for an empty history."""
+    """[item_dim] float64 from the last activations [L, D]: the part that an item's vector has; zeros if empty."""
     if len(last) == 0:
-        return np.zeros(form.width)
-    row = last[-1]
+        return np.zeros(form.item_dim)
+    row = last[-1, : form.item_dim]
     if form.postprocessor == "layer_norm":
         return _layer_norm(row, 1e-6)
     return row / max(float(np.linalg.norm(row)), 1e-6)
