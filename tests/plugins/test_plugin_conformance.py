@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
 from tests.attention_cases import bias_cases, mask_cases, with_dtype
 from tests.plugins.conformance import prepare_conformance
-from tests.plugins.conformance.libraries import small_library
+from tests.plugins.conformance.libraries import headers_of_major, plugin_cache, small_library
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,32 @@ def test_without_a_gpu_the_full_run_fails_instead_of_skipping(prepared: tuple[Pa
         pytest.skip("this machine has a GPU: run_gpu.sh covers it")
     assert code == 1
     assert opened[0]["status"] == "FAIL"
+
+
+def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    headers = headers_of_major(8)
+    variants = [v for v in prepare_conformance.fixture_variants() if v.dtype == "float16" and not v.aligned]
+    build = PluginBuildRequest(
+        variants=tuple(variants),
+        archs=(90,),
+        with_ptx=False,
+        tensorrt_include_dir=headers,
+        runtime_version="8",
+        cache_dir=plugin_cache(request.config),
+    )
+    library = build_plugin_library(build)
+    cases = [case for case in prepare_conformance.large_cases() if case.name == "large-research-int32"]
+    prepare_conformance.write_cases([with_dtype(case, "float16") for case in cases], tmp_path)
+    program = prepare_conformance.build_program_v2(tmp_path, headers)
+    done = subprocess.run(
+        [str(program), str(library.self_registering), str(tmp_path), "--host-only"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(program.parent)},
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "2 passed, 0 failed", done.stdout + done.stderr
+    assert done.returncode == 0

@@ -268,7 +268,7 @@ public:
         for (CaseTensor const& input : testCase.inputs)
         {
             bool const isVector = input.name == "q" || input.name == "k" || input.name == "v";
-            mInputs.emplace_back(input.bytes.size(), isVector ? misalignment : 0).upload(input.bytes);
+            mInputs.emplace_back(input.bytes, isVector ? misalignment : 0);
         }
         device::synchronize();
         for (device::Buffer const& buffer : mInputs)

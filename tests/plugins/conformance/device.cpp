@@ -93,6 +93,18 @@ void synchronize()
     driver().call("cuCtxSynchronize");
 }
 
+Buffer::Buffer(std::vector<unsigned char> const& content, size_t misalignment)
+    : mStart(misalignment)
+    , mBytes(content.size())
+    , mTotal(misalignment + content.size())
+{
+    driver().call("cuMemAlloc_v2", &mAllocation, std::max<size_t>(mTotal, 1));
+    if (mBytes > 0)
+    {
+        driver().call("cuMemcpyHtoD_v2", mAllocation + mStart, static_cast<void const*>(content.data()), mBytes);
+    }
+}
+
 Buffer::Buffer(size_t bytes, size_t misalignment)
     : mStart(kGuardBytes + misalignment)
     , mBytes(bytes)
@@ -122,14 +134,6 @@ Buffer::~Buffer()
 void* Buffer::data() const noexcept
 {
     return reinterpret_cast<void*>(mAllocation + mStart);
-}
-
-void Buffer::upload(std::vector<unsigned char> const& bytes)
-{
-    if (!bytes.empty())
-    {
-        driver().call("cuMemcpyHtoD_v2", mAllocation + mStart, static_cast<void const*>(bytes.data()), bytes.size());
-    }
 }
 
 void Buffer::poison()

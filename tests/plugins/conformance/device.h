@@ -24,11 +24,18 @@ std::string describe();
 
 void synchronize();
 
-//! Device memory with a guard zone on both sides, so that a stray write is seen without any tool. The start is 256-byte
-//! aligned plus `misalignment` bytes.
+//! Device memory that starts `misalignment` bytes after a 256-byte boundary.
+//!
+//! An input is allocated exactly and only its own bytes are ever written, so that compute-sanitizer sees a read past its
+//! end (memcheck) and a read of what was never sent (initcheck). An output has a guard zone on both sides, so that a
+//! stray write is seen without any tool.
 class Buffer
 {
 public:
+    //! An input with this content.
+    Buffer(std::vector<unsigned char> const& content, size_t misalignment);
+
+    //! A poisoned output.
     Buffer(size_t bytes, size_t misalignment);
     ~Buffer();
     Buffer(Buffer const&) = delete;
@@ -36,7 +43,6 @@ public:
     Buffer(Buffer&& other) noexcept;
 
     void* data() const noexcept;
-    void upload(std::vector<unsigned char> const& bytes);
 
     //! Fills the payload with 0xFF, a NaN in every float type, and the guard zones with a pattern.
     void poison();

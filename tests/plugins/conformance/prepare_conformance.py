@@ -34,7 +34,7 @@ from tests.attention_cases import attention_grid, bias_cases, build_case, hostil
 from tests.oracle import AttentionCase, oracle_of
 
 HERE = Path(__file__).parent
-SOURCES = ("conformance.cpp", "caseFile.cpp", "compare.cpp", "device.cpp")
+SHARED_SOURCES = ("caseFile.cpp", "compare.cpp", "device.cpp")
 FLOAT_ATTRIBUTES = ("alpha", "scaling_seq_len")
 
 
@@ -74,7 +74,8 @@ def all_cases() -> list[AttentionCase]:
     large = list(large_cases())
     some = [*mask_cases(), *bias_cases(), *hostile_cases(), *large[:2]]
     cases = [with_dtype(case, "float16") for case in [*attention_grid(), *large]]
-    return [*cases, *(with_dtype(case, dtype) for dtype in ("bfloat16", "float32") for case in some)]
+    cases += [with_dtype(case, dtype) for dtype in ("bfloat16", "float32") for case in some]
+    return [*cases, with_dtype(large[-1], "float32")]
 
 
 def variants_of(cases: Iterable[AttentionCase]) -> tuple[KernelVariant, ...]:
@@ -166,10 +167,31 @@ def write_cases(cases: Iterable[AttentionCase], out: Path) -> None:
 
 def build_program(out: Path) -> Path:
     """Compile the conformance program against TensorRT 10 headers; it is linked to neither TensorRT nor CUDA."""
-    program = out / "conformance"
     headers = find_tensorrt_headers()
     if headers.version < (10, 3, 0) or headers.version >= (11, 0, 0):
         raise SystemExit(f"the conformance program is written for TensorRT 10.3 to 10.x headers, found {headers}")
+    return _compile("conformance.cpp", headers.include_dir, out / "conformance")
+
+
+def build_program_v2(out: Path, include_dir: Path) -> Path:
+    """Compile TensorRT 8's part, and the stand-in for libnvinfer.so.8 that lets the loader load the library beside it.
+
+    Returns:
+        The program; its folder must be on LD_LIBRARY_PATH, and on nothing else's.
+    """
+    folder = out / "v2"
+    folder.mkdir(exist_ok=True)
+    (folder / "standIn.c").write_text("int hstuStandIn;\n")
+    stand_in = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libnvinfer.so.8", str(folder / "standIn.c")]
+    subprocess.run([*stand_in, "-o", str(folder / "libnvinfer.so.8")], check=True)
+    (folder / "standIn.c").unlink()
+    # The program itself answers to getPluginRegistry and its like, hence -rdynamic. TensorRT 8 deprecates IPluginV2.
+    return _compile(
+        "conformanceV2.cpp", include_dir, folder / "conformanceV2", "-rdynamic", "-Wno-deprecated-declarations"
+    )
+
+
+def _compile(main_source: str, include_dir: Path, program: Path, *options: str) -> Path:
     command = [
         "g++",
         "-std=c++17",
@@ -181,9 +203,20 @@ def build_program(out: Path) -> Path:
         "-static-libgcc",
         "-pthread",
     ]
-    command += ["-isystem", str(headers.include_dir), "-isystem", str(find_cuda_headers())]
-    subprocess.run([*command, *(str(HERE / name) for name in SOURCES), "-o", str(program), "-ldl"], check=True)
+    command += ["-isystem", str(include_dir), "-isystem", str(find_cuda_headers()), *options]
+    sources = [str(HERE / name) for name in (main_source, *SHARED_SOURCES)]
+    subprocess.run([*command, *sources, "-o", str(program), "-ldl"], check=True)
     return program
+
+
+def fixture_variants() -> tuple[KernelVariant, ...]:
+    """Return the kernels of the retrieval fixture in TensorRT 8, for aligned and for any pointers."""
+    return tuple(
+        dataclasses.replace(variant, aligned=aligned)
+        for dtype in ("float16", "float32")
+        for variant in variants_for(dtype, 50, 50, pos_bias=True, time_bias=True, timestamp_bits=32)
+        for aligned in (False, True)
+    )
 
 
 def print_progress(stage: str, done: int, total: int) -> None:
@@ -213,20 +246,15 @@ def main() -> None:
     shutil.copy2(library.version_compatible, out)
     shutil.copy2(HERE / "run_gpu.sh", out)
     if arguments.tensorrt8_include_dir is not None:
-        fixture = [
-            dataclasses.replace(variant, aligned=aligned)
-            for dtype in ("float16", "float32")
-            for variant in variants_for(dtype, 50, 50, pos_bias=True, time_bias=True, timestamp_bits=32)
-            for aligned in (False, True)
-        ]
         request = PluginBuildRequest(
-            variants=tuple(fixture),
+            variants=fixture_variants(),
             tensorrt_include_dir=arguments.tensorrt8_include_dir,
             runtime_version="8.5",
             **common,
         )
         (out / "tensorrt85").mkdir(exist_ok=True)
         shutil.copy2(build_plugin_library(request, print_progress).self_registering, out / "tensorrt85")
+        build_program_v2(out, arguments.tensorrt8_include_dir)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"\n{out}: {len(cases)} cases, {len(variants_of(cases))} kernel variants, {size / 2**20:.1f} MiB")
 

@@ -2,7 +2,7 @@
 # Runs the conformance grid on this machine's GPU and then a small subset under compute-sanitizer. Builds nothing.
 #
 # Usage: run_gpu.sh RESULTS_DIR          (beside the files that prepare_conformance.py wrote)
-# Writes conformance.jsonl, memcheck.txt, racecheck.txt, initcheck.txt and summary.txt into RESULTS_DIR.
+# Writes conformance.jsonl, conformance_v2.jsonl (the TensorRT 8 library, where it was prepared), memcheck.txt, racecheck.txt, initcheck.txt and summary.txt into RESULTS_DIR.
 # Exit code 0: everything passed; 1: a check failed; 3: the grid passed but compute-sanitizer cannot run here.
 set -uo pipefail
 
@@ -22,6 +22,16 @@ nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/
 code=$?
 note "grid: exit $code, $(tail -n 1 "$results/conformance.jsonl")"
 [ $code -eq 0 ] || status=1
+
+if [ -f "$here/v2/conformanceV2" ]; then
+    chmod +x "$here/v2/conformanceV2" 2>/dev/null
+    # The folder's stand-in for libnvinfer.so.8 is for this one program only.
+    LD_LIBRARY_PATH=$here/v2${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$here/v2/conformanceV2" "$here/tensorrt85/libhstu_trt_plugin.so" "$here" --filter research-int32 \
+        >"$results/conformance_v2.jsonl" 2>>"$results/conformance.err"
+    code=$?
+    note "TensorRT 8 library: exit $code, $(tail -n 1 "$results/conformance_v2.jsonl")"
+    [ $code -eq 0 ] || status=1
+fi
 
 sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)}
 if [ -z "$sanitizer" ]; then
