@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -246,6 +247,15 @@ def test_a_missing_library_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="cannot open shared object file") as caught:
         load_plugin_library(tmp_path / "libnone.so")
     assert caught.value.code == "HSTU-E504"
+
+
+def test_a_library_without_its_tensorrt_says_which_one_is_missing(request: pytest.FixtureRequest) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed here: the library loads")
+    with pytest.raises(PluginError, match=r"libnvinfer\.so\.\d+: cannot open shared object file") as caught:
+        load_plugin_library(small_library(request.config).self_registering)
+    assert caught.value.code == "HSTU-E504"
+    assert "LD_LIBRARY_PATH" in caught.value.fix
 
 
 def test_importing_the_module_imports_no_framework() -> None:
