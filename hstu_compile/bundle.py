@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError
+from hstu_compile.files import writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
 from hstu_compile.runtime.request import RequestLimits, check_request
 from hstu_compile.runtime.session import Session, open_session
@@ -39,45 +41,43 @@ EXACT_FILE = "reference_outputs.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
-
-def _unwritable(path: Path, error: OSError) -> BundleError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return BundleError(
-        "HSTU-E802",
-        f"cannot write {path}",
-        error.strerror or str(error),
-        "free some disk space" if full else "choose a folder that you can write with -o DIR",
-    )
+# Without these nothing can be asked of a bundle.
+_REQUIRED = ("inputs", "outputs", "limits", "precision", "status")
 
 
-@contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block, which writes to `path`, into HSTU-E802."""
-    try:
-        yield
-    except OSError as error:
-        raise _unwritable(path, error) from error
+def _missing_parents(path: Path) -> list[Path]:
+    """Folders above `path` that do not exist yet, innermost first."""
+    return [parent for parent in path.absolute().parents if not parent.exists()]
 
 
 def check_destination(path: Path, force: bool) -> None:
-    """Refuse, before any work, a destination that cannot be written or must not be replaced.
+    """Refuse, before any work, a destination that cannot be written or must not be replaced. Creates nothing.
 
     Raises:
         BundleError: HSTU-E801 if something is there that `force` does not cover; HSTU-E802 if it cannot be written.
     """
-    if path.is_symlink() or path.exists():
-        is_bundle = path.is_dir() and not path.is_symlink() and (path / MANIFEST).is_file()
-        if not is_bundle and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-            raise BundleError(
-                "HSTU-E801", f"{path} exists and is not a bundle", "it would be overwritten", "choose another -o DIR"
-            )
-        if is_bundle and not force:
-            raise BundleError(
-                "HSTU-E801", f"the bundle {path} exists", "it would be overwritten", "pass --force, or another -o DIR"
-            )
     with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        if path.is_symlink() or path.exists():
+            is_folder = path.is_dir() and not path.is_symlink()
+            has_manifest = is_folder and (path / MANIFEST).is_file()
+            if not has_manifest and not (is_folder and not any(path.iterdir())):
+                raise BundleError(
+                    "HSTU-E801",
+                    f"{path} exists and is not a bundle",
+                    "it would be overwritten",
+                    "choose another -o DIR",
+                )
+            if has_manifest and not force:
+                raise BundleError(
+                    "HSTU-E801",
+                    f"the bundle {path} exists",
+                    "it would be overwritten",
+                    "pass --force, or another -o DIR",
+                )
+            if path.is_mount():
+                raise OSError(errno.EBUSY, "it is a mount point, which no finished folder can be renamed to")
+        above = [path.absolute().parent, *path.absolute().parent.parents]
+        with tempfile.TemporaryFile(dir=next(parent for parent in above if parent.exists())):
             pass
 
 
@@ -87,21 +87,47 @@ class BundleWriter:
     def __init__(self, path: Path, force: bool) -> None:
         self._path, self._force = path.absolute(), force
         self._folder: Path | None = None
+        self._created: list[Path] = []
         self._committed = False
 
     def __enter__(self) -> BundleWriter:
         check_destination(self._path, self._force)
-        with writing_to(self._path):
-            self._folder = Path(
-                tempfile.mkdtemp(prefix=f".{self._path.name}.", suffix=".partial", dir=self._path.parent)
-            )
+        self._created = _missing_parents(self._path)
+        try:
+            with writing_to(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Named before it is made: an interrupt between the two must not leave a folder that nobody knows of.
+                self._folder = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.partial")
+                self._folder.mkdir()
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._folder is not None and not self._committed:
+        if self._committed:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        else:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Undo everything so far; an interrupt may have come between any two steps of `commit`."""
+        if self._folder is not None:
+            if self._replaced.exists() and not self._path.exists():
+                os.rename(self._replaced, self._path)
             shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        for parent in self._created:
+            # A folder that someone else has put something into stays.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+    @property
+    def _replaced(self) -> Path:
+        """Where the bundle that is being replaced waits until the new one is in place."""
+        return self.folder.with_suffix(".old")
 
     @property
     def folder(self) -> Path:
@@ -131,13 +157,11 @@ class BundleWriter:
         content = {"format_version": FORMAT_VERSION, **manifest, "files": self.files()}
         self.add(MANIFEST, json.dumps(content, indent=1) + "\n")
         with self.writing() as folder:
-            folder.chmod(0o755)
-            old = folder.with_suffix(".old")
             if self._path.exists():
-                os.rename(self._path, old)
+                os.rename(self._path, self._replaced)
             os.rename(folder, self._path)
             self._committed = True
-            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(self._replaced, ignore_errors=True)
         return self._path
 
 
@@ -208,7 +232,8 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["format_version"], dict(manifest["files"])
         hashes = {name: str(facts["sha256"]) for name, facts in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lacking = [key for key in _REQUIRED if key not in manifest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
             "HSTU-E803",
             f"{path / MANIFEST} cannot be read",
@@ -221,6 +246,10 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
             f"{path} has bundle format {version}",
             f"this hstu-compile reads format {FORMAT_VERSION}",
             "build the bundle again with this version",
+        )
+    if lacking:
+        raise BundleError(
+            "HSTU-E803", f"{path / MANIFEST} is incomplete", f"it lacks {', '.join(lacking)}", "build the bundle again"
         )
     if check_files:
         problems = []

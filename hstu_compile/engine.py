@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import re
 import signal
 import tempfile
@@ -28,7 +27,9 @@ from onnx import TensorProto
 from hstu_compile.artifacts import EngineArtifact, Precision, Profile
 from hstu_compile.environment import Backend
 from hstu_compile.errors import EngineError, UsageError
+from hstu_compile.files import write_whole
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
+from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api
 from hstu_compile.trt_options import EngineOptions
 
@@ -141,35 +142,6 @@ def engine_from_onnx(
     )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        EngineError: HSTU-E802, with the system's message.
-    """
-    temporary: str | None = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise EngineError(
-            "HSTU-E802", f"{path} cannot be written", str(error), "choose a writable folder with enough space"
-        ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _loaded(model: Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
@@ -211,15 +183,16 @@ def _prepared(
         )
     if bare and native:
         api.require_creators(dict.fromkeys(plugin_key(node) for node in bare), None)
-    if api.is_rtx:
-        return proto
     if api.is_tensorrt8:
         return lowered_for_tensorrt8(proto, precision, native=native)[0]
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    if native and copy.functions:
-        # A creator that something else registered in this process must not decide what is built.
-        return onnx.inliner.inline_local_functions(copy)
+    if native:
+        # Inlined here and not by the parser: a creator that something else registered in this process must not decide
+        # what is built, and the layers can share what their bodies have in common.
+        copy = onnx.inliner.inline_local_functions(copy)
+        MergeDuplicates().call(copy)
+        return copy
     # TensorRT 10.0 to 10.6 may prefer the local function to the plugin.
     del copy.functions[:]
     return copy
@@ -307,7 +280,7 @@ class _Build:
                 "read the messages above; a smaller --max-batch or --max-seq-len needs less GPU memory",
             )
         if cache is not None and self.options.timing_cache is not None:
-            write_atomically(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
+            write_whole(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
         return bytes(plan), _network_layers(network)
 
     def _parse(self, parser: Any, network: Any) -> None:
@@ -586,7 +559,7 @@ def _inspected(
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(api.trt.LayerInformationFormat.JSON)
     if options.export_layer_info is not None:
-        write_atomically(options.export_layer_info, text.encode())
+        write_whole(options.export_layer_info, text.encode())
     entries = json.loads(text).get("Layers", [])
     return _count([layer_kind(entry, plugin_names) for entry in entries]), []
 

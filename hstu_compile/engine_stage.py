@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from hstu_compile.artifacts import Profile
-from hstu_compile.bundle import writing_to
 from hstu_compile.engine import engine_from_onnx
 from hstu_compile.environment import choose_backend
 from hstu_compile.errors import EngineError
+from hstu_compile.files import write_whole
 from hstu_compile.op_schema import is_attention, node_attributes
 from hstu_compile.profiles import ProfileSizes, profiles_for_inputs
 from hstu_compile.trt_options import EngineOptions
@@ -111,13 +110,7 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
     engine = engine_from_onnx(
         model, backend=choice.name, profiles=profiles, plugin_library=plugin, options=request.options
     )
-    partial = request.output.with_name(f".{request.output.name}.partial")
-    with writing_to(request.output):
-        try:
-            partial.write_bytes(engine.plan)
-            os.replace(partial, request.output)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_whole(request.output, engine.plan)
     return {
         "output": str(request.output),
         "backend": engine.backend,

@@ -27,6 +27,7 @@ from hstu_compile.engine import engine_from_onnx
 from hstu_compile.environment import BackendChoice, choose_backend, collect_environment
 from hstu_compile.errors import UsageError
 from hstu_compile.export import TORCH_DTYPES, exported_from_model, tensor_specs
+from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import graph_facts
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.op_schema import attention_contract
@@ -175,7 +176,7 @@ class _Build:
         if folder is None:
             return
         path = folder / name
-        with bundles.writing_to(path):
+        with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, onnx.ModelProto):
                 onnx.save(content, path)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hstu_compile.bundle import writing_to
 from hstu_compile.engine_stage import load_onnx
+from hstu_compile.files import writing_to
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
 

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hstu_compile.artifacts import OnnxGraph, PassRecord, Precision
 from hstu_compile.errors import RewriteError
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
+from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 
 HIGHEST_OPSET, LOWERED_OPSET, LOWERED_IR = 20, 17, 8
 MAX_TOP_K = 3840  # ITopKLayer's limit
@@ -719,8 +720,8 @@ def tensorrt8_passes(*, native: bool) -> tuple[Pass, ...]:
     Args:
         native: replace attention by its native body; otherwise it stays one node, for the plugin.
     """
-    first: Pass = InlineNativeBody() if native else DropNativeBody()
-    return (first, FoldConstants(), NarrowInt64(), DecomposeLayerNormalization(), LowerToOpset17())
+    first: tuple[Pass, ...] = (InlineNativeBody(), MergeDuplicates()) if native else (DropNativeBody(),)
+    return (*first, FoldConstants(), NarrowInt64(), DecomposeLayerNormalization(), LowerToOpset17())
 
 
 def lowered_for_tensorrt8(
