@@ -87,7 +87,11 @@ def top_items_problem(ids: Array, scores: Array, reference_scores: Array, seen: 
         seen: [B, V] bool -- items of the history, never to be listed.
         tolerance: absolute, in units of the scores.
     """
+    if ids.shape != scores.shape or ids.shape[0] != reference_scores.shape[0]:
+        return f"{list(ids.shape)} ids and {list(scores.shape)} scores for {reference_scores.shape[0]} sequences"
     for b in range(ids.shape[0]):
+        if ids[b].min(initial=0) < 0 or ids[b].max(initial=0) > reference_scores.shape[1]:
+            return f"sequence {b} lists an item outside 1..{reference_scores.shape[1]}"
         listed = ids[b][ids[b] > 0].astype(np.int64) - 1
         if len(set(listed.tolist())) != listed.size:
             return f"sequence {b} lists an item twice"

@@ -16,7 +16,7 @@ import numpy as np
 
 from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision
 from hstu_compile.compare import Array, bound_rule, error_bound, row_error, top_items_problem
-from hstu_compile.errors import HstuCompileError
+from hstu_compile.errors import HstuCompileError, VerifyError
 from hstu_compile.metrics import kendall_tau, top_k_overlap
 from hstu_compile.runtime.session import Session
 
@@ -138,16 +138,27 @@ def _check_top_items(reference: Reference, index: int, outputs: Outputs, bound: 
     tolerance = float(bound * reach)
     seen = _seen(feed, items.shape[0])
     problem = top_items_problem(outputs["top_items"], outputs["top_scores"], scores, seen, tolerance)
-    listed = outputs["top_items"] > 0
-    gap = np.abs(outputs["top_scores"] - np.take_along_axis(scores, outputs["top_items"].clip(1) - 1, 1))
-    worst = float(np.where(listed, gap, 0.0).max(initial=0.0))
+    worst = _worst_score_gap(outputs["top_items"], outputs["top_scores"], scores)
     relative = worst / reach if reach else 0.0
     return TensorCheck("top_items", feed.name, relative, bound, worst, "FAIL" if problem else "PASS", problem or "")
 
 
-def _ranking(reference: Reference, index: int, outputs: Outputs) -> dict[str, float]:
-    items = reference.item_vectors
+def _worst_score_gap(ids: Array, top_scores: Array, scores: Array) -> float:
+    """Largest difference of a listed score; infinite where the list cannot be looked up in `scores` [B, V]."""
+    if ids.shape != top_scores.shape or len(ids) != len(scores) or ids.max(initial=0) > scores.shape[1]:
+        return math.inf
+    gap = np.abs(top_scores - np.take_along_axis(scores, ids.clip(1) - 1, 1))
+    worst = float(np.where(ids > 0, gap, 0.0).max(initial=0.0))
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _ranking(reference: Reference, index: int, outputs: Outputs) -> dict[str, float] | None:
+    """Rank agreement on one feed; None where the outputs give no order."""
+    items, users = reference.item_vectors, outputs["user_embeddings"]
     assert items is not None
+    expected = reference.exact[index]["user_embeddings"]
+    if users.shape != expected.shape or not np.isfinite(users).all() or not expected.any():
+        return None
     exact = reference.exact[index]["user_embeddings"] @ items.T
     actual = outputs["user_embeddings"].astype(np.float64) @ items.T
     top = min(_TOP, items.shape[0])
@@ -231,8 +242,19 @@ def guarded_check(
 
 
 def report_of(runs: Sequence[RuntimeCheck], reference: Reference, precision: Precision) -> VerifyReport:
-    """Sum up the runs; the worst tensor is the one nearest to, or farthest beyond, its bound."""
+    """Sum up the runs; the worst tensor is the one nearest to, or farthest beyond, its bound.
+
+    Raises:
+        VerifyError: HSTU-E602, if nothing ran: what was not compared must not be called PASS.
+    """
     checks = [(check.error / check.bound, check, run) for run in runs for check in run.tensors]
+    if not checks:
+        raise VerifyError(
+            "HSTU-E602",
+            "no artifact could be run on this machine",
+            "; ".join(f"{run.artifact} on {run.runtime}: {run.reason}" for run in runs) or "there is none",
+            "install a runtime: pip install 'hstu-compile[cpu]'",
+        )
     _, worst, where = max(checks, key=lambda each: (each[1].status == "FAIL", each[0]))
     feeds = tuple(
         {

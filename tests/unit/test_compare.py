@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hstu_compile.artifacts import Feed
+from hstu_compile.compare import (
+    EAGER_FACTOR,
+    EAGER_FLOOR,
+    NO_ITEM_SCORE,
+    bound_rule,
+    error_bound,
+    row_error,
+    top_items_problem,
+)
+from hstu_compile.errors import EngineError, VerifyError
+from hstu_compile.session_check import Reference, check_session, guarded_check, report_of
+
+PRECISIONS = tuple(EAGER_FLOOR)
+ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+# Rows of HSTU differ in size by orders of magnitude: here from 1e-6 to 1.
+RNG = np.random.default_rng(0)
+REFERENCE = RNG.standard_normal((10_000, 32)) * 10.0 ** RNG.uniform(-6, 0, (10_000, 1))
+
+
+def shifted(rows: np.ndarray) -> np.ndarray:
+    return np.roll(rows, 1, axis=0)
+
+
+def swapped(rows: np.ndarray) -> np.ndarray:
+    out = rows.copy()
+    out[[5, 6]] = out[[6, 5]]
+    return out
+
+
+def one_wrong(rows: np.ndarray) -> np.ndarray:
+    out = rows.copy()
+    # The smallest row of all: an absolute tolerance would never see it.
+    smallest = int(np.argmin(np.abs(rows).max(axis=1)))
+    out[smallest] *= 0.9
+    return out
+
+
+def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(rows: np.ndarray) -> np.ndarray:
+        out = rows.copy()
+        out[777, 3] = value
+        return out
+
+    return change
+
+
+MISTAKES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "zeros": np.zeros_like,
+    "0.9x": lambda rows: 0.9 * rows,
+    "1.1x": lambda rows: 1.1 * rows,
+    "negated": lambda rows: -rows,
+    "shifted": shifted,
+    "swapped": swapped,
+    "one-wrong-row": one_wrong,
+    "columns-reversed": lambda rows: rows[:, ::-1],
+    "nan": with_value(math.nan),
+    "inf": with_value(math.inf),
+    "minus-inf": with_value(-math.inf),
+    "one-row-less": lambda rows: rows[:-1],
+    "one-column-less": lambda rows: rows[:, :-1],
+    "transposed": lambda rows: rows.T,
+    "no-rows": lambda rows: rows[:0],
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_comparator_rejects(mistake: str, precision: str) -> None:
+    wrong = np.ascontiguousarray(MISTAKES[mistake](REFERENCE)).astype(np.float32)
+    assert row_error(wrong, REFERENCE).error > error_bound(0.0, precision)
+    # Nor does an eager model that is itself as bad as half types get widen the bound that far.
+    assert row_error(wrong, REFERENCE).error > error_bound(EAGER_FLOOR[precision], precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_comparator_accepts_rounding_of_the_precision(precision: str) -> None:
+    noise = np.random.default_rng(1).uniform(-1, 1, REFERENCE.shape)
+    rounded = REFERENCE * (1 + ROUNDING[precision] * noise)
+    assert row_error(rounded, REFERENCE).error <= error_bound(0.0, precision)
+    assert row_error(REFERENCE.copy(), REFERENCE).error == 0.0
+
+
+def test_a_row_that_must_be_zero_must_be_zero() -> None:
+    reference = np.ones((4, 3))
+    reference[2] = 0.0
+    assert row_error(reference.astype(np.float32), reference).error == 0.0
+    wrong = reference.copy()
+    wrong[2, 1] = 1e-30
+    result = row_error(wrong, reference)
+    assert (result.error, result.row) == (math.inf, 2)
+
+
+def test_worst_row_and_largest_difference_are_named() -> None:
+    reference = np.array([[100.0, 100.0], [1.0, 1.0], [10.0, 10.0]])
+    actual = reference + np.array([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    result = row_error(actual, reference)
+    assert (result.row, result.error, result.max_abs) == (1, 0.5, 1.0)
+
+
+def test_nothing_equals_nothing_only_in_the_same_shape() -> None:
+    assert row_error(np.zeros((0, 4)), np.zeros((0, 4))).error == 0.0
+    assert row_error(np.zeros((0, 3)), np.zeros((0, 4))).error == math.inf
+
+
+def test_reference_that_is_not_finite_passes_nothing() -> None:
+    assert row_error(np.ones((1, 2)), np.array([[1.0, math.nan]])).error == math.inf
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bound_is_twice_the_eager_error_and_never_below_the_floor(precision: str) -> None:
+    floor = EAGER_FLOOR[precision]
+    assert error_bound(0.0, precision) == EAGER_FACTOR * floor
+    assert error_bound(3 * floor, precision) == EAGER_FACTOR * 3 * floor
+    assert precision in bound_rule(precision)
+    assert error_bound(0.0, precision) < 0.05
+
+
+def test_fp32_bound_is_the_one_that_is_promised() -> None:
+    assert error_bound(0.0, "fp32") == 1e-5
+
+
+# --- Top items --------------------------------------------------------------------------------------------------------
+
+SCORES = np.array([[0.9, 0.8, 0.7, 0.6, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
+SEEN = np.array([[True, False, False, False, False], [False] * 5])
+IDS = np.array([[2, 3, 4], [5, 4, 3]])
+TOP = np.array([[0.8, 0.7, 0.6], [0.5, 0.4, 0.3]])
+
+
+def problem(
+    ids: object = IDS, scores: object = TOP, seen: np.ndarray = SEEN, reference: np.ndarray = SCORES
+) -> str | None:
+    return top_items_problem(np.array(ids), np.array(scores), reference, seen, 0.01)
+
+
+def test_right_list_has_no_problem() -> None:
+    assert problem() is None
+
+
+def test_near_ties_may_change_places() -> None:
+    reference = SCORES.copy()
+    reference[1, 3] = 0.495
+    assert problem([[2, 3, 4], [4, 5, 3]], [[0.8, 0.7, 0.6], [0.5, 0.499, 0.3]], reference=reference) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "scores", "message"),
+    [
+        ([[2, 2, 4], [5, 4, 3]], TOP, "sequence 0 lists an item twice"),
+        ([[1, 2, 3], [5, 4, 3]], [[0.9, 0.8, 0.7], [0.5, 0.4, 0.3]], "sequence 0 lists an item of its own history"),
+        ([[2, 3, 0], [5, 4, 3]], [[0.8, 0.7, NO_ITEM_SCORE], [0.5, 0.4, 0.3]], "lists 2 items of 4 open ones"),
+        (IDS, [[0.8, 0.7, 0.65], [0.5, 0.4, 0.3]], "sequence 0: score off by 0.05"),
+        (IDS, [[0.8, 0.7, math.nan], [0.5, 0.4, 0.3]], "sequence 0: score off by nan"),
+        ([[2, 3, 4], [4, 5, 3]], [[0.8, 0.7, 0.6], [0.4, 0.5, 0.3]], "sequence 1 is not in descending order"),
+        ([[2, 3, 4], [5, 4, 2]], [[0.8, 0.7, 0.6], [0.5, 0.4, 0.2]], "sequence 1 leaves out an item"),
+        ([[2, 3, 6], [5, 4, 3]], TOP, "sequence 0 lists an item outside 1..5"),
+        ([[2, 3, -1], [5, 4, 3]], TOP, "sequence 0 lists an item outside 1..5"),
+        ([[2, 3, 4]], TOP, r"\[1, 3\] ids and \[2, 3\] scores for 2 sequences"),
+        ([[2, 3, 4]], TOP[:1], "for 2 sequences"),
+    ],
+)
+def test_each_wrong_list_is_named(ids: object, scores: object, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert not (found := problem(ids, scores)), found
+
+
+def test_swapped_requests_are_seen() -> None:
+    assert problem(IDS[::-1], TOP[::-1]) is not None
+
+
+def test_slots_without_an_item_hold_no_score() -> None:
+    seen = np.array([[True, True, True, True, False]])
+    ids, reference = np.array([[5, 0, 0]]), SCORES[:1]
+    right = np.array([[0.1, NO_ITEM_SCORE, NO_ITEM_SCORE]], dtype=np.float32)
+    assert top_items_problem(ids, right, reference, seen, 0.01) is None
+    wrong = np.array([[0.1, 0.0, NO_ITEM_SCORE]], dtype=np.float32)
+    assert top_items_problem(ids, wrong, reference, seen, 0.01) == "sequence 0 gives an empty slot a score"
+
+
+# --- One artifact on one runtime --------------------------------------------------------------------------------------
+
+
+class AnsweringSession:
+    """A session that answers with whatever it is given."""
+
+    name = "stub"
+
+    def __init__(self, outputs: dict[str, np.ndarray]) -> None:
+        self.outputs = outputs
+        self.is_closed = False
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.outputs
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def __enter__(self) -> AnsweringSession:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+USERS = np.array([[0.6, 0.8], [1.0, 0.0]])
+ITEMS = np.array([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+FEED = Feed("two users", {"item_ids": np.array([1, 2], np.int32), "seq_offsets": np.array([0, 1, 2], np.int32)})
+LIST = {
+    "top_items": np.array([[3, 2], [1, 3]], np.int32),
+    "top_scores": np.array([[0.96, 0.8], [1.0, 0.8]], np.float32),
+}
+EXACT = {"user_embeddings": USERS, "layer_0": USERS * 3}
+REF = Reference((FEED,), (EXACT,), (EXACT,), {"user_embeddings": 0.0, "layer_0": 0.0}, ITEMS)
+
+
+def check(**changes: np.ndarray):
+    outputs = {**{name: array.astype(np.float32) for name, array in EXACT.items()}, **LIST, **changes}
+    return check_session(AnsweringSession(outputs), "model.onnx", REF, "fp32", lambda *_: None)
+
+
+def test_right_answers_pass() -> None:
+    result = check()
+    assert result.status == "PASS"
+    assert result.ranking == {"top10_overlap": 1.0, "kendall_tau": 1.0}
+    assert [layer.layer for layer in result.layers] == [0]
+    assert report_of([result], REF, "fp32").status == "PASS"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"user_embeddings": USERS * 0.9},
+        {"user_embeddings": USERS[::-1]},
+        {"user_embeddings": USERS[:1]},
+        {"user_embeddings": np.hstack([USERS, USERS])},
+        {"user_embeddings": USERS * np.nan},
+        {"layer_0": USERS},
+        {"layer_0": np.full_like(USERS, np.inf)},
+        {"top_items": np.array([[3, 9], [1, 3]], np.int32)},
+        {"top_items": np.array([[3, -2], [1, 3]], np.int32)},
+        {"top_items": np.array([[3], [1]], np.int32)},
+        {"top_scores": np.full((2, 2), np.nan, np.float32)},
+    ],
+    ids=str,
+)
+def test_wrong_answers_of_any_shape_fail_and_never_crash(changes: dict[str, np.ndarray]) -> None:
+    result = check(**changes)
+    assert result.status == "FAIL"
+    report = report_of([result, check()], REF, "fp32")
+    assert report.status == "FAIL"
+    assert report.worst_error > report.worst_bound or report.worst_where.startswith("top_items")
+
+
+def test_absent_runtime_is_reported_with_its_reason() -> None:
+    def absent() -> AnsweringSession:
+        raise EngineError("HSTU-E401", "tensorrt is not installed", "no module", "install it")
+
+    result = guarded_check("tensorrt", "model.engine", absent, lambda session: check())
+    assert (result.status, result.reason) == ("NOT RUN", "tensorrt is not installed: no module")
+    assert report_of([result, check()], REF, "fp32").status == "PASS"
+    with pytest.raises(VerifyError, match="tensorrt is not installed: no module") as caught:
+        report_of([result], REF, "fp32")
+    assert (caught.value.code, caught.value.exit_code) == ("HSTU-E602", 6)
+
+
+def test_session_is_closed_when_its_check_fails() -> None:
+    session = AnsweringSession({})
+
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        guarded_check("stub", "model.onnx", lambda: session, fail)
+    assert session.is_closed
+
+
+def test_reference_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        REF.feeds = ()
