@@ -13,8 +13,10 @@ bool isHostCompatible(int32_t hostVersion) noexcept
         return true;
     }
     std::fprintf(stderr,
-        "[hstu] plugin library not registered: it was built for TensorRT %d and this process runs TensorRT %d, whose C++ "
-        "interfaces differ. Fix: `hstu-compile plugin build` with TENSORRT_INCLUDE_DIR pointing at TensorRT %d headers\n",
+        "[hstu] plugin library not registered: it was built for TensorRT %d and this process runs TensorRT %d, whose "
+        "C++ "
+        "interfaces differ. Fix: `hstu-compile plugin build` with TENSORRT_INCLUDE_DIR pointing at TensorRT %d "
+        "headers\n",
         NV_TENSORRT_MAJOR, hostMajor, hostMajor);
     return false;
 }

@@ -26,8 +26,9 @@ public:
         mRegistered = registry != nullptr && registry->registerCreator(attentionCreator(), kPluginNamespace);
         if (!mRegistered)
         {
-            logMessage(nvinfer1::ILogger::Severity::kWARNING,
-                "[hstu] the registry did not take HstuAttention version 1, namespace hstu: another library has registered it already");
+            logMessage(
+                nvinfer1::ILogger::Severity::kWARNING, "[hstu] the registry did not take HstuAttention version 1, "
+                                                       "namespace hstu: another library has registered it already");
         }
     }
 

@@ -38,7 +38,8 @@ DriverState loadDriver()
     CudaDriver& d = state.driver;
     CUresult (*init)(unsigned) = nullptr;
     // The _v2 names are what cuda.h's macros map to since CUDA 4; they are spelled out because dlsym sees no macros.
-    bool const complete = resolve(library, "cuInit", init) && resolve(library, "cuGetErrorName", d.getErrorName)
+    bool const complete =
+        resolve(library, "cuInit", init) && resolve(library, "cuGetErrorName", d.getErrorName)
         && resolve(library, "cuGetErrorString", d.getErrorString)
         && resolve(library, "cuDeviceGetAttribute", d.deviceGetAttribute)
         && resolve(library, "cuDevicePrimaryCtxRetain", d.devicePrimaryCtxRetain)
@@ -91,7 +92,8 @@ CudaDriver const* findCudaDriver() noexcept
 CudaDriver const& cudaDriver()
 {
     DriverState const& state = driverState();
-    HSTU_CHECK(state.usable, "the CUDA driver is not usable: ", state.reason, ". Fix: install the NVIDIA driver, or run where a GPU is visible");
+    HSTU_CHECK(state.usable, "the CUDA driver is not usable: ", state.reason,
+        ". Fix: install the NVIDIA driver, or run where a GPU is visible");
     return state.driver;
 }
 
@@ -106,8 +108,8 @@ void checkCuda(CUresult result, char const* what)
     CudaDriver const& driver = cudaDriver();
     driver.getErrorName(result, &name);
     driver.getErrorString(result, &text);
-    fail(what, ": ", name != nullptr ? name : "unknown CUDA error", " (", static_cast<int>(result), "): ",
-        text != nullptr ? text : "no text");
+    fail(what, ": ", name != nullptr ? name : "unknown CUDA error", " (", static_cast<int>(result),
+        "): ", text != nullptr ? text : "no text");
 }
 
 void ensureCurrentContext()
@@ -131,8 +133,10 @@ int32_t currentComputeCapability()
     int major = 0;
     int minor = 0;
     checkCuda(driver.ctxGetDevice(&device), "cuCtxGetDevice");
-    checkCuda(driver.deviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device), "cuDeviceGetAttribute");
-    checkCuda(driver.deviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device), "cuDeviceGetAttribute");
+    checkCuda(driver.deviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device),
+        "cuDeviceGetAttribute");
+    checkCuda(driver.deviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device),
+        "cuDeviceGetAttribute");
     return 10 * major + minor;
 }
 

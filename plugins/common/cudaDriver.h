@@ -25,8 +25,8 @@ struct CudaDriver
     CUresult (*moduleGetFunction)(CUfunction*, CUmodule, char const*);
     CUresult (*funcLoad)(CUfunction); //!< null before CUDA 12.4
     CUresult (*funcSetAttribute)(CUfunction, CUfunction_attribute, int);
-    CUresult (*launchKernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
-        void**, void**);
+    CUresult (*launchKernel)(
+        CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**);
 };
 
 //! \return the driver, loaded and initialised on the first call, or nullptr when there is none or it finds no device.

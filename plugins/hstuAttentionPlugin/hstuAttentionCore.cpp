@@ -51,7 +51,8 @@ char const* kernelBuildId() noexcept
     }
 }
 
-EngineSignature signatureOf(HstuAttentionAttributes const& attributes, NodeTensors const& tensors, NodeSizes const& sizes)
+EngineSignature signatureOf(
+    HstuAttentionAttributes const& attributes, NodeTensors const& tensors, NodeSizes const& sizes)
 {
     EngineSignature signature;
     signature.elementType = static_cast<int32_t>(tensors.inputs[static_cast<size_t>(Input::kQ)].type);
@@ -94,16 +95,18 @@ std::string HstuAttentionCore::missingKernel(NodeTensors const& tensors) const
     sizes[Symbol::kDv] = v.dims[2];
     EngineSignature const signature = signatureOf(mAttributes, tensors, sizes);
     int32_t const sm = computeCapabilityOrZero();
-    return findTactics(mAttributes, signature, sm).empty() ? describeMissingKernel(mAttributes, signature, sm) : std::string();
+    return findTactics(mAttributes, signature, sm).empty() ? describeMissingKernel(mAttributes, signature, sm)
+                                                           : std::string();
 }
 
 void HstuAttentionCore::configure(NodeTensors const& tensors)
 {
     NodeSizes const sizes = resolveSizes(mAttributes, tensors, /* requireStatic = */ false);
     EngineSignature const signature = signatureOf(mAttributes, tensors, sizes);
-    bool const changed = signature.elementType != mSignature.elementType
-        || signature.timestampBits != mSignature.timestampBits || signature.numHeads != mSignature.numHeads
-        || signature.attentionDim != mSignature.attentionDim || signature.linearDim != mSignature.linearDim;
+    bool const changed =
+        signature.elementType != mSignature.elementType || signature.timestampBits != mSignature.timestampBits
+        || signature.numHeads != mSignature.numHeads || signature.attentionDim != mSignature.attentionDim
+        || signature.linearDim != mSignature.linearDim;
     if (changed)
     {
         int32_t const sm = computeCapabilityOrZero();
@@ -151,7 +154,8 @@ void HstuAttentionCore::chooseLoaded()
     {
         ids << " " << loaded.tactic;
     }
-    fail(kPluginName, " node '", mNodeName, "': tactic ", mTactic, " is not in this library for this GPU; allowed:", ids.str(),
+    fail(kPluginName, " node '", mNodeName, "': tactic ", mTactic,
+        " is not in this library for this GPU; allowed:", ids.str(),
         ". The engine was built with another build of the plugin. Fix: rebuild the engine");
 }
 
@@ -197,16 +201,18 @@ void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const
     {
         return; // no output row; the pointers of empty tensors mean nothing
     }
-    HSTU_CHECK(!mLoaded.empty(), kPluginName, " node '", mNodeName, "': enqueue before the plugin was attached to a context");
+    HSTU_CHECK(
+        !mLoaded.empty(), kPluginName, " node '", mNodeName, "': enqueue before the plugin was attached to a context");
     EngineSignature const signature = signatureOf(mAttributes, tensors, sizes);
     HSTU_CHECK(signature.elementType == mSignature.elementType && signature.timestampBits == mSignature.timestampBits
-            && signature.attentionDim == mSignature.attentionDim && signature.linearDim == mSignature.linearDim,
+                   && signature.attentionDim == mSignature.attentionDim && signature.linearDim == mSignature.linearDim,
         kPluginName, " node '", mNodeName, "': types or head dims differ from those the kernels were loaded for");
     LoadedTactic const& tactic = mLoaded[mChosen];
     bool const aligned = tactic.aligned != nullptr && isAligned(pointers);
     std::shared_ptr<LoadedKernel const> const& kernel = aligned ? tactic.aligned : tactic.unaligned;
     HSTU_CHECK(kernel != nullptr, kPluginName, " node '", mNodeName,
-        "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: align the I/O buffers, or rebuild "
+        "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: align the I/O buffers, or "
+        "rebuild "
         "with `hstu-compile plugin build --unaligned`");
     launchHstuAttention(*kernel, mAttributes, sizes, pointers, stream);
 }

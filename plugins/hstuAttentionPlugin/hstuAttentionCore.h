@@ -15,7 +15,8 @@ namespace hstu
 class HstuAttentionCore
 {
 public:
-    HstuAttentionCore(std::string nodeName, HstuAttentionAttributes const& attributes, EngineSignature const& signature);
+    HstuAttentionCore(
+        std::string nodeName, HstuAttentionAttributes const& attributes, EngineSignature const& signature);
 
     HstuAttentionAttributes const& attributes() const noexcept
     {
@@ -93,7 +94,8 @@ private:
 };
 
 //! \return the signature of these tensors under these attributes.
-EngineSignature signatureOf(HstuAttentionAttributes const& attributes, NodeTensors const& tensors, NodeSizes const& sizes);
+EngineSignature signatureOf(
+    HstuAttentionAttributes const& attributes, NodeTensors const& tensors, NodeSizes const& sizes);
 
 //! \return identifier of the kernels in this library: changes whenever any of their bytes does. Stable storage.
 char const* kernelBuildId() noexcept;

@@ -11,8 +11,8 @@ namespace hstu
 namespace
 {
 
-constexpr char const* kFieldTypeNames[] = {
-    "FLOAT16", "FLOAT32", "FLOAT64", "INT8", "INT16", "INT32", "CHAR", "DIMS", "UNKNOWN", "BF16", "INT64", "FP8", "INT4", "FP4"};
+constexpr char const* kFieldTypeNames[] = {"FLOAT16", "FLOAT32", "FLOAT64", "INT8", "INT16", "INT32", "CHAR", "DIMS",
+    "UNKNOWN", "BF16", "INT64", "FP8", "INT4", "FP4"};
 
 std::string fieldTypeName(int32_t type)
 {
@@ -98,7 +98,8 @@ Value loadValue(FieldView const& field)
 //! The parser may or may not hand over the two strings by which it found the creator.
 void checkIdentity(FieldView const& field, char const* expected, Problems& problems)
 {
-    bool const isText = field.type == static_cast<int32_t>(FieldType::kChar) && field.data != nullptr && field.length >= 0;
+    bool const isText =
+        field.type == static_cast<int32_t>(FieldType::kChar) && field.data != nullptr && field.length >= 0;
     if (!isText)
     {
         problems.add("field '", field.name, "' is ", fieldTypeName(field.type), "; allowed: CHAR \"", expected, "\"");
@@ -167,7 +168,10 @@ void validateAttributes(char const* nodeName, HstuAttentionAttributes const& att
     Problems problems;
     for (AttributeSpec const& spec : kAttributes)
     {
-        checkRange(spec, spec.isFloat ? static_cast<double>(attributes.*spec.floatMember) : static_cast<double>(attributes.*spec.intMember), problems);
+        checkRange(spec,
+            spec.isFloat ? static_cast<double>(attributes.*spec.floatMember)
+                         : static_cast<double>(attributes.*spec.intMember),
+            problems);
     }
     problems.raise(nodeName);
 }
@@ -200,7 +204,8 @@ HstuAttentionAttributes readAttributes(
             checkIdentity(field, kPluginNamespace, problems);
             continue;
         }
-        SignatureField const* const engineField = signature != nullptr ? findSpec(kSignatureFields, field.name) : nullptr;
+        SignatureField const* const engineField =
+            signature != nullptr ? findSpec(kSignatureFields, field.name) : nullptr;
         if (engineField != nullptr)
         {
             if (hasShape(field, FieldType::kInt32, problems))

@@ -42,7 +42,7 @@ struct EngineSignature
 struct SignatureField
 {
     char const* name;
-    int32_t EngineSignature::*member;
+    int32_t EngineSignature::* member;
 };
 
 inline constexpr SignatureField kSignatureFields[] = {

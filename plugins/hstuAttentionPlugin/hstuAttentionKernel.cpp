@@ -31,19 +31,19 @@ int32_t paddedHeadDim(int32_t dim) noexcept
 int32_t neededMaskKind(HstuAttentionAttributes const& attributes) noexcept
 {
     bool const plain = attributes.hasNumTargets == 0 && attributes.hasContextualSeqLens == 0
-        && attributes.contextualSeqLen == 0 && attributes.maxAttnLen == 0;
+                       && attributes.contextualSeqLen == 0 && attributes.maxAttnLen == 0;
     return plain ? kPlainCausal : kGeneralMask;
 }
 
-bool fitsNode(HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
+bool fitsNode(
+    HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
 {
-    bool const alignable
-        = signature.attentionDim % kVectorElements == 0 && signature.linearDim % kVectorElements == 0;
+    bool const alignable = signature.attentionDim % kVectorElements == 0 && signature.linearDim % kVectorElements == 0;
     return image.dtype == signature.elementType && image.blockDqk == paddedHeadDim(signature.attentionDim)
-        && image.blockDv == paddedHeadDim(signature.linearDim) && image.posBias == attributes.posBias
-        && image.timeBias == attributes.timeBias
-        && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
-        && (image.aligned == 0 || alignable) && image.maskKind >= neededMaskKind(attributes);
+           && image.blockDv == paddedHeadDim(signature.linearDim) && image.posBias == attributes.posBias
+           && image.timeBias == attributes.timeBias
+           && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
+           && (image.aligned == 0 || alignable) && image.maskKind >= neededMaskKind(attributes);
 }
 
 //! Orders images that all run on the device: exact code before compatible code before code the driver must compile,
@@ -113,9 +113,9 @@ std::string describeMissingKernel(
     HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm)
 {
     std::ostringstream needed;
-    needed << elementTypeName(static_cast<ElementType>(signature.elementType)) << ", q/k head dim " << signature.attentionDim
-           << ", v head dim " << signature.linearDim << ", pos_bias " << attributes.posBias << ", time_bias "
-           << attributes.timeBias;
+    needed << elementTypeName(static_cast<ElementType>(signature.elementType)) << ", q/k head dim "
+           << signature.attentionDim << ", v head dim " << signature.linearDim << ", pos_bias " << attributes.posBias
+           << ", time_bias " << attributes.timeBias;
     if (attributes.timeBias != 0)
     {
         needed << " with " << signature.timestampBits << "-bit timestamps";
@@ -187,7 +187,8 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     DevicePointers const& pointers, CUstream stream)
 {
     HstuKernelImage const& image = kernel.image();
-    auto pointer = [&pointers](Input input) { return reinterpret_cast<CUdeviceptr>(pointers.inputs[static_cast<size_t>(input)]); };
+    auto pointer = [&pointers](Input input)
+    { return reinterpret_cast<CUdeviceptr>(pointers.inputs[static_cast<size_t>(input)]); };
     auto size = [&sizes](Symbol symbol) { return static_cast<int32_t>(sizes[symbol]); };
 
     CUdeviceptr q = pointer(Input::kQ);
@@ -225,23 +226,24 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     CUdeviceptr profileScratch = 0;
 
     void* arguments[] = {&q, &k, &v, &out, &qOffsets, &kOffsets, &numTargets, &contextualSeqLens, &scalingSeqLens,
-        &rowTimestamps, &colTimestamps, &posTable, &tsTable, &tsThresholds, &alpha, &scalingSeqLen, &lq, &lk, &batch, &heads,
-        &dqk, &dv, &posTableLen, &posHeads, &tsHeads, &numBuckets, &targetGroupSize, &contextualSeqLen, &maxAttnLen,
-        &minFullAttnSeqLen, &globalScratch, &profileScratch};
+        &rowTimestamps, &colTimestamps, &posTable, &tsTable, &tsThresholds, &alpha, &scalingSeqLen, &lq, &lk, &batch,
+        &heads, &dqk, &dv, &posTableLen, &posHeads, &tsHeads, &numBuckets, &targetGroupSize, &contextualSeqLen,
+        &maxAttnLen, &minFullAttnSeqLen, &globalScratch, &profileScratch};
 
     // A sequence's tiles start at slot q_offsets[b] / blockM + b, so this many slots hold every tile of any offsets:
     // the launch depends on nothing but dims. In 64 bits because Lq + B may pass 2^31.
     int64_t const slots = int64_t{lq} / image.blockM + batch + 1;
-    HSTU_CHECK(slots <= std::numeric_limits<int32_t>::max(), kPluginName, ": ", slots, " tiles exceed the launch grid (Lq ", lq,
-        ", B ", batch, ")");
+    HSTU_CHECK(slots <= std::numeric_limits<int32_t>::max(), kPluginName, ": ", slots,
+        " tiles exceed the launch grid (Lq ", lq, ", B ", batch, ")");
     CUresult const result = cudaDriver().launchKernel(kernel.function(), static_cast<unsigned>(slots),
         static_cast<unsigned>(heads), 1, static_cast<unsigned>(kThreadsPerWarp * image.numWarps), 1, 1,
         static_cast<unsigned>(image.sharedBytes), stream, arguments, nullptr);
     if (result != CUDA_SUCCESS)
     {
         std::ostringstream what;
-        what << kPluginName << ": launch of " << image.name << " (sm_" << image.sm << ", tactic " << image.tactic << ", Lq " << lq
-             << ", Lk " << lk << ", B " << batch << ", H " << heads << ", Dqk " << dqk << ", Dv " << dv << ")";
+        what << kPluginName << ": launch of " << image.name << " (sm_" << image.sm << ", tactic " << image.tactic
+             << ", Lq " << lq << ", Lk " << lk << ", B " << batch << ", H " << heads << ", Dqk " << dqk << ", Dv " << dv
+             << ")";
         checkCuda(result, what.str().c_str());
     }
 }

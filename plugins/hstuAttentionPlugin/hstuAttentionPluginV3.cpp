@@ -21,7 +21,7 @@ HstuAttentionPluginV3::HstuAttentionPluginV3(HstuAttentionCore core)
     : mCore(std::move(core))
     , mTimingCacheId(describeAttributes(mCore.attributes()) + " kernels=" + kernelBuildId())
     , mMetadata("{\"plugin\": \"hstu::HstuAttention 1\", \"attributes\": \"" + describeAttributes(mCore.attributes())
-          + "\", \"kernels\": \"" + kernelBuildId() + "\"}")
+                + "\", \"kernels\": \"" + kernelBuildId() + "\"}")
 {
 }
 
@@ -38,7 +38,8 @@ nvinfer1::IPluginCapability* HstuAttentionPluginV3::getCapabilityInterface(nvinf
 
 nvinfer1::IPluginV3* HstuAttentionPluginV3::clone() noexcept
 {
-    return guarded("clone", static_cast<HstuAttentionPluginV3*>(nullptr), [this] { return new HstuAttentionPluginV3(mCore); });
+    return guarded(
+        "clone", static_cast<HstuAttentionPluginV3*>(nullptr), [this] { return new HstuAttentionPluginV3(mCore); });
 }
 
 nvinfer1::AsciiChar const* HstuAttentionPluginV3::getPluginName() const noexcept
@@ -64,61 +65,72 @@ int32_t HstuAttentionPluginV3::getNbOutputs() const noexcept
 int32_t HstuAttentionPluginV3::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs,
     nvinfer1::DataType const* inputTypes, int32_t nbInputs) const noexcept
 {
-    return guarded("getOutputDataTypes", kFailure, [&] {
-        HSTU_CHECK(nbInputs == countInputs(mCore.attributes()), kPluginName, " node '", mCore.nodeName(), "' has ", nbInputs,
-            " inputs; its attributes ask for ", countInputs(mCore.attributes()));
-        HSTU_CHECK(nbOutputs == kNbOutputs, kPluginName, " has ", kNbOutputs, " output, not ", nbOutputs);
-        outputTypes[0] = inputTypes[static_cast<int32_t>(Input::kQ)];
-        return kSuccess;
-    });
+    return guarded("getOutputDataTypes", kFailure,
+        [&]
+        {
+            HSTU_CHECK(nbInputs == countInputs(mCore.attributes()), kPluginName, " node '", mCore.nodeName(), "' has ",
+                nbInputs, " inputs; its attributes ask for ", countInputs(mCore.attributes()));
+            HSTU_CHECK(nbOutputs == kNbOutputs, kPluginName, " has ", kNbOutputs, " output, not ", nbOutputs);
+            outputTypes[0] = inputTypes[static_cast<int32_t>(Input::kQ)];
+            return kSuccess;
+        });
 }
 
 int32_t HstuAttentionPluginV3::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs,
-    nvinfer1::DimsExprs const* /* shapeInputs */, int32_t nbShapeInputs, nvinfer1::DimsExprs* outputs, int32_t nbOutputs,
-    nvinfer1::IExprBuilder& /* exprBuilder */) noexcept
+    nvinfer1::DimsExprs const* /* shapeInputs */, int32_t nbShapeInputs, nvinfer1::DimsExprs* outputs,
+    int32_t nbOutputs, nvinfer1::IExprBuilder& /* exprBuilder */) noexcept
 {
-    return guarded("getOutputShapes", kFailure, [&] {
-        HSTU_CHECK(nbInputs == countInputs(mCore.attributes()) && nbOutputs == kNbOutputs && nbShapeInputs == 0, kPluginName,
-            " node '", mCore.nodeName(), "' has ", nbInputs, " inputs, ", nbShapeInputs, " shape inputs and ", nbOutputs,
-            " outputs; allowed: ", countInputs(mCore.attributes()), ", 0 and ", kNbOutputs);
-        nvinfer1::DimsExprs const& q = inputs[static_cast<int32_t>(Input::kQ)];
-        nvinfer1::DimsExprs const& v = inputs[static_cast<int32_t>(Input::kV)];
-        HSTU_CHECK(q.nbDims == 3 && v.nbDims == 3, kPluginName, " node '", mCore.nodeName(), "': q has rank ", q.nbDims,
-            " and v ", v.nbDims, "; allowed: 3");
-        outputs[0].nbDims = 3;
-        outputs[0].d[0] = q.d[0];
-        outputs[0].d[1] = q.d[1];
-        outputs[0].d[2] = v.d[2];
-        return kSuccess;
-    });
+    return guarded("getOutputShapes", kFailure,
+        [&]
+        {
+            HSTU_CHECK(nbInputs == countInputs(mCore.attributes()) && nbOutputs == kNbOutputs && nbShapeInputs == 0,
+                kPluginName, " node '", mCore.nodeName(), "' has ", nbInputs, " inputs, ", nbShapeInputs,
+                " shape inputs and ", nbOutputs, " outputs; allowed: ", countInputs(mCore.attributes()), ", 0 and ",
+                kNbOutputs);
+            nvinfer1::DimsExprs const& q = inputs[static_cast<int32_t>(Input::kQ)];
+            nvinfer1::DimsExprs const& v = inputs[static_cast<int32_t>(Input::kV)];
+            HSTU_CHECK(q.nbDims == 3 && v.nbDims == 3, kPluginName, " node '", mCore.nodeName(), "': q has rank ",
+                q.nbDims, " and v ", v.nbDims, "; allowed: 3");
+            outputs[0].nbDims = 3;
+            outputs[0].d[0] = q.d[0];
+            outputs[0].d[1] = q.d[1];
+            outputs[0].d[2] = v.d[2];
+            return kSuccess;
+        });
 }
 
 bool HstuAttentionPluginV3::supportsFormatCombination(
     int32_t pos, nvinfer1::DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept
 {
-    return guarded("supportsFormatCombination", false, [&] {
-        if (!isFormatSupported(mCore.attributes(), pos, inOut, nbInputs))
+    return guarded("supportsFormatCombination", false,
+        [&]
         {
-            return false;
-        }
-        bool const isComplete = pos == nbInputs; // the output comes last
-        return !isComplete
-            || mCore.canRun(tensorsOf(mCore.attributes(), inOut, nbInputs, inOut + nbInputs, nbOutputs),
-                [](std::string const& text) { logMessage(nvinfer1::ILogger::Severity::kWARNING, "[hstu] " + text); });
-    });
+            if (!isFormatSupported(mCore.attributes(), pos, inOut, nbInputs))
+            {
+                return false;
+            }
+            bool const isComplete = pos == nbInputs; // the output comes last
+            return !isComplete
+                   || mCore.canRun(tensorsOf(mCore.attributes(), inOut, nbInputs, inOut + nbInputs, nbOutputs),
+                       [](std::string const& text)
+                       { logMessage(nvinfer1::ILogger::Severity::kWARNING, "[hstu] " + text); });
+        });
 }
 
 int32_t HstuAttentionPluginV3::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nbInputs,
     nvinfer1::DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept
 {
-    return guarded("configurePlugin", kFailure, [&] {
-        mCore.configure(tensorsOf(mCore.attributes(), in, nbInputs, out, nbOutputs));
-        return kSuccess;
-    });
+    return guarded("configurePlugin", kFailure,
+        [&]
+        {
+            mCore.configure(tensorsOf(mCore.attributes(), in, nbInputs, out, nbOutputs));
+            return kSuccess;
+        });
 }
 
-size_t HstuAttentionPluginV3::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* /* inputs */, int32_t /* nbInputs */,
-    nvinfer1::DynamicPluginTensorDesc const* /* outputs */, int32_t /* nbOutputs */) const noexcept
+size_t HstuAttentionPluginV3::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* /* inputs */,
+    int32_t /* nbInputs */, nvinfer1::DynamicPluginTensorDesc const* /* outputs */,
+    int32_t /* nbOutputs */) const noexcept
 {
     // SiLU needs no row maximum or row sum, so a program owns its output rows from first key to last and nothing is
     // carried between programs, whatever the profile's largest shape.
@@ -132,15 +144,18 @@ int32_t HstuAttentionPluginV3::getNbTactics() noexcept
 
 int32_t HstuAttentionPluginV3::getValidTactics(int32_t* tactics, int32_t nbTactics) noexcept
 {
-    return guarded("getValidTactics", kFailure, [&] {
-        std::vector<int32_t> const ids = mCore.tactics();
-        HSTU_CHECK(static_cast<size_t>(nbTactics) == ids.size(), kPluginName, " was asked for ", nbTactics, " tactics; it has ", ids.size());
-        for (size_t i = 0; i < ids.size(); ++i)
+    return guarded("getValidTactics", kFailure,
+        [&]
         {
-            tactics[i] = ids[i];
-        }
-        return kSuccess;
-    });
+            std::vector<int32_t> const ids = mCore.tactics();
+            HSTU_CHECK(static_cast<size_t>(nbTactics) == ids.size(), kPluginName, " was asked for ", nbTactics,
+                " tactics; it has ", ids.size());
+            for (size_t i = 0; i < ids.size(); ++i)
+            {
+                tactics[i] = ids[i];
+            }
+            return kSuccess;
+        });
 }
 
 char const* HstuAttentionPluginV3::getTimingCacheID() noexcept
@@ -162,33 +177,40 @@ int32_t HstuAttentionPluginV3::getAliasedInput(int32_t /* outputIndex */) noexce
 
 int32_t HstuAttentionPluginV3::setTactic(int32_t tactic) noexcept
 {
-    return guarded("setTactic", kFailure, [&] {
-        mCore.setTactic(tactic);
-        return kSuccess;
-    });
+    return guarded("setTactic", kFailure,
+        [&]
+        {
+            mCore.setTactic(tactic);
+            return kSuccess;
+        });
 }
 
 int32_t HstuAttentionPluginV3::onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs,
     nvinfer1::PluginTensorDesc const* out, int32_t nbOutputs) noexcept
 {
-    return guarded("onShapeChange", kFailure, [&] {
-        // Cheap when nothing changed: TensorRT calls this on every new shape or address. Kernels are loaded by
-        // attachToContext; only an object that the builder times without attaching it loads them here.
-        mCore.configure(tensorsOf(mCore.attributes(), in, nbInputs, out, nbOutputs));
-        mCore.load();
-        return kSuccess;
-    });
+    return guarded("onShapeChange", kFailure,
+        [&]
+        {
+            // Cheap when nothing changed: TensorRT calls this on every new shape or address. Kernels are loaded by
+            // attachToContext; only an object that the builder times without attaching it loads them here.
+            mCore.configure(tensorsOf(mCore.attributes(), in, nbInputs, out, nbOutputs));
+            mCore.load();
+            return kSuccess;
+        });
 }
 
-int32_t HstuAttentionPluginV3::enqueue(nvinfer1::PluginTensorDesc const* inputDesc, nvinfer1::PluginTensorDesc const* outputDesc,
-    void const* const* inputs, void* const* outputs, void* /* workspace */, cudaStream_t stream) noexcept
+int32_t HstuAttentionPluginV3::enqueue(nvinfer1::PluginTensorDesc const* inputDesc,
+    nvinfer1::PluginTensorDesc const* outputDesc, void const* const* inputs, void* const* outputs,
+    void* /* workspace */, cudaStream_t stream) noexcept
 {
-    return guarded("enqueue", kFailure, [&] {
-        HstuAttentionAttributes const& attributes = mCore.attributes();
-        mCore.enqueue(tensorsOf(attributes, inputDesc, countInputs(attributes), outputDesc, kNbOutputs),
-            pointersOf(attributes, inputs, outputs), stream);
-        return kSuccess;
-    });
+    return guarded("enqueue", kFailure,
+        [&]
+        {
+            HstuAttentionAttributes const& attributes = mCore.attributes();
+            mCore.enqueue(tensorsOf(attributes, inputDesc, countInputs(attributes), outputDesc, kNbOutputs),
+                pointersOf(attributes, inputs, outputs), stream);
+            return kSuccess;
+        });
 }
 
 nvinfer1::IPluginV3* HstuAttentionPluginV3::attachToContext(nvinfer1::IPluginResourceContext* /* context */) noexcept
@@ -199,23 +221,26 @@ nvinfer1::IPluginV3* HstuAttentionPluginV3::attachToContext(nvinfer1::IPluginRes
 
 nvinfer1::PluginFieldCollection const* HstuAttentionPluginV3::getFieldsToSerialize() noexcept
 {
-    return guarded("getFieldsToSerialize", static_cast<nvinfer1::PluginFieldCollection*>(nullptr), [this] {
-        mSerializedFields.clear();
-        for (AttributeSpec const& spec : kAttributes)
+    return guarded("getFieldsToSerialize", static_cast<nvinfer1::PluginFieldCollection*>(nullptr),
+        [this]
         {
-            nvinfer1::PluginField field = announcedField(spec);
-            field.data = spec.isFloat ? static_cast<void const*>(&(mCore.attributes().*spec.floatMember))
-                                      : static_cast<void const*>(&(mCore.attributes().*spec.intMember));
-            mSerializedFields.push_back(field);
-        }
-        for (SignatureField const& field : kSignatureFields)
-        {
-            mSerializedFields.emplace_back(field.name, &(mCore.signature().*field.member), nvinfer1::PluginFieldType::kINT32, 1);
-        }
-        mSerializedCollection.nbFields = static_cast<int32_t>(mSerializedFields.size());
-        mSerializedCollection.fields = mSerializedFields.data();
-        return &mSerializedCollection;
-    });
+            mSerializedFields.clear();
+            for (AttributeSpec const& spec : kAttributes)
+            {
+                nvinfer1::PluginField field = announcedField(spec);
+                field.data = spec.isFloat ? static_cast<void const*>(&(mCore.attributes().*spec.floatMember))
+                                          : static_cast<void const*>(&(mCore.attributes().*spec.intMember));
+                mSerializedFields.push_back(field);
+            }
+            for (SignatureField const& field : kSignatureFields)
+            {
+                mSerializedFields.emplace_back(
+                    field.name, &(mCore.signature().*field.member), nvinfer1::PluginFieldType::kINT32, 1);
+            }
+            mSerializedCollection.nbFields = static_cast<int32_t>(mSerializedFields.size());
+            mSerializedCollection.fields = mSerializedFields.data();
+            return &mSerializedCollection;
+        });
 }
 
 HstuAttentionPluginCreatorV3::HstuAttentionPluginCreatorV3()
@@ -231,12 +256,15 @@ HstuAttentionPluginCreatorV3::HstuAttentionPluginCreatorV3()
 nvinfer1::IPluginV3* HstuAttentionPluginCreatorV3::createPlugin(
     nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fc, nvinfer1::TensorRTPhase phase) noexcept
 {
-    return guarded("createPlugin", static_cast<HstuAttentionPluginV3*>(nullptr), [&] {
-        EngineSignature signature;
-        bool const fromEngine = phase == nvinfer1::TensorRTPhase::kRUNTIME;
-        HstuAttentionAttributes const attributes = readAttributes(name, viewsOf(fc), fromEngine ? &signature : nullptr);
-        return new HstuAttentionPluginV3(HstuAttentionCore(name != nullptr ? name : "", attributes, signature));
-    });
+    return guarded("createPlugin", static_cast<HstuAttentionPluginV3*>(nullptr),
+        [&]
+        {
+            EngineSignature signature;
+            bool const fromEngine = phase == nvinfer1::TensorRTPhase::kRUNTIME;
+            HstuAttentionAttributes const attributes =
+                readAttributes(name, viewsOf(fc), fromEngine ? &signature : nullptr);
+            return new HstuAttentionPluginV3(HstuAttentionCore(name != nullptr ? name : "", attributes, signature));
+        });
 }
 
 nvinfer1::PluginFieldCollection const* HstuAttentionPluginCreatorV3::getFieldNames() noexcept

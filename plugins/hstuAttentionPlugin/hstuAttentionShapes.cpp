@@ -34,8 +34,8 @@ void checkType(TensorSpec const& spec, ElementType type, ElementType const (&all
 
 void checkSame(TensorSpec const& spec, ElementType type, TensorSpec const& first, ElementType firstType)
 {
-    HSTU_CHECK(type == firstType, kPluginName, ": ", spec.name, " is ", elementTypeName(type), " but ", first.name, " is ",
-        elementTypeName(firstType), "; they must be the same");
+    HSTU_CHECK(type == firstType, kPluginName, ": ", spec.name, " is ", elementTypeName(type), " but ", first.name,
+        " is ", elementTypeName(firstType), "; they must be the same");
 }
 
 void checkTensorType(TensorSpec const& spec, TensorView const& tensor, NodeTensors const& tensors)
@@ -62,7 +62,8 @@ class SizeSolver
 public:
     void add(TensorSpec const& spec, TensorView const& tensor)
     {
-        HSTU_CHECK(tensor.rank == spec.rank, kPluginName, ": ", spec.name, " has rank ", tensor.rank, "; allowed: ", spec.rank);
+        HSTU_CHECK(tensor.rank == spec.rank, kPluginName, ": ", spec.name, " has rank ", tensor.rank,
+            "; allowed: ", spec.rank);
         for (int32_t axis = 0; axis < spec.rank; ++axis)
         {
             addExtent(spec, axis, tensor.dims[static_cast<size_t>(axis)]);
@@ -94,8 +95,8 @@ private:
             spec.name, " is ", extent, "; allowed: ", dim.factor, " * ", name, dim.addend < 0 ? " - " : " + ",
             dim.addend < 0 ? -dim.addend : dim.addend, ", at most ", kMaxInt32);
         int64_t const value = scaled / dim.factor;
-        HSTU_CHECK(owner == nullptr || mSizes[dim.symbol] == value, kPluginName, ": ", name, " is ", value, " in axis ", axis,
-            " of ", spec.name, " but ", mSizes[dim.symbol], " in ", owner, "; they must be the same");
+        HSTU_CHECK(owner == nullptr || mSizes[dim.symbol] == value, kPluginName, ": ", name, " is ", value, " in axis ",
+            axis, " of ", spec.name, " but ", mSizes[dim.symbol], " in ", owner, "; they must be the same");
         mSizes[dim.symbol] = value;
         owner = spec.name;
     }
@@ -174,7 +175,8 @@ NodeSizes resolveSizes(HstuAttentionAttributes const& attributes, NodeTensors co
     {
         for (int32_t symbol = 0; symbol < kNbSymbols; ++symbol)
         {
-            HSTU_CHECK(sizes[static_cast<Symbol>(symbol)] != kUnknown, kPluginName, ": ", kSymbolNames[symbol], " is unknown at run time");
+            HSTU_CHECK(sizes[static_cast<Symbol>(symbol)] != kUnknown, kPluginName, ": ", kSymbolNames[symbol],
+                " is unknown at run time");
         }
     }
     checkInRange(sizes, Symbol::kH, 1, 65535); // heads are the y extent of the launch grid

@@ -55,10 +55,11 @@ inline TensorView viewOf(nvinfer1::PluginTensorDesc const& desc) noexcept
 //! Lays the node's inputs, of which absent ones are not in the list, out in the contract's positions.
 //! Throws PluginError when their number is not what the attributes say.
 template <typename Desc>
-NodeTensors tensorsOf(HstuAttentionAttributes const& attributes, Desc const* in, int32_t nbInputs, Desc const* out, int32_t nbOutputs)
+NodeTensors tensorsOf(
+    HstuAttentionAttributes const& attributes, Desc const* in, int32_t nbInputs, Desc const* out, int32_t nbOutputs)
 {
-    HSTU_CHECK(nbInputs == countInputs(attributes), kPluginName, ": the node has ", nbInputs, " inputs; its attributes ask for ",
-        countInputs(attributes));
+    HSTU_CHECK(nbInputs == countInputs(attributes), kPluginName, ": the node has ", nbInputs,
+        " inputs; its attributes ask for ", countInputs(attributes));
     HSTU_CHECK(nbOutputs == kNbOutputs, kPluginName, ": the node has ", nbOutputs, " outputs; allowed: ", kNbOutputs);
     NodeTensors tensors;
     for (int32_t position = 0; position < nbInputs; ++position)
@@ -79,7 +80,8 @@ bool isFormatSupported(HstuAttentionAttributes const& attributes, int32_t positi
         return false;
     }
     ElementType const type = elementTypeOf(desc.type);
-    auto isOneOf = [type](auto const& allowed) {
+    auto isOneOf = [type](auto const& allowed)
+    {
         for (ElementType const candidate : allowed)
         {
             if (candidate == type)
@@ -96,8 +98,7 @@ bool isFormatSupported(HstuAttentionAttributes const& attributes, int32_t positi
     TypeClass const typeClass = input >= 0 ? kInputs[input].type : kOutputs[0].type;
     switch (typeClass)
     {
-    case TypeClass::kElement:
-        return position == kQPosition ? isOneOf(kElementTypes) : sameAs(kQPosition);
+    case TypeClass::kElement: return position == kQPosition ? isOneOf(kElementTypes) : sameAs(kQPosition);
     case TypeClass::kTimestamp:
         if (input == static_cast<int32_t>(Input::kRowTimestamps))
         {
@@ -118,7 +119,8 @@ bool isFormatSupported(HstuAttentionAttributes const& attributes, int32_t positi
 }
 
 //! \return the device pointers in the contract's positions.
-inline DevicePointers pointersOf(HstuAttentionAttributes const& attributes, void const* const* inputs, void* const* outputs) noexcept
+inline DevicePointers pointersOf(
+    HstuAttentionAttributes const& attributes, void const* const* inputs, void* const* outputs) noexcept
 {
     DevicePointers pointers;
     int32_t const nbInputs = countInputs(attributes);
@@ -136,8 +138,9 @@ inline std::vector<FieldView> viewsOf(nvinfer1::PluginFieldCollection const* col
     std::vector<FieldView> views;
     if (collection != nullptr)
     {
-        HSTU_CHECK(collection->nbFields >= 0 && (collection->nbFields == 0 || collection->fields != nullptr), kPluginName,
-            ": the field collection has ", collection->nbFields, " fields and ", collection->fields != nullptr ? "a" : "no", " table");
+        HSTU_CHECK(collection->nbFields >= 0 && (collection->nbFields == 0 || collection->fields != nullptr),
+            kPluginName, ": the field collection has ", collection->nbFields, " fields and ",
+            collection->fields != nullptr ? "a" : "no", " table");
         for (int32_t i = 0; i < collection->nbFields; ++i)
         {
             nvinfer1::PluginField const& field = collection->fields[i];
@@ -150,7 +153,8 @@ inline std::vector<FieldView> viewsOf(nvinfer1::PluginFieldCollection const* col
 //! \return the field that announces one attribute to the parser, without data.
 inline nvinfer1::PluginField announcedField(AttributeSpec const& spec) noexcept
 {
-    return {spec.name, nullptr, spec.isFloat ? nvinfer1::PluginFieldType::kFLOAT32 : nvinfer1::PluginFieldType::kINT32, 1};
+    return {
+        spec.name, nullptr, spec.isFloat ? nvinfer1::PluginFieldType::kFLOAT32 : nvinfer1::PluginFieldType::kINT32, 1};
 }
 
 } // namespace hstu

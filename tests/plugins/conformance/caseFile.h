@@ -29,10 +29,10 @@ struct Case
     std::string name;
     std::string type; //!< of q, k, v and out
     std::vector<CaseAttribute> attributes;
-    std::vector<CaseTensor> inputs;   //!< present ones, in the contract's order
-    std::vector<int64_t> outputDims;  //!< [Lq, H, Dv]
-    std::vector<double> reference;    //!< the oracle's output
-    std::vector<double> divisor;      //!< componentwise scale of the error; 0 where the output must be exactly 0
+    std::vector<CaseTensor> inputs;  //!< present ones, in the contract's order
+    std::vector<int64_t> outputDims; //!< [Lq, H, Dv]
+    std::vector<double> reference;   //!< the oracle's output
+    std::vector<double> divisor;     //!< componentwise scale of the error; 0 where the output must be exactly 0
     double componentwiseBound;
     double rmsBound;
     double subnormalStep; //!< absolute error that the type itself forces

@@ -81,8 +81,8 @@ OutputError measureError(Case const& testCase, std::vector<unsigned char> const&
             auto const heads = static_cast<size_t>(testCase.outputDims[1]);
             auto const width = static_cast<size_t>(testCase.outputDims[2]);
             std::ostringstream where;
-            where << "token " << i / (heads * width) << " head " << i / width % heads << " column " << i % width << ": got "
-                  << given << ", expected " << expected;
+            where << "token " << i / (heads * width) << " head " << i / width % heads << " column " << i % width
+                  << ": got " << given << ", expected " << expected;
             error.where = where.str();
         }
         error.componentwise = std::max(error.componentwise, ratio);

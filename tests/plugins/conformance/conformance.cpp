@@ -2,7 +2,8 @@
 //! order, then runs the kernels on a GPU and compares with the float64 oracle.
 //!
 //! Usage: conformance LIBRARY CASES_DIR [--host-only] [--filter SUBSTRING] [--repeat N]
-//! Prints one JSON object a line per check and "N passed, N failed"; exit code 0 if all passed, 1 if not, 2 on bad usage.
+//! Prints one JSON object a line per check and "N passed, N failed"; exit code 0 if all passed, 1 if not, 2 on bad
+//! usage.
 
 #include <dlfcn.h>
 
@@ -38,12 +39,13 @@ struct Options
 class Report
 {
 public:
-    void add(std::string const& name, std::string const& type, std::string const& mode, bool passed, std::string const& facts)
+    void add(std::string const& name, std::string const& type, std::string const& mode, bool passed,
+        std::string const& facts)
     {
         std::lock_guard<std::mutex> const lock(mMutex);
         (passed ? mPassed : mFailed) += 1;
-        std::printf("{\"case\": \"%s\", \"dtype\": \"%s\", \"mode\": \"%s\", \"status\": \"%s\"%s%s}\n", name.c_str(), type.c_str(),
-            mode.c_str(), passed ? "pass" : "FAIL", facts.empty() ? "" : ", ", facts.c_str());
+        std::printf("{\"case\": \"%s\", \"dtype\": \"%s\", \"mode\": \"%s\", \"status\": \"%s\"%s%s}\n", name.c_str(),
+            type.c_str(), mode.c_str(), passed ? "pass" : "FAIL", facts.empty() ? "" : ", ", facts.c_str());
         std::fflush(stdout);
     }
 
@@ -79,8 +81,11 @@ void require(bool condition, std::string const& what)
 
 DataType dataTypeOf(std::string const& type)
 {
-    return type == "float16" ? DataType::kHALF : type == "bfloat16" ? DataType::kBF16 : type == "int32" ? DataType::kINT32
-        : type == "int64" ? DataType::kINT64 : DataType::kFLOAT;
+    return type == "float16"    ? DataType::kHALF
+           : type == "bfloat16" ? DataType::kBF16
+           : type == "int32"    ? DataType::kINT32
+           : type == "int64"    ? DataType::kINT64
+                                : DataType::kFLOAT;
 }
 
 size_t bytesOf(std::string const& type)
@@ -150,7 +155,8 @@ host::FieldStore fieldsOf(Case const& testCase)
     host::FieldStore store;
     for (CaseAttribute const& attribute : testCase.attributes)
     {
-        void const* const data = attribute.isFloat ? static_cast<void const*>(&attribute.floatValue) : &attribute.intValue;
+        void const* const data =
+            attribute.isFloat ? static_cast<void const*>(&attribute.floatValue) : &attribute.intValue;
         auto const type = attribute.isFloat ? nvinfer1::PluginFieldType::kFLOAT32 : nvinfer1::PluginFieldType::kINT32;
         store.add(attribute.name, type, data, 1, 4);
     }
@@ -165,8 +171,10 @@ public:
         mHandle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         require(mHandle != nullptr, std::string("dlopen: ") + (mHandle == nullptr ? dlerror() : ""));
         auto const setFinder = reinterpret_cast<void (*)(nvinfer1::ILoggerFinder*)>(dlsym(mHandle, "setLoggerFinder"));
-        auto const getCreators = reinterpret_cast<nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(mHandle, "getCreators"));
-        require(setFinder != nullptr && getCreators != nullptr, "the library does not export setLoggerFinder and getCreators");
+        auto const getCreators =
+            reinterpret_cast<nvinfer1::IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(mHandle, "getCreators"));
+        require(setFinder != nullptr && getCreators != nullptr,
+            "the library does not export setLoggerFinder and getCreators");
         setFinder(&finder);
         int32_t count = 0;
         nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
@@ -191,10 +199,13 @@ std::vector<int32_t> checkBuildPhase(host::Plugin& plugin, nvinfer1::IPluginCrea
 {
     using nvinfer1::PluginCapabilityType;
     require(plugin.core != nullptr && plugin.build != nullptr && plugin.runtime != nullptr, "a capability is missing");
-    require(plugin.object->getCapabilityInterface(static_cast<PluginCapabilityType>(99)) == nullptr, "an unknown capability is not null");
+    require(plugin.object->getCapabilityInterface(static_cast<PluginCapabilityType>(99)) == nullptr,
+        "an unknown capability is not null");
     require(std::string(plugin.core->getPluginName()) == creator.getPluginName(), "name differs from the creator's");
-    require(std::string(plugin.core->getPluginVersion()) == creator.getPluginVersion(), "version differs from the creator's");
-    require(std::string(plugin.core->getPluginNamespace()) == creator.getPluginNamespace(), "namespace differs from the creator's");
+    require(std::string(plugin.core->getPluginVersion()) == creator.getPluginVersion(),
+        "version differs from the creator's");
+    require(std::string(plugin.core->getPluginNamespace()) == creator.getPluginNamespace(),
+        "namespace differs from the creator's");
     require(plugin.build->getNbOutputs() == 1, "one output expected");
 
     Descs const descs(testCase);
@@ -205,9 +216,11 @@ std::vector<int32_t> checkBuildPhase(host::Plugin& plugin, nvinfer1::IPluginCrea
         inputTypes.push_back(descs.fixed[static_cast<size_t>(i)].type);
     }
     DataType outputType = DataType::kBOOL;
-    require(plugin.build->getOutputDataTypes(&outputType, 1, inputTypes.data(), nbInputs) == 0, "getOutputDataTypes failed");
+    require(plugin.build->getOutputDataTypes(&outputType, 1, inputTypes.data(), nbInputs) == 0,
+        "getOutputDataTypes failed");
     require(outputType == dataTypeOf(testCase.type), "output type is not that of q");
-    require(plugin.build->getOutputDataTypes(&outputType, 1, inputTypes.data(), nbInputs - 1) != 0, "a missing input is not refused");
+    require(plugin.build->getOutputDataTypes(&outputType, 1, inputTypes.data(), nbInputs - 1) != 0,
+        "a missing input is not refused");
 
     host::ExprBuilder expressions;
     std::vector<nvinfer1::DimsExprs> inputDims(static_cast<size_t>(nbInputs));
@@ -220,38 +233,48 @@ std::vector<int32_t> checkBuildPhase(host::Plugin& plugin, nvinfer1::IPluginCrea
         }
     }
     nvinfer1::DimsExprs outputDims{};
-    require(plugin.build->getOutputShapes(inputDims.data(), nbInputs, nullptr, 0, &outputDims, 1, expressions) == 0, "getOutputShapes failed");
+    require(plugin.build->getOutputShapes(inputDims.data(), nbInputs, nullptr, 0, &outputDims, 1, expressions) == 0,
+        "getOutputShapes failed");
     require(outputDims.nbDims == 3 && outputDims.d[0] == inputDims[0].d[0] && outputDims.d[1] == inputDims[0].d[1]
-            && outputDims.d[2] == inputDims[2].d[2], "output shape is not [Lq, H, Dv]");
+                && outputDims.d[2] == inputDims[2].d[2],
+        "output shape is not [Lq, H, Dv]");
 
     require(plugin.build->getFormatCombinationLimit() > 0, "format combination limit");
     std::vector<nvinfer1::DynamicPluginTensorDesc> inOut = descs.dynamic;
     for (int32_t pos = 0; pos <= nbInputs; ++pos)
     {
         size_t const index = static_cast<size_t>(pos);
-        require(plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1), "the case's types are refused at position " + std::to_string(pos));
+        require(plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1),
+            "the case's types are refused at position " + std::to_string(pos));
         nvinfer1::DynamicPluginTensorDesc const original = inOut[index];
         inOut[index].desc.format = nvinfer1::TensorFormat::kCHW32;
-        require(!plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1), "a vectorised format is accepted");
+        require(!plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1),
+            "a vectorised format is accepted");
         inOut[index] = original;
         inOut[index].desc.type = DataType::kINT8;
-        require(!plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1), "int8 is accepted at position " + std::to_string(pos));
+        require(!plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1),
+            "int8 is accepted at position " + std::to_string(pos));
         inOut[index] = original;
     }
-    require(plugin.build->configurePlugin(descs.dynamic.data(), nbInputs, &descs.dynamic.back(), 1) == 0, "configurePlugin failed");
-    require(plugin.build->getWorkspaceSize(descs.dynamic.data(), nbInputs, &descs.dynamic.back(), 1) == 0, "workspace is not 0");
+    require(plugin.build->configurePlugin(descs.dynamic.data(), nbInputs, &descs.dynamic.back(), 1) == 0,
+        "configurePlugin failed");
+    require(plugin.build->getWorkspaceSize(descs.dynamic.data(), nbInputs, &descs.dynamic.back(), 1) == 0,
+        "workspace is not 0");
     std::vector<int32_t> tactics(static_cast<size_t>(plugin.build->getNbTactics()));
     require(!tactics.empty(), "no tactics");
-    require(plugin.build->getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0, "getValidTactics failed");
+    require(plugin.build->getValidTactics(tactics.data(), static_cast<int32_t>(tactics.size())) == 0,
+        "getValidTactics failed");
     require(std::set<int32_t>(tactics.begin(), tactics.end()).size() == tactics.size(), "tactics repeat");
     for (int32_t const tactic : tactics)
     {
         require(tactic > 0, "tactic 0 is reserved");
     }
     char const* const timingId = plugin.build->getTimingCacheID();
-    require(timingId != nullptr && std::string(timingId).find("kernels=") != std::string::npos, "timing cache id lacks the kernels' id");
+    require(timingId != nullptr && std::string(timingId).find("kernels=") != std::string::npos,
+        "timing cache id lacks the kernels' id");
     char const* const metadata = plugin.build->getMetadataString();
-    require(metadata != nullptr && std::string(metadata).find("alpha") != std::string::npos, "metadata lacks the attributes");
+    require(metadata != nullptr && std::string(metadata).find("alpha") != std::string::npos,
+        "metadata lacks the attributes");
     require(plugin.build->getAliasedInput(0) == -1, "out claims to alias an input");
     return tactics;
 }
@@ -279,13 +302,15 @@ public:
 
     void shapeChange(host::Plugin& plugin) const
     {
-        require(plugin.runtime->onShapeChange(mDescs.fixed.data(), mDescs.nbInputs(), &mDescs.fixed.back(), 1) == 0, "onShapeChange failed");
+        require(plugin.runtime->onShapeChange(mDescs.fixed.data(), mDescs.nbInputs(), &mDescs.fixed.back(), 1) == 0,
+            "onShapeChange failed");
     }
 
     int32_t enqueue(host::Plugin& plugin, device::Stream const& stream) const
     {
         void* outputs[] = {mOutput.data()};
-        return plugin.runtime->enqueue(mDescs.fixed.data(), &mDescs.fixed.back(), mPointers.data(), outputs, nullptr, stream.get());
+        return plugin.runtime->enqueue(
+            mDescs.fixed.data(), &mDescs.fixed.back(), mPointers.data(), outputs, nullptr, stream.get());
     }
 
     void poison()
@@ -299,7 +324,8 @@ public:
         OutputError const error = measureError(mCase, mOutput.download());
         std::ostringstream facts;
         facts << "\"componentwise\": " << (std::isfinite(error.componentwise) ? error.componentwise : -1.0)
-              << ", \"bound\": " << mCase.componentwiseBound << ", \"rms\": " << (std::isfinite(error.rms) ? error.rms : -1.0);
+              << ", \"bound\": " << mCase.componentwiseBound
+              << ", \"rms\": " << (std::isfinite(error.rms) ? error.rms : -1.0);
         require(mOutput.areGuardsIntact(), "bytes beside the output were written");
         require(isWithinBounds(mCase, error), "differs from the oracle at " + error.where + " (" + facts.str() + ")");
         return facts.str();
@@ -418,39 +444,51 @@ private:
     void checkFieldNames()
     {
         Case const& testCase = mCases.front();
-        attempt(testCase, "field-names", [&] {
-            nvinfer1::PluginFieldCollection const* const names = mLibrary.creator().getFieldNames();
-            require(static_cast<size_t>(names->nbFields) == testCase.attributes.size(), "number of announced fields");
-            for (size_t i = 0; i < testCase.attributes.size(); ++i)
+        attempt(testCase, "field-names",
+            [&]
             {
-                require(names->fields[i].name == testCase.attributes[i].name, "field " + testCase.attributes[i].name + " is not announced");
-            }
-            return std::string();
-        });
-        attempt(testCase, "refused-field", [&] {
-            host::FieldStore fields = fieldsOf(testCase);
-            int32_t const value = 1;
-            fields.add("no_such_field", nvinfer1::PluginFieldType::kINT32, &value, 1, 4);
-            require(mLibrary.creator().createPlugin("n", fields.collection(), nvinfer1::TensorRTPhase::kBUILD) == nullptr, "not refused");
-            require(mLogger.take().find("no_such_field") != std::string::npos, "the logger was not told the field's name");
-            return std::string();
-        });
+                nvinfer1::PluginFieldCollection const* const names = mLibrary.creator().getFieldNames();
+                require(
+                    static_cast<size_t>(names->nbFields) == testCase.attributes.size(), "number of announced fields");
+                for (size_t i = 0; i < testCase.attributes.size(); ++i)
+                {
+                    require(names->fields[i].name == testCase.attributes[i].name,
+                        "field " + testCase.attributes[i].name + " is not announced");
+                }
+                return std::string();
+            });
+        attempt(testCase, "refused-field",
+            [&]
+            {
+                host::FieldStore fields = fieldsOf(testCase);
+                int32_t const value = 1;
+                fields.add("no_such_field", nvinfer1::PluginFieldType::kINT32, &value, 1, 4);
+                require(mLibrary.creator().createPlugin("n", fields.collection(), nvinfer1::TensorRTPhase::kBUILD)
+                            == nullptr,
+                    "not refused");
+                require(mLogger.take().find("no_such_field") != std::string::npos,
+                    "the logger was not told the field's name");
+                return std::string();
+            });
     }
 
     void runCase(Case const& testCase, bool hasGpu)
     {
         host::FieldStore fields = fieldsOf(testCase);
         std::vector<int32_t> tactics;
-        attempt(testCase, "build-phase", [&] {
-            host::Plugin plugin = create(fields, nvinfer1::TensorRTPhase::kBUILD);
-            tactics = checkBuildPhase(plugin, mLibrary.creator(), testCase);
-            host::Plugin copy(plugin.object->clone());
-            require(copy.object != nullptr, "clone gave nothing");
-            require(host::FieldStore(copy.runtime->getFieldsToSerialize()) == host::FieldStore(plugin.runtime->getFieldsToSerialize()),
-                "the clone's fields differ");
-            deserialised(copy);
-            return "\"tactics\": " + std::to_string(tactics.size());
-        });
+        attempt(testCase, "build-phase",
+            [&]
+            {
+                host::Plugin plugin = create(fields, nvinfer1::TensorRTPhase::kBUILD);
+                tactics = checkBuildPhase(plugin, mLibrary.creator(), testCase);
+                host::Plugin copy(plugin.object->clone());
+                require(copy.object != nullptr, "clone gave nothing");
+                require(host::FieldStore(copy.runtime->getFieldsToSerialize())
+                            == host::FieldStore(plugin.runtime->getFieldsToSerialize()),
+                    "the clone's fields differ");
+                deserialised(copy);
+                return "\"tactics\": " + std::to_string(tactics.size());
+            });
         if (!hasGpu || tactics.empty())
         {
             return;
@@ -512,7 +550,8 @@ private:
         call.poison();
         if (call.enqueue(context, stream) != 0)
         {
-            require(mLogger.take().find("not 16-byte aligned") != std::string::npos, "refused without naming the alignment");
+            require(mLogger.take().find("not 16-byte aligned") != std::string::npos,
+                "refused without naming the alignment");
             return "\"refused\": true";
         }
         stream.synchronize();
@@ -525,7 +564,8 @@ private:
         Case const* const cases[] = {&first, &second};
         std::string errors[2];
         std::atomic<int> ready{0};
-        auto const work = [&](int index) {
+        auto const work = [&](int index)
+        {
             try
             {
                 device::makeCurrent();
@@ -558,7 +598,8 @@ private:
         std::thread other(work, 1);
         work(0);
         other.join();
-        require(errors[0].empty() && errors[1].empty(), first.name + ": " + errors[0] + "; " + second.name + ": " + errors[1]);
+        require(errors[0].empty() && errors[1].empty(),
+            first.name + ": " + errors[0] + "; " + second.name + ": " + errors[1]);
         return "\"with\": " + quoted(second.name) + ", \"runs\": " + std::to_string(2 * mOptions.repeat);
     }
 
@@ -612,7 +653,9 @@ int main(int argc, char** argv)
     }
     catch (std::exception const& error)
     {
-        std::fprintf(stderr, "conformance: %s\nusage: conformance LIBRARY CASES_DIR [--host-only] [--filter SUBSTRING] [--repeat N]\n", error.what());
+        std::fprintf(stderr,
+            "conformance: %s\nusage: conformance LIBRARY CASES_DIR [--host-only] [--filter SUBSTRING] [--repeat N]\n",
+            error.what());
         return 2;
     }
 }

@@ -1,9 +1,10 @@
-//! Plays TensorRT 8's part for libhstu_trt_plugin.so: a registry, the builder's calls in their order, serialisation, and
-//! on a GPU enqueue against the float64 oracle. The program itself answers to libnvinfer's names, so no TensorRT is
+//! Plays TensorRT 8's part for libhstu_trt_plugin.so: a registry, the builder's calls in their order, serialisation,
+//! and on a GPU enqueue against the float64 oracle. The program itself answers to libnvinfer's names, so no TensorRT is
 //! needed; a stand-in libnvinfer.so.8 only satisfies the loader.
 //!
 //! Usage: conformanceV2 LIBRARY CASES_DIR [--host-only] [--filter SUBSTRING]
-//! Prints one JSON object a line per check and "N passed, N failed"; exit code 0 if all passed, 1 if not, 2 on bad usage.
+//! Prints one JSON object a line per check and "N passed, N failed"; exit code 0 if all passed, 1 if not, 2 on bad
+//! usage.
 
 #include <dlfcn.h>
 
@@ -40,7 +41,8 @@ public:
 class Registry final : public nvinfer1::IPluginRegistry
 {
 public:
-    bool registerCreator(nvinfer1::IPluginCreator& creator, nvinfer1::AsciiChar const* const pluginNamespace) noexcept override
+    bool registerCreator(
+        nvinfer1::IPluginCreator& creator, nvinfer1::AsciiChar const* const pluginNamespace) noexcept override
     {
         registered = &creator;
         space = pluginNamespace;
@@ -54,8 +56,8 @@ public:
         return &registered;
     }
 
-    nvinfer1::IPluginCreator* getPluginCreator(
-        nvinfer1::AsciiChar const* const, nvinfer1::AsciiChar const* const, nvinfer1::AsciiChar const* const) noexcept override
+    nvinfer1::IPluginCreator* getPluginCreator(nvinfer1::AsciiChar const* const, nvinfer1::AsciiChar const* const,
+        nvinfer1::AsciiChar const* const) noexcept override
     {
         return registered;
     }
@@ -168,7 +170,8 @@ Plugin create(Case const& testCase)
     std::vector<nvinfer1::PluginField> fields;
     for (CaseAttribute const& attribute : testCase.attributes)
     {
-        void const* const data = attribute.isFloat ? static_cast<void const*>(&attribute.floatValue) : &attribute.intValue;
+        void const* const data =
+            attribute.isFloat ? static_cast<void const*>(&attribute.floatValue) : &attribute.intValue;
         auto const type = attribute.isFloat ? nvinfer1::PluginFieldType::kFLOAT32 : nvinfer1::PluginFieldType::kINT32;
         fields.emplace_back(attribute.name.c_str(), data, type, 1);
     }
@@ -200,15 +203,18 @@ void checkBuilderCalls(nvinfer1::IPluginV2DynamicExt& plugin, Descs const& descs
     for (int32_t pos = 0; pos <= descs.nbInputs; ++pos)
     {
         size_t const index = static_cast<size_t>(pos);
-        require(plugin.supportsFormatCombination(pos, inOut.data(), descs.nbInputs, 1), "legal types refused at position " + std::to_string(pos));
+        require(plugin.supportsFormatCombination(pos, inOut.data(), descs.nbInputs, 1),
+            "legal types refused at position " + std::to_string(pos));
         inOut[index].type = DataType::kINT8;
-        require(!plugin.supportsFormatCombination(pos, inOut.data(), descs.nbInputs, 1), "int8 accepted at position " + std::to_string(pos));
+        require(!plugin.supportsFormatCombination(pos, inOut.data(), descs.nbInputs, 1),
+            "int8 accepted at position " + std::to_string(pos));
         inOut[index].type = descs.fixed[index].type;
     }
     logger().text.clear();
     plugin.configurePlugin(descs.dynamic.data(), descs.nbInputs, &descs.dynamic.back(), 1);
     require(logger().text.empty(), "configurePlugin: " + logger().text);
-    require(plugin.getWorkspaceSize(descs.fixed.data(), descs.nbInputs, &descs.fixed.back(), 1) == 0, "workspace is not 0");
+    require(
+        plugin.getWorkspaceSize(descs.fixed.data(), descs.nbInputs, &descs.fixed.back(), 1) == 0, "workspace is not 0");
     require((plugin.initialize() == 0) == hasGpu, "initialize: " + logger().text);
 }
 
@@ -229,8 +235,10 @@ std::string runOnGpu(nvinfer1::IPluginV2DynamicExt& plugin, Case const& testCase
     void* outputs[] = {output.data()};
     device::synchronize();
     device::Stream const stream;
-    auto const enqueue = [&] {
-        int32_t const code = plugin.enqueue(descs.fixed.data(), &descs.fixed.back(), pointers.data(), outputs, nullptr, stream.get());
+    auto const enqueue = [&]
+    {
+        int32_t const code =
+            plugin.enqueue(descs.fixed.data(), &descs.fixed.back(), pointers.data(), outputs, nullptr, stream.get());
         require(code == 0, "enqueue: " + logger().text);
     };
     if (captured)
@@ -261,9 +269,11 @@ std::string runCase(Case const& testCase, bool hasGpu)
     Plugin const engine = own(registry().registered->deserializePlugin("conformance", bytes.data(), bytes.size()));
     require(serialised(*engine) == bytes, "bytes change over serialisation");
     require(serialised(*own(engine->clone())) == bytes, "the clone's bytes differ");
-    require(registry().registered->deserializePlugin("n", bytes.data(), bytes.size() - 1) == nullptr, "short bytes are accepted");
+    require(registry().registered->deserializePlugin("n", bytes.data(), bytes.size() - 1) == nullptr,
+        "short bytes are accepted");
     bytes[0] = static_cast<char>(bytes[0] + 1);
-    require(registry().registered->deserializePlugin("n", bytes.data(), bytes.size()) == nullptr, "foreign bytes are accepted");
+    require(registry().registered->deserializePlugin("n", bytes.data(), bytes.size()) == nullptr,
+        "foreign bytes are accepted");
     if (hasGpu)
     {
         require(engine->initialize() == 0, "initialize: " + logger().text);
@@ -283,7 +293,8 @@ int run(std::string const& library, std::string const& folder, bool hostOnly, st
     std::vector<Case> const cases = readCases(folder);
     void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
     require(handle != nullptr, std::string("dlopen: ") + (handle == nullptr ? dlerror() : ""));
-    require(registry().registered != nullptr && registry().space == "hstu", "loading the library registered nothing: " + logger().text);
+    require(registry().registered != nullptr && registry().space == "hstu",
+        "loading the library registered nothing: " + logger().text);
     std::string reason;
     bool const hasGpu = !hostOnly && device::open(reason);
     require(hasGpu || hostOnly, "no GPU: " + reason);
@@ -311,8 +322,8 @@ int run(std::string const& library, std::string const& folder, bool hostOnly, st
             c = c == '\n' ? ' ' : c;
         }
         (ok ? passed : failed) += 1;
-        std::printf("{\"case\": \"%s\", \"dtype\": \"%s\", \"mode\": \"v2\", \"status\": \"%s\"%s}\n", testCase.name.c_str(),
-            testCase.type.c_str(), ok ? "pass" : "FAIL", facts.c_str());
+        std::printf("{\"case\": \"%s\", \"dtype\": \"%s\", \"mode\": \"v2\", \"status\": \"%s\"%s}\n",
+            testCase.name.c_str(), testCase.type.c_str(), ok ? "pass" : "FAIL", facts.c_str());
     }
     dlclose(handle);
     bool const isGone = registry().registered == nullptr;
@@ -357,7 +368,9 @@ int main(int argc, char** argv)
     }
     catch (std::exception const& error)
     {
-        std::fprintf(stderr, "conformanceV2: %s\nusage: conformanceV2 LIBRARY CASES_DIR [--host-only] [--filter SUBSTRING]\n", error.what());
+        std::fprintf(stderr,
+            "conformanceV2: %s\nusage: conformanceV2 LIBRARY CASES_DIR [--host-only] [--filter SUBSTRING]\n",
+            error.what());
         return 2;
     }
 }

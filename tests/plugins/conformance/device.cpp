@@ -32,7 +32,8 @@ struct Driver
         if (result != CUDA_SUCCESS)
         {
             char const* text = nullptr;
-            auto const getName = reinterpret_cast<CUresult (*)(CUresult, char const**)>(dlsym(library, "cuGetErrorName"));
+            auto const getName =
+                reinterpret_cast<CUresult (*)(CUresult, char const**)>(dlsym(library, "cuGetErrorName"));
             getName(result, &text);
             throw std::runtime_error(std::string(name) + ": " + (text != nullptr ? text : "unknown error"));
         }
@@ -163,7 +164,7 @@ bool Buffer::areGuardsIntact() const
     auto const isGuard = [](unsigned char byte) { return byte == kGuardPattern; };
     auto const payload = bytes.begin() + static_cast<std::ptrdiff_t>(mStart);
     return std::all_of(bytes.begin(), payload, isGuard)
-        && std::all_of(payload + static_cast<std::ptrdiff_t>(mBytes), bytes.end(), isGuard);
+           && std::all_of(payload + static_cast<std::ptrdiff_t>(mBytes), bytes.end(), isGuard);
 }
 
 Stream::Stream()
@@ -191,7 +192,8 @@ Graph::Graph(Stream const& stream, std::function<void()> const& work)
     }
     catch (...)
     {
-        auto const end = reinterpret_cast<CUresult (*)(CUstream, CUgraph*)>(dlsym(driver().library, "cuStreamEndCapture"));
+        auto const end =
+            reinterpret_cast<CUresult (*)(CUstream, CUgraph*)>(dlsym(driver().library, "cuStreamEndCapture"));
         end(stream.get(), &mGraph);
         throw;
     }
@@ -201,7 +203,8 @@ Graph::Graph(Stream const& stream, std::function<void()> const& work)
 
 Graph::~Graph()
 {
-    auto const destroyExecutable = reinterpret_cast<CUresult (*)(CUgraphExec)>(dlsym(driver().library, "cuGraphExecDestroy"));
+    auto const destroyExecutable =
+        reinterpret_cast<CUresult (*)(CUgraphExec)>(dlsym(driver().library, "cuGraphExecDestroy"));
     auto const destroyGraph = reinterpret_cast<CUresult (*)(CUgraph)>(dlsym(driver().library, "cuGraphDestroy"));
     destroyExecutable(mExecutable);
     destroyGraph(mGraph);

@@ -26,9 +26,9 @@ void synchronize();
 
 //! Device memory that starts `misalignment` bytes after a 256-byte boundary.
 //!
-//! An input is allocated exactly and only its own bytes are ever written, so that compute-sanitizer sees a read past its
-//! end (memcheck) and a read of what was never sent (initcheck). An output has a guard zone on both sides, so that a
-//! stray write is seen without any tool.
+//! An input is allocated exactly and only its own bytes are ever written, so that compute-sanitizer sees a read past
+//! its end (memcheck) and a read of what was never sent (initcheck). An output has a guard zone on both sides, so that
+//! a stray write is seen without any tool.
 class Buffer
 {
 public:

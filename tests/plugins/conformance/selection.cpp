@@ -83,7 +83,8 @@ HstuKernelImage const* at(int32_t index)
 
 void checkArchitectures()
 {
-    auto const alignedOn = [](int32_t sm) {
+    auto const alignedOn = [](int32_t sm)
+    {
         auto const tactics = hstu::findTactics(general(), signatureOf(64), sm);
         return tactics.empty() ? nullptr : tactics[0].aligned;
     };
@@ -106,8 +107,10 @@ void checkTactics()
 
 void checkMasks()
 {
-    expect(hstu::findTactics(causal(), signatureOf(64), 90)[0].aligned == at(5), "a causal node takes the causal kernel");
-    expect(hstu::findTactics(causal(), signatureOf(64), 80)[0].aligned == at(0), "and the general one where there is no other");
+    expect(
+        hstu::findTactics(causal(), signatureOf(64), 90)[0].aligned == at(5), "a causal node takes the causal kernel");
+    expect(hstu::findTactics(causal(), signatureOf(64), 80)[0].aligned == at(0),
+        "and the general one where there is no other");
     hstu::HstuAttentionAttributes window = causal();
     window.maxAttnLen = 1;
     expect(hstu::findTactics(window, signatureOf(64), 90)[0].aligned == at(2), "a window needs the general kernel");
@@ -137,7 +140,8 @@ void checkTimestamps()
     expect(hstu::findTactics(biased, signatureOf(64, 64), 90)[0].unaligned == at(7), "64-bit timestamps");
     expect(hstu::findTactics(biased, signatureOf(64, 32), 90)[0].unaligned == at(8), "32-bit timestamps");
     biased.posBias = 0;
-    expect(hstu::findTactics(biased, signatureOf(64, 64), 90).empty(), "a kernel with a bias that the node lacks does not fit");
+    expect(hstu::findTactics(biased, signatureOf(64, 64), 90).empty(),
+        "a kernel with a bias that the node lacks does not fit");
 }
 
 void checkMessage()
@@ -145,9 +149,11 @@ void checkMessage()
     std::string const otherDim = hstu::describeMissingKernel(general(), signatureOf(128), 90);
     expect(otherDim.find("q/k head dim 128") != std::string::npos, "the message names what is needed");
     expect(otherDim.find("[float16 64x64 general aligned]") != std::string::npos, "the message lists what is there");
-    expect(otherDim.find("`hstu-compile plugin build --archs 90`") != std::string::npos, "the message says how to get it");
+    expect(
+        otherDim.find("`hstu-compile plugin build --archs 90`") != std::string::npos, "the message says how to get it");
     std::string const otherSm = hstu::describeMissingKernel(general(), signatureOf(64), 75);
-    expect(otherSm.find("fits this node on sm_80, sm_86, sm_90 only") != std::string::npos, "the message names fitting GPUs");
+    expect(otherSm.find("fits this node on sm_80, sm_86, sm_90 only") != std::string::npos,
+        "the message names fitting GPUs");
 }
 
 } // namespace

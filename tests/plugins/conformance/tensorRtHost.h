@@ -194,9 +194,12 @@ struct Plugin
         if (object != nullptr)
         {
             using nvinfer1::PluginCapabilityType;
-            core = static_cast<nvinfer1::IPluginV3OneCore*>(object->getCapabilityInterface(PluginCapabilityType::kCORE));
-            build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(object->getCapabilityInterface(PluginCapabilityType::kBUILD));
-            runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(object->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+            core =
+                static_cast<nvinfer1::IPluginV3OneCore*>(object->getCapabilityInterface(PluginCapabilityType::kCORE));
+            build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(
+                object->getCapabilityInterface(PluginCapabilityType::kBUILD));
+            runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(
+                object->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
         }
     }
 
