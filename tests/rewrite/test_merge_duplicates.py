@@ -1,85 +1,100 @@
-"""Equal work is done once, and nothing else changes."""
-
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from hstu_compile.rewrite.attach_native_body import AttachNativeBody
+from hstu_compile.rewrite.inline_functions import InlineFunctions
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
-from tests.exported_models import shipped, small_config
+from tests.attention_cases import build_case
+from tests.oracle import check_attention, oracle_of
+from tests.rewrite.attention_graphs import attention_model, attention_node, contract_attributes, feeds_of, run_onnx
+
+CASE = build_case([7, 0, 12], time_bias="shared", pos_bias="shared", seed=1)
+HALF = dataclasses.replace(CASE, attrs=dataclasses.replace(CASE.attrs, alpha=CASE.attrs.alpha / 2))
 
 
-def graph_of(nodes: list[onnx.NodeProto], outputs: list[str], initializers: list[onnx.TensorProto]) -> onnx.ModelProto:
-    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["L"])  # noqa: E731
-    graph = helper.make_graph(nodes, "g", [value("x")], [value(name) for name in outputs], initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.checker.check_model(model)
+def two_layers() -> onnx.ModelProto:
+    nodes = [attention_node(contract_attributes(CASE), "out_0"), attention_node(contract_attributes(HALF), "out_1")]
+    model = attention_model(CASE, nodes)
+    AttachNativeBody(2).call(model)
     return model
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    return session.run(None, feeds)
+def small_graph(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> onnx.ModelProto:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", *outputs)]
+    graph = helper.make_graph(list(nodes), "g", value[:1], value[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def test_equal_chains_collapse_to_one():
-    two = [numpy_helper.from_array(np.float32([2.0]), name) for name in ("a", "b")]
-    model = graph_of(
-        [
-            helper.make_node("Mul", ["x", "a"], ["m1"]),
-            helper.make_node("Mul", ["x", "b"], ["m2"]),
-            helper.make_node("Abs", ["m1"], ["n1"]),
-            helper.make_node("Abs", ["m2"], ["n2"]),
-            helper.make_node("Add", ["n1", "n2"], ["y"]),
-        ],
-        ["y"],
-        two,
-    )
-    x = np.float32([-1.5, 2.0])
-    before = run(model, {"x": x})
+def test_inlining_leaves_no_function_and_gives_each_call_its_own_body() -> None:
+    model = two_layers()
+    assert InlineFunctions().call(model).counts == {"calls": 2, "functions": 2}
+    assert not model.functions
+    outputs = run_onnx(model, feeds_of(CASE))
+    check_attention(outputs["out_0"], oracle_of(CASE), "float32")
+    check_attention(outputs["out_1"], oracle_of(HALF), "float32")
+
+
+def test_inlining_twice_reports_nothing() -> None:
+    model = two_layers()
+    InlineFunctions().call(model)
+    assert not InlineFunctions().call(model).modified
+
+
+def test_layers_share_what_follows_from_offsets_and_times_and_compute_the_same_as_before() -> None:
+    model = two_layers()
+    InlineFunctions().call(model)
+    before = run_onnx(model, feeds_of(CASE))
+    count = len(model.graph.node)
     result = MergeDuplicates().call(model)
-    assert result.counts == {"nodes": 2, "initializers": 1}
-    assert [node.op_type for node in model.graph.node] == ["Mul", "Abs", "Add"]
-    np.testing.assert_array_equal(run(model, {"x": x})[0], before[0])
+    assert result.counts == {"nodes": count - len(model.graph.node)}
+    assert len(model.graph.node) < 0.65 * count
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.op_type == "MatMul" for node in model.graph.node) == 3  # q k^T once; alpha differs after it
+    for name, value in run_onnx(model, feeds_of(CASE)).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_merging_twice_reports_nothing() -> None:
+    model = two_layers()
+    InlineFunctions().call(model)
+    MergeDuplicates().call(model)
     assert not MergeDuplicates().call(model).modified
 
 
-def test_different_attributes_outputs_and_random_draws_stay():
-    nodes = [
-        helper.make_node("Elu", ["x"], ["e1"], alpha=1.0),
-        helper.make_node("Elu", ["x"], ["e2"], alpha=2.0),
-        helper.make_node("Neg", ["x"], ["y1"]),
-        helper.make_node("Neg", ["x"], ["y2"]),
-        helper.make_node("RandomUniformLike", ["x"], ["r1"], seed=1.0),
-        helper.make_node("RandomUniformLike", ["x"], ["r2"], seed=1.0),
-        helper.make_node("Sum", ["e1", "e2", "r1", "r2"], ["y3"]),
-    ]
-    model = graph_of(nodes, ["y1", "y2", "y3"], [])
-    assert not MergeDuplicates().call(model).modified
-    assert len(model.graph.node) == len(nodes)
+def test_equal_operators_with_other_attributes_stay() -> None:
+    model = small_graph(
+        helper.make_node("LeakyRelu", ["x"], ["a"], alpha=0.1),
+        helper.make_node("LeakyRelu", ["x"], ["b"], alpha=0.2),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    )
+    assert MergeDuplicates().call(model).counts == {"nodes": 0}
 
 
-def test_layers_share_masks_and_buckets_and_answer_the_same():
-    config = small_config(num_layers=3)
-    _, graph = shipped(config)
-    inlined = onnx.inliner.inline_local_functions(graph.model)
-    nodes = len(inlined.graph.node)
-    feeds = {
-        "item_ids": np.arange(1, 12, dtype=np.int32),
-        "timestamps": np.arange(11) * 50_000,
-        "seq_offsets": np.array([0, 4, 4, 11], np.int32),
-        "request_timestamps": np.full(3, 600_000),
-    }
-    before = run(inlined, feeds)
-    result = MergeDuplicates().call(inlined)
-    onnx.checker.check_model(inlined)
-    # Two of three layers drop their masks, padding indices and bucket search: more than a quarter of the graph.
-    assert result.counts["nodes"] > nodes // 4
-    for ours, theirs in zip(run(inlined, feeds), before, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert not MergeDuplicates().call(inlined).modified
+def test_two_graph_outputs_of_one_value_keep_their_names() -> None:
+    model = small_graph(
+        helper.make_node("Neg", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"]), outputs=("y", "z")
+    )
+    assert MergeDuplicates().call(model).counts == {"nodes": 0}
+
+
+def test_chains_merge_from_their_start() -> None:
+    model = small_graph(
+        helper.make_node("Neg", ["x"], ["a"]),
+        helper.make_node("Neg", ["x"], ["b"]),
+        helper.make_node("Exp", ["a"], ["c"]),
+        helper.make_node("Exp", ["b"], ["d"]),
+        helper.make_node("Add", ["c", "d"], ["y"]),
+    )
+    assert MergeDuplicates().call(model).counts == {"nodes": 2}
+    assert list(model.graph.node[-1].input) == ["c", "c"]
+
+
+def test_two_random_draws_stay_two() -> None:
+    draws = [helper.make_node("RandomUniformLike", ["x"], [name]) for name in ("a", "b")]
+    model = small_graph(*draws, helper.make_node("Sub", ["a", "b"], ["y"]))
+    assert MergeDuplicates().call(model).counts == {"nodes": 0}
