@@ -118,17 +118,25 @@ def metrics_of(built_path: Any, histories: prepare_data.Histories, items: Any) -
     return rank_metrics(ranks)
 
 
-def test_leave_one_out_on_all_users_gives_the_published_metrics(
+# Half a minute, and the golden test above holds the same artifact to 1e-5 on 16 of the users.
+@pytest.mark.slow
+def test_the_float32_artifact_gives_the_published_metrics_on_all_users(
     build_fixture: Build, histories: prepare_data.Histories, eager: RetrievalModel
 ) -> None:
     published = json.loads((FIXTURE / "config.json").read_text())["metrics_eager_fp32"]
-    items = eager.item_vectors().numpy()
-    full = metrics_of(build_fixture("--fp32").path, histories, items)
-    assert full.num_requests == 943
-    named = {"HR10": full.hr10, "NDCG10": full.ndcg10, "HR50": full.hr50, "MRR": full.mrr}
+    metrics = metrics_of(build_fixture("--fp32").path, histories, eager.item_vectors().numpy())
+    assert metrics.num_requests == 943
+    named = {"HR10": metrics.hr10, "NDCG10": metrics.ndcg10, "HR50": metrics.hr50, "MRR": metrics.mrr}
     assert {name: round(value, 4) for name, value in named.items()} == {
         name: round(value, 4) for name, value in published.items()
     }
-    half = metrics_of(build_fixture("--fp16").path, histories, items)
-    assert abs(half.hr10 - published["HR10"]) <= 0.002
-    assert abs(half.ndcg10 - published["NDCG10"]) <= 0.002
+
+
+def test_the_float16_artifact_keeps_the_published_metrics_on_all_users(
+    build_fixture: Build, histories: prepare_data.Histories, eager: RetrievalModel
+) -> None:
+    published = json.loads((FIXTURE / "config.json").read_text())["metrics_eager_fp32"]
+    metrics = metrics_of(build_fixture("--fp16").path, histories, eager.item_vectors().numpy())
+    assert metrics.num_requests == 943
+    assert abs(metrics.hr10 - published["HR10"]) <= 0.002
+    assert abs(metrics.ndcg10 - published["NDCG10"]) <= 0.002
