@@ -211,9 +211,8 @@ void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const
     bool const aligned = tactic.aligned != nullptr && isAligned(pointers);
     std::shared_ptr<LoadedKernel const> const& kernel = aligned ? tactic.aligned : tactic.unaligned;
     HSTU_CHECK(kernel != nullptr, kPluginName, " node '", mNodeName,
-        "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: align the I/O buffers, or "
-        "rebuild "
-        "with `hstu-compile plugin build --unaligned`");
+        "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: bind I/O buffers that are "
+        "16-byte aligned, or build a library with KernelVariant(aligned=False)");
     launchHstuAttention(*kernel, mAttributes, sizes, pointers, stream);
 }
 

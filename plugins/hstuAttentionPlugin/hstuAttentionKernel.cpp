@@ -163,10 +163,10 @@ std::string describeMissingKernel(
             text << " [" << kind << "]";
         }
     }
-    text << ". Fix: rebuild it for this model and GPU with `hstu-compile plugin build";
+    text << ". Fix: rebuild it for this model and GPU with `hstu-compile plugin build --onnx MODEL.onnx";
     if (sm != 0)
     {
-        text << " --archs " << sm;
+        text << " --arch " << sm / 10 << "." << sm % 10;
     }
     text << "`";
     return text.str();

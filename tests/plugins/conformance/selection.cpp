@@ -150,7 +150,7 @@ void checkMessage()
     expect(otherDim.find("q/k head dim 128") != std::string::npos, "the message names what is needed");
     expect(otherDim.find("[float16 64x64 general aligned]") != std::string::npos, "the message lists what is there");
     expect(
-        otherDim.find("`hstu-compile plugin build --archs 90`") != std::string::npos, "the message says how to get it");
+        otherDim.find("`hstu-compile plugin build --onnx MODEL.onnx --arch 9.0`") != std::string::npos, "the message says how to get it");
     std::string const otherSm = hstu::describeMissingKernel(general(), signatureOf(64), 75);
     expect(otherSm.find("fits this node on sm_80, sm_86, sm_90 only") != std::string::npos,
         "the message names fitting GPUs");
