@@ -156,7 +156,9 @@ def _cpu_name() -> str:
 
 
 def _versions() -> str:
-    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    installed = {
+        distribution.name.replace("_", "-"): distribution.version for distribution in importlib.metadata.distributions()
+    }
     return " ".join(f"{name}={installed[name]}" for name in PACKAGES if name in installed)
 
 

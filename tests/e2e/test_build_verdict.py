@@ -49,3 +49,9 @@ def test_every_stage_prints_one_line_with_its_time(build_small: Build) -> None:
         [f"[{index}/{len(pipeline.STAGES)}]", name] for index, name in enumerate(pipeline.STAGES, start=1)
     ]
     assert all(line.endswith(" s") for line in lines)
+
+
+def test_a_build_prints_nothing_but_its_own_lines(build_small: Build) -> None:
+    result = build_small("--fp16", "--top-k", 10).result
+    assert "Saving inference results" not in result.stdout + result.stderr
+    assert ".partial" not in result.stdout + result.stderr
