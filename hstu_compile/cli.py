@@ -143,7 +143,7 @@ def build(
         _print_json({"bundle": str(result.path), "status": result.status, "report": result.report})
     else:
         _print_result(result)
-    return EXIT_VERIFICATION if result.status == "FAIL" else 0
+    return _exit_code(result.status)
 
 
 def _print_plan(plan: BuildPlan, precision: str) -> None:
@@ -259,7 +259,15 @@ def verify(bundle: Path, as_json: bool) -> int:
         click.echo(f"{result.polygraphy.command}: exit {result.polygraphy.exit_code}")
         worst = result.verification
         click.echo(f"{bundle}  {result.status}  worst error {worst.worst_error:.3g} (allowed {worst.worst_bound:.3g})")
-    return 0 if result.status == "PASS" else EXIT_VERIFICATION
+    return _exit_code(result.status)
+
+
+def _exit_code(status: str) -> int:
+    """0, or that of a failed verification; a build without verification does not fail it."""
+    if status != "FAIL":
+        return 0
+    click.echo("verification failed: see `hstu-compile explain HSTU-E601` and the report", err=True)
+    return EXIT_VERIFICATION
 
 
 def _silent(what: str, done: int, total: int) -> None:

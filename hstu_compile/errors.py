@@ -246,11 +246,6 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The plugin library cannot be loaded",
         "The dynamic loader refused the file; its message follows.",
     ),
-    "HSTU-E505": ErrorCode(
-        "No kernel for this model",
-        "The plugin library holds kernels for some types, head sizes and architectures. Build it for this model with "
-        "`hstu-compile plugin build`.",
-    ),
     "HSTU-E601": ErrorCode(
         "The artifact differs from the eager model",
         "The error against the float64 reference is larger than the bound: twice the error that the eager model in the "
@@ -305,4 +300,9 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "For instance two precisions, or an opt shape outside min and max.",
     ),
     "HSTU-E902": ErrorCode("Unknown error code", "`hstu-compile explain` without a code lists all of them."),
+    "HSTU-E903": ErrorCode(
+        "A package that this command needs is not installed",
+        "The base installation serves and builds engines. Reading checkpoints and exporting need "
+        "pip install 'hstu-compile[export]', running on the CPU 'hstu-compile[cpu]', on a GPU 'hstu-compile[gpu]'.",
+    ),
 }

@@ -1,0 +1,70 @@
+"""The level of every module: what it may import. A module may import only from lower levels, never sideways.
+
+Modules that are one stage split over files are one group: inside a group imports are free of levels, and only the
+group's own order matters. A module that is missing here fails the test, so that a new one is given a level on purpose.
+"""
+
+from __future__ import annotations
+
+LEVELS: dict[str, int] = {
+    # Standard library only, or data.
+    "errors": 0,
+    "config": 0,
+    "environment": 0,
+    "_report_text": 0,
+    # One noun each.
+    "files": 1,
+    "compare": 1,
+    "op_schema": 1,
+    "_report_html": 1,
+    "model": 1,
+    "plugins": 1,
+    # What the stages exchange, and what several of them need.
+    "artifacts": 2,
+    "metrics": 2,
+    "npz": 2,
+    "profiles": 2,
+    "tensorrt_api": 2,
+    "trt_options": 2,
+    "plugin_library": 2,
+    "_report_figures": 2,
+    "calibration": 2,
+    # The stages.
+    "checkpoint": 3,
+    "export": 3,
+    "rewrite": 3,
+    "engine": 3,
+    "runtime": 3,
+    "session_check": 3,
+    "graph_facts": 3,
+    "graph_plugin": 3,
+    "report": 3,
+    "doctor": 3,
+    # What joins stages.
+    "verify": 4,
+    "bundle": 4,
+    "polygraphy_files": 4,
+    # The order of the stages.
+    "engine_stage": 5,
+    "plugin_stage": 5,
+    "inspection": 5,
+    "recheck": 5,
+    "pipeline": 5,
+    # The command line.
+    "cli": 6,
+    "__main__": 6,
+    "": 7,  # the package itself: a lazy list of public names, which imports nothing when it is imported
+}
+
+#: Sideways imports that are meant: a lower part of the same level, with the reason.
+SIDEWAYS: dict[tuple[str, str], str] = {
+    ("environment", "errors"): "refuses an absent backend",
+    ("model", "plugins"): "the eager operator runs the fused kernel on a GPU, imported when it is called",
+    ("engine", "rewrite"): "lowers the graph to what the builder's parser reads",
+    ("runtime", "rewrite"): "widens bfloat16 for a runtime without it",
+    ("session_check", "runtime"): "runs the sessions that it compares",
+    ("profiles", "artifacts"): "Profile is what it makes",
+    ("trt_options", "artifacts"): "Profile is what the options describe",
+    ("plugin_stage", "engine_stage"): "builds the plugin beside the engine",
+    ("__main__", "cli"): "runs it",
+}
