@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import TensorProto, helper
 
 from hstu_compile.rewrite.attach_native_body import AttachNativeBody
-from hstu_compile.rewrite.inline_functions import InlineFunctions
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from tests.attention_cases import build_case
 from tests.oracle import check_attention, oracle_of
@@ -30,24 +30,20 @@ def small_graph(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> on
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def test_inlining_leaves_no_function_and_gives_each_call_its_own_body() -> None:
-    model = two_layers()
-    assert InlineFunctions().call(model).counts == {"calls": 2, "functions": 2}
-    assert not model.functions
+def inlined() -> onnx.ModelProto:
+    return onnx.inliner.inline_local_functions(two_layers())
+
+
+def test_each_layer_keeps_its_own_attributes_when_equal_work_is_merged() -> None:
+    model = inlined()
+    assert MergeDuplicates().call(model).modified
     outputs = run_onnx(model, feeds_of(CASE))
     check_attention(outputs["out_0"], oracle_of(CASE), "float32")
     check_attention(outputs["out_1"], oracle_of(HALF), "float32")
 
 
-def test_inlining_twice_reports_nothing() -> None:
-    model = two_layers()
-    InlineFunctions().call(model)
-    assert not InlineFunctions().call(model).modified
-
-
 def test_layers_share_what_follows_from_offsets_and_times_and_compute_the_same_as_before() -> None:
-    model = two_layers()
-    InlineFunctions().call(model)
+    model = inlined()
     before = run_onnx(model, feeds_of(CASE))
     count = len(model.graph.node)
     result = MergeDuplicates().call(model)
@@ -60,8 +56,7 @@ def test_layers_share_what_follows_from_offsets_and_times_and_compute_the_same_a
 
 
 def test_merging_twice_reports_nothing() -> None:
-    model = two_layers()
-    InlineFunctions().call(model)
+    model = inlined()
     MergeDuplicates().call(model)
     assert not MergeDuplicates().call(model).modified
 
