@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import hstu_compile
+from hstu_compile import cli
+from hstu_compile.__main__ import main
+from hstu_compile.errors import ERROR_CODES
+from tests.research_reference import ResearchForm, research_state_dict
+
+FORM = ResearchForm(num_items=30, num_blocks=1)
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model_state_dict": research_state_dict(FORM)}, path)
+    (tmp_path / "config.json").write_text(json.dumps(FORM.user_config()))
+    return path
+
+
+def under(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "-h"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: hstu-compile {command}")
+    assert cli.cli.commands[command].help
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert hstu_compile.__version__ in capsys.readouterr().out
+
+
+def test_explain_lists_and_explains_every_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain"]) == 0
+    listed = capsys.readouterr().out
+    for code, doc in ERROR_CODES.items():
+        assert f"{code}  {doc.title}" in listed
+        for spelling in (code, code.removeprefix("HSTU-"), code.lower()):
+            assert main(["explain", spelling]) == 0
+            assert doc.text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "seen"),
+    [
+        (["explain", "E000"], 2, "HSTU-E902"),
+        (["build", "x.pt", "--fp16", "--bf16"], 2, "--fp16 and --bf16 exclude each other"),
+        (["build", "x.pt", "--fp16", "--bf16", "--fp32"], 2, "--fp32 and --fp16 and --bf16"),
+        (["build"], 2, "CHECKPOINT"),
+        (["build", "x.pt", "--backend", "magic"], 2, "magic"),
+        (["build", "x.pt", "--no-such-option"], 2, "--no-such-option"),
+        (["no-such-command"], 2, "no-such-command"),
+        (["inspect", "absent.pt"], 3, "HSTU-E101"),
+        (["build", "absent.pt"], 3, "HSTU-E101"),
+        (["verify", "absent"], 8, "HSTU-E803"),
+        (["run", "absent", "--inputs", "a.npz", "--outputs", "b.npz"], 8, "HSTU-E803"),
+    ],
+)
+def test_refusals_have_their_exit_code_no_traceback_and_leave_nothing(
+    arguments: list[str],
+    code: int,
+    seen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert seen in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert under(tmp_path) == set()
+
+
+def test_json_refusal_has_the_fields_of_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "absent.pt", "--json"]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["code"], error["stage"], error["exit_code"]) == ("HSTU-E101", "checkpoint", 3)
+    assert "absent.pt" in error["what"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "seen"),
+    [
+        (KeyboardInterrupt(), 130, "nothing was left behind"),
+        (click.Abort(), 130, "nothing was left behind"),
+        (ZeroDivisionError("ours"), 70, "This is a bug"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "hstu-compile[export]"),
+        (ModuleNotFoundError("No module named 'numpy'", name="numpy"), 2, "pip install 'hstu-compile'"),
+        (ModuleNotFoundError("No module named 'hstu_compile.x'", name="hstu_compile.x"), 70, "This is a bug"),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_every_ending_has_its_exit_code(
+    error: BaseException, code: int, seen: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.cli, "main", ends)
+    assert main([]) == code
+    err = capsys.readouterr().err
+    assert seen in err
+    assert ("Traceback" in err) == (code == 70)
+
+
+def test_inspect_checkpoint_as_json_and_as_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", str(checkpoint), "--config", str(checkpoint.with_name("config.json"))]
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["dialect"], facts["ignored_keys"]) == ("checkpoint", "research", ["_attn_mask"])
+    assert facts["config"]["layer"]["attention"]["scaling_seq_len"] == 23.0
+    assert facts["parameters"] == sum(
+        tensor.numel() for key, tensor in research_state_dict(FORM).items() if key != "_attn_mask"
+    )
+    assert main(arguments) == 0
+    assert "scaling_seq_len: 23.0" in capsys.readouterr().out
+
+
+def test_dry_run_says_what_would_be_built_and_writes_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    before = under(checkpoint.parent)
+    arguments = ["build", "ckpt.pt", "--config", "config.json", "--backend", "onnx", "--fp16", "--dry-run"]
+    assert main(arguments) == 0
+    assert "precision fp16" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["attention_nodes"] == 1
+    assert under(checkpoint.parent) == before
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGINT, 5)])
+def test_interrupted_build_leaves_nothing(checkpoint: Path, kind: signal.Signals, stage: int) -> None:
+    folder = checkpoint.parent
+    before = under(folder)
+    command = [sys.executable, "-m", "hstu_compile", "build", "ckpt.pt", "--config", "config.json", "-v"]
+    command += ["--backend", "onnx", "-o", "out/deep/model.hstu"]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"[{stage}/"):
+                break
+        time.sleep(0.05)
+        process.send_signal(kind)
+        rest = process.stderr.read()
+        # Python itself ends with SIGINT when the interrupt passed through exec(); a shell shows 130 for both.
+        assert process.wait(60) in (130, -signal.SIGINT), rest
+    assert "nothing was left behind" in rest
+    assert under(folder) == before
