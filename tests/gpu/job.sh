@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Every check and measurement that needs a GPU, as steps that run unattended. None stops at another's failure.
+#
+# Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
+# Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
+#        timing                               device times of the engines that trt85 and rtx left in WORK
+#        bench bench-native                   tests/bench/bench_plugin.py; run alone
+# Environment:
+#   TENSORRT85, RTX16  folders with an env.sh that puts TensorRT 8.5 (python3.10) or TensorRT-RTX on the paths
+#   WORK               scratch folder that later calls find again (default /tmp/hstu-gpu-work)
+#   PYTHON             Python with torch and triton (default python3)
+#   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
+set -uo pipefail
+
+usage="usage: job.sh JOB OUT STEP..."
+job=$(realpath "${1:?$usage}") && mkdir -p "${2:?$usage}" && out=$(realpath "$2") || exit 2
+shift 2
+[ $# -gt 0 ] || { echo "$usage" >&2; exit 2; }
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+work=${WORK:-/tmp/hstu-gpu-work}
+python=${PYTHON:-python3}
+TENSORRT85=${TENSORRT85:-/tmp/tensorrt85} RTX16=${RTX16:-/tmp/rtx16}
+HSTU_COMMIT=${HSTU_COMMIT:-$(sed -n 's/.*"commit": "\(.*\)".*/\1/p' "$job/job.json")}
+export HSTU_COMMIT
+mkdir -p "$work"
+summary=$work/summary.txt
+: >"$summary"
+
+# The packages as an installation lays them out, without pip. tests gets an __init__.py: a namespace package would lose
+# to any other package of that name.
+library=$work/library
+rm -rf "$library"
+mkdir -p "$library"
+cp -r "$repository/hstu_compile" "$repository/tests" "$library/"
+for package in model calibration plugins; do cp -r "$repository/$package" "$library/hstu_compile/"; done
+for folder in tests tests/plugins tests/plugins/conformance; do : >"$library/$folder/__init__.py"; done
+# The carried pure-Python packages come last, so that an interpreter's own win.
+with_paths() { PYTHONPATH="$library${PYTHONPATH:+:$PYTHONPATH}:$job/site" "$@"; }
+
+in_tensorrt85() (
+    # shellcheck disable=SC1091
+    source "$TENSORRT85/env.sh" && with_paths "$@"
+)
+in_rtx() (
+    # shellcheck disable=SC1091
+    source "$RTX16/env.sh" && with_paths "$@"
+)
+
+gpu_tests=$library/tests/gpu
+bench=$library/tests/bench/bench_plugin.py
+
+kernels() { with_paths timeout 420 "$python" "$gpu_tests/run_kernels.py" "$job" "$1" --workers "${WORKERS:-10}"; }
+conformance() { timeout 420 bash "$job/conformance/run_gpu.sh" "$1"; }
+trt85() { in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$1"; }
+rtx() { in_rtx timeout 420 "$python" "$gpu_tests/run_rtx.py" "$job" "$1"; }
+timing() {
+    local status=0
+    in_tensorrt85 timeout 120 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$work/trt85" --only-timing || status=1
+    in_rtx timeout 120 "$python" "$gpu_tests/run_rtx.py" "$job" "$work/rtx" --only-timing || status=1
+    cp "$work"/trt85/*-timing.json "$work"/rtx/*-timing.json "$1"/
+    return $status
+}
+bench() {
+    local common=(--parts "$1/parts" --dims ${BENCH_DIMS:-128 64} --n ${BENCH_N:-256 1024 2048 4096 8192})
+    local half=$((${BENCH_BUDGET:-420} / 2))
+    in_tensorrt85 python3.10 "$bench" "${common[@]}" --backends plugin --budget $half \
+        --plugin-library "$job/plugin/libhstu_trt_plugin.so"
+    with_paths "$python" "$bench" "${common[@]}" --backends triton eager --budget $half
+    ! grep -L '"status": "ok"' "$1"/parts/plugin-*.json "$1"/parts/triton-*.json | grep .
+}
+bench-native() {
+    in_tensorrt85 python3.10 "$bench" --parts "$1/parts" --dims ${NATIVE_DIMS:-128 64} --backends native_padded \
+        --n ${NATIVE_N:-256 1024 2048 4096 8192} --budget "${NATIVE_BUDGET:-480}" --group-seconds 240
+    grep -l '"status": "ok"' "$1"/parts/native_padded-*.json | grep -q .
+}
+
+run_step() {
+    local step=$1 folder=$work/$1 started=$SECONDS code
+    mkdir -p "$folder"
+    # From the scratch folder: in the repository, its own folders would be imported instead of the library.
+    (cd "$folder" && "$step" "$folder") >"$folder/log.txt" 2>&1
+    code=$?
+    # Engines stay for the timing step, and are too large to bring back.
+    tar czf "$out/$step.tar.gz" -C "$work" --exclude='*.engine' "$step"
+    {
+        echo "== $step: exit $code, $((SECONDS - started)) s"
+        if [ -f "$folder/summary.txt" ]; then cat "$folder/summary.txt"; else tail -n 25 "$folder/log.txt"; fi
+    } | cut -c 1-400 >"$folder/step-summary.txt"
+    cat "$folder/step-summary.txt" >>"$summary"
+    return $code
+}
+
+failed=0
+for step in "$@"; do
+    case $step in
+        checks)
+            pids=()
+            for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
+            for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
+            ;;
+        kernels | conformance | trt85 | rtx | timing | bench | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
+        *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
+    esac
+done
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | sed 's/^/gpu: /' >>"$summary"
+echo "commit $HSTU_COMMIT; $failed steps failed" >>"$summary"
+cp "$summary" "$out/summary.txt"
+cat "$summary"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,187 @@
+"""Makes the folder that the GPU steps need (job.sh): bundles, references, requests, plugin libraries. Needs no GPU.
+
+Usage: python tests/gpu/prepare_job.py OUT --tensorrt8-include-dir DIR [--fixture DIR] [--archs 90] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "samples" / "01_movielens_demo")]
+
+from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint  # noqa: E402
+from hstu_compile.export import TORCH_DTYPES  # noqa: E402
+from hstu_compile.graph_plugin import plugin_request_of  # noqa: E402
+from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library  # noqa: E402
+from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for  # noqa: E402
+from tests.exported_models import small_model  # noqa: E402
+
+import prepare_data  # noqa: E402
+
+TENSORRT8 = "8.5.3"
+RESEARCH_PRECISIONS = ("fp32", "fp16", "bf16")
+DEEP_PRECISIONS = ("fp32", "fp16")
+DEEP_LAYERS = 8
+#: Pure-Python packages that the engine stage needs and a bare GPU machine may lack.
+CARRIED_PACKAGES = {"PyYAML": "yaml", "click": "click", "polygraphy": "polygraphy"}
+
+
+def command_line(*arguments: object) -> None:
+    """Run hstu-compile as a user does; its own message says what is wrong when it fails."""
+    program = Path(sys.executable).with_name("hstu-compile")
+    subprocess.run([str(program), *map(str, arguments)], check=True, stdin=subprocess.DEVNULL)
+
+
+def build_bundles(job: Path, checkpoint: Path, config: Path | None, name: str, precisions: Sequence[str]) -> list[str]:
+    """Build one bundle without an engine per precision; returns their names."""
+    made = []
+    for precision in precisions:
+        folder = job / "models" / f"{name}-{precision}"
+        given = () if config is None else ("--config", config)
+        command_line("build", checkpoint, *given, f"--{precision}", "--backend", "onnx", "-o", folder, "--force")
+        for rendered in ("report.html",):
+            (folder / rendered).unlink(missing_ok=True)
+        made.append(folder.name)
+    return made
+
+
+def save_deep_checkpoint(path: Path, fixture: Path) -> None:
+    """The research model's sizes with eight layers and seeded random weights, in our own format."""
+    spec = spec_from_checkpoint(fixture / "ckpt.pt", config_from_file(fixture / "config.json"))
+    config = dataclasses.replace(spec.config, dialect="native", num_layers=DEEP_LAYERS)
+    state = small_model(config, seed=8).state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"format": "hstu-compile/1", "config": config.to_dict(), "state_dict": state}, path)
+
+
+def save_leave_one_out(job: Path, fixture: Path) -> None:
+    """Requests of every MovieLens user, the targets, and what eager float32 answers."""
+    spec = spec_from_checkpoint(fixture / "ckpt.pt", config_from_file(fixture / "config.json"))
+    histories = prepare_data.load_histories(prepare_data.fetch())
+    arrays: dict[str, Any] = {}
+    users = []
+    model = model_from_spec(spec)
+    for count, (feeds, targets) in enumerate(prepare_data.evaluation_feeds(histories), start=1):
+        for name, values in feeds.items():
+            arrays[f"{name}_{count - 1}"] = values
+        arrays[f"targets_{count - 1}"] = targets
+        with torch.inference_mode():
+            users.append(model(**{name: torch.from_numpy(values) for name, values in feeds.items()}).numpy())
+        arrays["num_batches"] = count
+    for precision in RESEARCH_PRECISIONS:
+        vectors = model_from_spec(spec, TORCH_DTYPES[precision]).item_vectors()  # type: ignore[index]
+        arrays[f"item_vectors_{precision}"] = vectors.float().numpy()
+    np.savez_compressed(job / "leave_one_out.npz", **arrays, eager_users=np.concatenate(users))
+
+
+def bench_variants() -> list[KernelVariant]:
+    """Kernels of tests/bench/bench_plugin.py: causal float16, with and without both biases."""
+    return [
+        variant
+        for dim in (64, 128)
+        for bias in (False, True)
+        for variant in variants_for(
+            "float16", dim, dim, pos_bias=bias, time_bias=bias, timestamp_bits=32, mask_kinds=(0,)
+        )
+    ]
+
+
+def build_tensorrt8_plugin(job: Path, models: Sequence[str], headers: Path, archs: Sequence[int], jobs: int) -> None:
+    """One library with the kernels of every graph and of the benchmark."""
+    variants = dict.fromkeys(bench_variants())
+    for name in models:
+        if not name.endswith("bf16"):
+            request = plugin_request_of(onnx.load(job / "models" / name / "model.onnx"), TENSORRT8)
+            variants.update(dict.fromkeys(request.variants))
+    library = build_plugin_library(
+        PluginBuildRequest(
+            variants=tuple(variants),
+            archs=tuple(archs),
+            with_ptx=False,
+            tensorrt_include_dir=headers,
+            runtime_version=TENSORRT8,
+            jobs=jobs,
+        )
+    )
+    (job / "plugin").mkdir(exist_ok=True)
+    shutil.copy2(library.self_registering, job / "plugin")
+
+
+def prepare_conformance(job: Path, headers: Path, archs: Sequence[int], jobs: int) -> None:
+    """The C++ conformance program with its cases."""
+    command = [sys.executable, "-m", "tests.plugins.conformance.prepare_conformance", str(job / "conformance")]
+    command += ["--tensorrt8-include-dir", str(headers), "--archs", *map(str, archs), "--jobs", str(jobs)]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+
+
+def copy_packages(job: Path) -> None:
+    """The carried packages' Python files; their compiled parts are optional and fit one interpreter only."""
+    for distribution, package in CARRIED_PACKAGES.items():
+        source = importlib.metadata.distribution(distribution).locate_file(package)
+        ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.pyc")
+        shutil.copytree(Path(str(source)), job / "site" / package, ignore=ignore, dirs_exist_ok=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tensorrt8-include-dir", type=Path, required=True, help="folder of TensorRT 8.5's NvInfer.h")
+    fixture = REPOSITORY.parent / "shared" / "fixtures" / "meta_research_ml100k"
+    parser.add_argument("--fixture", type=Path, default=fixture, help="folder of ckpt.pt and config.json")
+    parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--only", nargs="+", choices=["models", "plugin", "conformance"], default=["models", "plugin", "conformance"]
+    )
+    arguments = parser.parse_args()
+    job: Path = arguments.out.resolve()
+    job.mkdir(parents=True, exist_ok=True)
+    deep = job / "checkpoints" / "deep.pt"
+    research = [f"research-{precision}" for precision in RESEARCH_PRECISIONS]
+    deeper = [f"deep-{precision}" for precision in DEEP_PRECISIONS]
+    if "models" in arguments.only:
+        copy_packages(job)
+        save_deep_checkpoint(deep, arguments.fixture)
+        for name in ("ckpt.pt", "config.json"):
+            shutil.copyfile(arguments.fixture / name, job / "checkpoints" / name)
+        build_bundles(
+            job, arguments.fixture / "ckpt.pt", arguments.fixture / "config.json", "research", RESEARCH_PRECISIONS
+        )
+        build_bundles(job, deep, None, "deep", DEEP_PRECISIONS)
+        save_leave_one_out(job, arguments.fixture)
+    if "plugin" in arguments.only:
+        build_tensorrt8_plugin(
+            job, [*research, *deeper], arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs
+        )
+    if "conformance" in arguments.only:
+        prepare_conformance(job, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    layers = {
+        name: len([n for n in onnx.load(job / "models" / name / "model.onnx").graph.node if n.domain == "hstu"])
+        for name in [*research, *deeper]
+    }
+    (job / "job.json").write_text(json.dumps({"commit": commit, "num_layers": layers}, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in job.rglob("*") if path.is_file())
+    print(f"{job}: {size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
