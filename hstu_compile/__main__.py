@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -28,9 +29,24 @@ _EXTRAS = {
 }
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that temporary folders are removed."""
-    raise KeyboardInterrupt
+class _Interrupts:
+    """SIGINT and SIGTERM unwind as KeyboardInterrupt, so that temporary folders are removed, and are remembered."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        self._before = {kind: signal.signal(kind, self._interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
 
 
 def _refuse(error: HstuCompileError, arguments: list[str]) -> int:
@@ -50,8 +66,21 @@ def _missing(package: str) -> UsageError:
     )
 
 
-def _bug() -> int:
-    traceback.print_exc()
+def _interrupted() -> int:
+    click.echo("interrupted; nothing was left behind", err=True)
+    return EXIT_INTERRUPTED
+
+
+def _failed(error: Exception, arguments: list[str]) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, HstuCompileError):
+        return _refuse(error, arguments)
+    if isinstance(error, click.ClickException):
+        error.show()
+        return EXIT_USAGE
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _EXTRAS:
+        return _refuse(_missing(package), arguments)
+    traceback.print_exception(error)
     click.echo("This is a bug in hstu-compile; please report it with the output of `hstu-compile env`.", err=True)
     return EXIT_INTERNAL
 
@@ -65,26 +94,16 @@ def main(argv: list[str] | None = None) -> int:
     from hstu_compile.cli import cli
 
     arguments = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        outcome = cli.main(args=arguments, prog_name="hstu-compile", standalone_mode=False)
-    except HstuCompileError as error:
-        return _refuse(error, arguments)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in _EXTRAS:
-            return _bug()
-        return _refuse(_missing(package), arguments)
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was left behind", err=True)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
-    except Exception:
-        return _bug()
+    with _Interrupts() as interrupts:
+        try:
+            outcome = cli.main(args=arguments, prog_name="hstu-compile", standalone_mode=False)
+        except (KeyboardInterrupt, click.Abort):
+            return _interrupted()
+        except BrokenPipeError:
+            return 0
+        except Exception as error:
+            # Native code turns an interrupt into an error of its own, such as ImportError: initialization failed.
+            return _interrupted() if interrupts.received else _failed(error, arguments)
     return outcome if isinstance(outcome, int) else 0
 
 

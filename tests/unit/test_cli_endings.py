@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,10 @@ import torch
 import hstu_compile
 from hstu_compile import cli
 from hstu_compile.__main__ import main
-from hstu_compile.errors import ERROR_CODES
+from hstu_compile.errors import ERROR_CODES, EngineError
 from tests.research_reference import ResearchForm, research_state_dict
 
 FORM = ResearchForm(num_items=30, num_blocks=1)
-
-
-@pytest.fixture(autouse=True)
-def _own_signal_handler() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -130,6 +122,24 @@ def test_every_ending_has_its_exit_code(
     err = capsys.readouterr().err
     assert seen in err
     assert ("Traceback" in err) == (code == 70)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_that_native_code_turned_into_another_error_is_still_an_interrupt(
+    kind: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def importing(**options: Any) -> None:
+        try:
+            signal.raise_signal(kind)
+        except KeyboardInterrupt as error:
+            raise EngineError("HSTU-E401", "onnxruntime", "initialization failed", "install it") from error
+
+    monkeypatch.setattr(cli.cli, "main", importing)
+    assert main([]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was left behind\n"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_inspect_checkpoint_as_json_and_as_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
