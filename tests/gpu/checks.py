@@ -55,7 +55,7 @@ class Checks:
         print(f"{shown} {name}  {entry.facts.get('error', '')[:300]}", flush=True)
 
     def write(self, path: Path) -> int:
-        """Write the JSON and print the summary; returns the exit status, 1 also when nothing was checked."""
+        """Write the JSON, once more with each call; returns the exit status, 1 also when nothing was checked."""
         failed = [entry.name for entry in self._entries if not entry.passed]
         passed = len(self._entries) - len(failed)
         summary = f"{passed} passed, {len(failed)} failed"

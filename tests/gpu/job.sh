@@ -66,12 +66,13 @@ bench() {
     in_tensorrt85 python3.10 "$bench" "${common[@]}" --backends plugin --budget $half \
         --plugin-library "$job/plugin/libhstu_trt_plugin.so"
     with_paths "$python" "$bench" "${common[@]}" --backends triton eager --budget $half
-    ! grep -L '"status": "ok"' "$1"/parts/plugin-*.json "$1"/parts/triton-*.json | grep .
+    [ -z "$(grep -L '"status": "ok"' "$1"/parts/plugin-*.json "$1"/parts/triton-*.json)" ]
 }
 bench-native() {
     in_tensorrt85 python3.10 "$bench" --parts "$1/parts" --dims ${NATIVE_DIMS:-128 64} --backends native_padded \
         --n ${NATIVE_N:-256 1024 2048 4096 8192} --budget "${NATIVE_BUDGET:-480}" --group-seconds 240
-    grep -l '"status": "ok"' "$1"/parts/native_padded-*.json | grep -q .
+    # Long sequences are expected to be refused or to run out of memory; those are rows, not failures.
+    [ -n "$(grep -l '"status": "ok"' "$1"/parts/native_padded-*.json)" ]
 }
 
 run_step() {
