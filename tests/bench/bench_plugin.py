@@ -246,7 +246,9 @@ def run_case(backend: str, max_len: int, dim: int, has_bias: bool, library: Path
 
     case = workload(max_len, dim, has_bias)
     row: Row = {"case": case.name, "backend": backend, "gpu": gpu_name(), "commit": commit_of()}
-    row["command"] = f"bench_plugin.py --backends {backend} --n {max_len} --dims {dim} --bias {int(has_bias)}"
+    row["command"] = (
+        f"bench_plugin.py --parts DIR --backends {backend} --n {max_len} --dims {dim} --bias {int(has_bias)}"
+    )
     try:
         if backend in ("plugin", "native_padded"):
             return row | tensorrt_rows(backend, case, library)

@@ -4,7 +4,7 @@
 # Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
 #        timing                               device times of the engines that trt85 and rtx left in WORK
-#        bench bench-native                   tests/bench/bench_plugin.py; run alone
+#        bench-plugin bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
 # Environment:
 #   TENSORRT85, RTX16  folders with an env.sh that puts TensorRT 8.5 (python3.10) or TensorRT-RTX on the paths
 #   WORK               scratch folder that later calls find again (default /tmp/hstu-gpu-work)
@@ -60,18 +60,28 @@ timing() {
     cp "$work"/trt85/*-timing.json "$work"/rtx/*-timing.json "$1"/
     return $status
 }
-bench() {
-    local common=(--parts "$1/parts" --dims ${BENCH_DIMS:-128 64} --n ${BENCH_N:-256 1024 2048 4096 8192})
-    local half=$((${BENCH_BUDGET:-420} / 2))
-    in_tensorrt85 python3.10 "$bench" "${common[@]}" --backends plugin --budget $half \
-        --plugin-library "$job/plugin/libhstu_trt_plugin.so"
-    with_paths "$python" "$bench" "${common[@]}" --backends triton eager --budget $half
-    [ -z "$(grep -L '"status": "ok"' "$1"/parts/plugin-*.json "$1"/parts/triton-*.json)" ]
+bench_common() {
+    local folder=$1
+    shift
+    "$@" "$bench" --parts "$folder/parts" --dims ${BENCH_DIMS:-128 64} --n ${BENCH_N:-256 1024 2048 4096 8192} \
+        --budget "${BENCH_BUDGET:-280}" "${backends[@]}"
+}
+bench-plugin() {
+    local backends=(--backends plugin --plugin-library "$job/plugin/libhstu_trt_plugin.so")
+    bench_common "$1" in_tensorrt85 python3.10
+    [ -z "$(grep -L '"status": "ok"' "$1"/parts/plugin-*.json)" ]
+}
+bench-torch() {
+    local backends=(--backends triton eager)
+    bench_common "$1" with_paths "$python"
+    # Long sequences run out of memory in eager PyTorch; those are rows, not failures.
+    [ -z "$(grep -L '"status": "ok"' "$1"/parts/triton-*.json)" ]
 }
 bench-native() {
-    in_tensorrt85 python3.10 "$bench" --parts "$1/parts" --dims ${NATIVE_DIMS:-128 64} --backends native_padded \
-        --n ${NATIVE_N:-256 1024 2048 4096 8192} --budget "${NATIVE_BUDGET:-480}" --group-seconds 240
-    # Long sequences are expected to be refused or to run out of memory; those are rows, not failures.
+    local backends=(--backends native_padded --group-seconds 200)
+    BENCH_DIMS=${NATIVE_DIMS:-${BENCH_DIMS:-128 64}} BENCH_N=${NATIVE_N:-${BENCH_N:-256 1024 2048 4096 8192}} \
+        BENCH_BUDGET=${NATIVE_BUDGET:-480} bench_common "$1" in_tensorrt85 python3.10
+    # Long sequences are expected to be refused or to run out of memory.
     [ -n "$(grep -l '"status": "ok"' "$1"/parts/native_padded-*.json)" ]
 }
 
@@ -99,7 +109,7 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | rtx | timing | bench | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
+        kernels | conformance | trt85 | rtx | timing | bench-plugin | bench-torch | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done
