@@ -7,7 +7,7 @@
 #        bench-plugin bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
 # Environment:
 #   TENSORRT85, RTX16  folders with an env.sh that puts TensorRT 8.5 (python3.10) or TensorRT-RTX on the paths
-#   WORK               scratch folder that later calls find again (default /tmp/hstu-gpu-work)
+#   WORK               scratch folder that later calls find again (default JOB/work)
 #   PYTHON             Python with torch and triton (default python3)
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
@@ -17,9 +17,9 @@ job=$(realpath "${1:?$usage}") && mkdir -p "${2:?$usage}" && out=$(realpath "$2"
 shift 2
 [ $# -gt 0 ] || { echo "$usage" >&2; exit 2; }
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-work=${WORK:-/tmp/hstu-gpu-work}
+work=${WORK:-$job/work}
 python=${PYTHON:-python3}
-TENSORRT85=${TENSORRT85:-/tmp/tensorrt85} RTX16=${RTX16:-/tmp/rtx16}
+TENSORRT85=${TENSORRT85:-} RTX16=${RTX16:-}
 HSTU_COMMIT=${HSTU_COMMIT:-$(sed -n 's/.*"commit": "\(.*\)".*/\1/p' "$job/job.json")}
 export HSTU_COMMIT
 mkdir -p "$work"
@@ -39,11 +39,11 @@ with_paths() { PYTHONPATH="$library${PYTHONPATH:+:$PYTHONPATH}:$job/site" "$@"; 
 
 in_tensorrt85() (
     # shellcheck disable=SC1091
-    source "$TENSORRT85/env.sh" && with_paths "$@"
+    source "${TENSORRT85:?set it to the folder of TensorRT 8.5's env.sh}/env.sh" && with_paths "$@"
 )
 in_rtx() (
     # shellcheck disable=SC1091
-    source "$RTX16/env.sh" && with_paths "$@"
+    source "${RTX16:?set it to the folder of TensorRT-RTX's env.sh}/env.sh" && with_paths "$@"
 )
 
 gpu_tests=$library/tests/gpu
