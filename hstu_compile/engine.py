@@ -184,7 +184,7 @@ def _prepared(
     if bare and native:
         api.require_creators(dict.fromkeys(plugin_key(node) for node in bare), None)
     if api.is_tensorrt8:
-        return lowered_for_tensorrt8(proto, precision, native=native)[0]
+        return lowered_for_tensorrt8(proto, precision, native=native, has_cublas=_cublas_works())[0]
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     if native:
@@ -349,6 +349,11 @@ class _Build:
         trt = self.trt
         if not _cublas_works():
             config.set_tactic_sources(0)
+            # Keeps the graph compiler from asking for the library that is not there.
+            preview = getattr(trt, "PreviewFeature", None)
+            for name in ("DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805", "FASTER_DYNAMIC_SHAPES_0805"):
+                if hasattr(preview, name):
+                    config.set_preview_feature(getattr(preview, name), True)
         if self.precision != "fp16":
             return
         config.set_flag(trt.BuilderFlag.FP16)

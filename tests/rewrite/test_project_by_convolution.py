@@ -1,0 +1,43 @@
+"""Projections become convolutions with the same sums; products of two activations stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
+from tests.exported_models import shipped, small_config
+from tests.rewrite.attention_graphs import run_onnx
+
+FEEDS = {
+    "item_ids": np.arange(1, 12, dtype=np.int32),
+    "timestamps": np.arange(11) * 50_000,
+    "seq_offsets": np.array([0, 4, 4, 11], np.int32),
+    "request_timestamps": np.full(3, 600_000),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_projection_and_the_item_scores_become_convolutions(precision):
+    config = small_config(num_layers=2)
+    _, graph = shipped(config, precision, top_k=5)
+    model = graph.model
+    before = run_onnx(model, FEEDS)
+    result = ProjectByConvolution().call(model)
+    assert result.counts == {"projections": 2 * config.num_layers + 1}
+    assert not [node for node in model.graph.node if node.op_type == "MatMul"]
+    onnx.checker.check_model(model)
+    after = run_onnx(model, FEEDS)
+    tolerance = {"fp32": 2e-6, "fp16": 2e-3}[precision]
+    scale = float(np.sqrt(np.mean(before["user_embeddings"] ** 2)))
+    assert np.abs(after["user_embeddings"] - before["user_embeddings"]).max() <= tolerance * scale
+    assert (after["top_items"][:, 0] == before["top_items"][:, 0]).all()
+    assert not ProjectByConvolution().call(model).modified
+
+
+def test_product_of_two_activations_stays():
+    value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["M", 4])  # noqa: E731
+    nodes = [onnx.helper.make_node("Transpose", ["b"], ["bt"]), onnx.helper.make_node("MatMul", ["a", "bt"], ["y"])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [value("a"), value("b")], [value("y")]))
+    assert not ProjectByConvolution().call(model).modified
