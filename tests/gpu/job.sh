@@ -39,11 +39,11 @@ with_paths() { PYTHONPATH="$library${PYTHONPATH:+:$PYTHONPATH}:$job/site" "$@"; 
 
 in_tensorrt85() (
     # shellcheck disable=SC1091
-    source "${TENSORRT85:?set it to the folder of TensorRT 8.5's env.sh}/env.sh" && with_paths "$@"
+    source "${TENSORRT85:?set it to the folder of env.sh for TensorRT 8.5}/env.sh" && with_paths "$@"
 )
 in_rtx() (
     # shellcheck disable=SC1091
-    source "${RTX16:?set it to the folder of TensorRT-RTX's env.sh}/env.sh" && with_paths "$@"
+    source "${RTX16:?set it to the folder of env.sh for TensorRT-RTX}/env.sh" && with_paths "$@"
 )
 
 gpu_tests=$library/tests/gpu
