@@ -34,6 +34,7 @@ _UNCHANGED = frozenset(
         "And",
         "Ceil",
         "Concat",
+        "Conv",
         "Cos",
         "CumSum",
         "Div",

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
 from tests.exported_models import shipped, small_config
 from tests.rewrite.attention_graphs import run_onnx
@@ -41,3 +42,12 @@ def test_product_of_two_activations_stays():
     nodes = [onnx.helper.make_node("Transpose", ["b"], ["bt"]), onnx.helper.make_node("MatMul", ["a", "bt"], ["y"])]
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [value("a"), value("b")], [value("y")]))
     assert not ProjectByConvolution().call(model).modified
+
+
+def test_lowering_for_a_tensorrt8_without_cublas_accepts_the_convolutions():
+    _, graph = shipped(small_config(), "fp16", top_k=5)
+    lowered, records = lowered_for_tensorrt8(graph.model, "fp16", native=False, has_cublas=False)
+    assert {record.name: record.counts for record in records}["project_by_convolution"] == {"projections": 5}
+    assert "MatMul" not in {node.op_type for node in lowered.graph.node}
+    kept, _ = lowered_for_tensorrt8(graph.model, "fp16", native=False, has_cublas=True)
+    assert "Conv" not in {node.op_type for node in kept.graph.node}
