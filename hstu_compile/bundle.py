@@ -279,6 +279,7 @@ class Bundle:
             onnx=self.files.path / ONNX_FILE,
             engine=self.files.path / ENGINE_FILE if self.files.has_engine else None,
             plugin_library=self.files.plugin_library if self.runtime == "tensorrt" else None,
+            allow_tf32=self.files.manifest["precision"]["requested"] != "fp32",
         )
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

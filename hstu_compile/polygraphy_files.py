@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -73,7 +72,7 @@ class PolygraphyCheck:
 
 def run_polygraphy(folder: Path, arguments: Sequence[str]) -> PolygraphyCheck:
     """Run polygraphy in a folder."""
-    beside = Path(sys.executable).with_name("polygraphy")
-    program = str(beside) if beside.exists() else shutil.which("polygraphy") or "polygraphy"
-    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    # Through this interpreter: the polygraphy script need not be on the PATH, and another one could be.
+    program = [sys.executable, "-c", "from polygraphy.tools import main; main()"]
+    done = subprocess.run([*program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     return PolygraphyCheck(tuple(arguments), done.returncode, (done.stdout + done.stderr)[-_TAIL:])

@@ -91,6 +91,12 @@ def _check(files: bundles.BundleFiles, runtime: str, reference: Reference, progr
     return guarded_check(
         runtime,
         artifact,
-        lambda: open_session(runtime, onnx=files.path / bundles.ONNX_FILE, engine=engine, plugin_library=plugin),
+        lambda: open_session(
+            runtime,
+            onnx=files.path / bundles.ONNX_FILE,
+            engine=engine,
+            plugin_library=plugin,
+            allow_tf32=files.manifest["precision"]["requested"] != "fp32",
+        ),
         check,
     )

@@ -84,6 +84,16 @@ class RuntimeCheck:
     timing: dict[str, Any] | None = None
 
 
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite_or_none(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(each) for each in value]
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
     """The verdict: PASS only if at least one artifact ran and none that ran failed.
@@ -109,8 +119,8 @@ class VerifyReport:
     runs: tuple[RuntimeCheck, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form for report.json and the manifest."""
-        return {
+        """JSON form for report.json and the manifest; an error that is not finite is null, since JSON has no infinity."""
+        facts = {
             "bound_rule": self.rule,
             "worst_error": self.worst_error,
             "worst_bound": self.worst_bound,
@@ -119,6 +129,7 @@ class VerifyReport:
             "feeds": list(self.feeds),
             "runs": [dataclasses.asdict(run) for run in self.runs],
         }
+        return {name: _finite_or_none(value) for name, value in facts.items()}
 
 
 def _seen(feed: Feed, num_items: int) -> Array:

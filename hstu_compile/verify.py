@@ -110,7 +110,12 @@ def verify_artifacts(
             guarded_check(
                 engine.backend,
                 "model.engine",
-                lambda: open_session(engine.backend, engine=engine.plan, plugin_library=plugin_library),
+                lambda: open_session(
+                    engine.backend,
+                    engine=engine.plan,
+                    plugin_library=plugin_library if engine.backend == "tensorrt" else None,
+                    allow_tf32=graph.precision != "fp32",
+                ),
                 check("model.engine"),
             )
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
+import os
 import threading
 import types
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu_compile.errors import EngineError, PluginError, RequestError, UsageError
+from hstu_compile.errors import EngineError, HstuCompileError, PluginError, RequestError, UsageError
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers
 from hstu_compile.runtime.session import open_session
 from hstu_compile.runtime.tensorrt_session import TensorRtSession
@@ -311,3 +313,14 @@ def test_a_failing_cuda_call_is_named() -> None:
     driver = CudaDriver(FakeCuda())
     with driver.current(), pytest.raises(EngineError, match=r"cuMemAlloc_v2 failed\n  Why: out of memory \(2\)"):
         DeviceBuffers(driver).address("big", 2**21)
+
+
+@pytest.mark.parametrize(("allow", "before", "after"), [(False, None, "0"), (False, "1", "1"), (True, None, None)])
+def test_float32_engines_of_tensorrt_rtx_run_without_tf32(monkeypatch, allow, before, after):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if before is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", before)
+    with contextlib.suppress(HstuCompileError):
+        open_session("tensorrt-rtx", engine=b"not an engine", allow_tf32=allow).close()
+    assert os.environ.get("NVIDIA_TF32_OVERRIDE") == after
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
