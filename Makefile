@@ -72,7 +72,7 @@ demo: env ## train on MovieLens-100K, build the fp16 bundle, compare the ranking
 
 .PHONY: test
 test: env lint typecheck ## lint, type check, and every test but the slow ones
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: test-slow
 test-slow: env ## the slow tests, among them the whole demo

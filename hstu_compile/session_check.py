@@ -119,7 +119,7 @@ class VerifyReport:
     runs: tuple[RuntimeCheck, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form for report.json and the manifest; an error that is not finite is null, since JSON has no infinity."""
+        """JSON form for report.json and the manifest; JSON has no infinity, so an infinite error is null."""
         facts = {
             "bound_rule": self.rule,
             "worst_error": self.worst_error,

@@ -75,9 +75,9 @@ def open_session(
         plugin_library: plugin that the engine needs (tensorrt only).
         taps: intermediate values to give as further outputs (onnxruntime only).
         use_gpu: use ONNX Runtime's CUDA provider; the engines always use the GPU.
-        allow_tf32: False for float32 engines. TensorRT-RTX 1.6.1 rounds float32 products to TF32 although the engine was
-            built without it (seen on an H100: row error 1.5e-3 against 4e-7), and heeds only NVIDIA_TF32_OVERRIDE, which
-            is then set to 0 for this process unless the user has set it.
+        allow_tf32: False for float32 engines. TensorRT-RTX 1.6.1 rounds float32 products to TF32 although the engine
+            was built without it (row error 1.5e-3 on an H100, tests/gpu/results/rtx.json), and heeds only
+            NVIDIA_TF32_OVERRIDE, which is then set to 0 for this process unless the user has set it.
 
     Raises:
         EngineError: HSTU-E401 if the runtime is absent or has no GPU; E404 if the model cannot be loaded.
