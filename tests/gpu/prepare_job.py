@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "samples" / "01_movielens_demo
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint  # noqa: E402
 from hstu_compile.export import TORCH_DTYPES  # noqa: E402
 from hstu_compile.graph_plugin import plugin_request_of  # noqa: E402
+from hstu_compile.model.config import RetrievalConfig  # noqa: E402
 from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library  # noqa: E402
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for  # noqa: E402
 from tests.exported_models import small_model  # noqa: E402
@@ -37,6 +38,8 @@ TENSORRT8 = "8.5.3"
 RESEARCH_PRECISIONS = ("fp32", "fp16", "bf16")
 DEEP_PRECISIONS = ("fp32", "fp16")
 DEEP_LAYERS = 8
+#: Precisions of each model.
+MODELS = {"research": RESEARCH_PRECISIONS, "deep": DEEP_PRECISIONS, "cycled": DEEP_PRECISIONS}
 #: Pure-Python packages that the engine stage needs and a bare GPU machine may lack.
 CARRIED_PACKAGES = {"PyYAML": "yaml", "click": "click", "polygraphy": "polygraphy"}
 
@@ -54,19 +57,38 @@ def build_bundles(job: Path, checkpoint: Path, config: Path | None, name: str, p
         folder = job / "models" / f"{name}-{precision}"
         given = () if config is None else ("--config", config)
         command_line("build", checkpoint, *given, f"--{precision}", "--backend", "onnx", "-o", folder, "--force")
-        for rendered in ("report.html",):
-            (folder / rendered).unlink(missing_ok=True)
+        (folder / "report.html").unlink(missing_ok=True)
         made.append(folder.name)
     return made
 
 
+def save_native(path: Path, config: RetrievalConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Write a checkpoint in our own format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"format": "hstu-compile/1", "config": config.to_dict(), "state_dict": dict(state)}, path)
+
+
 def save_deep_checkpoint(path: Path, fixture: Path) -> None:
-    """The research model's sizes with eight layers and seeded random weights, in our own format."""
+    """The research model's sizes with eight layers and seeded random weights."""
     spec = spec_from_checkpoint(fixture / "ckpt.pt", config_from_file(fixture / "config.json"))
     config = dataclasses.replace(spec.config, dialect="native", num_layers=DEEP_LAYERS)
-    state = small_model(config, seed=8).state_dict()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"format": "hstu-compile/1", "config": config.to_dict(), "state_dict": state}, path)
+    save_native(path, config, small_model(config, seed=8).state_dict())
+
+
+def save_cycled_checkpoint(path: Path, fixture: Path) -> None:
+    """Eight layers out of the fixture's trained ones, in turn: the conditioning of real weights at that depth."""
+    spec = spec_from_checkpoint(fixture / "ckpt.pt", config_from_file(fixture / "config.json"))
+    config = dataclasses.replace(spec.config, dialect="native", num_layers=DEEP_LAYERS)
+    state: dict[str, torch.Tensor] = {}
+    for key, tensor in model_from_spec(spec).state_dict().items():
+        prefix, _, rest = key.partition(".")
+        if prefix != "layers":
+            state[key] = tensor
+            continue
+        trained, _, parameter = rest.partition(".")
+        for layer in range(int(trained), DEEP_LAYERS, spec.config.num_layers):
+            state[f"layers.{layer}.{parameter}"] = tensor.clone()
+    save_native(path, config, state)
 
 
 def save_leave_one_out(job: Path, fixture: Path) -> None:
@@ -145,29 +167,26 @@ def main() -> int:
     parser.add_argument("--fixture", type=Path, default=fixture, help="folder of ckpt.pt and config.json")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--only", nargs="+", choices=["models", "plugin", "conformance"], default=["models", "plugin", "conformance"]
-    )
+    parts = [*MODELS, "plugin", "conformance"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
     arguments = parser.parse_args()
     job: Path = arguments.out.resolve()
     job.mkdir(parents=True, exist_ok=True)
-    deep = job / "checkpoints" / "deep.pt"
-    research = [f"research-{precision}" for precision in RESEARCH_PRECISIONS]
-    deeper = [f"deep-{precision}" for precision in DEEP_PRECISIONS]
-    if "models" in arguments.only:
-        copy_packages(job)
-        save_deep_checkpoint(deep, arguments.fixture)
+    names = [f"{model}-{precision}" for model, precisions in MODELS.items() for precision in precisions]
+    checkpoints = job / "checkpoints"
+    copy_packages(job)
+    if "research" in arguments.only:
+        checkpoints.mkdir(exist_ok=True)
         for name in ("ckpt.pt", "config.json"):
-            shutil.copyfile(arguments.fixture / name, job / "checkpoints" / name)
-        build_bundles(
-            job, arguments.fixture / "ckpt.pt", arguments.fixture / "config.json", "research", RESEARCH_PRECISIONS
-        )
-        build_bundles(job, deep, None, "deep", DEEP_PRECISIONS)
+            shutil.copyfile(arguments.fixture / name, checkpoints / name)
+        build_bundles(job, checkpoints / "ckpt.pt", checkpoints / "config.json", "research", RESEARCH_PRECISIONS)
         save_leave_one_out(job, arguments.fixture)
+    for model, save in (("deep", save_deep_checkpoint), ("cycled", save_cycled_checkpoint)):
+        if model in arguments.only:
+            save(checkpoints / f"{model}.pt", arguments.fixture)
+            build_bundles(job, checkpoints / f"{model}.pt", None, model, MODELS[model])
     if "plugin" in arguments.only:
-        build_tensorrt8_plugin(
-            job, [*research, *deeper], arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs
-        )
+        build_tensorrt8_plugin(job, names, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "conformance" in arguments.only:
         prepare_conformance(job, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     commit = subprocess.run(
@@ -175,7 +194,7 @@ def main() -> int:
     ).stdout.strip()
     layers = {
         name: len([n for n in onnx.load(job / "models" / name / "model.onnx").graph.node if n.domain == "hstu"])
-        for name in [*research, *deeper]
+        for name in names
     }
     (job / "job.json").write_text(json.dumps({"commit": commit, "num_layers": layers}, indent=1) + "\n")
     size = sum(path.stat().st_size for path in job.rglob("*") if path.is_file())

@@ -31,7 +31,7 @@ from hstu_compile.runtime.session import open_session  # noqa: E402
 from hstu_compile.session_check import check_session  # noqa: E402
 from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402
 
-MODELS = ("research-fp32", "research-fp16", "research-bf16", "deep-fp16")
+MODELS = ("research-fp32", "research-fp16", "research-bf16", "cycled-fp16", "cycled-fp32", "deep-fp16", "deep-fp32")
 
 
 def build_engine(checks: Checks, model: PreparedModel, engine: Path) -> bool:

@@ -39,7 +39,7 @@ from hstu_compile.runtime.session import Session, open_session  # noqa: E402
 from hstu_compile.session_check import check_session  # noqa: E402
 from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402
 
-PLUGIN_MODELS = ("research-fp16", "research-fp32", "deep-fp16", "deep-fp32")
+PLUGIN_MODELS = ("research-fp16", "research-fp32", "cycled-fp16", "cycled-fp32", "deep-fp16", "deep-fp32")
 NATIVE_MODELS = ("research-fp32", "research-fp16")
 BUILD_SECONDS = 300.0
 #: Loads an engine in a process of its own, where no plugin library was loaded before.
