@@ -5,9 +5,10 @@ oracle. Device time by CUDA events; peak_mib is the memory beyond the inputs. Th
 writes parts, and a last step merges them:
 
   bench_plugin.py --parts DIR --backends plugin native_padded --plugin-library LIB   (beside TensorRT, no torch needed)
+  bench_plugin.py --parts DIR --backends native_rtx                                  (beside TensorRT-RTX)
   bench_plugin.py --parts DIR --backends triton eager                                (beside torch)
-  bench_plugin.py --merge DIR [--csv FILE]                                           (anywhere)
-  bench_plugin.py --table [--csv FILE]                                               (the Markdown table, with ratios)
+  bench_plugin.py --merge DIR [--csv FILE]             (anywhere; rows that DIR lacks stay in the CSV as they are)
+  bench_plugin.py --table [--csv FILE] [--into FILE]   (the Markdown table, with ratios; also between FILE's marks)
 
 Without --parts, --merge or --table nothing is measured: the results that are committed come from a GPU.
 """
@@ -19,18 +20,28 @@ import csv
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hstu_compile.environment import Backend
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 
-BACKENDS = ("plugin", "native_padded", "triton", "eager")
+BACKENDS = ("plugin", "native_padded", "native_rtx", "triton", "eager")
+#: Backends of TensorRT, and the flavour each runs in.
+TENSORRT_BACKENDS: dict[str, Backend] = {
+    "plugin": "tensorrt",
+    "native_padded": "tensorrt",
+    "native_rtx": "tensorrt-rtx",
+}
 LENGTHS = (256, 1024, 2048, 4096, 8192)
 DIMS = (64, 128)
 COLUMNS = (
@@ -50,10 +61,15 @@ COLUMNS = (
     "gpu",
     "versions",
     "commit",
+    "date",
     "command",
 )
 RESULTS = Path(__file__).parent / "results" / "plugin.csv"
-BASELINE = "native_padded"
+BASELINE = "native_rtx"
+#: Columns of the Markdown table; the CSV has every backend.
+SHOWN = ("plugin", "native_rtx", "triton", "eager")
+BEGIN, END = "<!-- plugin benchmark: begin -->", "<!-- plugin benchmark: end -->"
+_NO_MEMORY = re.compile(r"out ?of ?memory|cudaErrorMemoryAllocation", re.IGNORECASE)
 
 Row = dict[str, Any]
 
@@ -64,6 +80,11 @@ def commit_of() -> str:
         return os.environ["HSTU_COMMIT"]
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def today() -> str:
+    """Of the measurement, UTC."""
+    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def gpu_name() -> str:
@@ -88,8 +109,14 @@ def measured_row(case: Any, output: Any, time_it: Callable[[], dict[str, Any]], 
     return {"status": "ok", "max_err": error, "err_bound": bound, **timing, "tflops": tflops, **memory()}
 
 
-def attention_graph(case: Any) -> Any:
-    """An ONNX model of one attention node with its native body, as the exporter writes it."""
+def attention_graph(case: Any, *, static: bool = False) -> Any:
+    """An ONNX model of one attention node with its native body, as the exporter writes it.
+
+    Args:
+        case: what it computes.
+        static: fix L and B at the case's. TensorRT-RTX exchanges kernels of dynamic shapes while it runs, once
+            specialised ones are compiled; with fixed shapes it has them from the start.
+    """
     import numpy as np
     import onnx
     from attention_workload import NUM_HEADS
@@ -126,16 +153,18 @@ def attention_graph(case: Any) -> Any:
         plugin_namespace=contract.namespace,
     )
     half = [NUM_HEADS, case.dim]
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["L", *half]) for name in ("q", "k", "v")]
-    inputs.append(helper.make_tensor_value_info("offsets", TensorProto.INT32, ["B_plus_1"]))
+    rows: int | str = len(case.q) if static else "L"
+    bounds: int | str = len(case.offsets) if static else "B_plus_1"
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [rows, *half]) for name in ("q", "k", "v")]
+    inputs.append(helper.make_tensor_value_info("offsets", TensorProto.INT32, [bounds]))
     # The engine stage reads a graph's precision off its weights, and attention has none of its own.
     weights = [numpy_helper.from_array(np.zeros(1, np.float16), "precision")]
     if case.has_bias:
         for name in ("row_timestamps", "col_timestamps"):
-            inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["L"]))
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, [rows]))
         tables = {"pos_table": case.pos_table, "ts_table": case.ts_table, "ts_thresholds": case.thresholds}
         weights += [numpy_helper.from_array(values, name) for name, values in tables.items()]
-    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT16, ["L", *half])]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT16, [rows, *half])]
     graph = helper.make_graph([node], "attention", inputs, outputs, weights)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(contract.namespace, int(contract.version))]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -159,17 +188,18 @@ def tensorrt_rows(backend: str, case: Any, library: Path | None) -> Row:
     from hstu_compile.engine import engine_from_onnx
     from hstu_compile.tensorrt_api import tensorrt_api
 
-    api = tensorrt_api("tensorrt")
+    flavour = TENSORRT_BACKENDS[backend]
+    api = tensorrt_api(flavour)
     feeds = tensorrt_feeds(case)
     shapes = {name: tuple(values.shape) for name, values in feeds.items()}
     plugin = library if backend == "plugin" else None
     engine = engine_from_onnx(
-        attention_graph(case),
-        backend="tensorrt",
+        attention_graph(case, static=api.is_rtx),
+        backend=flavour,
         profiles=[Profile("case", shapes, shapes, shapes)],
         plugin_library=plugin,
     )
-    row: Row = {"build_s": engine.seconds, "versions": f"tensorrt {api.version}"}
+    row: Row = {"build_s": engine.seconds, "versions": f"{flavour} {api.version}"}
     if backend == "plugin" and engine.layers["plugin"] != 1:
         raise RuntimeError(f"the engine has {engine.layers['plugin']} plugin layers, not 1")
     with EngineRunner(api, engine.plan, plugin) as runner:
@@ -245,18 +275,33 @@ def run_case(backend: str, max_len: int, dim: int, has_bias: bool, library: Path
     from attention_workload import workload
 
     case = workload(max_len, dim, has_bias)
-    row: Row = {"case": case.name, "backend": backend, "gpu": gpu_name(), "commit": commit_of()}
+    row: Row = {"case": case.name, "backend": backend, "gpu": gpu_name(), "commit": commit_of(), "date": today()}
     row["command"] = (
         f"bench_plugin.py --parts DIR --backends {backend} --n {max_len} --dims {dim} --bias {int(has_bias)}"
     )
     try:
-        if backend in ("plugin", "native_padded"):
+        if backend in TENSORRT_BACKENDS:
             return row | tensorrt_rows(backend, case, library)
         return row | torch_rows(backend, case)
     except Exception as error:
-        text = " ".join(str(error).split())
-        kind = "out of memory" if "memory" in text.lower() else "error"
-        return row | {"status": f"{kind}: {type(error).__name__}: {text[:300]}"}
+        return row | {"status": status_of(error)}
+
+
+def status_of(error: Exception) -> str:
+    """Why there is no time: "not built", "out of memory" (an allocation failed) or "error", and the last reason given.
+
+    TensorRT's log ends with what stopped it, but its warnings may follow: the last line of severity ERROR counts.
+    """
+    # Our own messages carry the log in `why`; `fix` is advice, and names memory whatever happened.
+    reason = str(getattr(error, "why", error))
+    lines = [" ".join(line.split()) for line in reason.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("[ERROR]", "[INTERNAL_ERROR]"))]
+    last = (errors or lines or [type(error).__name__])[-1][:300]
+    code = getattr(error, "code", "")
+    if _NO_MEMORY.search(" ".join(errors) if errors else reason) or _NO_MEMORY.search(type(error).__name__):
+        return f"out of memory: {last}"
+    kind = "not built" if code == "HSTU-E402" else "error"
+    return f"{kind}: {code or type(error).__name__}: {last}"
 
 
 def part_name(backend: str, max_len: int, dim: int, has_bias: bool) -> str:
@@ -312,6 +357,7 @@ def show_row(path: Path, facts: tuple[str, int, int, bool], failed: str) -> None
         backend, n, dim, has_bias = facts
         name = workload(n, dim, has_bias).name
         row = {"case": name, "backend": backend, "status": failed, "gpu": gpu_name(), "commit": commit_of()}
+        row["date"] = today()
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     row = json.loads(path.read_text(encoding="utf-8"))
     shown = f"{row['median_ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s" if "median_ms" in row else ""
@@ -319,24 +365,33 @@ def show_row(path: Path, facts: tuple[str, int, int, bool], failed: str) -> None
 
 
 def merge(parts: Path, target: Path) -> int:
-    """All parts as one CSV, in the order of cases and backends."""
+    """All parts into the CSV, in the order of cases and backends; a part replaces the row of its case and backend."""
 
     def order(row: Row) -> tuple[Any, ...]:
         facts = dict(pair.split("=") for pair in row["case"].split())
         return int(facts["D"]), facts["bias"], int(facts["N"]), BACKENDS.index(row["backend"])
 
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in parts.rglob("*-n*.json")]
-    if not rows:
+    fresh = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.rglob("*-n*.json"))]
+    if not fresh:
         print(f"error: {parts} holds no parts; measure first, with --parts", file=sys.stderr)
         return 1
+    rows = {(row["case"], row["backend"]): row for row in [*read_rows(target), *fresh]}
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in sorted(rows, key=order):
+        for row in sorted(rows.values(), key=order):
             writer.writerow({name: _rounded(row.get(name, "")) for name in COLUMNS})
-    print(f"{target}: {len(rows)} rows")
+    print(f"{target}: {len(rows)} rows, {len(fresh)} of them new")
     return 0
+
+
+def read_rows(source: Path) -> list[Row]:
+    """Rows of the CSV; none where there is no file."""
+    if not source.exists():
+        return []
+    with source.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _rounded(value: Any) -> Any:
@@ -344,17 +399,17 @@ def _rounded(value: Any) -> Any:
 
 
 def table_lines(rows: Iterable[Row]) -> list[str]:
-    """Markdown: one line per case; time, TFLOP/s and memory of each backend, and ratios to the padded native body."""
+    """Markdown: one line per case; time, TFLOP/s and memory of each backend, and ratios to the plugin's."""
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(row["case"], {})[row["backend"]] = row
-    heads = [f"{name} ms (TFLOP/s, MiB)" for name in BACKENDS]
-    lines = ["| " + " | ".join(["case", *heads, "native / plugin", "eager / plugin", "native MiB / plugin MiB"]) + " |"]
-    lines.append("|" + "---|" * (len(BACKENDS) + 4))
+    heads = ["plugin", *(f"{name} | {name} / plugin" for name in SHOWN[1:]), f"{BASELINE} MiB / plugin MiB"]
+    lines = ["| case | " + " | ".join(heads) + " |", "|" + "---|" * (2 * len(SHOWN) + 1)]
     for case, found in cases.items():
-        cells = [_cell(found.get(name)) for name in BACKENDS]
-        ratios = [_ratio(found, "median_ms", BASELINE), _ratio(found, "median_ms", "eager")]
-        lines.append("| " + " | ".join([case, *cells, *ratios, _ratio(found, "peak_mib", BASELINE)]) + " |")
+        cells = [case, _cell(found.get("plugin"))]
+        for name in SHOWN[1:]:
+            cells += [_cell(found.get(name)), _ratio(found, "median_ms", name)]
+        lines.append("| " + " | ".join([*cells, _ratio(found, "peak_mib", BASELINE)]) + " |")
     return lines
 
 
@@ -372,19 +427,48 @@ def _ratio(found: dict[str, Row], column: str, over: str) -> str:
     return f"{float(found[over][column]) / float(found['plugin'][column]):.1f}"
 
 
-def print_table(source: Path) -> int:
-    """The Markdown table of a CSV, with where it comes from."""
-    with source.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for column in ("gpu", "versions", "commit"):
-        print(f"{column}: {'; '.join(sorted({row[column] for row in rows if row[column]}))}  ")
-    print(
-        "H = 4, float16, causal, 65,536 tokens, lengths uniform in 10 to 100 % of N; device time, warm, inputs larger\n"
-        "than the L2 cache; TFLOP/s on the actual lengths, causal half; MiB beyond the inputs. plugin and\n"
-        "native_padded take int32 timestamps (TensorRT 8 has no int64), triton and eager int64.\n"
-    )
-    print("\n".join(table_lines(rows)))
-    return 0
+def table_text(rows: Sequence[Row]) -> str:
+    """The Markdown table, with where it comes from and what is missing."""
+    lines = [
+        f"{column}: {'; '.join(sorted({row[column] for row in rows if row.get(column)}))}  "
+        for column in ("gpu", "versions", "commit", "date")
+    ]
+    lines += [
+        "",
+        "H = 4, float16, causal, about 65,536 tokens, lengths uniform in 10 to 100 % of N. Cells: median device time",
+        "in ms (TFLOP/s on the actual lengths, causal half; MiB beyond the inputs), warm, inputs larger than the L2",
+        "cache. The plugin (TensorRT 8.5) takes int32 timestamps, as TensorRT 8 has no int64; the others take int64.",
+        "native_rtx, the padded baseline, is the same ONNX's native body built for exactly these shapes by",
+        "TensorRT-RTX on the same GPU. triton is launched from Python at every repeat, which shows in the shortest cases.",
+        "A cell without a time: its reason is the CSV's status.",
+    ]
+    padded = [row for row in rows if row["backend"] == "native_padded"]
+    refused = sum(row["status"].startswith("not built") for row in padded)
+    if refused:
+        lines += [
+            f"TensorRT 8.5 could not build that body in {refused} of {len(padded)} cases tried: without cuBLAS",
+            "it has no product of two activations.",
+        ]
+    cases = dict.fromkeys(row["case"] for row in rows)
+    have = {(row["case"], row["backend"]) for row in rows}
+    for name in SHOWN:
+        missing = sum((case, name) not in have for case in cases)
+        if missing:
+            lines.append(f"{name}: {missing} of {len(cases)} cases were not measured.")
+    return "\n".join([*lines, "", *table_lines(rows)]) + "\n"
+
+
+def put_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what a file has between two marks.
+
+    Raises:
+        ValueError: if the file lacks the marks.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path} has no {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -402,6 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--one-group", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--merge", type=Path, metavar="DIR", help="write the CSV from the parts under DIR")
     parser.add_argument("--table", action="store_true", help="print the Markdown table of the CSV")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="also put the table between this file's marks")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     if arguments.one_group:
@@ -412,7 +497,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.merge is not None:
         return merge(arguments.merge, arguments.csv)
     if arguments.table:
-        return print_table(arguments.csv)
+        text = table_text(read_rows(arguments.csv))
+        if arguments.into is not None:
+            put_between(arguments.into, BEGIN, END, text)
+        print(text, end="")
+        return 0
     print("bench_plugin.py measures on a GPU, with --parts; results/plugin.csv stays as it is")
     return 0
 

@@ -147,10 +147,13 @@ class EngineRunner:
 
         used_mib also holds inputs, weights and loaded kernels; it is cuMemGetInfo's difference since before the engine.
         """
+        # TensorRT-RTX has the newer name only.
+        newer = hasattr(self._engine, "device_memory_size_v2")
+        scratch = self._engine.device_memory_size_v2 if newer else self._engine.device_memory_size
         outputs = sum(host.nbytes for host in self._hosts.values())
         with self._driver.current():
             used = self._free_before - self._free_bytes()
-        return {"peak_mib": (self._engine.device_memory_size + outputs) / _MIB, "used_mib": used / _MIB}
+        return {"peak_mib": (scratch + outputs) / _MIB, "used_mib": used / _MIB}
 
     def close(self) -> None:
         """Free everything."""

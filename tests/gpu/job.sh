@@ -4,11 +4,13 @@
 # Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
 #        timing                               device times of the engines that trt85 and rtx left in WORK
-#        bench-plugin bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
+#        bench-plugin bench-rtx bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
 # Environment:
 #   TENSORRT85, RTX16  folders with an env.sh that puts TensorRT 8.5 (python3.10) or TensorRT-RTX on the paths
 #   WORK               scratch folder that later calls find again (default JOB/work)
 #   PYTHON             Python with torch and triton (default python3)
+#   TORCH_BACKENDS     of bench-torch (default "triton eager")
+#   HSTU_COMMIT        what the results are results of (default: the commit that the job folder was made from)
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
 
@@ -22,6 +24,7 @@ python=${PYTHON:-python3}
 TENSORRT85=${TENSORRT85:-} RTX16=${RTX16:-}
 HSTU_COMMIT=${HSTU_COMMIT:-$(sed -n 's/.*"commit": "\(.*\)".*/\1/p' "$job/job.json")}
 export HSTU_COMMIT
+gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1 | sed 's/, /, driver /')
 mkdir -p "$work"
 summary=$work/summary.txt
 : >"$summary"
@@ -72,16 +75,22 @@ bench-plugin() {
     [ -z "$(grep -L '"status": "ok"' "$1"/parts/plugin-*.json)" ]
 }
 bench-torch() {
-    local backends=(--backends triton eager)
+    local backends=(--backends ${TORCH_BACKENDS:-triton eager})
     bench_common "$1" with_paths "$python"
     # Long sequences run out of memory in eager PyTorch; those are rows, not failures.
-    [ -z "$(grep -L '"status": "ok"' "$1"/parts/triton-*.json)" ]
+    [ -z "$(find "$1/parts" -name 'triton-*.json' -exec grep -L '"status": "ok"' {} +)" ]
+}
+bench-rtx() {
+    local backends=(--backends native_rtx)
+    bench_common "$1" in_rtx "$python"
+    # Long sequences are expected to be refused or to run out of memory.
+    [ -n "$(grep -l '"status": "ok"' "$1"/parts/native_rtx-*.json)" ]
 }
 bench-native() {
     local backends=(--backends native_padded --group-seconds 200)
     BENCH_DIMS=${NATIVE_DIMS:-${BENCH_DIMS:-128 64}} BENCH_N=${NATIVE_N:-${BENCH_N:-256 1024 2048 4096 8192}} \
         BENCH_BUDGET=${NATIVE_BUDGET:-480} bench_common "$1" in_tensorrt85 python3.10
-    # Long sequences are expected to be refused or to run out of memory.
+    # Without cuBLAS every one is refused: a row, and a failed step.
     [ -n "$(grep -l '"status": "ok"' "$1"/parts/native_padded-*.json)" ]
 }
 
@@ -91,6 +100,8 @@ run_step() {
     # From the scratch folder: in the repository, its own folders would be imported instead of the library.
     (cd "$folder" && "$step" "$folder") >"$folder/log.txt" 2>&1
     code=$?
+    printf '{"step": "%s", "exit_code": %d, "commit": "%s", "gpu": "%s", "date": "%s"}\n' "$step" "$code" \
+        "$HSTU_COMMIT" "$gpu" "$(date -u +%F)" >"$folder/run.json"
     # Engines stay for the timing step, and are too large to bring back.
     tar czf "$out/$step.tar.gz" -C "$work" --exclude='*.engine' "$step"
     {
@@ -109,11 +120,11 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | rtx | timing | bench-plugin | bench-torch | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
+        kernels | conformance | trt85 | rtx | timing | bench-plugin | bench-rtx | bench-torch | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | sed 's/^/gpu: /' >>"$summary"
+echo "gpu: ${gpu:-unknown}" >>"$summary"
 echo "commit $HSTU_COMMIT; $failed steps failed" >>"$summary"
 cp "$summary" "$out/summary.txt"
 cat "$summary"
