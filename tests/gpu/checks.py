@@ -54,6 +54,10 @@ class Checks:
         shown = "ok  " if entry.passed else "FAIL"
         print(f"{shown} {name}  {entry.facts.get('error', '')[:300]}", flush=True)
 
+    def take(self, other: Checks) -> None:
+        """Add what another process checked."""
+        self._entries += other._entries
+
     def write(self, path: Path) -> int:
         """Write the JSON, once more with each call; returns the exit status, 1 also when nothing was checked."""
         failed = [entry.name for entry in self._entries if not entry.passed]

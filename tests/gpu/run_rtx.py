@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,7 +56,7 @@ def build_engine(checks: Checks, model: PreparedModel, engine: Path) -> bool:
 def check_engine(checks: Checks, model: PreparedModel, engine: Path, job: Path) -> None:
     """Compare every feed, the empty batch and the ranking."""
     with checks.check(f"{model.name}: our session opens") as check:
-        session = open_session("tensorrt-rtx", engine=engine)
+        session = open_session("tensorrt-rtx", engine=engine, allow_tf32=model.precision != "fp32")
         check.passed = True
     if not check.passed:
         return
@@ -78,12 +81,26 @@ def check_engine(checks: Checks, model: PreparedModel, engine: Path, job: Path) 
 def check_timing(checks: Checks, model: PreparedModel, engine: Path) -> None:
     """Device time of the mixed feed, for the record."""
     with checks.check(f"{model.name}: device time of feed '{model.reference.feeds[1].name}'") as check:
+        # Opened and closed for what it sets: how this process is to compute float32.
+        open_session("tensorrt-rtx", engine=engine, allow_tf32=model.precision != "fp32").close()
         with EngineRunner(tensorrt_api("tensorrt-rtx"), engine.read_bytes(), None) as runner:
             runner.set_inputs(model.reference.feeds[1].arrays)
             timing = runner.time()
         lengths = model.reference.feeds[1].lengths
         check.facts |= {"batch": len(lengths), "events": int(lengths.sum()), **timing}
         check.passed = timing["median_ms"] > 0
+
+
+def checked_model(job: Path, engines: Path, name: str, only: str) -> Checks:
+    """All of one model, or only its "build" or "timing". For a process of its own: TF32 is chosen once per process."""
+    checks = Checks("rtx")
+    model = prepared_model(job, name)
+    engine = engines / f"{name}.engine"
+    if only == "timing":
+        check_timing(checks, model, engine)
+    elif build_engine(checks, model, engine) and only != "build":
+        check_engine(checks, model, engine, job)
+    return checks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,14 +119,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = Checks("rtx")
     checks.facts["job"] = json.loads((job / "job.json").read_text(encoding="utf-8"))
     checks.facts["tensorrt-rtx"] = tensorrt_api("tensorrt-rtx").version
+    only = "timing" if arguments.only_timing else "build" if arguments.build_only else "all"
     for name in arguments.models:
-        model = prepared_model(job, name)
-        engine = engines / f"{name}.engine"
-        if arguments.only_timing:
-            if engine.exists():
-                check_timing(checks, model, engine)
-        elif build_engine(checks, model, engine) and not arguments.build_only:
-            check_engine(checks, model, engine, job)
+        if only == "timing" and not (engines / f"{name}.engine").exists():
+            continue
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                checks.take(pool.submit(checked_model, job, engines, name, only).result())
+            except BrokenProcessPool as error:
+                with checks.check(f"{name}: its process lives") as check:
+                    check.facts["error"] = str(error)
     return checks.write(out / ("rtx-timing.json" if arguments.only_timing else "rtx.json"))
 
 
