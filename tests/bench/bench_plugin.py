@@ -439,8 +439,8 @@ def table_text(rows: Sequence[Row]) -> str:
         "in ms (TFLOP/s on the actual lengths, causal half; MiB beyond the inputs), warm, inputs larger than the L2",
         "cache. The plugin (TensorRT 8.5) takes int32 timestamps, as TensorRT 8 has no int64; the others take int64.",
         "native_rtx, the padded baseline, is the same ONNX's native body built for exactly these shapes by",
-        "TensorRT-RTX on the same GPU. triton is launched from Python at every repeat, which shows in the shortest cases.",
-        "A cell without a time: its reason is the CSV's status.",
+        "TensorRT-RTX on the same GPU. triton is launched from Python at every repeat, which shows in the shortest",
+        "cases. A cell without a time: its reason is the CSV's status.",
     ]
     padded = [row for row in rows if row["backend"] == "native_padded"]
     refused = sum(row["status"].startswith("not built") for row in padded)
