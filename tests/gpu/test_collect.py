@@ -1,0 +1,137 @@
+"""The scripts around a GPU run: what they write down, and what they say when something failed. No GPU."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hstu_compile.errors import EngineError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def load(path: str) -> ModuleType:
+    file = REPOSITORY / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load("tests/bench/bench_plugin.py")
+collect = load("tests/gpu/collect.py")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        # `fix` speaks of memory, and a warning follows the reason: neither decides.
+        (
+            EngineError("HSTU-E402", "not built", "[WARNING] a\n    [ERROR] no MatMul\n    [WARNING] b", "less memory"),
+            "not built: HSTU-E402: [ERROR] no MatMul",
+        ),
+        (
+            EngineError("HSTU-E404", "no context", "[ERROR] Cuda Runtime (out of memory)", "free GPU memory"),
+            "out of memory: [ERROR] Cuda Runtime (out of memory)",
+        ),
+        (EngineError("HSTU-E404", "the CUDA call failed", "out of memory", "x"), "out of memory: out of memory"),
+        (RuntimeError("memory layout differs"), "error: RuntimeError: memory layout differs"),
+    ],
+)
+def test_only_a_failed_allocation_is_called_out_of_memory(error: Exception, status: str) -> None:
+    assert bench.status_of(error) == status
+
+
+def part(folder: Path, backend: str, **facts: Any) -> None:
+    row = {"case": "H=4 D=64 N=256 bias=none B=2 L=300", "backend": backend, "status": "ok", "tflops": 1.0, **facts}
+    (folder / f"{backend}-d64-bias0-n256.json").write_text(json.dumps(row))
+
+
+def test_merging_replaces_what_was_measured_again_and_keeps_the_rest(tmp_path: Path) -> None:
+    first, second, target = tmp_path / "1", tmp_path / "2", tmp_path / "plugin.csv"
+    first.mkdir()
+    second.mkdir()
+    part(first, "plugin", median_ms=2.0, peak_mib=10.0)
+    part(first, "eager", median_ms=8.0, peak_mib=30.0)
+    part(second, "native_rtx", median_ms=3.0, peak_mib=40.0)
+    part(second, "eager", median_ms=6.0, peak_mib=30.0)
+    assert bench.merge(first, target) == 0
+    assert bench.merge(second, target) == 0
+    with target.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["backend"], float(row["median_ms"])) for row in rows] == [
+        ("plugin", 2.0),
+        ("native_rtx", 3.0),
+        ("eager", 6.0),
+    ]
+    line = bench.table_lines(rows)[-1]
+    assert "| 2.000 (1, 10) | 3.000 (1, 40) | 1.5 | not measured |  | 6.000 (1, 30) | 3.0 | 4.0 |" in line
+
+
+def test_a_run_without_parts_leaves_the_csv_alone(tmp_path: Path) -> None:
+    target = tmp_path / "plugin.csv"
+    target.write_text("untouched")
+    assert bench.merge(tmp_path, target) == 1
+    assert target.read_text() == "untouched"
+
+
+def test_a_failed_check_stays_visible_in_the_collected_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    run = tmp_path / "run" / "rtx"
+    run.mkdir(parents=True)
+    tensor = {"error": 3e-5, "bound": 1e-5}
+    checks = [
+        {"name": "deep: agrees", "passed": False, "facts": {"result": {"tensors": [tensor]}, "output": "x" * 9000}},
+        {"name": "deep: builds", "passed": True, "facts": {"output": "long", "engine": "/some/where/a.engine"}},
+    ]
+    content = {
+        "name": "rtx",
+        "summary": "1 passed, 1 failed",
+        "failed": ["deep: agrees"],
+        "facts": {},
+        "checks": checks,
+    }
+    (run / "rtx.json").write_text(json.dumps(content))
+    (run / "run.json").write_text(json.dumps({"gpu": "G", "commit": "c" * 40, "date": "2026-01-01", "exit_code": 1}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{collect.BEGIN}\nold\n{collect.END}\nafter\n")
+    assert collect.main([str(tmp_path / "run"), "--into", str(readme)]) == 0
+    stored = json.loads((tmp_path / "results" / "rtx.json").read_text())
+    assert stored["run"]["commit"] == "c" * 40
+    assert stored["failed"] == ["deep: agrees"]
+    assert len(stored["checks"][0]["facts"]["output"]) < 1000
+    assert stored["checks"][1]["facts"] == {"engine": "a.engine"}
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "rtx failed: deep: agrees" in text
+    assert "| rtx | deep | 3e-05 | 1e-05 | **FAIL** |" in text
+
+
+def test_conformance_counts_failures_and_sanitizer_verdicts(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"device": "D"},
+        {"case": "a", "dtype": "float16", "mode": "m", "status": "pass", "componentwise": 0.1, "bound": 0.2},
+        {"case": "a", "dtype": "float16", "mode": "n", "status": "fail", "componentwise": 0.3, "bound": 0.2},
+    ]
+    grid = tmp_path / "conformance.jsonl"
+    grid.write_text("\n".join(map(json.dumps, lines)) + "\n1 passed, 1 failed\n")
+    (tmp_path / "memcheck.txt").write_text(
+        "== memcheck --filter a\n== ERROR SUMMARY: 0 errors\n== memcheck --filter b\n== ERROR SUMMARY: 2 errors\n"
+    )
+    found = collect.of_conformance(grid)
+    assert found["summary"] == "1 passed, 1 failed"
+    assert found["failed"][0]["mode"] == "n"
+    assert found["cases"] == {"a float16": {"passed": 1, "worst": 0.3, "bound": 0.2}}
+    assert found["sanitizers"] == {"memcheck": {"runs": 2, "clean": 1}}
