@@ -5,6 +5,9 @@ Level 1. The one place of model/ that knows of the Triton kernel, and only when 
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,77 +68,30 @@ def hstu_attention_op(
 
 
 @hstu_attention_op.register_fake
-def _fake_hstu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    num_targets: Tensor | None,
-    contextual_seq_lens: Tensor | None,
-    scaling_seq_lens: Tensor | None,
-    row_timestamps: Tensor | None,
-    col_timestamps: Tensor | None,
-    pos_table: Tensor | None,
-    ts_table: Tensor | None,
-    ts_thresholds: Tensor | None,
-    alpha: float,
-    scaling_seq_len: float,
-    max_query_len: int,
-    max_seq_len: int,
-    target_group_size: int,
-    contextual_seq_len: int,
-    max_attn_len: int,
-    min_full_attn_seq_len: int,
-) -> Tensor:
+def _fake_hstu_attention(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
+# The op's arguments behind the offsets, in its order.
+_OPTIONAL_INPUTS = (
+    "num_targets",
+    "contextual_seq_lens",
+    "scaling_seq_lens",
+    "row_timestamps",
+    "col_timestamps",
+    "pos_table",
+    "ts_table",
+    "ts_thresholds",
+)
+
+
 @hstu_attention_op.register_kernel("cuda")
-def _cuda_hstu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    num_targets: Tensor | None,
-    contextual_seq_lens: Tensor | None,
-    scaling_seq_lens: Tensor | None,
-    row_timestamps: Tensor | None,
-    col_timestamps: Tensor | None,
-    pos_table: Tensor | None,
-    ts_table: Tensor | None,
-    ts_thresholds: Tensor | None,
-    alpha: float,
-    scaling_seq_len: float,
-    max_query_len: int,
-    max_seq_len: int,
-    target_group_size: int,
-    contextual_seq_len: int,
-    max_attn_len: int,
-    min_full_attn_seq_len: int,
-) -> Tensor:
-    """The fused kernel: jagged, without padding. max_query_len and max_seq_len bound the native body alone."""
+def _cuda_hstu_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *rest: Any) -> Tensor:
+    """The fused kernel: jagged, without padding."""
     from hstu_compile.plugins.kernels.launch import hstu_attention_triton
 
-    return hstu_attention_triton(
-        q,
-        k,
-        v,
-        q_offsets,
-        k_offsets,
-        num_targets=num_targets,
-        contextual_seq_lens=contextual_seq_lens,
-        scaling_seq_lens=scaling_seq_lens,
-        row_timestamps=row_timestamps,
-        col_timestamps=col_timestamps,
-        pos_table=pos_table,
-        ts_table=ts_table,
-        ts_thresholds=ts_thresholds,
-        alpha=alpha,
-        scaling_seq_len=scaling_seq_len,
-        target_group_size=target_group_size,
-        contextual_seq_len=contextual_seq_len,
-        max_attn_len=max_attn_len,
-        min_full_attn_seq_len=min_full_attn_seq_len,
-    )
+    inputs = dict(zip(_OPTIONAL_INPUTS, rest, strict=False))
+    attrs = dataclasses.asdict(AttentionAttrs(*rest[len(_OPTIONAL_INPUTS) :]))
+    # They bound the padded native body; the kernel needs no bounds.
+    del attrs["max_query_len"], attrs["max_seq_len"]
+    return hstu_attention_triton(q, k, v, q_offsets, k_offsets, **inputs, **attrs)
