@@ -30,7 +30,7 @@ from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.files import write_whole
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
-from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api
+from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api, tf32_override_off
 from hstu_compile.trt_options import EngineOptions
 
 # (phase, fraction 0..1); phases come from TensorRT.
@@ -268,7 +268,7 @@ class _Build:
         for profile in profiles:
             self._add_profile(builder, config, network, profile)
         monitor = self._monitor(config)
-        with _interrupts_to(monitor):
+        with _interrupts_to(monitor), tf32_override_off(self.api.is_rtx and self._is_float32):
             plan = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.failure is not None:
             raise monitor.failure
@@ -338,11 +338,16 @@ class _Build:
         self._set_compute_capabilities(config)
         return self._set_timing_cache(config)
 
+    @property
+    def _is_float32(self) -> bool:
+        """Whether float32 products must not be rounded to TF32."""
+        return self.options.no_tf32 or self.precision == "fp32"
+
     def _set_tf32(self, config: Any) -> None:
         # float32 graphs are promised to agree with eager float32, which TF32's 10-bit mantissa does not. In half graphs
         # the only float32 products are those of the native attention body, on half-valued operands that TF32 represents
         # exactly (fp16 has the same 10 bits, bf16 fewer), so TF32 tensor cores change nothing there but the speed.
-        if self.options.no_tf32 or self.precision == "fp32":
+        if self._is_float32:
             config.clear_flag(self.trt.BuilderFlag.TF32)
 
     def _set_weak_types(self, config: Any, network: Any) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from hstu_compile.environment import import_backend, loaded_libraries
 from hstu_compile.errors import PluginError
 
 _LOG_TAIL = 40
+_TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,31 @@ class PluginKey:
 
     def __str__(self) -> str:
         return f"(name {self.name!r}, version {self.version!r}, namespace {self.namespace!r})"
+
+
+@contextlib.contextmanager
+def tf32_override_off(active: bool) -> Iterator[None]:
+    """Hold NVIDIA_TF32_OVERRIDE at 0 while TensorRT-RTX builds or loads a float32 engine.
+
+    TensorRT-RTX 1.6.1 rounds float32 products to TF32 even where the builder flag is cleared (row error 1.5e-3 on an
+    H100 where float32 gives 4e-7); it heeds only this variable. It also refuses an engine that is loaded under another
+    value than it was built with, so the variable is set for both, and for nothing else in the process.
+
+    Args:
+        active: False leaves the environment alone.
+    """
+    if not active:
+        yield
+        return
+    previous = os.environ.get(_TF32_OVERRIDE)
+    os.environ[_TF32_OVERRIDE] = "0"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[_TF32_OVERRIDE]
+        else:
+            os.environ[_TF32_OVERRIDE] = previous
 
 
 class LogCapture:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -75,9 +74,8 @@ def open_session(
         plugin_library: plugin that the engine needs (tensorrt only).
         taps: intermediate values to give as further outputs (onnxruntime only).
         use_gpu: use ONNX Runtime's CUDA provider; the engines always use the GPU.
-        allow_tf32: False for float32 engines. TensorRT-RTX 1.6.1 rounds float32 products to TF32 although the engine
-            was built without it (row error 1.5e-3 on an H100, tests/gpu/results/rtx.json), and heeds only
-            NVIDIA_TF32_OVERRIDE, which is then set to 0 for this process unless the user has set it.
+        allow_tf32: False for engines that were built without TF32: float32 ones, and those of --noTF32 (TensorRT-RTX
+            only; see `tf32_override_off`).
 
     Raises:
         EngineError: HSTU-E401 if the runtime is absent or has no GPU; E404 if the model cannot be loaded.
@@ -106,12 +104,10 @@ def open_session(
             f"{', '.join(taps)} were fused away when the engine was built",
             "use --runtime onnxruntime",
         )
-    if runtime == "tensorrt-rtx" and not allow_tf32:
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     from hstu_compile.runtime.tensorrt_session import TensorRtSession
     from hstu_compile.tensorrt_api import tensorrt_api
 
-    return TensorRtSession(tensorrt_api(runtime), _engine_bytes(engine), plugin_library)
+    return TensorRtSession(tensorrt_api(runtime), _engine_bytes(engine), plugin_library, allow_tf32=allow_tf32)
 
 
 def _lacks(runtime: str, what: str) -> UsageError:

@@ -17,7 +17,7 @@ from hstu_compile.errors import EngineError, PluginError, RequestError, UsageErr
 from hstu_compile.profiles import EVENT_INPUTS
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers, host_array
 from hstu_compile.runtime._feeds import matched_feeds
-from hstu_compile.tensorrt_api import PluginKey, TensorRtApi
+from hstu_compile.tensorrt_api import PluginKey, TensorRtApi, tf32_override_off
 
 ATTENTION_PLUGIN = PluginKey("HstuAttention", "1", "hstu")
 
@@ -48,6 +48,7 @@ class TensorRtSession:
         plan: serialised engine.
         plugin_library: library with the plugin, or None.
         driver: CUDA; None opens device 0.
+        allow_tf32: False for a TensorRT-RTX engine that was built without TF32.
 
     Raises:
         EngineError: HSTU-E401 without a GPU, E404 if the engine cannot be loaded.
@@ -55,7 +56,13 @@ class TensorRtSession:
     """
 
     def __init__(
-        self, api: TensorRtApi, plan: bytes, plugin_library: Path | None = None, driver: CudaDriver | None = None
+        self,
+        api: TensorRtApi,
+        plan: bytes,
+        plugin_library: Path | None = None,
+        driver: CudaDriver | None = None,
+        *,
+        allow_tf32: bool = True,
     ) -> None:
         if api.is_rtx and plugin_library is not None:
             raise UsageError(
@@ -74,7 +81,8 @@ class TensorRtSession:
         try:
             if plugin_library is not None:
                 api.load_plugins(plugin_library, [ATTENTION_PLUGIN])
-            with self._driver.current(), api.capture() as log:
+            tf32 = tf32_override_off(api.is_rtx and not allow_tf32)
+            with self._driver.current(), api.capture() as log, tf32:
                 self._load(plan, log)
             self._describe()
         except BaseException:
