@@ -121,7 +121,8 @@ def engine_from_onnx(
         proto = _prepared(proto, api, precision, plugin_library, options)
         build = _Build(api, log, proto, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
-        layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
+        with tf32_override_off(api.is_rtx and build.is_float32):
+            layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
     if wanted and layers["plugin"] < len(wanted):
         raise EngineError(
             "HSTU-E403",
@@ -268,7 +269,7 @@ class _Build:
         for profile in profiles:
             self._add_profile(builder, config, network, profile)
         monitor = self._monitor(config)
-        with _interrupts_to(monitor), tf32_override_off(self.api.is_rtx and self._is_float32):
+        with _interrupts_to(monitor), tf32_override_off(self.api.is_rtx and self.is_float32):
             plan = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.failure is not None:
             raise monitor.failure
@@ -339,7 +340,7 @@ class _Build:
         return self._set_timing_cache(config)
 
     @property
-    def _is_float32(self) -> bool:
+    def is_float32(self) -> bool:
         """Whether float32 products must not be rounded to TF32."""
         return self.options.no_tf32 or self.precision == "fp32"
 
@@ -347,7 +348,7 @@ class _Build:
         # float32 graphs are promised to agree with eager float32, which TF32's 10-bit mantissa does not. In half graphs
         # the only float32 products are those of the native attention body, on half-valued operands that TF32 represents
         # exactly (fp16 has the same 10 bits, bf16 fewer), so TF32 tensor cores change nothing there but the speed.
-        if self._is_float32:
+        if self.is_float32:
             config.clear_flag(self.trt.BuilderFlag.TF32)
 
     def _set_weak_types(self, config: Any, network: Any) -> None:
