@@ -161,7 +161,9 @@ def split_requests(case: AttentionCase, order: Sequence[int]) -> AttentionCase:
         return None if values is None else values[list(order)]
 
     q, k, v = gather(case.q, case.q_offsets), gather(case.k, case.k_offsets), gather(case.v, case.k_offsets)
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     return dataclasses.replace(
         case,
         q=q,

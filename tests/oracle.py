@@ -215,7 +215,9 @@ def attention_ref64(
                 table = pos_table[head if len(pos_table) > 1 else 0].astype(np.float64)
                 bias += table[np.clip(attrs.pos_table_len - 1 + j - i, 0, len(table) - 1)]
             if ts_table is not None:
-                assert row_timestamps is not None and col_timestamps is not None and ts_thresholds is not None
+                assert row_timestamps is not None
+                assert col_timestamps is not None
+                assert ts_thresholds is not None
                 table = ts_table[head if len(ts_table) > 1 else 0].astype(np.float64)
                 bias += table[_buckets(row_timestamps[rows], col_timestamps[cols], ts_thresholds)]
             score = np.where(mask, attrs.alpha * (q_h @ k_h.T) + bias, 0.0)
@@ -291,7 +293,8 @@ def attention_loops64(case: AttentionCase) -> Array:
                         row = case.pos_table[head % len(case.pos_table)]
                         score += float(row[min(max(at, 0), len(row) - 1)])
                     if case.ts_table is not None:
-                        assert case.row_timestamps is not None and case.col_timestamps is not None
+                        assert case.row_timestamps is not None
+                        assert case.col_timestamps is not None
                         assert case.ts_thresholds is not None
                         distance = abs(int(case.row_timestamps[q0 + r]) - int(case.col_timestamps[k0 + j]))
                         bucket = sum(int(t) <= distance for t in case.ts_thresholds)
@@ -337,7 +340,8 @@ def attention_low_precision(case: AttentionCase) -> Array:
                 at = np.clip(case.attrs.pos_table_len - 1 + j - i, 0, len(table) - 1)
                 score = score + torch.from_numpy(table[at]).to(dtype)
             if case.ts_table is not None:
-                assert case.row_timestamps is not None and case.col_timestamps is not None
+                assert case.row_timestamps is not None
+                assert case.col_timestamps is not None
                 assert case.ts_thresholds is not None
                 at = _buckets(case.row_timestamps[rows], case.col_timestamps[cols], case.ts_thresholds)
                 score = score + torch.from_numpy(case.ts_table[head % len(case.ts_table)][at]).to(dtype)

@@ -155,7 +155,8 @@ def _compile(keys: dict[CompileTask, str], store: Path, scratch: Path, jobs: int
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=env, text=True
             ) as worker,
         ):
-            assert worker.stdin is not None and worker.stdout is not None
+            assert worker.stdin is not None
+            assert worker.stdout is not None
             while not errors:
                 try:
                     task = pending.get_nowait()

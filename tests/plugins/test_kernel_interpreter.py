@@ -143,7 +143,8 @@ def test_candidates_in_micro_batches_equal_one_pass(interpreter: KernelInterpret
         pos_table_len=64,
         seed=12,
     )
-    assert whole.row_timestamps is not None and whole.col_timestamps is not None
+    assert whole.row_timestamps is not None
+    assert whole.col_timestamps is not None
     expected = interpreter.submit(whole)
     for first, last in [(0, 7), (7, 8), (8, 18)]:
         keys = [*range(history), *range(history + first, history + last)]
