@@ -73,6 +73,6 @@ class PolygraphyCheck:
 def run_polygraphy(folder: Path, arguments: Sequence[str]) -> PolygraphyCheck:
     """Run polygraphy in a folder."""
     # Through this interpreter: the polygraphy script need not be on the PATH, and another one could be.
-    program = [sys.executable, "-c", "from polygraphy.tools import main; main()"]
+    program = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())"]
     done = subprocess.run([*program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     return PolygraphyCheck(tuple(arguments), done.returncode, (done.stdout + done.stderr)[-_TAIL:])
