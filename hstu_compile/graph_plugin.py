@@ -22,7 +22,7 @@ def plugin_request_of(model: onnx.ModelProto, runtime_version: str | None = None
     Args:
         model: graph with attention nodes and value infos.
         runtime_version: of the TensorRT that will load the library; its major version decides headers and whether
-            timestamps are int64 (TensorRT 8 has none). None takes the installed one.
+            timestamps are int64 (TensorRT 8 has none). None means TensorRT 10 or later.
 
     Raises:
         InternalError: if an attention input has no static head count and width.

@@ -11,7 +11,7 @@ from typing import Any
 from hstu_compile.engine_stage import load_onnx
 from hstu_compile.files import writing_to
 from hstu_compile.graph_plugin import plugin_request_of
-from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
+from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library, installed_tensorrt_version
 
 
 def run_plugin_stage(
@@ -29,11 +29,11 @@ def run_plugin_stage(
         libraries (paths), trt_version, archs, variants, content_hash.
 
     Raises:
-        PluginError: HSTU-E501, E502 or E505.
+        PluginError: HSTU-E501 or E502.
         BundleError: HSTU-E802, if `output` cannot be written.
     """
     request = (
-        plugin_request_of(load_onnx(model), tensorrt_version)
+        plugin_request_of(load_onnx(model), tensorrt_version or installed_tensorrt_version())
         if model is not None
         else PluginBuildRequest(runtime_version=tensorrt_version)
     )
