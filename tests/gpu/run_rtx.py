@@ -32,7 +32,7 @@ from references import (  # noqa: E402
 
 from hstu_compile.runtime.session import open_session  # noqa: E402
 from hstu_compile.session_check import check_session  # noqa: E402
-from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402
+from hstu_compile.tensorrt_api import tensorrt_api, tf32_override_off  # noqa: E402
 
 MODELS = ("research-fp32", "research-fp16", "research-bf16", "cycled-fp16", "cycled-fp32", "deep-fp16", "deep-fp32")
 
@@ -81,9 +81,8 @@ def check_engine(checks: Checks, model: PreparedModel, engine: Path, job: Path) 
 def check_timing(checks: Checks, model: PreparedModel, engine: Path) -> None:
     """Device time of the mixed feed, for the record."""
     with checks.check(f"{model.name}: device time of feed '{model.reference.feeds[1].name}'") as check:
-        # Opened and closed for what it sets: how this process is to compute float32.
-        open_session("tensorrt-rtx", engine=engine, allow_tf32=model.precision != "fp32").close()
-        with EngineRunner(tensorrt_api("tensorrt-rtx"), engine.read_bytes(), None) as runner:
+        api, is_float32 = tensorrt_api("tensorrt-rtx"), model.precision == "fp32"
+        with tf32_override_off(is_float32), EngineRunner(api, engine.read_bytes(), None) as runner:
             runner.set_inputs(model.reference.feeds[1].arrays)
             timing = runner.time()
         lengths = model.reference.feeds[1].lengths
