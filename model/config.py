@@ -7,9 +7,10 @@ divisor comes from, which timestamp a row uses); each way is a field here, none 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from hstu_compile.model._validation import from_mapping, require, require_choices
 
 SiluScope = Literal["uvqk", "u", "none"]
 TimeBias = Literal["none", "next", "own"]
@@ -20,48 +21,6 @@ Postprocessor = Literal["l2_norm", "layer_norm"]
 HourEncoding = Literal["none", "additive"]
 
 MAX_HEAD_DIM = 256
-
-_Config = TypeVar("_Config")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_choices(config: Any) -> None:
-    """Check every Literal, int, float and bool field of a config dataclass against its annotation."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            _require(value in get_args(hint), f"{name} is {value!r}; allowed: {', '.join(map(repr, get_args(hint)))}")
-        elif hint is bool:
-            _require(isinstance(value, bool), f"{name} is {value!r}; allowed: true or false")
-        elif hint is int:
-            _require(
-                isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; it must be an integer"
-            )
-        elif hint is float:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(is_number and math.isfinite(value), f"{name} is {value!r}; it must be a finite number")
-
-
-def _from_mapping(cls: type[_Config], values: Mapping[str, Any], nested: Mapping[str, type] | None = None) -> _Config:
-    """Build a config dataclass from parsed JSON, listing all unknown and missing fields at once."""
-    _require(isinstance(values, Mapping), f"{cls.__name__} must be a JSON object, got {type(values).__name__}")
-    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    missing = sorted(
-        name
-        for name, field in known.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    )
-    _require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; fields: {', '.join(known)}")
-    _require(not missing, f"{cls.__name__} lacks {', '.join(missing)}")
-    kwargs = dict(values)
-    for name, nested_cls in (nested or {}).items():
-        kwargs[name] = nested_cls.from_dict(kwargs[name])  # type: ignore[attr-defined]
-    return cls(**kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,34 +62,34 @@ class AttentionConfig:
     min_full_attn_seq_len: int = 0
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
+        require_choices(self)
+        require(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
         for name in ("attention_dim", "linear_dim"):
             value = getattr(self, name)
-            _require(1 <= value <= MAX_HEAD_DIM, f"{name} is {value}; allowed: 1 to {MAX_HEAD_DIM}")
-        _require(self.scaling_seq_len > 0, f"scaling_seq_len is {self.scaling_seq_len}; it must be greater than 0")
-        _require(self.max_seq_len >= 1, f"max_seq_len is {self.max_seq_len}; it must be at least 1")
-        _require(self.pos_table_len >= 0, f"pos_table_len is {self.pos_table_len}; it must not be negative")
+            require(1 <= value <= MAX_HEAD_DIM, f"{name} is {value}; allowed: 1 to {MAX_HEAD_DIM}")
+        require(self.scaling_seq_len > 0, f"scaling_seq_len is {self.scaling_seq_len}; it must be greater than 0")
+        require(self.max_seq_len >= 1, f"max_seq_len is {self.max_seq_len}; it must be at least 1")
+        require(self.pos_table_len >= 0, f"pos_table_len is {self.pos_table_len}; it must not be negative")
         if self.pos_table_len:
-            _require(
+            require(
                 self.max_seq_len <= self.pos_table_len,
                 f"max_seq_len {self.max_seq_len} exceeds pos_table_len {self.pos_table_len}: "
                 "positions beyond the table have no bias",
             )
         has_time = self.time_bias != "none"
-        _require(
+        require(
             (self.num_time_buckets > 0) == has_time,
             f"num_time_buckets is {self.num_time_buckets} with time_bias {self.time_bias!r}",
         )
-        _require(self.time_bucket_divisor > 0, f"time_bucket_divisor is {self.time_bucket_divisor}; it must be > 0")
-        _require(self.target_group_size >= 1, f"target_group_size is {self.target_group_size}; it must be at least 1")
+        require(self.time_bucket_divisor > 0, f"time_bucket_divisor is {self.time_bucket_divisor}; it must be > 0")
+        require(self.target_group_size >= 1, f"target_group_size is {self.target_group_size}; it must be at least 1")
         for name in ("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttentionConfig:
         """Parse the JSON form. Raises ValueError naming every unknown or missing field."""
-        return _from_mapping(cls, values)
+        return from_mapping(cls, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +125,12 @@ class LayerConfig:
     output_bias: bool
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require(self.embedding_dim >= 1, f"embedding_dim is {self.embedding_dim}; it must be at least 1")
-        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be greater than 0")
+        require_choices(self)
+        require(self.embedding_dim >= 1, f"embedding_dim is {self.embedding_dim}; it must be at least 1")
+        require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be greater than 0")
         if not self.output_projection:
             width = self.attention.num_heads * self.attention.linear_dim
-            _require(
+            require(
                 self.output_concat == "gated" and width == self.embedding_dim,
                 f"without an output projection the gated output ({width} wide, {self.output_concat}) "
                 f"must be as wide as embedding_dim {self.embedding_dim}",
@@ -180,7 +139,7 @@ class LayerConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerConfig:
         """Parse the JSON form. Raises ValueError naming every unknown or missing field."""
-        return _from_mapping(cls, values, {"attention": AttentionConfig})
+        return from_mapping(cls, values, {"attention": AttentionConfig.from_dict})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,24 +175,24 @@ class RetrievalConfig:
     item_l2_norm: bool
 
     def __post_init__(self) -> None:
-        _require_choices(self)
-        _require(self.num_items >= 1, f"num_items is {self.num_items}; it must be at least 1")
-        _require(self.num_layers >= 1, f"num_layers is {self.num_layers}; it must be at least 1")
-        _require(self.postprocessor_eps > 0, f"postprocessor_eps is {self.postprocessor_eps}; it must be > 0")
+        require_choices(self)
+        require(self.num_items >= 1, f"num_items is {self.num_items}; it must be at least 1")
+        require(self.num_layers >= 1, f"num_layers is {self.num_layers}; it must be at least 1")
+        require(self.postprocessor_eps > 0, f"postprocessor_eps is {self.postprocessor_eps}; it must be > 0")
         rating_dim = self.layer.embedding_dim - self.item_embedding_dim
         if self.preprocessor == "rated":
-            _require(self.num_ratings >= 1, f"num_ratings is {self.num_ratings}; a rated model needs at least 1")
-            _require(rating_dim >= 1, f"item_embedding_dim {self.item_embedding_dim} leaves no room for ratings")
+            require(self.num_ratings >= 1, f"num_ratings is {self.num_ratings}; a rated model needs at least 1")
+            require(rating_dim >= 1, f"item_embedding_dim {self.item_embedding_dim} leaves no room for ratings")
         else:
-            _require(self.num_ratings == 0, f"num_ratings is {self.num_ratings}; only a rated model has ratings")
-            _require(rating_dim == 0, f"item_embedding_dim {self.item_embedding_dim} must equal embedding_dim")
+            require(self.num_ratings == 0, f"num_ratings is {self.num_ratings}; only a rated model has ratings")
+            require(rating_dim == 0, f"item_embedding_dim {self.item_embedding_dim} must equal embedding_dim")
         if self.num_positions:
-            _require(
+            require(
                 self.num_positions >= self.max_seq_len,
                 f"max_seq_len {self.max_seq_len} exceeds the {self.num_positions} learned positions",
             )
         if self.hour_encoding == "additive":
-            _require(self.layer.embedding_dim % 2 == 0, "hour encoding needs an even embedding_dim")
+            require(self.layer.embedding_dim % 2 == 0, "hour encoding needs an even embedding_dim")
 
     @property
     def max_seq_len(self) -> int:
@@ -257,4 +216,4 @@ class RetrievalConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RetrievalConfig:
         """Parse the JSON form. Raises ValueError naming every unknown or missing field."""
-        return _from_mapping(cls, values, {"layer": LayerConfig})
+        return from_mapping(cls, values, {"layer": LayerConfig.from_dict})
