@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-    from hstu_compile.model.config import RetrievalConfig
+    from hstu_compile.model.families import ModelConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -35,7 +35,7 @@ class CheckpointSpec:
     path: Path
     sha256: str
     dialect: str
-    config: RetrievalConfig
+    config: ModelConfig
     state_dict: dict[str, Tensor] = dataclasses.field(repr=False)
     ignored_keys: tuple[str, ...] = ()
 

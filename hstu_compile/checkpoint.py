@@ -22,9 +22,8 @@ from torch import Tensor
 
 from hstu_compile.artifacts import CheckpointSpec
 from hstu_compile.errors import CheckpointError, HstuCompileError, UnsupportedModelError
-from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.dialects import DIALECTS, Dialect, DialectError
-from hstu_compile.model.retrieval import RetrievalModel
+from hstu_compile.model.families import HstuModel, ModelConfig, model_from_config
 
 NATIVE_FORMAT = "hstu-compile/1"
 _STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
@@ -191,7 +190,7 @@ def _listed(names: list[str], others: list[str]) -> str:
     return ", ".join(lines)
 
 
-def _renamed(path: Path, dialect: Dialect, config: RetrievalConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(path: Path, dialect: Dialect, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     sources = dialect.sources(config)
     wanted = {source.key for source in sources.values()}
     missing = sorted(wanted - set(tensors))
@@ -210,9 +209,10 @@ def _renamed(path: Path, dialect: Dialect, config: RetrievalConfig, tensors: dic
             {"missing": missing, "unexpected": unexpected},
         )
     _check_storage(path, [(key, tensors[key]) for key in sorted(wanted)])
+    _check_constants(path, tensors, dialect.constants(config))
     # Shapes alone: a table of a hundred million rows is not drawn at random to be thrown away.
     with torch.device("meta"):
-        expected = RetrievalModel(config).state_dict()
+        expected = model_from_config(config).state_dict()
     wrong = []
     for name, source in sources.items():
         seen, needed = tuple(tensors[source.key].shape), source.source_shape(tuple(expected[name].shape))
@@ -238,6 +238,22 @@ def _renamed(path: Path, dialect: Dialect, config: RetrievalConfig, tensors: dic
             "use an earlier checkpoint of the run",
         )
     return state
+
+
+def _check_constants(path: Path, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose buffers are not what the family's code has, or what the configuration says."""
+    wrong = [
+        f"{key} is {tensors[key].tolist()}, expected {expected.tolist()}"
+        for key, expected in constants.items()
+        if key in tensors and not torch.equal(tensors[key].to(expected.dtype), expected)
+    ]
+    if wrong:
+        raise CheckpointError(
+            "HSTU-E106",
+            f"{len(wrong)} buffers of {path} contradict the configuration",
+            "; ".join(wrong),
+            "pass the configuration of this checkpoint with --config",
+        )
 
 
 def _check_storage(path: Path, tensors: list[tuple[str, Tensor]]) -> None:
@@ -308,13 +324,13 @@ def spec_from_checkpoint(
     )
 
 
-def model_from_spec(spec: CheckpointSpec, dtype: torch.dtype = torch.float32) -> RetrievalModel:
+def model_from_spec(spec: CheckpointSpec, dtype: torch.dtype = torch.float32) -> HstuModel:
     """The eager model in evaluation mode, cast to `dtype`.
 
     Raises:
         CheckpointError: if a weight is finite in the checkpoint and infinite in `dtype` (HSTU-E111).
     """
-    model = RetrievalModel(spec.config)
+    model = model_from_config(spec.config)
     model.load_state_dict(spec.state_dict)
     model.eval().requires_grad_(False)
     model.cast(dtype)

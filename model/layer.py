@@ -25,6 +25,28 @@ class UVQK(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class CachedRows:
+    """Rows whose keys and values are known already, in front of the rows of a batch.
+
+    Attributes:
+        key_offsets: [B + 1] int32 -- bounds of cached and new rows together.
+        key_rows: [Lk] int64 -- of each joined row, its place in the cached rows followed by the new ones.
+        max_query_len: most new rows of one sequence.
+    """
+
+    key_offsets: Tensor
+    key_rows: Tensor
+    max_query_len: int
+
+
+class KeyValue(NamedTuple):
+    """Keys [L, H, attention_dim] and values [L, H, linear_dim] of one layer."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class JaggedBatch:
     """What every layer of one forward shares.
 
@@ -33,12 +55,16 @@ class JaggedBatch:
         row_timestamps: [L] int64 seconds or None -- query side of the time bias.
         col_timestamps: [L] int64 seconds or None -- key side.
         num_targets: [B] int32 or None -- candidates at each tail.
+        scaling_seq_lens: [B] float32 or None -- divisor per sequence, instead of the model's.
+        cache: where the rows before these come from; None without a cache.
     """
 
     seq_offsets: Tensor
     row_timestamps: Tensor | None = None
     col_timestamps: Tensor | None = None
     num_targets: Tensor | None = None
+    scaling_seq_lens: Tensor | None = None
+    cache: CachedRows | None = None
 
 
 class Norm(nn.Module):
@@ -118,16 +144,34 @@ class HstuLayer(nn.Module):
             u = F.silu(u.to(wide)).to(x.dtype)
         return UVQK(u, v, q, k)
 
-    def attend(self, uvqk: UVQK, batch: JaggedBatch) -> Tensor:
-        """Attention of the projected rows: [L, H * linear_dim]."""
+    def key_value(self, uvqk: UVQK) -> KeyValue:
+        """Keys and values of the projected rows, by head."""
+        attn = self.config.attention
+        return KeyValue(
+            uvqk.k.view(-1, attn.num_heads, attn.attention_dim), uvqk.v.view(-1, attn.num_heads, attn.linear_dim)
+        )
+
+    def attend(self, uvqk: UVQK, batch: JaggedBatch, cached: KeyValue | None = None) -> Tensor:
+        """Attention of the projected rows: [L, H * linear_dim].
+
+        Args:
+            uvqk: projected rows.
+            batch: their sequences.
+            cached: keys and values in front of them, if the batch has a cache.
+        """
         attn = self.config.attention
         q = uvqk.q.view(-1, attn.num_heads, attn.attention_dim)
-        k = uvqk.k.view(-1, attn.num_heads, attn.attention_dim)
-        v = uvqk.v.view(-1, attn.num_heads, attn.linear_dim)
+        k, v = self.key_value(uvqk)
+        key_offsets, max_query_len = batch.seq_offsets, attn.max_seq_len
+        if batch.cache is not None:
+            assert cached is not None
+            k = torch.cat([cached.k, k]).index_select(0, batch.cache.key_rows)
+            v = torch.cat([cached.v, v]).index_select(0, batch.cache.key_rows)
+            key_offsets, max_query_len = batch.cache.key_offsets, batch.cache.max_query_len
         attrs = AttentionAttrs(
             alpha=float(attn.alpha),
             scaling_seq_len=float(attn.scaling_seq_len),
-            max_query_len=attn.max_seq_len,
+            max_query_len=max_query_len,
             max_seq_len=attn.max_seq_len,
             target_group_size=attn.target_group_size,
             contextual_seq_len=attn.contextual_seq_len,
@@ -146,10 +190,10 @@ class HstuLayer(nn.Module):
                 k,
                 v,
                 batch.seq_offsets,
-                batch.seq_offsets,
+                key_offsets,
                 batch.num_targets,
                 None,
-                None,
+                batch.scaling_seq_lens,
                 row_timestamps,
                 col_timestamps,
                 self.pos_table,
@@ -163,9 +207,10 @@ class HstuLayer(nn.Module):
                 k,
                 v,
                 batch.seq_offsets,
-                batch.seq_offsets,
+                key_offsets,
                 attrs,
                 num_targets=batch.num_targets,
+                scaling_seq_lens=batch.scaling_seq_lens,
                 row_timestamps=row_timestamps,
                 col_timestamps=col_timestamps,
                 pos_table=self.pos_table,
@@ -188,7 +233,7 @@ class HstuLayer(nn.Module):
             update = update + self.output_bias.to(wide)
         return (update + x.to(wide)).to(x.dtype)
 
-    def forward(self, x: Tensor, batch: JaggedBatch) -> Tensor:
-        """[L, D] -> [L, D]."""
+    def forward(self, x: Tensor, batch: JaggedBatch, cached: KeyValue | None = None) -> Tensor:
+        """[L, D] -> [L, D]; `cached` are the keys and values in front of x, if the batch has a cache."""
         uvqk = self.project_uvqk(x)
-        return self.output(x, uvqk.u, self.attend(uvqk, batch))
+        return self.output(x, uvqk.u, self.attend(uvqk, batch, cached))

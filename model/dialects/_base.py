@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from hstu_compile.model.config import RetrievalConfig
+from hstu_compile.model.families import ModelConfig
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -54,7 +54,7 @@ class Dialect(abc.ABC):
         """Whether a state_dict with these keys (prefix `module.` removed) belongs to the family."""
 
     @abc.abstractmethod
-    def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> RetrievalConfig:
+    def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> ModelConfig:
         """Our configuration, from the tensors' shapes and the user's configuration.
 
         Raises:
@@ -62,8 +62,12 @@ class Dialect(abc.ABC):
         """
 
     @abc.abstractmethod
-    def sources(self, config: RetrievalConfig) -> dict[str, SourceTensor]:
+    def sources(self, config: ModelConfig) -> dict[str, SourceTensor]:
         """Our parameter names to where they come from."""
+
+    def constants(self, config: ModelConfig) -> dict[str, Tensor]:
+        """Tensors that a checkpoint may hold and that must then be exactly these: constants of the family's code."""
+        return {}
 
     def is_ignored(self, key: str) -> bool:
         """Whether a key carries nothing that inference needs."""

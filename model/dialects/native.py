@@ -9,16 +9,18 @@ import torch
 
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, SourceTensor
-from hstu_compile.model.retrieval import RetrievalModel
+from hstu_compile.model.families import ModelConfig, model_from_config
+from hstu_compile.model.ranking_config import RankingConfig
 
 
 class _Native(Dialect):
     name = "native"
 
     def matches(self, keys: Collection[str]) -> bool:
-        return "item_embedding.weight" in keys and any(key.startswith("layers.0.uvqk") for key in keys)
+        named = {"item_embedding.weight", "position_embedding"}
+        return bool(named & set(keys)) and any(key.startswith("layers.0.uvqk") for key in keys)
 
-    def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> RetrievalConfig:
+    def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> ModelConfig:
         if config is None:
             raise DialectError(
                 "config",
@@ -27,7 +29,8 @@ class _Native(Dialect):
                 "or pass that configuration with --config",
             )
         try:
-            parsed = RetrievalConfig.from_dict(config)
+            kind = RankingConfig if isinstance(config, Mapping) and "tasks" in config else RetrievalConfig
+            parsed: ModelConfig = kind.from_dict(config)
         except (ValueError, TypeError, OverflowError) as error:
             raise DialectError("config", str(error), "correct the configuration") from error
         if parsed.num_layers > len(shapes):
@@ -38,9 +41,9 @@ class _Native(Dialect):
             )
         return parsed
 
-    def sources(self, config: RetrievalConfig) -> dict[str, SourceTensor]:
+    def sources(self, config: ModelConfig) -> dict[str, SourceTensor]:
         with torch.device("meta"):  # names alone
-            names = list(RetrievalModel(config).state_dict())
+            names = list(model_from_config(config).state_dict())
         return {name: SourceTensor(name) for name in names}
 
 

@@ -6,13 +6,14 @@ bias from positions and from the next event's timestamp; norms without parameter
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from hstu_compile.model.config import AttentionConfig, LayerConfig, RetrievalConfig
 from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, SourceTensor
+from hstu_compile.model.dialects._user_config import UserConfig
+from hstu_compile.model.families import ModelConfig
 
 ITEM_KEY = "_embedding_module._item_emb.weight"
 POSITION_KEY = "_input_features_preproc._pos_emb.weight"
@@ -54,8 +55,6 @@ _FIELDS = (
     "postprocessor",
     "preprocessor",
 )
-# Above this likeness an unknown field is a slip of the pen; "item_embedding_dim" and "embedding_dim" are at 0.84.
-_MISSPELT_LIKENESS = 0.88
 
 
 def _transposed(key: str) -> SourceTensor:
@@ -64,50 +63,6 @@ def _transposed(key: str) -> SourceTensor:
 
 def _as_row(key: str) -> SourceTensor:
     return SourceTensor(key, lambda tensor: tensor.unsqueeze(0), lambda shape: shape[1:])
-
-
-class _UserConfig:
-    """The user's configuration, read field by field with the family's own names.
-
-    Other fields are notes to people, unless they look like one of these misspelt: a switch that is silently left at
-    its default gives a model that runs and recommends wrongly.
-    """
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        slips = [
-            f"{name} (nearest: {near[0]})"
-            for name in values
-            if name not in _FIELDS and (near := difflib.get_close_matches(name, _FIELDS, 1, _MISSPELT_LIKENESS))
-        ]
-        if slips:
-            raise DialectError("config", f"unknown fields: {', '.join(slips)}", "correct or remove them")
-        self._values = values
-
-    def integer(self, name: str) -> int | None:
-        value = self._values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise DialectError("config", f"{name} is {value!r}; it must be a non-negative integer", f"correct {name}")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._values.get(name, default)
-        if not isinstance(value, bool):
-            raise DialectError("config", f"{name} is {value!r}; allowed: true or false", f"correct {name}")
-        return value
-
-    def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
-        value = self._values.get(name, default)
-        if not isinstance(value, str):
-            raise DialectError("config", f"{name} is {value!r}; allowed: {', '.join(choices)}", f"correct {name}")
-        if value not in choices:
-            raise DialectError(
-                "unsupported",
-                f"{name} {value!r} is not supported; supported: {', '.join(choices)}",
-                "train with a supported value, or correct the configuration",
-            )
-        return choices[value]
 
 
 class _Research(Dialect):
@@ -120,7 +75,7 @@ class _Research(Dialect):
         return key == "_attn_mask"
 
     def config(self, shapes: Shapes, config: Mapping[str, Any] | None) -> RetrievalConfig:
-        user = _UserConfig(config or {})
+        user = UserConfig(config or {}, _FIELDS)
         user.choice("normalization", dict.fromkeys(_NORMALIZATIONS, "rel_bias"), "rel_bias")
         first = LAYER_KEY.format(0)
         required = (ITEM_KEY, POSITION_KEY, first + "_uvqk", first + "_o.weight")
@@ -211,7 +166,7 @@ class _Research(Dialect):
         except ValueError as error:
             raise DialectError("shape", str(error), "pass the configuration of this checkpoint") from error
 
-    def _attention(self, shapes: Shapes, user: _UserConfig, first: str, packed: int) -> AttentionConfig:
+    def _attention(self, shapes: Shapes, user: UserConfig, first: str, packed: int) -> AttentionConfig:
         output_in = shapes[first + "_o.weight"][1]
         num_heads = user.integer("num_heads")
         if num_heads == 0:
@@ -268,7 +223,8 @@ class _Research(Dialect):
         except ValueError as error:
             raise DialectError("shape", str(error), "pass the configuration of this checkpoint") from error
 
-    def sources(self, config: RetrievalConfig) -> dict[str, SourceTensor]:
+    def sources(self, config: ModelConfig) -> dict[str, SourceTensor]:
+        assert isinstance(config, RetrievalConfig)
         sources = {
             "item_embedding.weight": SourceTensor(ITEM_KEY),
             "position_embedding.weight": SourceTensor(POSITION_KEY),
