@@ -282,6 +282,16 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The feeds file cannot be read",
         "--inputs takes an .npz of plain arrays (no pickles), one per model input.",
     ),
+    "HSTU-E707": ErrorCode(
+        "The KV cache is too small for one user",
+        "The cached keys and values of one user, every layer of its history and context, must fit the cache's budget. "
+        "The message says how many bytes the user takes.",
+    ),
+    "HSTU-E708": ErrorCode(
+        "The KV cache belongs to another model",
+        "Cached keys and values mean something only to the model whose prefill computed them. A cache is made for one "
+        "model version, which is the sha256 of the bundle's model files.",
+    ),
     "HSTU-E801": ErrorCode(
         "The output exists",
         "hstu-compile never overwrites a bundle unless --force is given, and never anything that is not a bundle.",

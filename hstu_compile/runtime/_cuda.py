@@ -32,6 +32,7 @@ class CudaDriver:
     """
 
     def __init__(self, library: Any = None, device: int = 0) -> None:
+        self._ordinal = device
         try:
             self._lib = ctypes.CDLL("libcuda.so.1") if library is None else library
         except OSError as error:
@@ -101,9 +102,35 @@ class CudaDriver:
             "cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes), self._stream
         )
 
+    def copy(self, source: int, target: int, size_bytes: int) -> None:
+        """Copy within the device, ordered on the stream."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size_bytes),
+            self._stream,
+        )
+
     def synchronise(self) -> None:
         """Wait for the stream."""
         self._call("cuStreamSynchronize", self._stream)
+
+    @contextlib.contextmanager
+    def synchronised(self) -> Iterator[None]:
+        """Wait for the stream on the way out, also after an error: what was enqueued may still use the caller's memory."""
+        try:
+            yield
+        except BaseException:
+            # The error on its way out says more than a second one from the wait.
+            with contextlib.suppress(EngineError):
+                self.synchronise()
+            raise
+        self.synchronise()
+
+    def sibling(self) -> CudaDriver:
+        """Another stream of the same device and context, which is closed on its own."""
+        return CudaDriver(self._lib, self._ordinal)
 
     def close(self) -> None:
         """Destroy the stream and release the context."""

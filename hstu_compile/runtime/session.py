@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError, UsageError
+from hstu_compile.runtime.resident import MemoryPool, ResidentTensor
 
 if TYPE_CHECKING:
     import onnx
@@ -41,6 +42,32 @@ class Session(Protocol):
 
         Returns:
             One new array per output.
+        """
+
+    def run_resident(
+        self, feeds: Mapping[str, NDArray[Any] | ResidentTensor], outputs: Mapping[str, ResidentTensor]
+    ) -> dict[str, NDArray[Any]]:
+        """Run one request batch on tensors that stay where the session computes.
+
+        Everything is complete on return: resident outputs may be read by any session or pool of the process.
+
+        Args:
+            feeds: as for `run`; resident tensors have the input's dtype and are read in place.
+            outputs: where to write outputs: tensors of the output's dtype and of exactly the shape that the feeds give
+                it. They overlap neither each other nor a resident feed. Their content is undefined after an error.
+
+        Returns:
+            One new array per output that is not in `outputs`.
+
+        Raises:
+            RequestError: HSTU-E701 if feeds or outputs do not match the model.
+        """
+
+    def memory_pool(self, capacity_bytes: int) -> MemoryPool:
+        """A new pool of which this session takes tensors. The caller closes it; it may outlive the session.
+
+        Raises:
+            EngineError: HSTU-E404 if the device has not that much memory free.
         """
 
     def close(self) -> None:

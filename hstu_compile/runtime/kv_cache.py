@@ -1,0 +1,420 @@
+"""Cached keys and values of users, in one pool of a fixed size. Level 3; no torch.
+
+An entry is what a prefill computed for one user: `k_i` and `v_i` of every layer, in one region of the pool. Entries are
+evicted in the order in which they were last asked for, never while a lease holds them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Literal, overload
+
+from hstu_compile.errors import InternalError, RequestError
+from hstu_compile.runtime._free_list import aligned
+from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor, storage_dtype
+
+Outcome = Literal["hit", "miss", "stale"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KvLayout:
+    """What one cached row holds.
+
+    Attributes:
+        num_layers: attention layers.
+        num_heads: H.
+        attention_dim: width of a head's key.
+        linear_dim: width of a head's value.
+        dtype: element type as the graph declares it; bfloat16 is two bytes in every runtime.
+    """
+
+    num_layers: int
+    num_heads: int
+    attention_dim: int
+    linear_dim: int
+    dtype: str
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of one row over all layers, without the padding between blocks."""
+        width = self.num_heads * (self.attention_dim + self.linear_dim)
+        return self.num_layers * width * storage_dtype(self.dtype).itemsize
+
+    def entry_bytes(self, rows: int) -> int:
+        """Bytes of the budget that an entry of `rows` rows takes: each of its blocks starts at a multiple of 256."""
+        return sum(aligned(nbytes) for _, _, nbytes in self._blocks(rows))
+
+    def tensors(self, pool: MemoryPool, region: Region, rows: int) -> dict[str, ResidentTensor]:
+        """`k_i` [rows, H, attention_dim] and `v_i` [rows, H, linear_dim] inside a region of `entry_bytes(rows)`."""
+        tensors, offset = {}, 0
+        for name, shape, nbytes in self._blocks(rows):
+            tensors[name] = pool.tensor(region, offset, shape, self.dtype)
+            offset += aligned(nbytes)
+        return tensors
+
+    def _blocks(self, rows: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """(name, shape, bytes) of `k_0`, `v_0`, `k_1`, ..."""
+        itemsize = storage_dtype(self.dtype).itemsize
+        for layer in range(self.num_layers):
+            for letter, width in (("k", self.attention_dim), ("v", self.linear_dim)):
+                shape = (rows, self.num_heads, width)
+                yield f"{letter}_{layer}", shape, rows * self.num_heads * width * itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class KvWant:
+    """One user's entry, as a request needs it.
+
+    Attributes:
+        key: the user.
+        rows: cached rows: contextual tokens and history; may be 0.
+        validity: digest of everything that the keys and values depend on. An entry with another one is of no use.
+
+    Raises:
+        ValueError: for a negative number of rows.
+    """
+
+    key: Hashable
+    rows: int
+    validity: bytes
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise ValueError(f"an entry of {self.rows} rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class KvStats:
+    """Counters since the cache was made, and what it holds now.
+
+    Attributes:
+        hits: leased entries that were published with the wanted validity.
+        misses: leased entries that were absent.
+        stale: leased entries that were present with another validity, and were dropped.
+        evictions: entries dropped to make room.
+        entries: entries that hold memory now, also those being filled or dropped while a lease still holds them.
+        used_bytes: of the budget, by these entries.
+        capacity_bytes: the budget.
+    """
+
+    hits: int
+    misses: int
+    stale: int
+    evictions: int
+    entries: int
+    used_bytes: int
+    capacity_bytes: int
+
+
+class KvEntry:
+    """One user's keys and values inside a lease.
+
+    Attributes:
+        key: the user.
+        rows: cached rows.
+        validity: what the content depends on.
+        tensors: `k_0`, `v_0`, `k_1`, ...: [rows, H, attention_dim] and [rows, H, linear_dim].
+        outcome: "hit": the content is there, and must not be written. "miss", "stale": the lease's holder fills the
+            tensors and calls `KvLease.publish`.
+    """
+
+    def __init__(self, slot: _Slot, outcome: Outcome) -> None:
+        self._slot = slot
+        self.key, self.rows, self.validity = slot.want.key, slot.want.rows, slot.want.validity
+        self.tensors, self.outcome = slot.tensors, outcome
+
+
+class KvLease(Sequence[KvEntry]):
+    """Entries that stay in place until the lease is closed; use it as a context manager.
+
+    On the way out, also by an exception, entries that were to be filled and were not published are freed.
+    """
+
+    def __init__(self, cache: KvCache, entries: Sequence[KvEntry]) -> None:
+        self._cache, self._entries = cache, tuple(entries)
+        self._thread = threading.get_ident()
+        self._closed = False
+
+    @overload
+    def __getitem__(self, index: int) -> KvEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[KvEntry, ...]: ...
+    def __getitem__(self, index: int | slice) -> KvEntry | tuple[KvEntry, ...]:
+        return self._entries[index]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def publish(self, entry: KvEntry) -> None:
+        """Say that a missing entry's tensors are complete: from now on other leases may find it.
+
+        An entry that was invalidated, or replaced by one of another validity, since it was leased stays usable inside
+        this lease and is not found by others.
+
+        Raises:
+            ValueError: if the entry is a hit, was published before, or belongs to another lease.
+            RuntimeError: if the lease is closed.
+        """
+        self._cache._publish(self, entry)
+
+    def close(self) -> None:
+        """Let go of the entries. A second call does nothing."""
+        self._cache._release(self)
+
+    def __enter__(self) -> KvLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """An entry's memory. In the index while others may find it or wait for it; freed when neither indexed nor pinned.
+
+    Attributes:
+        want: what it was made for.
+        region: its memory.
+        tensors: inside the region.
+        pins: leases that hold it.
+        ready: published.
+        indexed: whether the index leads to it.
+    """
+
+    want: KvWant
+    region: Region
+    tensors: Mapping[str, ResidentTensor]
+    pins: int = 0
+    ready: bool = False
+    indexed: bool = True
+
+
+class KvCache:
+    """Least-recently-used cache of keys and values under a byte budget. Safe to use from several threads.
+
+    Args:
+        pool: the memory; the cache is its only user, and its owner closes it after the cache's last lease.
+        layout: of a row.
+        model_version: of the model whose prefill fills it. Keys and values of another model mean nothing to this one.
+    """
+
+    def __init__(self, pool: MemoryPool, layout: KvLayout, model_version: str) -> None:
+        self._pool, self._layout, self.model_version = pool, layout, model_version
+        # Least recently asked for first.
+        self._index: collections.OrderedDict[Hashable, _Slot] = collections.OrderedDict()
+        self._slots: set[_Slot] = set()
+        self._holders: set[int] = set()
+        self._queue: collections.deque[object] = collections.deque()
+        self._changed = threading.Condition()
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of a row."""
+        return self._layout
+
+    def checkout(self, wants: Sequence[KvWant], model_version: str) -> KvLease:
+        """Lease the entries of the first wants, as many as there is room for, and at least one.
+
+            while wants:
+                with cache.checkout(wants, version) as lease:
+                    ...  # prefill and publish the entries that are not hits; score with all of lease
+                wants = wants[len(lease):]
+
+        Room is made by evicting entries that no lease holds, least recently asked for first. Entries never move: if
+        the free bytes lie in several holes, eviction goes on until one hole is large enough; nothing is evicted
+        unless that leads to success. The lease ends before the first want that has to wait for another lease, either
+        for memory or because another thread is filling the same entry, and before a key's second appearance. Only the
+        first want waits; for the same entry until it is published (then it is a hit) or given up (then it is a miss).
+
+        Waiting cannot deadlock, because whoever waits holds nothing: a thread may hold one lease at a time. Those who
+        wait for memory get it in the order in which they came.
+
+        Raises:
+            RequestError: HSTU-E707 if one of the entries is larger than the whole budget; E708 if the cache is of
+                another model version. Nothing has changed then.
+            RuntimeError: if this thread already holds a lease.
+            ValueError: if `wants` is empty.
+        """
+        self._check(wants, model_version)
+        thread, ticket = threading.get_ident(), object()
+        with self._changed:
+            if thread in self._holders:
+                raise RuntimeError("this thread already holds a lease of the cache; close it first")
+            try:
+                while not (entries := self._granted(wants, ticket)):
+                    self._changed.wait()
+            finally:
+                self._leave_queue(ticket)
+            self._counts.update(entry.outcome for entry in entries)
+            self._holders.add(thread)
+            return KvLease(self, entries)
+
+    def _check(self, wants: Sequence[KvWant], model_version: str) -> None:
+        if not wants:
+            raise ValueError("a checkout of nothing")
+        if model_version != self.model_version:
+            raise RequestError(
+                "HSTU-E708",
+                "the KV cache belongs to another model",
+                f"it holds keys and values of model version {self.model_version}, and {model_version} asks for them",
+                "make a cache for this bundle",
+                {"cache": self.model_version, "model": model_version},
+            )
+        budget = self._pool.capacity_bytes
+        for want in wants:
+            size = self._layout.entry_bytes(want.rows)
+            if size > budget:
+                raise RequestError(
+                    "HSTU-E707",
+                    f"the KV cache is too small for user {want.key!r}",
+                    f"{want.rows} rows of {self._layout.bytes_per_row} bytes take {size} bytes with their padding; the "
+                    f"budget is {budget} bytes",
+                    f"give the cache at least {size} bytes, or keep fewer events of the history",
+                    {"user": str(want.key), "rows": want.rows, "entry_bytes": size, "budget_bytes": budget},
+                )
+
+    def _granted(self, wants: Sequence[KvWant], ticket: object) -> list[KvEntry]:
+        """Pin and return the entries of the longest prefix that needs no waiting; empty if the first has to wait."""
+        # Room for one want must not be made by evicting what a later one is about to hit.
+        for want in wants:
+            if (slot := self._index.get(want.key)) and slot.want == want:
+                self._index.move_to_end(want.key)
+        entries: dict[Hashable, KvEntry] = {}
+        try:
+            for want in wants:
+                if want.key in entries or (entry := self._granted_one(want, ticket, is_first=not entries)) is None:
+                    break
+                entries[want.key] = entry
+        except BaseException:
+            for entry in entries.values():
+                self._unpin(entry._slot)
+            raise
+        return list(entries.values())
+
+    def _granted_one(self, want: KvWant, ticket: object, *, is_first: bool) -> KvEntry | None:
+        slot = self._index.get(want.key)
+        if slot is not None and slot.want == want:
+            if not slot.ready:  # another lease fills it; whoever waits for that needs no memory of its own
+                self._leave_queue(ticket)
+                return None
+            return self._pinned(slot, "hit")
+        size = self._layout.entry_bytes(want.rows)
+        must_queue = bool(self._queue) and self._queue[0] is not ticket
+        if must_queue or not self._can_fit(size):
+            if is_first and ticket not in self._queue:
+                self._queue.append(ticket)
+            return None
+        if slot is not None:
+            self._drop(slot)
+        region = self._make_room(size)
+        new = _Slot(want, region, self._layout.tensors(self._pool, region, want.rows))
+        self._index[want.key] = new
+        self._slots.add(new)
+        return self._pinned(new, "miss" if slot is None else "stale")
+
+    def _pinned(self, slot: _Slot, outcome: Outcome) -> KvEntry:
+        slot.pins += 1
+        self._index.move_to_end(slot.want.key)
+        return KvEntry(slot, outcome)
+
+    def _can_fit(self, size: int) -> bool:
+        """Whether `size` bytes in one piece would be free if every entry that no lease holds were evicted."""
+        end = 0
+        for start, stop in sorted(
+            (slot.region.offset, slot.region.offset + slot.region.nbytes) for slot in self._slots if slot.pins
+        ):
+            if start - end >= size:
+                return True
+            end = stop
+        return self._pool.capacity_bytes - end >= size
+
+    def _make_room(self, size: int) -> Region:
+        while (region := self._pool.allocate(size)) is None:
+            victim = next((slot for slot in self._index.values() if not slot.pins), None)
+            if victim is None:
+                raise InternalError("the KV cache is not the only user of its pool")
+            self._drop(victim)
+            self._counts["eviction"] += 1
+        return region
+
+    def _drop(self, slot: _Slot) -> None:
+        """Take a slot out of the index; free it unless a lease holds it."""
+        del self._index[slot.want.key]
+        slot.indexed = False
+        self._free_if_unused(slot)
+
+    def _unpin(self, slot: _Slot) -> None:
+        slot.pins -= 1
+        if slot.indexed and not slot.ready:
+            self._drop(slot)
+        else:
+            self._free_if_unused(slot)
+
+    def _free_if_unused(self, slot: _Slot) -> None:
+        if not slot.indexed and not slot.pins:
+            self._slots.remove(slot)
+            self._pool.free(slot.region)
+
+    def _leave_queue(self, ticket: object) -> None:
+        if ticket in self._queue:
+            self._queue.remove(ticket)
+            # The next in the queue may find room now.
+            self._changed.notify_all()
+
+    def _publish(self, lease: KvLease, entry: KvEntry) -> None:
+        with self._changed:
+            if lease._closed:
+                raise RuntimeError("the lease is closed")
+            if not any(entry is leased for leased in lease._entries):
+                raise ValueError(f"the entry of user {entry.key!r} belongs to another lease")
+            if entry._slot.ready:
+                raise ValueError(f"the entry of user {entry.key!r} was published before")
+            entry._slot.ready = True
+            self._changed.notify_all()
+
+    def _release(self, lease: KvLease) -> None:
+        with self._changed:
+            if lease._closed:
+                return
+            lease._closed = True
+            for entry in lease._entries:
+                self._unpin(entry._slot)
+            self._holders.discard(lease._thread)
+            self._changed.notify_all()
+
+    def invalidate(self, key: Hashable) -> bool:
+        """Forget a user; True if there was an entry. Its memory is free once no lease holds it."""
+        with self._changed:
+            slot = self._index.get(key)
+            if slot is not None:
+                self._drop(slot)
+                self._changed.notify_all()
+            return slot is not None
+
+    def clear(self) -> None:
+        """Forget every user."""
+        with self._changed:
+            for slot in list(self._index.values()):
+                self._drop(slot)
+            self._changed.notify_all()
+
+    @property
+    def stats(self) -> KvStats:
+        """Counters, taken at one moment."""
+        with self._changed:
+            return KvStats(
+                hits=self._counts["hit"],
+                misses=self._counts["miss"],
+                stale=self._counts["stale"],
+                evictions=self._counts["eviction"],
+                entries=len(self._slots),
+                used_bytes=sum(slot.region.nbytes for slot in self._slots),
+                capacity_bytes=self._pool.capacity_bytes,
+            )
