@@ -1,0 +1,55 @@
+"""Collect every fault of a request before refusing it. Private to the runtime's request checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_compile.errors import RequestError
+
+MOST_NAMED = 5
+
+
+class Faults:
+    """Faults in the order in which they were found.
+
+    Args:
+        fixes: what helps, by error code.
+    """
+
+    def __init__(self, fixes: Mapping[str, str]) -> None:
+        self._fixes = fixes
+        self.found: list[tuple[str, str]] = []
+
+    def add(self, code: str, text: str) -> None:
+        """Note one fault."""
+        self.found.append((code, text))
+
+    def raise_if_any(self) -> None:
+        """Refuse the request under the first fault's code, naming all of them."""
+        if not self.found:
+            return
+        code = self.found[0][0]
+        codes = dict.fromkeys(each for each, _ in self.found)
+        raise RequestError(
+            code,
+            f"the request has {len(self.found)} fault{'s' if len(self.found) > 1 else ''}",
+            "; ".join(text for _, text in self.found),
+            "; ".join(self._fixes[each] for each in codes),
+            {"problems": [{"code": each, "problem": text} for each, text in self.found]},
+        )
+
+
+def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
+    """An empty array of any number type is an empty integer array: np.array([]) is float64."""
+    return array.astype(np.int64) if array.size == 0 and array.dtype.kind in "fiu" else array
+
+
+def where(mask: NDArray[np.bool_], values: NDArray[Any]) -> str:
+    """The first few indices at which the mask is set, with their values."""
+    hits = np.flatnonzero(mask)
+    more = f" and {hits.size - MOST_NAMED} more" if hits.size > MOST_NAMED else ""
+    return f"at index {', '.join(f'{i} ({values[i]})' for i in hits[:MOST_NAMED])}{more}"

@@ -1,0 +1,494 @@
+"""Score candidates with M-FALCON: encode each history once, then its candidates in micro-batches. Level 3; no torch.
+
+`RankingSession` joins three graphs of one model, a KV cache on their device, and the schedule. The same class serves
+ONNX Runtime and TensorRT.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_compile.errors import BundleError, RequestError, UsageError
+from hstu_compile.runtime._packed_pieces import packed_passes
+from hstu_compile.runtime._ranking_feeds import (
+    input_names,
+    packed_feeds,
+    prefill_feeds,
+    rows_of,
+    score_feeds,
+    validity_of,
+)
+from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvStats, KvWant
+from hstu_compile.runtime.m_falcon import PassLimits, Piece, micro_batches
+from hstu_compile.runtime.ranking_request import (
+    Arrays,
+    CacheUse,
+    CheckedRequest,
+    RankingPolicy,
+    RankingRequest,
+    RankingResult,
+    checked_requests,
+)
+from hstu_compile.runtime.ranking_spec import RankingSpec
+from hstu_compile.runtime.resident import MemoryPool, ResidentTensor
+from hstu_compile.runtime.session import Session
+
+OverBudget = Literal["refuse", "packed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingStats:
+    """Counters since the session was made.
+
+    Attributes:
+        requests: answered.
+        candidates: scored, over all passes.
+        prefill_passes: runs of `prefill`.
+        score_passes: runs of `score`.
+        packed_passes: runs of `packed`.
+        staging_bytes: memory beside the cache's budget, for passes of several users.
+        cache: the KV cache's counters.
+    """
+
+    requests: int
+    candidates: int
+    prefill_passes: int
+    score_passes: int
+    packed_passes: int
+    staging_bytes: int
+    cache: KvStats
+
+
+class _Group:
+    """Requests that share one user's keys and values: their candidates are scored as one sequence."""
+
+    def __init__(self, want: KvWant) -> None:
+        self.want = want
+        self.indices: list[int] = []
+        self.requests: list[CheckedRequest] = []
+
+    def add(self, index: int, request: CheckedRequest) -> None:
+        self.indices.append(index)
+        self.requests.append(request)
+
+    @property
+    def head(self) -> CheckedRequest:
+        """Any of the requests: they differ in nothing but their candidates."""
+        return self.requests[0]
+
+    def candidates(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        return {name: np.concatenate([request.candidates[name] for request in self.requests]) for name in names}
+
+
+class RankingSession:
+    """Scores candidates of many users on one device. Safe to use from several threads.
+
+    `score` looks for each user's cached keys and values, runs `prefill` for those that are absent or outdated (several
+    users per pass), then `score` in micro-batches (several users per pass; a pass of one user reads the cache where it
+    lies, one of several reads a copy in the staging memory). Threads only meet in the cache's bookkeeping, in the
+    staging memory, and inside the sessions, which run one call at a time.
+
+    A user's entry is reused only where the model's cache rule allows (`RankingSpec.cache_rule`): the digest of all that
+    the entry depends on decides, so a reuse is never approximate. With `scaling` "batch" every request is its own
+    batch: the divisor is its own history, candidates and contextual tokens, whoever is scored beside it.
+
+    Device memory is the cache's budget plus the staging memory, both allocated here, plus the sessions' own.
+
+    Args:
+        spec: the model's facts.
+        packed: the graph that scores history and candidates in one pass. The session owns it, and the next two.
+        prefill: the graph from history to keys and values; None for a model built without --m-falcon.
+        score: the graph that scores candidates against keys and values; goes with `prefill`.
+        kv_budget_bytes: memory for cached keys and values; what a user takes is `entry_bytes`.
+        staging_rows: rows that passes of several users may have in all. None means one user of full length: a pass that
+            long keeps the device busy by itself.
+        policy: what to do with histories that are too long and ids that are unknown.
+        over_budget: a user whose keys and values alone exceed the budget: "refuse" raises HSTU-E707; "packed" scores
+            without the cache, and the result says so.
+
+    Raises:
+        BundleError: HSTU-E803 if a graph's inputs are not those of the specification.
+        EngineError: HSTU-E404 if the memory cannot be had.
+        UsageError: HSTU-E901 for arguments that do not go together.
+    """
+
+    def __init__(
+        self,
+        spec: RankingSpec,
+        packed: Session,
+        prefill: Session | None = None,
+        score: Session | None = None,
+        *,
+        kv_budget_bytes: int = 0,
+        staging_rows: int | None = None,
+        policy: RankingPolicy | None = None,
+        over_budget: OverBudget = "refuse",
+    ) -> None:
+        _check_arguments(prefill, score, kv_budget_bytes, staging_rows, over_budget)
+        for role, session in (("packed", packed), ("prefill", prefill), ("score", score)):
+            if session is not None:
+                _check_inputs(role, session, spec)
+        self.spec, self.policy = spec, policy or RankingPolicy()
+        self._packed, self._prefill, self._score, self._over_budget = packed, prefill, score, over_budget
+        self._layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
+        longest = spec.contextual_len + spec.max_history_len
+        self._limits = PassLimits(spec.micro_batch, spec.max_batch, longest if staging_rows is None else staging_rows)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._counting, self._staging_lock = threading.Lock(), threading.Lock()
+        self._pools: list[MemoryPool] = []
+        if score is None:
+            return
+        try:
+            self._pool = self._pool_of(score, kv_budget_bytes)
+            self._staging = self._pool_of(score, self._layout.entry_bytes(self._limits.staged_rows))
+            region = self._staging.allocate(self._staging.capacity_bytes)
+            assert region is not None  # the pool is new and of this size
+            self._staging_region = region
+        except BaseException:
+            self._close_pools()
+            raise
+        self._cache = KvCache(self._pool, self._layout, spec.model_version)
+
+    def _pool_of(self, session: Session, capacity_bytes: int) -> MemoryPool:
+        pool = session.memory_pool(capacity_bytes)
+        self._pools.append(pool)
+        return pool
+
+    def entry_bytes(self, num_events: int) -> int:
+        """Bytes of the budget that a user with a history of that length takes."""
+        return self._layout.entry_bytes(self.spec.contextual_len + num_events)
+
+    def score(self, requests: Sequence[RankingRequest], *, cache: bool = True) -> list[RankingResult]:
+        """Score each request's candidates after its history.
+
+        Args:
+            requests: any number, of any users; the same user may appear more than once.
+            cache: False scores by `score_packed`.
+
+        Returns:
+            One result per request, in their order.
+
+        Raises:
+            RequestError: HSTU-E701 to E705 with every fault of every request, before anything is run; E707 for a user
+                that the budget cannot hold.
+            UsageError: HSTU-E901 if the model was built without --m-falcon and `cache` is asked for.
+        """
+        if not cache:
+            return self.score_packed(requests)
+        if self._score is None:
+            raise _lacks_m_falcon("score with the cache")
+        checked = checked_requests(requests, self.spec, self.policy)
+        answers = _Answers(checked, len(self.spec.tasks))
+        without_cache = []
+        groups: dict[KvWant, _Group] = {}
+        for index, request in enumerate(checked):
+            if not request.num_candidates:
+                continue
+            rows = rows_of(request, self.spec)
+            if self._over_budget == "packed" and self._layout.entry_bytes(rows) > self._pool.capacity_bytes:
+                without_cache.append(index)
+                continue
+            want = KvWant(request.user, rows, validity_of(request, self.spec))
+            groups.setdefault(want, _Group(want)).add(index, request)
+        waiting = list(groups.values())
+        while waiting:
+            with self._cache.checkout([group.want for group in waiting], self.spec.model_version) as lease:
+                leased, waiting = waiting[: len(lease)], waiting[len(lease) :]
+                self._encode(leased, lease)
+                self._score_leased(leased, lease, answers)
+        self._run_packed(without_cache, answers)
+        self._count(requests=len(checked))
+        return answers.results()
+
+    def score_packed(self, requests: Sequence[RankingRequest]) -> list[RankingResult]:
+        """Score each request's history and candidates in one forward pass, without the cache.
+
+        More candidates than the profile takes are split over passes. The graph reads the anchor, and whether
+        contextual features are long enough, from the candidates it is given; so each part ends with the request's last
+        candidate where query times differ, and is as long as the profile allows.
+
+        Returns:
+            As `score` does; `cache` is "off".
+
+        Raises:
+            RequestError: as `score`; HSTU-E704 also where no split gives the same answer: with `scaling` "batch", whose
+                divisor counts the candidates of a pass.
+        """
+        checked = checked_requests(requests, self.spec, self.policy)
+        answers = _Answers(checked, len(self.spec.tasks))
+        self._run_packed([index for index, request in enumerate(checked) if request.num_candidates], answers)
+        self._count(requests=len(checked))
+        return answers.results()
+
+    def append(self, user: str | int, history: Arrays) -> None:
+        """Extend a user's cached history by new events; refused by every cache rule so far.
+
+        Send the longer history with the next request: it is encoded once, and the outdated entry is dropped.
+
+        Raises:
+            RequestError: HSTU-E709, saying why.
+        """
+        reason = {
+            "request": "positions count back from the query and time buckets are anchored at it, so a new event "
+            "changes the keys and values of every older one",
+            "prefix": "the bundle has no graph that encodes new events against cached ones",
+        }[self.spec.cache_rule]
+        count = len(history.get(self.spec.history_time, ()))
+        raise RequestError(
+            "HSTU-E709",
+            f"the cached history of user {user!r} cannot be extended by {count} events",
+            reason,
+            "send the longer history with the next request; it is encoded again, once",
+            {"user": user, "cache_rule": self.spec.cache_rule},
+        )
+
+    def invalidate(self, user: str | int) -> bool:
+        """Forget a user's keys and values; True if there were any.
+
+        A `score` that is using them ends as if it had come before; one that starts later does not find them.
+        """
+        return self._score is not None and self._cache.invalidate(user)
+
+    def clear(self) -> None:
+        """Forget every user."""
+        if self._score is not None:
+            self._cache.clear()
+
+    def stats(self) -> RankingStats:
+        """Counters."""
+        if self._score is None:
+            kv, staging_bytes = KvStats(0, 0, 0, 0, 0, 0, 0), 0
+        else:
+            kv, staging_bytes = self._cache.stats, self._staging.capacity_bytes
+        with self._counting:
+            counts = dict(self._counts)
+        names = ("requests", "candidates", "prefill_passes", "score_passes", "packed_passes")
+        return RankingStats(*(counts.get(name, 0) for name in names), staging_bytes=staging_bytes, cache=kv)
+
+    def close(self) -> None:
+        """Free the memory and the three sessions, when no thread is scoring any more. A second call does nothing."""
+        self._close_pools()
+        for session in (self._packed, self._prefill, self._score):
+            if session is not None:
+                session.close()
+
+    def __enter__(self) -> RankingSession:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _close_pools(self) -> None:
+        while self._pools:
+            self._pools.pop().close()
+
+    def _count(self, **changes: int) -> None:
+        with self._counting:
+            self._counts.update(changes)
+
+    def _encode(self, groups: Sequence[_Group], lease: KvLease) -> None:
+        """Fill the leased entries that are not there yet."""
+        absent = []
+        for group, entry in zip(groups, lease, strict=True):
+            if entry.outcome == "hit":
+                continue
+            if entry.rows:
+                absent.append((group, entry))
+            else:
+                lease.publish(entry)
+        for batch in self._prefill_batches(absent):
+            requests = [group.head for group, _ in batch]
+            if len(batch) == 1:
+                self._run_prefill(requests, batch[0][1].tensors)
+            else:
+                with self._staging_lock:
+                    staged = self._staged(sum(entry.rows for _, entry in batch))
+                    self._run_prefill(requests, staged)
+                    entries = [entry for _, entry in batch]
+                    self._staging.copy([(rows, block) for rows, block in _side_by_side(staged, entries)])
+            for _, entry in batch:
+                lease.publish(entry)
+
+    def _prefill_batches(self, absent: Sequence[tuple[_Group, KvEntry]]) -> Iterator[list[tuple[_Group, KvEntry]]]:
+        """Runs of users that fit one pass and the staging memory."""
+        batch: list[tuple[_Group, KvEntry]] = []
+        rows = 0
+        for group, entry in absent:
+            if batch and (len(batch) == self._limits.sequences or rows + entry.rows > self._limits.staged_rows):
+                yield batch
+                batch, rows = [], 0
+            batch.append((group, entry))
+            rows += entry.rows
+        if batch:
+            yield batch
+
+    def _run_prefill(self, requests: Sequence[CheckedRequest], outputs: dict[str, ResidentTensor]) -> None:
+        assert self._prefill is not None  # checked where scoring starts
+        self._prefill.run_resident(prefill_feeds(requests, self.spec), outputs)
+        self._count(prefill_passes=1)
+
+    def _score_leased(self, groups: Sequence[_Group], lease: KvLease, answers: _Answers) -> None:
+        candidates = [group.candidates(self.spec.candidate_names) for group in groups]
+        totals = [part[self.spec.candidate_time].shape[0] for part in candidates]
+        joint = [_Rows(total, len(self.spec.tasks)) for total in totals]
+        for pieces in micro_batches(totals, [entry.rows for entry in lease], self._limits):
+            feeds = score_feeds(
+                [groups[piece.sequence].head for piece in pieces],
+                [_cut(candidates[piece.sequence], piece) for piece in pieces],
+                self.spec,
+            )
+            entries = [lease[piece.sequence] for piece in pieces]
+            if len(entries) == 1:
+                outputs = self._run_score(feeds, entries[0].tensors)
+            else:
+                with self._staging_lock:
+                    staged = self._staged(sum(entry.rows for entry in entries))
+                    self._staging.copy([(block, rows) for rows, block in _side_by_side(staged, entries)])
+                    outputs = self._run_score(feeds, staged)
+            start = 0
+            for piece in pieces:
+                joint[piece.sequence].put(outputs, start, slice(piece.start, piece.stop))
+                start += piece.num_candidates
+        for group, entry, rows in zip(groups, lease, joint, strict=True):
+            start = 0
+            for place, (index, request) in enumerate(zip(group.indices, group.requests, strict=True)):
+                # Only the group's first request found the entry as it was; the others found what that one left.
+                answers.cache[index] = "hit" if place else entry.outcome
+                answers.rows[index].put(rows.arrays, start, slice(0, request.num_candidates))
+                start += request.num_candidates
+
+    def _run_score(self, feeds: dict[str, NDArray[Any]], cached: dict[str, ResidentTensor]) -> dict[str, NDArray[Any]]:
+        assert self._score is not None  # checked where scoring starts
+        outputs = self._score.run_resident({**feeds, **cached}, {})
+        self._count(score_passes=1, candidates=int(feeds["candidate_offsets"][-1]))
+        return outputs
+
+    def _staged(self, rows: int) -> dict[str, ResidentTensor]:
+        """Blocks of that many rows in the staging memory, whose lock the caller holds."""
+        return self._layout.tensors(self._staging, self._staging_region, rows)
+
+    def _run_packed(self, indices: Sequence[int], answers: _Answers) -> None:
+        chosen = [answers.requests[index] for index in indices]
+        for parts in packed_passes(chosen, self.spec):
+            outputs = self._packed.run(
+                packed_feeds(
+                    [chosen[part.sequence] for part in parts],
+                    [_taken(chosen[part.sequence].candidates, part.taken) for part in parts],
+                    self.spec,
+                )
+            )
+            self._count(packed_passes=1, candidates=sum(len(part.taken) for part in parts))
+            start = 0
+            for part in parts:
+                answers.rows[indices[part.sequence]].put(outputs, start, slice(part.start, part.stop))
+                start += len(part.taken)
+
+
+class _Rows:
+    """Predictions and logits of some candidates, filled piece by piece."""
+
+    def __init__(self, num_candidates: int, num_tasks: int) -> None:
+        self.arrays = {name: np.full((num_candidates, num_tasks), np.nan, np.float32) for name in ("preds", "logits")}
+
+    def put(self, outputs: Arrays, start: int, target: slice) -> None:
+        """Take the rows that begin at `start`, as many as the target has."""
+        for name, array in self.arrays.items():
+            array[target] = outputs[name][start : start + target.stop - target.start]
+
+
+class _Answers:
+    """What has been computed of each request so far."""
+
+    def __init__(self, requests: Sequence[CheckedRequest], num_tasks: int) -> None:
+        self.requests = requests
+        self.rows = [_Rows(request.num_candidates, num_tasks) for request in requests]
+        self.cache: list[CacheUse] = ["off"] * len(requests)
+
+    def results(self) -> list[RankingResult]:
+        return [
+            RankingResult(rows.arrays["preds"], rows.arrays["logits"], cache, request.truncated)
+            for request, rows, cache in zip(self.requests, self.rows, self.cache, strict=True)
+        ]
+
+
+def _cut(candidates: Arrays, piece: Piece) -> dict[str, NDArray[Any]]:
+    return {name: array[piece.start : piece.stop] for name, array in candidates.items()}
+
+
+def _taken(candidates: Arrays, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+    return {name: array[indices] for name, array in candidates.items()}
+
+
+def _side_by_side(
+    staged: dict[str, ResidentTensor], entries: Sequence[KvEntry]
+) -> Iterator[tuple[ResidentTensor, ResidentTensor]]:
+    """(rows of the staging memory, block of an entry), for every block of every entry."""
+    start = 0
+    for entry in entries:
+        for name, block in entry.tensors.items():
+            yield staged[name].rows(start, start + entry.rows), block
+        start += entry.rows
+
+
+def _check_inputs(role: str, session: Session, spec: RankingSpec) -> None:
+    expected, found = set(input_names(spec)[role]), {tensor.name for tensor in session.inputs}
+    if expected != found:
+        lacking, extra = sorted(expected - found), sorted(found - expected)
+        raise BundleError(
+            "HSTU-E803",
+            f"the graph {role} does not belong to the manifest's ranking entry",
+            "; ".join(
+                text
+                for names, text in (
+                    (lacking, f"it does not take {', '.join(lacking)}"),
+                    (extra, f"it takes {', '.join(extra)} besides"),
+                )
+                if names
+            ),
+            "build the bundle again",
+            {"lacking": lacking, "extra": extra},
+        )
+
+
+def _check_arguments(
+    prefill: Session | None,
+    score: Session | None,
+    kv_budget_bytes: int,
+    staging_rows: int | None,
+    over_budget: str,
+) -> None:
+    def refuse(what: str, why: str, fix: str) -> None:
+        raise UsageError("HSTU-E901", what, why, fix)
+
+    if (prefill is None) != (score is None):
+        refuse("prefill and score go together", "only one of the two graphs was given", "give both, or neither")
+    if over_budget not in get_args(OverBudget):
+        refuse(
+            f"there is no over_budget choice {over_budget!r}",
+            f"it is not one of {', '.join(get_args(OverBudget))}",
+            "choose one of these",
+        )
+    if score is not None and kv_budget_bytes <= 0:
+        refuse(
+            "the KV cache has no memory",
+            f"kv_budget_bytes is {kv_budget_bytes}",
+            "give it the bytes of the users that are to be kept; RankingSession.entry_bytes tells a user's",
+        )
+    if staging_rows is not None and staging_rows < 0:
+        refuse("the staging memory cannot be negative", f"staging_rows is {staging_rows}", "pass 0 or more")
+
+
+def _lacks_m_falcon(what: str) -> UsageError:
+    return UsageError(
+        "HSTU-E901",
+        f"this model cannot {what}",
+        "it was built without --m-falcon and has no graphs prefill and score",
+        "build it with --m-falcon micro-batch=N, or use score_packed",
+    )
