@@ -292,6 +292,12 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Cached keys and values mean something only to the model whose prefill computed them. A cache is made for one "
         "model version, which is the sha256 of the bundle's model files.",
     ),
+    "HSTU-E709": ErrorCode(
+        "A cached history cannot be extended",
+        "New events may be encoded against cached keys and values only if these do not depend on what comes later. "
+        "Where positions count back from the query and time buckets are anchored at it, every new event changes the "
+        "whole history, which has to be encoded again.",
+    ),
     "HSTU-E801": ErrorCode(
         "The output exists",
         "hstu-compile never overwrites a bundle unless --force is given, and never anything that is not a bundle.",
