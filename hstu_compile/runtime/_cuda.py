@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.errors import EngineError
+from hstu_compile.runtime._bfloat16 import storage_dtype
 
 _NON_BLOCKING_STREAM = 1
 
@@ -118,7 +119,7 @@ class CudaDriver:
 
     @contextlib.contextmanager
     def synchronised(self) -> Iterator[None]:
-        """Wait for the stream on the way out, also after an error: what was enqueued may still use the caller's memory."""
+        """Wait for the stream on the way out, also after an error, because its work may use the caller's memory."""
         try:
             yield
         except BaseException:
@@ -173,7 +174,7 @@ class DeviceBuffers:
 
 def host_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """An uninitialised array that `download` can fill; bfloat16 is held as its 16 bits."""
-    return np.empty(shape, np.uint16 if dtype == "bfloat16" else dtype)
+    return np.empty(shape, storage_dtype(dtype))
 
 
 def _no_gpu(why: str) -> EngineError:

@@ -10,14 +10,19 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import RequestError
+from hstu_compile.runtime._bfloat16 import bits_of_values
 
 
 def converted(array: NDArray[Any], dtype: str) -> NDArray[Any] | None:
-    """The array as `dtype`, or None if that would change a value or its kind.
+    """The array as `dtype` is held, or None if that would change a value or its kind.
+
+    A bfloat16 input takes float32 values that bfloat16 holds exactly.
 
     >>> converted(np.array([1, 2**40]), "int32") is None
     True
     """
+    if dtype == "bfloat16":
+        return bits_of_values(array) if array.dtype == np.float32 else None
     wanted = np.dtype(dtype)
     if array.dtype == wanted:
         return array

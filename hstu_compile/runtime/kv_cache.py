@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Literal, overload
 
 from hstu_compile.errors import InternalError, RequestError
+from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._free_list import aligned
-from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor, storage_dtype
+from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor
 
 Outcome = Literal["hit", "miss", "stale"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ import onnx
 from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
-from hstu_compile.errors import EngineError
+from hstu_compile.errors import EngineError, InternalError
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
+from hstu_compile.runtime._bfloat16 import bits_of_values, values_of_bits
 from hstu_compile.runtime._feeds import matched_feeds
+from hstu_compile.runtime._resident_io import Feeds, check_residents, check_target, split_feeds
+from hstu_compile.runtime.resident import HostPool, HostTensor, ResidentTensor
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -32,7 +36,9 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeSession:
     """A graph in ONNX Runtime, on CPU unless `use_gpu`.
 
-    bfloat16 graphs are run by `WidenBf16`, because the CPU kernels have no bfloat16; bfloat16 taps come out as float32.
+    bfloat16 graphs are run by `WidenBf16`, because the CPU kernels have no bfloat16: `inputs` and `outputs` say float32
+    where the graph says bfloat16, and `run` takes and gives float32. Resident tensors keep the graph's type, so that a
+    cached row takes as many bytes here as in an engine; they are widened and narrowed on the way, which is exact.
 
     Args:
         model: graph or file.
@@ -66,7 +72,7 @@ class OnnxRuntimeSession:
         options.use_deterministic_compute = True
         options.log_severity_level = _ERRORS_ONLY
         try:
-            prepared = _prepared(model, taps)
+            prepared, bfloat16_names = _prepared(model, taps)
             self._session: Any = onnxruntime.InferenceSession(prepared, options, providers=[provider])
         except EngineError:
             raise
@@ -88,10 +94,36 @@ class OnnxRuntimeSession:
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._resident_inputs = tuple(_declared(spec, bfloat16_names) for spec in self.inputs)
+        self._resident_outputs = tuple(_declared(spec, bfloat16_names) for spec in self.outputs)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See `Session.run`."""
-        arrays = matched_feeds(feeds, self.inputs)
+        return self._execute(matched_feeds(feeds, self.inputs))
+
+    def run_resident(self, feeds: Feeds, outputs: Mapping[str, ResidentTensor]) -> dict[str, NDArray[Any]]:
+        """See `Session.run_resident`. Outputs are copied to their targets once all are known to fit."""
+        arrays, residents = split_feeds(feeds)
+        check_residents(
+            residents, outputs, inputs=self._resident_inputs, outputs=self._resident_outputs, kind=HostTensor
+        )
+        for name, tensor in residents.items():
+            assert isinstance(tensor, HostTensor)
+            arrays[name] = values_of_bits(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
+        results = self._execute(matched_feeds(arrays, self.inputs))
+        for name, target in outputs.items():
+            check_target(name, results[name].shape, target, self._resident_outputs)
+        for name, target in outputs.items():
+            assert isinstance(target, HostTensor)
+            result = results.pop(name)
+            target.array[...] = _narrowed(name, result) if target.dtype == "bfloat16" else result
+        return results
+
+    def memory_pool(self, capacity_bytes: int) -> HostPool:
+        """See `Session.memory_pool`. Host memory, also with `use_gpu`: feeds of ONNX Runtime are host arrays here."""
+        return HostPool(capacity_bytes)
+
+    def _execute(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         with self._lock:
             if self._session is None:
                 raise RuntimeError("the session is closed")
@@ -125,8 +157,20 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, _DTYPES.get(value.type, value.type), shape)
 
 
-def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> bytes:
-    """The graph as it is run: a copy with taps as outputs, bfloat16 widened."""
+def _declared(spec: TensorSpec, bfloat16_names: frozenset[str]) -> TensorSpec:
+    """The spec as the graph declares it."""
+    return dataclasses.replace(spec, dtype="bfloat16") if spec.name in bfloat16_names else spec
+
+
+def _narrowed(name: str, values: NDArray[Any]) -> NDArray[np.uint16]:
+    bits = bits_of_values(values)
+    if bits is None:
+        raise InternalError(f"the widened graph gave {name} values that bfloat16 cannot hold")
+    return bits
+
+
+def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes, frozenset[str]]:
+    """The graph as it is run, a copy with taps as outputs, bfloat16 widened; and what was bfloat16 at its ends."""
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.load(str(model)) if isinstance(model, Path) else model)
     present = {value.name for value in copy.graph.output}
@@ -143,5 +187,10 @@ def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> bytes:
     for name in taps:
         if name not in present:
             copy.graph.output.append(types.get(name, onnx.ValueInfoProto(name=name)))
+    narrow = frozenset(
+        value.name
+        for value in [*copy.graph.input, *copy.graph.output]
+        if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    )
     WidenBf16().call(copy)
-    return bytes(copy.SerializeToString())
+    return bytes(copy.SerializeToString()), narrow

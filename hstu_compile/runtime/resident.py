@@ -19,13 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime._free_list import ALIGNMENT, FreeList, aligned
-
-
-def storage_dtype(dtype: str) -> np.dtype[Any]:
-    """NumPy's type for the bytes of a tensor: bfloat16, which NumPy lacks, is held as its bits in uint16."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 class ResidentTensor(abc.ABC):
@@ -179,6 +175,14 @@ class MemoryPool(Protocol):
 
     def close(self) -> None:
         """Free the arena. A second call does nothing."""
+
+    def __enter__(self) -> MemoryPool:
+        """Return the pool."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pool."""
 
 
 class _Pool(abc.ABC):
