@@ -1,6 +1,6 @@
 """Stage 2: the eager model to an ONNX graph with every attention as one node. Level 3.
 
-Input: a `RetrievalModel` in its final precision. Output: an `OnnxGraph` (opset 20, IR 10) whose intermediate values
+Input: a `ServedGraph` in its final precision. Output: an `OnnxGraph` (opset 20, IR 10) whose intermediate values
 `layer_0` .. `layer_n` are the residual stream, so that any runtime can be compared with the eager model layer by layer.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import values as onnxscript_values
-from torch import Tensor, nn
 
-from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision, TensorSpec
+from hstu_compile.artifacts import OnnxGraph, Precision, TensorSpec
 from hstu_compile.errors import ExportError
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
+from hstu_compile.served import ServedGraph, retrieval_graph
 
 OPSET = 20
 
@@ -29,38 +29,6 @@ TORCH_DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-
-# Sizes of the traced example; the graph is dynamic in all of them.
-_EXAMPLE_LENGTHS = (5, 3, 4)
-
-
-class _ServedModel(nn.Module):
-    """The outputs that are served, then the residual stream of every layer as taps."""
-
-    item_vectors: Tensor
-
-    def __init__(self, model: RetrievalModel, top_k: int) -> None:
-        super().__init__()
-        self.model, self.top_k = model, top_k
-        if top_k:
-            # Normalised once here: in the graph it would be work per request on the whole table.
-            self.register_buffer("item_vectors", model.item_vectors().clone())
-
-    def forward(
-        self,
-        item_ids: Tensor,
-        timestamps: Tensor,
-        seq_offsets: Tensor,
-        request_timestamps: Tensor,
-        ratings: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        activations = self.model.layer_activations(item_ids, timestamps, seq_offsets, request_timestamps, ratings)
-        user_embeddings = self.model.user_embeddings(activations[-1], seq_offsets)
-        outputs = [user_embeddings]
-        if self.top_k:
-            outputs += self.model.top_items(user_embeddings, self.item_vectors, item_ids, seq_offsets, self.top_k)
-        return (*outputs, *activations)
-
 
 def _translate_attention(
     q: Any,
@@ -141,27 +109,12 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-def _example(model: RetrievalModel) -> dict[str, Tensor]:
-    lengths = torch.tensor(_EXAMPLE_LENGTHS)
-    total = int(lengths.sum())
-    example = {
-        "item_ids": torch.ones(total, dtype=torch.int32),
-        "timestamps": torch.arange(total),
-        "seq_offsets": torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
-        "request_timestamps": torch.full((len(_EXAMPLE_LENGTHS),), total),
-    }
-    if model.config.has_ratings:
-        example["ratings"] = torch.zeros(total, dtype=torch.int32)
-    return example
-
-
-def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int = 0) -> OnnxGraph:
-    """Trace the model.
+def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph:
+    """Trace one graph of a model.
 
     Args:
-        model: in evaluation mode, already cast to `precision`.
+        served: its module is in evaluation mode and already cast to `precision`.
         precision: its type.
-        top_k: also output the K best unseen items; 0 leaves them out.
 
     Returns:
         The graph as exported, taps still among its outputs.
@@ -170,19 +123,16 @@ def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int 
         ExportError: HSTU-E201, with the exporter's message.
     """
     register_onnx_schema()
-    example = _example(model)
-    axes = {"seq_offsets": {0: "B_plus_1"}, "request_timestamps": {0: "B"}}
-    taps = [f"{TAP_PREFIX}{i}" for i in range(model.config.num_layers + 1)]
-    served = ["user_embeddings", *(["top_items", "top_scores"] if top_k else [])]
     try:
         with _quiet():
             program = torch.onnx.export(
-                _ServedModel(model, top_k).eval(),
-                kwargs=example,
+                served.module,
+                args=tuple(each.example for each in served.inputs),
                 dynamo=True,
-                input_names=list(example),
-                output_names=served + taps,
-                dynamic_shapes={name: axes.get(name, {0: "L"}) for name in example},
+                input_names=[each.name for each in served.inputs],
+                output_names=[*served.outputs, *served.taps],
+                # One tuple inside another: the module takes its inputs as *values.
+                dynamic_shapes=(tuple({0: each.axis} for each in served.inputs),),
                 custom_translation_table={torch.ops.hstu.hstu_attention.default: _translate_attention},
                 opset_version=OPSET,
                 external_data=False,
@@ -193,7 +143,7 @@ def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int 
     except Exception as error:
         raise ExportError(
             "HSTU-E201",
-            "the model could not be traced to ONNX",
+            f"the graph {served.name} could not be traced to ONNX",
             f"{type(error).__name__}: {error}",
             "check the versions of torch and onnxscript with `hstu-compile env` against README",
         ) from error
@@ -203,6 +153,11 @@ def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int 
         inputs=tensor_specs(proto.graph.input),
         outputs=tensor_specs(proto.graph.output),
     )
+
+
+def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int = 0) -> OnnxGraph:
+    """Trace a retrieval model; see `retrieval_graph` and `exported_from_served`."""
+    return exported_from_served(retrieval_graph(model, top_k), precision)
 
 
 def tensor_specs(values: Any) -> tuple[TensorSpec, ...]:

@@ -56,6 +56,7 @@ class JaggedBatch:
         col_timestamps: [L] int64 seconds or None -- key side.
         num_targets: [B] int32 or None -- candidates at each tail.
         scaling_seq_lens: [B] float32 or None -- divisor per sequence, instead of the model's.
+        max_seq_len: most rows of one sequence, cached ones included; None is the model's own limit.
         cache: where the rows before these come from; None without a cache.
     """
 
@@ -64,6 +65,7 @@ class JaggedBatch:
     col_timestamps: Tensor | None = None
     num_targets: Tensor | None = None
     scaling_seq_lens: Tensor | None = None
+    max_seq_len: int | None = None
     cache: CachedRows | None = None
 
 
@@ -162,7 +164,8 @@ class HstuLayer(nn.Module):
         attn = self.config.attention
         q = uvqk.q.view(-1, attn.num_heads, attn.attention_dim)
         k, v = self.key_value(uvqk)
-        key_offsets, max_query_len = batch.seq_offsets, attn.max_seq_len
+        longest = attn.max_seq_len if batch.max_seq_len is None else batch.max_seq_len
+        key_offsets, max_query_len = batch.seq_offsets, longest
         if batch.cache is not None:
             assert cached is not None
             k = torch.cat([cached.k, k]).index_select(0, batch.cache.key_rows)
@@ -172,7 +175,7 @@ class HstuLayer(nn.Module):
             alpha=float(attn.alpha),
             scaling_seq_len=float(attn.scaling_seq_len),
             max_query_len=max_query_len,
-            max_seq_len=attn.max_seq_len,
+            max_seq_len=longest,
             target_group_size=attn.target_group_size,
             contextual_seq_len=attn.contextual_seq_len,
             max_attn_len=attn.max_attn_len,

@@ -318,8 +318,9 @@ class RankingModel(nn.Module):
 
         scaling: Tensor | None = None
         if config.scaling == "batch":
-            longest = history_len.amax() + num_targets.amax() + context
-            scaling = longest.to(torch.float32).expand(batch)
+            # Exact in float32, in which every runtime can reduce.
+            lengths = history_len.to(torch.float32), num_targets.to(torch.float32)
+            scaling = (lengths[0].amax(dim=0) + lengths[1].amax(dim=0) + context).expand(batch)
         jagged = JaggedBatch(
             offsets, num_targets=candidate_offsets[1:] - candidate_offsets[:-1], scaling_seq_lens=scaling
         )
@@ -370,7 +371,7 @@ class RankingModel(nn.Module):
         x = self.encode_position(rows, self._positions(cached.index, history_end), distance)
 
         scaling = features[SCALING_SEQ_LENS] if config.scaling == "batch" else None
-        jagged = JaggedBatch(offsets, scaling_seq_lens=scaling)
+        jagged = JaggedBatch(offsets, scaling_seq_lens=scaling, max_seq_len=context + config.max_history_len)
         activations, key_values = [x], []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, HstuLayer)
@@ -381,7 +382,9 @@ class RankingModel(nn.Module):
                 activations.append(layer.output(activations[-1], uvqk.u, layer.attend(uvqk, jagged)))
         return PrefillOutput(tuple(key_values), tuple(activations))
 
-    def score(self, features: Features, key_values: Sequence[KeyValue]) -> RankingOutput:
+    def score(
+        self, features: Features, key_values: Sequence[KeyValue], micro_batch: int | None = None
+    ) -> RankingOutput:
         """Candidates against encoded histories.
 
         Args:
@@ -389,6 +392,7 @@ class RankingModel(nn.Module):
                 `request_timestamps` [B] int64 seconds, and `scaling_seq_lens` [B] float32 if scaling is "batch"; the
                 last two as they were for `prefill`.
             key_values: of `prefill`, layer by layer; user b owns rows cache_offsets[b] to cache_offsets[b + 1].
+            micro_batch: most candidates of one user here; None is the config's max_candidates.
         """
         config, context = self.config, self.config.contextual_len
         candidate_offsets, cache_offsets = features[CANDIDATE_OFFSETS], features[CACHE_OFFSETS]
@@ -396,6 +400,7 @@ class RankingModel(nn.Module):
         num_candidates, num_cached = query_times.shape[0], key_values[0].k.shape[0]
         candidates = _sequences(candidate_offsets, num_candidates)
 
+        most = config.max_candidates if micro_batch is None else micro_batch
         key_offsets = cache_offsets + candidate_offsets
         keys = _sequences(key_offsets, num_cached + num_candidates)
         cached_len = _lengths(cache_offsets).index_select(0, keys.owner)
@@ -419,7 +424,8 @@ class RankingModel(nn.Module):
             candidate_offsets,
             num_targets=candidate_offsets[1:] - candidate_offsets[:-1],
             scaling_seq_lens=features[SCALING_SEQ_LENS] if config.scaling == "batch" else None,
-            cache=CachedRows(key_offsets, key_rows, config.max_candidates),
+            max_seq_len=context + config.max_history_len + most,
+            cache=CachedRows(key_offsets, key_rows, most),
         )
         activations = [x]
         for layer, cached in zip(self.layers, key_values, strict=True):

@@ -29,6 +29,7 @@ LEVELS: dict[str, int] = {
     "plugin_library": 2,
     "_report_figures": 2,
     "calibration": 2,
+    "served": 2,
     # The stages.
     "checkpoint": 3,
     "export": 3,
@@ -63,6 +64,7 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("engine", "rewrite"): "lowers the graph to what the builder's parser reads",
     ("runtime", "rewrite"): "widens bfloat16 for a runtime without it",
     ("session_check", "runtime"): "runs the sessions that it compares",
+    ("served", "artifacts"): "names the taps",
     ("profiles", "artifacts"): "Profile is what it makes",
     ("trt_options", "artifacts"): "Profile is what the options describe",
     ("plugin_stage", "engine_stage"): "builds the plugin beside the engine",

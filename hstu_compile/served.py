@@ -1,0 +1,328 @@
+"""The graphs that a model is served as: module, inputs, outputs, taps. Level 2.
+
+A retrieval model is one graph. A ranking model is one (`packed`), or three (`packed`, `prefill`, `score`) that share its
+weights. Export, verification and profiles read all they need to know of a graph from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hstu_compile.artifacts import TAP_PREFIX
+from hstu_compile.model.families import HstuModel
+from hstu_compile.model.layer import KeyValue
+from hstu_compile.model.ranking import (
+    CACHE_OFFSETS,
+    CANDIDATE_OFFSETS,
+    NUM_CANDIDATES,
+    REQUEST_TIMESTAMPS,
+    SCALING_SEQ_LENS,
+    SEQ_OFFSETS,
+    RankingModel,
+)
+from hstu_compile.model.retrieval import RetrievalModel
+
+# Which rows of the last layer something reads.
+Consumed = Literal["all", "last_of_sequence", "candidates"]
+
+USER_EMBEDDINGS_TAP = "candidates_user_embeddings"
+ITEM_EMBEDDINGS_TAP = "candidates_item_embeddings"
+
+# Sizes of the traced examples; the graphs are dynamic in all of them.
+_HISTORY_LENGTHS = (5, 3, 4)
+_CANDIDATE_COUNTS = (2, 3, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphInput:
+    """One graph input: its name, the name of its first axis, and an example to trace with."""
+
+    name: str
+    axis: str
+    example: Tensor = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedGraph:
+    """One graph of a model.
+
+    Attributes:
+        name: retrieval, packed, prefill or score.
+        module: takes the inputs in order, gives the outputs and then the taps.
+        inputs: in order.
+        outputs: names of what is served.
+        taps: names of the intermediate values that a comparison looks at; the residual stream is layer_0 .. layer_n.
+        num_attention: attention nodes.
+        consumed: rows of the last layer that the outputs depend on.
+        max_candidates: most candidates of one user; 0 in a graph without candidates.
+    """
+
+    name: str
+    module: nn.Module = dataclasses.field(repr=False)
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+    taps: tuple[str, ...]
+    num_attention: int
+    consumed: Consumed
+    max_candidates: int = 0
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs and taps of the eager module; the half types come as float32, which holds them exactly."""
+        with torch.inference_mode():
+            values = self.module(*(torch.from_numpy(np.ascontiguousarray(feeds[each.name])) for each in self.inputs))
+        half = (torch.float16, torch.bfloat16)
+        return {
+            name: (value.float() if value.dtype in half else value).numpy()
+            for name, value in zip((*self.outputs, *self.taps), values, strict=True)
+        }
+
+
+class _Retrieval(nn.Module):
+    """User embeddings and, on request, the best unseen items; then the residual stream."""
+
+    item_vectors: Tensor
+
+    def __init__(self, model: RetrievalModel, top_k: int, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.top_k, self.names = model, top_k, names
+        if top_k:
+            # Normalised once here: in the graph it would be work per request on the whole table.
+            self.register_buffer("item_vectors", model.item_vectors().clone())
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        features = dict(zip(self.names, values, strict=True))
+        activations = self.model.layer_activations(**features)
+        user_embeddings = self.model.user_embeddings(activations[-1], features[SEQ_OFFSETS])
+        outputs = [user_embeddings]
+        if self.top_k:
+            outputs += self.model.top_items(
+                user_embeddings, self.item_vectors, features["item_ids"], features[SEQ_OFFSETS], self.top_k
+            )
+        return (*outputs, *activations)
+
+
+class _Packed(nn.Module):
+    """Predictions for histories and candidates in one forward, then the taps."""
+
+    def __init__(self, model: RankingModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        output = self.model.packed(dict(zip(self.names, values, strict=True)))
+        return (output.preds, output.logits, output.user_embeddings, output.item_embeddings, *output.activations)
+
+
+class _Prefill(nn.Module):
+    """Keys and values of every layer, then the residual stream before each layer."""
+
+    def __init__(self, model: RankingModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        output = self.model.prefill(dict(zip(self.names, values, strict=True)))
+        return (*(part for pair in output.key_values for part in pair), *output.activations)
+
+
+class _Score(nn.Module):
+    """Predictions for candidates against keys and values, then the taps."""
+
+    def __init__(self, model: RankingModel, names: tuple[str, ...], micro_batch: int) -> None:
+        super().__init__()
+        self.model, self.names, self.micro_batch = model, names, micro_batch
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        features = dict(zip(self.names, values, strict=True))
+        # Engines keep the type of the cache; a float64 reference reads the same stored numbers.
+        pairs = [
+            KeyValue(features[f"k_{i}"].to(self.model.dtype), features[f"v_{i}"].to(self.model.dtype))
+            for i in range(self.model.config.num_layers)
+        ]
+        output = self.model.score(features, pairs, self.micro_batch)
+        return (output.preds, output.logits, output.user_embeddings, output.item_embeddings, *output.activations)
+
+
+def _layer_taps(count: int) -> tuple[str, ...]:
+    return tuple(f"{TAP_PREFIX}{i}" for i in range(count))
+
+
+def _offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def retrieval_graph(model: RetrievalModel, top_k: int = 0) -> ServedGraph:
+    """The graph of a retrieval model.
+
+    Args:
+        model: in evaluation mode, cast to the precision of the graph.
+        top_k: also output the K best unseen items; 0 leaves them out.
+    """
+    total, config = sum(_HISTORY_LENGTHS), model.config
+    inputs = [
+        GraphInput("item_ids", "L", torch.ones(total, dtype=torch.int32)),
+        GraphInput("timestamps", "L", torch.arange(total)),
+        GraphInput(SEQ_OFFSETS, "B_plus_1", _offsets(_HISTORY_LENGTHS)),
+        GraphInput(REQUEST_TIMESTAMPS, "B", torch.full((len(_HISTORY_LENGTHS),), total)),
+    ]
+    if config.has_ratings:
+        inputs.append(GraphInput("ratings", "L", torch.zeros(total, dtype=torch.int32)))
+    return ServedGraph(
+        name="retrieval",
+        module=_Retrieval(model, top_k, tuple(each.name for each in inputs)).eval(),
+        inputs=tuple(inputs),
+        outputs=("user_embeddings", *(("top_items", "top_scores") if top_k else ())),
+        taps=_layer_taps(config.num_layers + 1),
+        num_attention=config.num_layers,
+        consumed="last_of_sequence",
+    )
+
+
+class _RankingInputs:
+    """Examples of a ranking model's inputs, by role."""
+
+    def __init__(self, model: RankingModel) -> None:
+        self._config = model.config
+        # Rows given instead of ids: float16 beside a float16 graph, and float32 otherwise.
+        self._row_dtype = torch.float16 if model.dtype == torch.float16 else torch.float32
+
+    def _ids(self, name: str, axis: str, count: int) -> GraphInput:
+        if self._config.external_embeddings:
+            return GraphInput(name, axis, torch.ones((count, self._config.table_dim), dtype=self._row_dtype))
+        return GraphInput(name, axis, torch.zeros(count, dtype=torch.int32))
+
+    def history(self) -> list[GraphInput]:
+        """One value per event."""
+        config, total = self._config, sum(_HISTORY_LENGTHS)
+        inputs = [self._ids(name, "L", total) for name in config.history_ids]
+        inputs.append(GraphInput(config.history_time_feature, "L", torch.arange(total)))
+        if config.action_feature:
+            inputs.append(GraphInput(config.action_feature, "L", torch.ones(total, dtype=torch.int32)))
+        return inputs
+
+    def context(self) -> list[GraphInput]:
+        """`max_length` values per user."""
+        batch = len(_HISTORY_LENGTHS)
+        return [
+            self._ids(
+                each.name, "B" if each.max_length == 1 else f"B_times_{each.max_length}", batch * each.max_length
+            )
+            for each in self._config.contextual_features
+        ]
+
+    def candidates(self) -> list[GraphInput]:
+        """One value per candidate."""
+        total = sum(_CANDIDATE_COUNTS)
+        inputs = [self._ids(name, "T", total) for name in self._config.candidate_ids]
+        return [*inputs, GraphInput(self._config.candidate_time_feature, "T", torch.full((total,), 100))]
+
+    def request(self, *, prefill: bool) -> list[GraphInput]:
+        """One value per user that a packed forward derives itself."""
+        batch = len(_HISTORY_LENGTHS)
+        inputs = [GraphInput(REQUEST_TIMESTAMPS, "B", torch.full((batch,), 100))]
+        if prefill and self._config.counts_candidates:
+            inputs.append(GraphInput(NUM_CANDIDATES, "B", torch.tensor(_CANDIDATE_COUNTS, dtype=torch.int32)))
+        if self._config.scaling == "batch":
+            inputs.append(GraphInput(SCALING_SEQ_LENS, "B", torch.full((batch,), 9.0)))
+        return inputs
+
+    def cache(self, dtype: torch.dtype) -> list[GraphInput]:
+        """Keys and values in front of the candidates."""
+        attention = self._config.layer.attention
+        rows = sum(_HISTORY_LENGTHS) + len(_HISTORY_LENGTHS) * self._config.contextual_len
+        offsets = _offsets(tuple(length + self._config.contextual_len for length in _HISTORY_LENGTHS))
+        inputs = [GraphInput(CACHE_OFFSETS, "B_plus_1", offsets)]
+        for layer in range(self._config.num_layers):
+            for name, width in (("k", attention.attention_dim), ("v", attention.linear_dim)):
+                example = torch.zeros((rows, attention.num_heads, width), dtype=dtype)
+                inputs.append(GraphInput(f"{name}_{layer}", "Lc", example))
+        return inputs
+
+
+def _names(inputs: list[GraphInput]) -> tuple[str, ...]:
+    return tuple(each.name for each in inputs)
+
+
+def packed_graph(model: RankingModel) -> ServedGraph:
+    """Histories and candidates in one forward."""
+    make, layers = _RankingInputs(model), model.config.num_layers
+    inputs = [
+        *make.history(),
+        *make.context(),
+        *make.candidates(),
+        GraphInput(SEQ_OFFSETS, "B_plus_1", _offsets(_HISTORY_LENGTHS)),
+        GraphInput(CANDIDATE_OFFSETS, "B_plus_1", _offsets(_CANDIDATE_COUNTS)),
+    ]
+    return ServedGraph(
+        name="packed",
+        module=_Packed(model, _names(inputs)).eval(),
+        inputs=tuple(inputs),
+        outputs=("preds", "logits"),
+        taps=(USER_EMBEDDINGS_TAP, ITEM_EMBEDDINGS_TAP, *_layer_taps(layers + 1)),
+        num_attention=layers,
+        consumed="candidates",
+        max_candidates=model.config.max_candidates,
+    )
+
+
+def prefill_graph(model: RankingModel) -> ServedGraph:
+    """Histories to keys and values."""
+    make, layers = _RankingInputs(model), model.config.num_layers
+    inputs = [
+        *make.history(),
+        *make.context(),
+        GraphInput(SEQ_OFFSETS, "B_plus_1", _offsets(_HISTORY_LENGTHS)),
+        *make.request(prefill=True),
+    ]
+    return ServedGraph(
+        name="prefill",
+        module=_Prefill(model, _names(inputs)).eval(),
+        inputs=tuple(inputs),
+        outputs=tuple(f"{part}_{layer}" for layer in range(layers) for part in ("k", "v")),
+        taps=_layer_taps(layers),
+        num_attention=layers - 1,
+        consumed="all",
+    )
+
+
+def score_graph(model: RankingModel, micro_batch: int) -> ServedGraph:
+    """At most `micro_batch` candidates, of all users together, against keys and values."""
+    make, layers = _RankingInputs(model), model.config.num_layers
+    inputs = [
+        *make.candidates(),
+        GraphInput(CANDIDATE_OFFSETS, "B_plus_1", _offsets(_CANDIDATE_COUNTS)),
+        *make.request(prefill=False),
+        *make.cache(model.dtype),
+    ]
+    return ServedGraph(
+        name="score",
+        module=_Score(model, _names(inputs), micro_batch).eval(),
+        inputs=tuple(inputs),
+        outputs=("preds", "logits"),
+        taps=(USER_EMBEDDINGS_TAP, ITEM_EMBEDDINGS_TAP, *_layer_taps(layers + 1)),
+        num_attention=layers,
+        consumed="all",
+        max_candidates=micro_batch,
+    )
+
+
+def served_graphs(model: HstuModel, top_k: int = 0, micro_batch: int | None = None) -> tuple[ServedGraph, ...]:
+    """Every graph of a model; the first is the one that answers a request by itself.
+
+    Args:
+        model: in evaluation mode, cast to the precision of the graphs.
+        top_k: of a retrieval model: also output the K best unseen items.
+        micro_batch: of a ranking model: candidates of one scoring pass; None leaves prefill and score out.
+    """
+    if isinstance(model, RetrievalModel):
+        return (retrieval_graph(model, top_k),)
+    if micro_batch is None:
+        return (packed_graph(model),)
+    return packed_graph(model), prefill_graph(model), score_graph(model, micro_batch)
