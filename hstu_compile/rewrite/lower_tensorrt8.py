@@ -20,6 +20,7 @@ from hstu_compile.errors import RewriteError
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
+from hstu_compile.rewrite.spell_out_sigmoid import SpellOutSigmoid
 
 HIGHEST_OPSET, LOWERED_OPSET, LOWERED_IR = 20, 17, 8
 MAX_TOP_K = 3840  # ITopKLayer's limit
@@ -716,16 +717,19 @@ def _declare_opset_17(model: onnx.ModelProto) -> dict[str, int]:
     return counts
 
 
-def tensorrt8_passes(*, native: bool, has_cublas: bool = True) -> tuple[Pass, ...]:
+def tensorrt8_passes(precision: Precision, *, native: bool, has_cublas: bool = True) -> tuple[Pass, ...]:
     """The passes in order.
 
     Args:
+        precision: of the graph; float32 graphs keep their sigmoids from being computed with tanh.
         native: replace attention by its native body; otherwise it stays one node, for the plugin.
         has_cublas: without it, projections become convolutions.
     """
     first: tuple[Pass, ...] = (InlineNativeBody(), MergeDuplicates()) if native else (DropNativeBody(),)
+    sigmoids: tuple[Pass, ...] = (SpellOutSigmoid(),) if precision == "fp32" else ()
     projections: tuple[Pass, ...] = () if has_cublas else (ProjectByConvolution(),)
-    return (*first, FoldConstants(), NarrowInt64(), DecomposeLayerNormalization(), *projections, LowerToOpset17())
+    middle = (FoldConstants(), NarrowInt64(), DecomposeLayerNormalization())
+    return (*first, *middle, *sigmoids, *projections, LowerToOpset17())
 
 
 def lowered_for_tensorrt8(
@@ -737,7 +741,7 @@ def lowered_for_tensorrt8(
         RewriteError: HSTU-E302, naming what TensorRT 8 cannot take.
     """
     graph = OnnxGraph(model, precision, (), ())
-    passes = tensorrt8_passes(native=native, has_cublas=has_cublas)
+    passes = tensorrt8_passes(precision, native=native, has_cublas=has_cublas)
     passes[-1].requires(model)  # a foreign opset is refused before any pass reads its operators
     for step in apply_passes(graph, passes):
         graph = step
