@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import threading
-import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from hstu_compile.runtime.session import open_session
 from hstu_compile.runtime.tensorrt_session import TensorRtSession
 from hstu_compile.tensorrt_api import TensorRtApi, tf32_override_off
 from tests.exported_graphs import TAPS, exported_graph, request_batch, small_model
+from tests.fake_cuda import FakeCuda
+from tests.fake_tensorrt import FakeEngine, fake_tensorrt, sums_engine
 from tests.tolerances import COMPONENTWISE
 
 
@@ -85,136 +85,9 @@ def test_arguments_that_do_not_belong_together() -> None:
         open_session("tensorrt-rtx", engine=Path("no.engine"))
 
 
-class FakeCuda:
-    """libcuda on host memory: an address is the address of a ctypes buffer."""
-
-    def __init__(self) -> None:
-        self.memory: dict[int, Any] = {}
-        self.allocations = 0
-        self.depth = 0
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2"}:
-            return lambda *arguments: 0
-        if name in {"cuStreamCreate", "cuStreamDestroy_v2", "cuStreamSynchronize"}:
-            return lambda *arguments: 0 if self.depth else 201
-        raise AttributeError(name)
-
-    def cuCtxPushCurrent_v2(self, context: Any) -> int:  # noqa: N802 - libcuda's name
-        self.depth += 1
-        return 0
-
-    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802 - libcuda's name
-        self.depth -= 1
-        return 0
-
-    def cuMemAlloc_v2(self, address: Any, size: Any) -> int:  # noqa: N802 - libcuda's name
-        if size.value > 2**20:
-            return 2
-        buffer = ctypes.create_string_buffer(size.value)
-        address._obj.value = ctypes.addressof(buffer)
-        self.memory[ctypes.addressof(buffer)] = buffer
-        self.allocations += 1
-        return 0
-
-    def cuMemFree_v2(self, address: Any) -> int:  # noqa: N802 - libcuda's name
-        del self.memory[address.value]
-        return 0
-
-    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:  # noqa: N802
-        ctypes.memmove(target.value, source.value, size.value)
-        return 0
-
-    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, size: Any, stream: Any) -> int:  # noqa: N802
-        ctypes.memmove(target.value, source.value, size.value)
-        return 0
-
-    def cuGetErrorString(self, status: int, text: Any) -> int:  # noqa: N802 - libcuda's name
-        text._obj.value = b"out of memory"
-        return 0
-
-
-def fake_tensorrt(*, loads: bool = True, log: str = "", int64: bool = True) -> types.SimpleNamespace:
-    """The engine computes, per sequence, the sum of item_ids inside the offsets, as float32 [B]."""
-    kind = types.SimpleNamespace
-    stamp = "INT64" if int64 else "INT32"
-    tensors = {
-        "item_ids": ("INT32", 1, 8),
-        "timestamps": (stamp, 1, 8),
-        "seq_offsets": ("INT32", 2, 5),
-        "sums": ("FLOAT", 0, 0),
-    }
-
-    class ILogger:
-        Severity = kind(VERBOSE=kind(name="VERBOSE"), ERROR=kind(name="ERROR"))
-
-    class Context:
-        def __init__(self) -> None:
-            self.shapes: dict[str, tuple[int, ...]] = {}
-            self.addresses: dict[str, int] = {}
-
-        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            self.shapes[name] = tuple(shape)
-            return True
-
-        def set_tensor_address(self, name: str, address: int) -> bool:
-            self.addresses[name] = address
-            return address != 0
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return (self.shapes["seq_offsets"][0] - 1,)
-
-        def read(self, name: str) -> Any:
-            count = self.shapes[name][0]
-            return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.addresses[name]))
-
-        def execute_async_v3(self, stream: int) -> bool:
-            ids, offsets = self.read("item_ids"), self.read("seq_offsets")
-            sums = np.array([ids[a:b].sum() for a, b in itertools.pairwise(offsets)], np.float32)
-            ctypes.memmove(self.addresses["sums"], sums.ctypes.data, sums.nbytes)
-            return True
-
-    class Engine:
-        num_io_tensors = len(tensors)
-
-        def get_tensor_name(self, index: int) -> str:
-            return list(tensors)[index]
-
-        def get_tensor_dtype(self, name: str) -> Any:
-            return kind(name=tensors[name][0])
-
-        def get_tensor_mode(self, name: str) -> str:
-            return "out" if name == "sums" else "in"
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return (-1,)
-
-        def get_tensor_profile_shape(self, name: str, index: int) -> Any:
-            return (tensors[name][1],), (tensors[name][1],), (tensors[name][2],)
-
-        def create_execution_context(self) -> Context:
-            return Context()
-
-    class Runtime:
-        def __init__(self, logger: Any) -> None:
-            self.logger = logger
-
-        def deserialize_cuda_engine(self, plan: bytes) -> Any:
-            if log:
-                self.logger.log(ILogger.Severity.ERROR, log)
-            return Engine() if loads else None
-
-    return kind(
-        __version__="10.0.0",
-        ILogger=type("ILogger", (ILogger,), {"__init__": lambda self: None}),
-        Runtime=Runtime,
-        TensorIOMode=kind(INPUT="in", OUTPUT="out"),
-        DataType=kind(INT64=0) if int64 else kind(),
-    )
-
-
-def open_fake(cuda: FakeCuda, **settings: Any) -> TensorRtSession:
-    module: Any = fake_tensorrt(**settings)
+def open_fake(cuda: FakeCuda, engine: FakeEngine | None = None, **settings: Any) -> TensorRtSession:
+    engine = engine or sums_engine(int64=settings.get("int64", True))
+    module: Any = fake_tensorrt(engine, cuda, **settings)
     return TensorRtSession(TensorRtApi("tensorrt", module), b"plan", driver=CudaDriver(cuda))
 
 

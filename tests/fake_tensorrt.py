@@ -1,0 +1,152 @@
+"""TensorRT's Python interface over engines that compute with NumPy on the memory of a `FakeCuda`."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import math
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
+from tests.fake_cuda import FakeCuda
+
+Shape = tuple[int, ...]
+Arrays = dict[str, NDArray[Any]]
+
+_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeEngine:
+    """An engine.
+
+    Attributes:
+        inputs: TensorRT's type, least and greatest shape of every input.
+        outputs: TensorRT's type and declared shape, -1 where dynamic, of every output.
+        infer: output shapes of input shapes.
+        compute: outputs of inputs; bfloat16 is float32 here.
+    """
+
+    inputs: Mapping[str, tuple[str, Shape, Shape]]
+    outputs: Mapping[str, tuple[str, Shape]]
+    infer: Callable[[dict[str, Shape]], dict[str, Shape]]
+    compute: Callable[[Arrays], Arrays]
+
+
+def sums_engine(*, int64: bool = True) -> FakeEngine:
+    """Per sequence, the sum of item_ids inside the offsets, as float32 [B]."""
+
+    def compute(arrays: Arrays) -> Arrays:
+        ids = arrays["item_ids"]
+        return {"sums": np.array([ids[a:b].sum() for a, b in itertools.pairwise(arrays["seq_offsets"])], np.float32)}
+
+    return FakeEngine(
+        inputs={
+            "item_ids": ("INT32", (1,), (8,)),
+            "timestamps": ("INT64" if int64 else "INT32", (1,), (8,)),
+            "seq_offsets": ("INT32", (2,), (5,)),
+        },
+        outputs={"sums": ("FLOAT", (-1,))},
+        infer=lambda shapes: {"sums": (shapes["seq_offsets"][0] - 1,)},
+        compute=compute,
+    )
+
+
+def fake_tensorrt(
+    engine: FakeEngine, cuda: FakeCuda, *, loads: bool = True, log: str = "", int64: bool = True, runs: bool = True
+) -> types.SimpleNamespace:
+    """The module `tensorrt`, whose runtime loads `engine`, or nothing after writing `log`."""
+    kind = types.SimpleNamespace
+    types_of = {name: each[0] for name, each in (*engine.inputs.items(), *engine.outputs.items())}
+
+    class ILogger:
+        Severity = kind(VERBOSE=kind(name="VERBOSE"), ERROR=kind(name="ERROR"))
+
+    class Context:
+        def __init__(self) -> None:
+            self.shapes: dict[str, Shape] = {}
+            self.addresses: dict[str, int] = {}
+
+        def set_input_shape(self, name: str, shape: Shape) -> bool:
+            _, low, high = engine.inputs[name]
+            self.shapes[name] = tuple(shape)
+            return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self.addresses[name] = address
+            return address != 0 and address % 256 == 0
+
+        def get_tensor_shape(self, name: str) -> Shape:
+            return engine.infer(self.shapes)[name]
+
+        def at(self, name: str, shape: Shape) -> NDArray[Any]:
+            stored = storage_dtype(_NAMES[types_of[name]])
+            nbytes = math.prod(shape) * stored.itemsize
+            if not nbytes:
+                return np.empty(shape, stored)
+            cuda.require_device(self.addresses[name], nbytes)
+            raw = (ctypes.c_uint8 * nbytes).from_address(self.addresses[name])
+            return np.frombuffer(raw, stored).reshape(shape)
+
+        def execute_async_v3(self, stream: int) -> bool:
+            assert set(self.addresses) == set(types_of), "an address is missing"
+
+            def work() -> None:
+                given = {name: self.at(name, shape).copy() for name, shape in self.shapes.items()}
+                given = {n: values_of_bits(a) if types_of[n] == "BF16" else a for n, a in given.items()}
+                shapes = engine.infer(self.shapes)
+                for name, result in engine.compute(given).items():
+                    assert result.shape == shapes[name], f"{name} is {result.shape}, inferred {shapes[name]}"
+                    target = self.at(name, result.shape)
+                    target[...] = bits_of_values(result) if types_of[name] == "BF16" else result
+
+            cuda.enqueue(stream, work)
+            return runs
+
+    class Engine:
+        num_io_tensors = len(types_of)
+
+        def get_tensor_name(self, index: int) -> str:
+            return list(types_of)[index]
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            return kind(name=types_of[name])
+
+        def get_tensor_mode(self, name: str) -> str:
+            return "in" if name in engine.inputs else "out"
+
+        def get_tensor_shape(self, name: str) -> Shape:
+            if name in engine.outputs:
+                return engine.outputs[name][1]
+            _, low, high = engine.inputs[name]
+            return tuple(a if a == b else -1 for a, b in zip(low, high, strict=True))
+
+        def get_tensor_profile_shape(self, name: str, index: int) -> tuple[Shape, Shape, Shape]:
+            _, low, high = engine.inputs[name]
+            return low, high, high
+
+        def create_execution_context(self) -> Context:
+            return Context()
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Any:
+            if log:
+                self.logger.log(ILogger.Severity.ERROR, log)
+            return Engine() if loads else None
+
+    return kind(
+        __version__="10.0.0",
+        ILogger=type("ILogger", (ILogger,), {"__init__": lambda self: None}),
+        Runtime=Runtime,
+        TensorIOMode=kind(INPUT="in", OUTPUT="out"),
+        DataType=kind(INT64=0) if int64 else kind(),
+    )
