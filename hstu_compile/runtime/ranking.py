@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -268,9 +268,16 @@ class RankingSession:
         else:
             kv, staging_bytes = self._cache.stats, self._staging.capacity_bytes
         with self._counting:
-            counts = dict(self._counts)
-        names = ("requests", "candidates", "prefill_passes", "score_passes", "packed_passes")
-        return RankingStats(*(counts.get(name, 0) for name in names), staging_bytes=staging_bytes, cache=kv)
+            counts = self._counts.copy()
+        return RankingStats(
+            requests=counts["requests"],
+            candidates=counts["candidates"],
+            prefill_passes=counts["prefill_passes"],
+            score_passes=counts["score_passes"],
+            packed_passes=counts["packed_passes"],
+            staging_bytes=staging_bytes,
+            cache=kv,
+        )
 
     def close(self) -> None:
         """Free the memory and the three sessions, when no thread is scoring any more. A second call does nothing."""
@@ -312,7 +319,7 @@ class RankingSession:
                     staged = self._staged(sum(entry.rows for _, entry in batch))
                     self._run_prefill(requests, staged)
                     entries = [entry for _, entry in batch]
-                    self._staging.copy([(rows, block) for rows, block in _side_by_side(staged, entries)])
+                    self._staging.copy(list(_side_by_side(staged, entries)))
             for _, entry in batch:
                 lease.publish(entry)
 
@@ -329,7 +336,7 @@ class RankingSession:
         if batch:
             yield batch
 
-    def _run_prefill(self, requests: Sequence[CheckedRequest], outputs: dict[str, ResidentTensor]) -> None:
+    def _run_prefill(self, requests: Sequence[CheckedRequest], outputs: Mapping[str, ResidentTensor]) -> None:
         assert self._prefill is not None  # checked where scoring starts
         self._prefill.run_resident(prefill_feeds(requests, self.spec), outputs)
         self._count(prefill_passes=1)
@@ -364,7 +371,9 @@ class RankingSession:
                 answers.rows[index].put(rows.arrays, start, slice(0, request.num_candidates))
                 start += request.num_candidates
 
-    def _run_score(self, feeds: dict[str, NDArray[Any]], cached: dict[str, ResidentTensor]) -> dict[str, NDArray[Any]]:
+    def _run_score(
+        self, feeds: dict[str, NDArray[Any]], cached: Mapping[str, ResidentTensor]
+    ) -> dict[str, NDArray[Any]]:
         assert self._score is not None  # checked where scoring starts
         outputs = self._score.run_resident({**feeds, **cached}, {})
         self._count(score_passes=1, candidates=int(feeds["candidate_offsets"][-1]))
@@ -427,7 +436,7 @@ def _taken(candidates: Arrays, indices: NDArray[np.intp]) -> dict[str, NDArray[A
 
 
 def _side_by_side(
-    staged: dict[str, ResidentTensor], entries: Sequence[KvEntry]
+    staged: Mapping[str, ResidentTensor], entries: Sequence[KvEntry]
 ) -> Iterator[tuple[ResidentTensor, ResidentTensor]]:
     """(rows of the staging memory, block of an entry), for every block of every entry."""
     start = 0

@@ -194,7 +194,7 @@ class _Check:
                 self._add("HSTU-E701", f"{name!r} is not a feature of the model's {part}")
         external = {feature.name: feature.external_dim for feature in features if feature.external_dim is not None}
         times = (self._spec.history_time, self._spec.candidate_time)
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for name in names:
             if name not in given:
                 self._add("HSTU-E701", f"{name} is missing in {part}")

@@ -1,0 +1,96 @@
+"""Requests for the ranking tests: from a seed, and as hypothesis strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from hstu_compile.runtime.ranking import RankingSession
+from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
+from hstu_compile.runtime.ranking_spec import RankingSpec
+from tests.ranking_fakes import FakeGraph, FakeModel
+
+ROLES = ("packed", "prefill", "score")
+# Query times lie within this many seconds after it; histories before.
+NOW = 200_000
+
+
+def request_of(spec: RankingSpec, user: int | str, events: int, candidates: int, seed: int = 0) -> RankingRequest:
+    """A legal request; everything in it but the lengths comes from the seed."""
+    rng = np.random.default_rng([seed, events, candidates])
+
+    def ids(features: Sequence[Any], count: int) -> dict[str, Any]:
+        return {feature.name: rng.integers(0, feature.table_size, count) for feature in features}
+
+    return RankingRequest(
+        user,
+        history={
+            **ids(spec.history_ids, events),
+            spec.history_time: np.sort(rng.integers(0, NOW, events)),
+            **({spec.history_action: rng.integers(0, 8, events)} if spec.history_action else {}),
+        },
+        candidates={
+            **ids(spec.candidate_ids, candidates),
+            spec.candidate_time: rng.integers(NOW, 2 * NOW, candidates),
+        },
+        context={f.name: rng.integers(-1, f.table_size, f.max_length) for f in spec.contextual},
+    )
+
+
+def requests(spec: RankingSpec, *, most_candidates: int = 11, min_candidates: int = 0) -> st.SearchStrategy[Any]:
+    """One request of user 0."""
+    return st.builds(
+        lambda events, candidates, seed: request_of(spec, 0, events, candidates, seed),
+        st.integers(0, spec.max_history_len),
+        st.integers(min_candidates, most_candidates),
+        st.integers(0, 2**16),
+    )
+
+
+def replaced(request: RankingRequest, **changes: Any) -> RankingRequest:
+    """The request with other fields."""
+    fields = {name: getattr(request, name) for name in ("user", "history", "candidates", "context")}
+    return RankingRequest(**{**fields, **changes})
+
+
+def chosen(request: RankingRequest, indices: Sequence[int]) -> RankingRequest:
+    """The request with these of its candidates, in this order."""
+    candidates = {name: np.asarray(values)[list(indices)] for name, values in request.candidates.items()}
+    return replaced(request, candidates=candidates)
+
+
+class Served:
+    """A session over fake graphs, and the graphs."""
+
+    def __init__(self, spec: RankingSpec, users_in_cache: float = 50, **options: Any) -> None:
+        self.model = FakeModel(spec)
+        self.graphs = {role: FakeGraph(self.model, role) for role in ROLES}
+        sizing = RankingSession(spec, **self.graphs, kv_budget_bytes=1)
+        self.user_bytes = sizing.entry_bytes(spec.max_history_len)
+        budget = int(self.user_bytes * users_in_cache)
+        self.session = RankingSession(spec, **self.graphs, kv_budget_bytes=budget, **options)
+
+    def calls(self, role: str) -> list[tuple[int, int]]:
+        """(candidates or events, sequences) of the graph's runs."""
+        return self.graphs[role].calls
+
+    def one(self, request: RankingRequest, **options: Any) -> RankingResult:
+        """Score one request."""
+        return self.session.score([request], **options)[0]
+
+
+def assert_same(actual: RankingResult, expected: RankingResult) -> None:
+    """Equal but for the rounding to float32: values are O(1), arithmetic is float64."""
+    for name in ("preds", "logits"):
+        found, wanted = getattr(actual, name), getattr(expected, name)
+        assert found.dtype == np.float32
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def differs(one: RankingResult, other: RankingResult) -> bool:
+    """Whether some logit is clearly another."""
+    return bool(np.abs(one.logits - other.logits).max(initial=0) > 1e-4)
