@@ -37,6 +37,37 @@ class RowError:
     max_abs: float
 
 
+def row_errors(actual: Array, reference: Array) -> Array:
+    """Row-scaled difference of each row: largest |actual - reference| over the row's root mean square.
+
+    Args:
+        actual: [R, ...] any float type.
+        reference: [R, ...] float64, of the same shape.
+
+    Returns:
+        [R] float64; infinite where a value is not finite or a zero row is not zero.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if actual.shape != reference.shape:
+        raise ValueError(f"{list(actual.shape)} cannot be compared with {list(reference.shape)}")
+    if reference.size == 0:
+        return np.zeros(reference.shape[0])
+    worst, scale = _row_differences(actual, reference)
+    scaled: Array = np.where(scale > 0, worst / np.where(scale > 0, scale, 1.0), np.where(worst > 0, math.inf, 0.0))
+    return scaled
+
+
+def _row_differences(actual: Array, reference: Array) -> tuple[Array, Array]:
+    """Largest absolute difference and root mean square of each row."""
+    rows = reference.reshape(reference.shape[0], -1).astype(np.float64)
+    difference = np.abs(actual.reshape(rows.shape).astype(np.float64) - rows)
+    worst = difference.max(axis=1)
+    worst[~np.isfinite(worst)] = math.inf
+    return worst, np.sqrt(np.mean(rows * rows, axis=1))
+
+
 def row_error(actual: Array, reference: Array) -> RowError:
     """Largest row-scaled difference.
 
@@ -51,14 +82,9 @@ def row_error(actual: Array, reference: Array) -> RowError:
         return RowError(math.inf, 0, math.inf)
     if reference.size == 0:
         return RowError(0.0, 0, 0.0)
-    rows = reference.reshape(reference.shape[0], -1).astype(np.float64)
-    difference = np.abs(actual.reshape(rows.shape).astype(np.float64) - rows)
-    worst = difference.max(axis=1)
-    worst[~np.isfinite(worst)] = math.inf
-    scale = np.sqrt(np.mean(rows * rows, axis=1))
-    errors = np.where(scale > 0, worst / np.where(scale > 0, scale, 1.0), np.where(worst > 0, math.inf, 0.0))
+    errors = row_errors(actual, reference)
     row = int(np.argmax(errors))
-    return RowError(float(errors[row]), row, float(worst.max()))
+    return RowError(float(errors[row]), row, float(_row_differences(actual, reference)[0].max()))
 
 
 def error_bound(eager_error: float, precision: str) -> float:

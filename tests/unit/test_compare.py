@@ -15,6 +15,7 @@ from hstu_compile.compare import (
     bound_rule,
     error_bound,
     row_error,
+    row_errors,
     top_items_problem,
 )
 from hstu_compile.errors import EngineError, VerifyError
@@ -106,6 +107,15 @@ def test_worst_row_and_largest_difference_are_named() -> None:
     actual = reference + np.array([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
     result = row_error(actual, reference)
     assert (result.row, result.error, result.max_abs) == (1, 0.5, 1.0)
+
+
+def test_each_row_has_its_own_error() -> None:
+    reference = np.array([[100.0, 100.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [2.0, 2.0]])
+    actual = reference + np.array([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [1e-30, 0.0], [math.nan, 0.0]])
+    assert row_errors(actual, reference).tolist() == [0.01, 0.5, 0.0, math.inf, math.inf]
+    assert row_errors(actual[:0], reference[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"\[4, 2\] cannot be compared with \[5, 2\]"):
+        row_errors(actual[:4], reference)
 
 
 def test_nothing_equals_nothing_only_in_the_same_shape() -> None:
