@@ -2,6 +2,7 @@
 
 Runs with TensorRT 8.5's Python (3.10, no torch) on a GPU; needs the folder that prepare_job.py made.
 Usage: python run_tensorrt85.py JOB OUT [--parallel 3]      (JSON in OUT/tensorrt85.json; exit 0 if every check passed)
+       python run_tensorrt85.py JOB OUT --only-accuracy     (values inside the layers; OUT/tensorrt85-accuracy.json)
        python run_tensorrt85.py JOB OUT --only-timing       (afterwards, alone on the GPU; OUT/tensorrt85-timing.json)
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "tests" / "bench")]
 
+from accuracy_checks import SPELLINGS, TAPPED_FEEDS, check_functions, check_layers, tapped_graph  # noqa: E402
 from checks import Checks, Finished, run_command  # noqa: E402
 from device_timing import EngineRunner  # noqa: E402
 from references import (  # noqa: E402
@@ -57,9 +59,9 @@ else:
 """
 
 
-def build_engine(model: PreparedModel, out: Path, plugin: Path | None) -> Finished:
+def build_engine(graph: Path, out: Path, plugin: Path | None) -> Finished:
     """Build with the real command line; the engine and the inspector's JSON land beside each other."""
-    command = [sys.executable, "-m", "hstu_compile", "engine", str(model.onnx), "-o", str(out)]
+    command = [sys.executable, "-m", "hstu_compile", "engine", str(graph), "-o", str(out)]
     command += ["--backend", "tensorrt", "--exportLayerInfo", str(out.with_suffix(".layers.json")), "--json"]
     if plugin is not None:
         command += ["--plugins", str(plugin)]
@@ -246,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only-timing", action="store_true", help="measure the engines that an earlier run left in OUT, on a quiet GPU"
     )
+    parser.add_argument("--only-accuracy", action="store_true", help="compare values inside the layers, nothing else")
     arguments = parser.parse_args(argv)
     job, out = arguments.job.resolve(), arguments.out.resolve()
     engines = out / "engines"
@@ -264,18 +267,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             if path.exists():
                 check_timing(checks, path.stem, model, path, library)
         return checks.write(out / "tensorrt85-timing.json")
+    if arguments.only_accuracy:
+        models, paths = [], []
+    tapped = {
+        engines / f"{name}-{spelling}.engine": (prepared_model(job, name), spelling)
+        for name in TAPPED_FEEDS
+        for spelling in SPELLINGS
+    }
     with ThreadPoolExecutor(arguments.parallel) as pool:
         futures = [
-            pool.submit(build_engine, model, path, lib) for (model, lib), path in zip(models, paths, strict=True)
+            pool.submit(build_engine, model.onnx, path, lib) for (model, lib), path in zip(models, paths, strict=True)
+        ]
+        tapped_futures = [
+            pool.submit(build_engine, tapped_graph(model, spelling, path), path, plugin)
+            for path, (model, spelling) in tapped.items()
         ]
     # All builds have ended here, so that none disturbs a measurement.
+    results = out / ("tensorrt85-accuracy.json" if arguments.only_accuracy else "tensorrt85.json")
     for (model, library), path, future in zip(models, paths, futures, strict=True):
         if library is not None:
             check_plugin_engine(checks, model, path, future.result(), job)
         else:
             check_native_engine(checks, model, path, future.result())
-        checks.write(out / "tensorrt85.json")
-    return checks.write(out / "tensorrt85.json")
+        checks.write(results)
+    for (path, (model, spelling)), future in zip(tapped.items(), tapped_futures, strict=True):
+        check_layers(checks, model, spelling, path, future.result(), plugin)
+        checks.write(results)
+    check_functions(checks)
+    return checks.write(results)
 
 
 if __name__ == "__main__":
