@@ -1,0 +1,341 @@
+"""M-FALCON: ranking engines with and without the KV cache, against PyTorch peers on the same GPU.
+
+Two Pythons take part, so each run writes parts, and a last step merges them:
+
+  m_falcon_peers.py --parts DIR --meta-repo REPO                   (beside torch; first, as it makes the references)
+  bench_m_falcon.py --parts DIR --bundle DIR --plugin-library LIB  (beside TensorRT, no torch needed)
+  bench_m_falcon.py --merge DIR [--csv FILE]    (anywhere; rows that DIR lacks stay in the CSV as they are)
+  m_falcon_table.py [--into FILE] [--svg FILE]  (the Markdown table and the plot)
+
+A bundle has model.engine (packed), prefill.engine and score.engine, and the manifest's ranking entry; its score engine
+serves every micro-batch up to the one it was built for. median_ms is the engines' time on the device, by events around
+each enqueue; call_median_ms is the whole `RankingSession` call, from host arrays to host arrays, schedule and cache
+included. Every answer is compared with the float32 references before it is timed. Warm L2 cache. Without --parts or
+--merge nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+from bench_plugin import status_of
+from m_falcon_rows import (
+    ALONE,
+    COLD,
+    ENGINES,
+    PACKED,
+    RESULTS,
+    WARM,
+    Case,
+    Reference,
+    Row,
+    cases_of,
+    extrapolated,
+    merge,
+    reference_path,
+    show_part,
+    with_rates,
+    write_part,
+)
+from m_falcon_workload import CANDIDATE_COUNTS, HISTORY_LENGTHS, MICRO_BATCHES, Request, request
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from hstu_compile.runtime.ranking import RankingSession
+    from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
+    from hstu_compile.runtime.ranking_spec import RankingSpec
+    from hstu_compile.tensorrt_api import TensorRtApi
+
+ROLES = {"packed": "model.engine", "prefill": "prefill.engine", "score": "score.engine"}
+_MIB = 2.0**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """The engines of one model, and what runs them.
+
+    Attributes:
+        api: TensorRT.
+        spec: the manifest's ranking entry.
+        plans: serialised engines by role.
+        plugin_library: library with the plugin, or None.
+        precision: "fp16", "bf16" or "fp32".
+    """
+
+    api: TensorRtApi
+    spec: RankingSpec
+    plans: Mapping[str, bytes]
+    plugin_library: Path | None
+    precision: str
+
+    @classmethod
+    def open(cls, folder: Path, plugin_library: Path | None) -> Bundle:
+        """Read a bundle's engines; nothing is loaded yet."""
+        from hstu_compile.runtime.ranking_spec import RankingSpec
+        from hstu_compile.tensorrt_api import tensorrt_api
+
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        plans = {role: (folder / file).read_bytes() for role, file in ROLES.items()}
+        spec = RankingSpec.from_manifest(manifest["ranking"])
+        return cls(tensorrt_api("tensorrt"), spec, plans, plugin_library, manifest["precision"])
+
+    def session(self, micro_batch: int, most_events: int) -> RankingSession:
+        """A session whose cache holds one user with that many events, twice.
+
+        Raises:
+            ValueError: if the score engine takes fewer candidates than a micro-batch.
+        """
+        from hstu_compile.runtime.kv_cache import KvLayout
+        from hstu_compile.runtime.ranking import RankingSession
+        from hstu_compile.runtime.tensorrt_session import TensorRtSession
+
+        if micro_batch > self.spec.micro_batch:
+            raise ValueError(f"the score engine takes {self.spec.micro_batch} candidates, not {micro_batch}")
+        spec = dataclasses.replace(self.spec, micro_batch=micro_batch)
+        layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
+        sessions = [TensorRtSession(self.api, self.plans[role], self.plugin_library) for role in ROLES]
+        budget = 2 * layout.entry_bytes(spec.contextual_len + most_events)
+        return RankingSession(spec, *sessions, kv_budget_bytes=budget)
+
+
+def ranking_request(user: str, content: Request) -> RankingRequest:
+    """The workload's request in the runtime's form."""
+    from hstu_compile.runtime.ranking_request import RankingRequest
+
+    return RankingRequest(user, content.history, content.candidates, content.context)
+
+
+def calls_of(session: RankingSession, case: Case) -> Callable[[], list[RankingResult]]:
+    """The whole call that a case measures.
+
+    Raises:
+        RuntimeError: (when called) if the cache was not used as the mode says.
+    """
+    whole = request(case.n, case.m)
+    if case.mode == ALONE:
+        singles = [ranking_request("user", whole.only(index, index + 1)) for index in range(case.sample)]
+        return lambda: [session.score_packed([single])[0] for single in singles]
+    asked = ranking_request("user", whole)
+    if case.mode == PACKED:
+        return lambda: session.score_packed([asked])
+
+    def cached() -> list[RankingResult]:
+        if case.mode == COLD:
+            session.invalidate("user")
+        results = session.score([asked])
+        expected = "miss" if case.mode == COLD else "hit"
+        if results[0].cache != expected:
+            raise RuntimeError(f"the cache answered {results[0].cache!r}, not {expected!r}")
+        return results
+
+    session.score([asked])
+    return cached
+
+
+def passes_of(case: Case) -> tuple[int, int]:
+    """How many score passes there are, and candidates in each; case.m is a multiple of what fits one."""
+    size = min(case.m, case.micro_batch)
+    if case.m % size:
+        raise ValueError(f"{case.m} candidates are no whole number of micro-batches of {size}")
+    return case.m // size, size
+
+
+def device_timing_of(bundle: Bundle, case: Case) -> Row:
+    """Time on the device: the packed engine, or prefill and as many score passes as there are."""
+    from device_timing import EngineRunner
+
+    from hstu_compile.runtime._ranking_feeds import prefill_feeds, score_feeds
+    from hstu_compile.runtime.ranking_request import RankingPolicy, checked_requests
+
+    def timed(role: str, feeds: Mapping[str, NDArray[Any]]) -> tuple[Row, dict[str, NDArray[Any]]]:
+        with EngineRunner(bundle.api, bundle.plans[role], bundle.plugin_library) as runner:
+            runner.set_inputs(feeds)
+            outputs = {name: values.copy() for name, values in runner.run().items()}
+            return {**runner.time(), "peak_mib": runner.memory()["peak_mib"]}, outputs
+
+    whole = request(case.n, case.m)
+    if case.mode == ALONE:
+        single, _ = timed("packed", whole.only(0, 1).features)
+        scaled = {name: value * case.sample for name, value in single.items() if name.endswith("_ms")}
+        return single | scaled | {"note": "device: one forward, times the candidates"}
+    if case.mode == PACKED:
+        return timed("packed", whole.features)[0]
+    spec = dataclasses.replace(bundle.spec, micro_batch=case.micro_batch)
+    (checked,) = checked_requests([ranking_request("user", whole)], spec, RankingPolicy())
+    prefill, key_values = timed("prefill", prefill_feeds([checked], spec))
+    count, size = passes_of(case)
+    part = {name: values[:size] for name, values in checked.candidates.items()}
+    score, _ = timed("score", score_feeds([checked], [part], spec) | key_values)
+    row = score | {name: count * score[name] for name in ("median_ms", "p90_ms")}
+    row["note"] = f"device: {count} x one score pass of {size}"
+    if case.mode == COLD:
+        row |= {name: row[name] + prefill[name] for name in ("median_ms", "p90_ms")}
+        row |= {"cv": max(prefill["cv"], score["cv"]), "peak_mib": max(prefill["peak_mib"], score["peak_mib"])}
+        row["note"] = f"device: one prefill and {count} x one score pass of {size}"
+    return row
+
+
+def free_bytes() -> int:
+    """Device memory that the driver could still give out."""
+    from hstu_compile.runtime._cuda import CudaDriver
+
+    driver, free, total = CudaDriver(), ctypes.c_size_t(), ctypes.c_size_t()
+    try:
+        with driver.current():
+            status = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    finally:
+        driver.close()
+    if status:
+        raise RuntimeError(f"cuMemGetInfo failed with CUDA error {status}")
+    return int(free.value)
+
+
+def call_timing(call: Callable[[], Any]) -> Row:
+    """Wall-clock milliseconds of whole calls: warm-up, then a fixed time."""
+    from device_timing import MEASURE_MS, WARM_UP_MS, repeats_for, summary_of
+
+    def samples(count: int) -> list[float]:
+        measured = []
+        for _ in range(count):
+            started = time.perf_counter()
+            call()
+            measured.append(1e3 * (time.perf_counter() - started))
+        return measured
+
+    single = sorted(samples(3))[1]
+    samples(repeats_for(single, WARM_UP_MS))
+    summary = summary_of(samples(repeats_for(single, MEASURE_MS)))
+    return {"call_median_ms": summary["median_ms"], "call_p90_ms": summary["p90_ms"]}
+
+
+def run_case(bundle: Bundle, session: RankingSession, free_before: int, case: Case, reference: Reference) -> Row:
+    """Check, then time: a wrong answer gets no time."""
+    call = calls_of(session, case)
+    logits = np.concatenate([result.logits[:, 0] for result in call()])
+    row = reference.judged(case, logits)
+    if "status" in row:
+        return row
+    row |= call_timing(call)
+    # Before the engines are loaded a second time, for their device times.
+    row["used_mib"] = (free_before - free_bytes()) / _MIB
+    return with_rates(case, row | extrapolated(case, {**device_timing_of(bundle, case), **_calls(row)}))
+
+
+def _calls(row: Row) -> Row:
+    return {name: row[name] for name in ("call_median_ms", "call_p90_ms")}
+
+
+def command_of(case: Case) -> str:
+    """The line that reproduces a row."""
+    split = f" --micro-batches {case.micro_batch}" if case.micro_batch else ""
+    return (
+        f"bench_m_falcon.py --parts DIR --bundle DIR --plugin-library LIB --n {case.n} --m {case.m} "
+        f"--modes {case.mode}{split}"
+    )
+
+
+def selected(arguments: argparse.Namespace, group: int | None = None) -> Iterator[Case]:
+    """The cases that were asked for; with `group`, those of one micro-batch (0: without the cache)."""
+    for case in cases_of(ENGINES, arguments.n, arguments.m, arguments.micro_batches):
+        if case.mode in arguments.modes and group in (None, case.micro_batch):
+            yield case
+
+
+def run_group(arguments: argparse.Namespace) -> None:
+    """All cases of one micro-batch in this process and one session, each written when it is done."""
+    parts, micro_batch = arguments.parts, arguments.micro_batches[0] if arguments.cached else 0
+    free_before = free_bytes()
+    bundle = Bundle.open(arguments.bundle, arguments.plugin_library)
+    facts = {"dtype": bundle.precision, "versions": f"TensorRT {bundle.api.version}"}
+    with bundle.session(micro_batch or bundle.spec.micro_batch, max(arguments.n)) as session:
+        for case in selected(arguments, micro_batch):
+            if (parts / case.part_name).exists():
+                continue
+            try:
+                reference = Reference.load(reference_path(arguments.references or parts, case.n, bundle.precision))
+                row = run_case(bundle, session, free_before, case, reference)
+            except Exception as error:
+                row = {"status": status_of(error)}
+            write_part(parts, case, facts | row, command_of(case))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Each micro-batch in a process of its own, so that one that fails takes no other with it."""
+    parts: Path = arguments.parts.resolve()
+    parts.mkdir(parents=True, exist_ok=True)
+    started, missing = time.perf_counter(), False
+    groups = sorted({case.micro_batch for case in selected(arguments)})
+    for group in groups:
+        cases = list(selected(arguments, group))
+        left = arguments.budget - (time.perf_counter() - started)
+        failed = f"not run: the time budget of {arguments.budget:g} s was used up"
+        if left > 5:
+            command = [sys.executable, str(Path(__file__).resolve()), "--parts", str(parts), "--one-group"]
+            command += ["--bundle", str(arguments.bundle.resolve()), "--modes", *arguments.modes]
+            command += ["--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
+            command += ["--micro-batches", str(group), "--cached"] if group else []
+            for option in ("plugin_library", "references"):
+                if getattr(arguments, option) is not None:
+                    command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option).resolve())]
+            limit, log = min(left, arguments.group_seconds), parts / f"{ENGINES}-b{group}.log"
+            with log.open("w", encoding="utf-8") as file:
+                try:
+                    done = subprocess.run(
+                        command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, cwd=parts, check=False
+                    )
+                    failed = f"error: exit {done.returncode}"
+                except subprocess.TimeoutExpired:
+                    failed = f"not run: its group was not finished in {limit:.0f} s"
+            failed += ": " + " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
+        for case in cases:
+            show_part(parts, case, failed, command_of(case))
+        missing |= any(json.loads((parts / case.part_name).read_text())["status"] != "ok" for case in cases)
+        print(f"micro-batch {group or 'none'}: {time.perf_counter() - started:.0f} s", flush=True)
+    return int(missing)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=Path, metavar="DIR", help="measure, and write one JSON per row here")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="with the three engines and the manifest")
+    parser.add_argument("--plugin-library", type=Path, metavar="LIB", help="self-registering, for this TensorRT")
+    parser.add_argument("--references", type=Path, metavar="DIR", help="parts of m_falcon_peers.py (default: --parts)")
+    parser.add_argument("--n", type=int, nargs="+", default=list(HISTORY_LENGTHS), help="history events")
+    parser.add_argument("--m", type=int, nargs="+", default=list(CANDIDATE_COUNTS), help="candidates")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=list(MICRO_BATCHES))
+    parser.add_argument("--modes", nargs="+", choices=(ALONE, PACKED, COLD, WARM), default=[ALONE, PACKED, COLD, WARM])
+    parser.add_argument("--budget", type=float, default=420.0, help="seconds for all; later cases are rows 'not run'")
+    parser.add_argument("--group-seconds", type=float, default=180.0, help="limit of one micro-batch")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="write the CSV from the parts under DIR")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--one-group", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.merge is not None:
+        return merge(arguments.merge, arguments.csv)
+    if arguments.parts is None:
+        print("bench_m_falcon.py measures on a GPU, with --parts; nothing was run, results/m_falcon.csv stays as it is")
+        return 0
+    if arguments.bundle is None:
+        parser.error("--parts needs --bundle")
+    if arguments.one_group:
+        run_group(arguments)
+        return 0
+    return measure(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
