@@ -1,4 +1,4 @@
-"""Requests for the ranking tests: from a seed, and as hypothesis strategies."""
+"""Sessions over the fake ranking model, and hypothesis strategies for their requests."""
 
 from __future__ import annotations
 
@@ -12,32 +12,9 @@ from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from tests.ranking_fakes import FakeGraph, FakeModel
+from tests.ranking_requests import request_of
 
 ROLES = ("packed", "prefill", "score")
-# Query times lie within this many seconds after it; histories before.
-NOW = 200_000
-
-
-def request_of(spec: RankingSpec, user: int | str, events: int, candidates: int, seed: int = 0) -> RankingRequest:
-    """A legal request; everything in it but the lengths comes from the seed."""
-    rng = np.random.default_rng([seed, events, candidates])
-
-    def ids(features: Sequence[Any], count: int) -> dict[str, Any]:
-        return {feature.name: rng.integers(0, feature.table_size, count) for feature in features}
-
-    return RankingRequest(
-        user,
-        history={
-            **ids(spec.history_ids, events),
-            spec.history_time: np.sort(rng.integers(0, NOW, events)),
-            **({spec.history_action: rng.integers(0, 8, events)} if spec.history_action else {}),
-        },
-        candidates={
-            **ids(spec.candidate_ids, candidates),
-            spec.candidate_time: rng.integers(NOW, 2 * NOW, candidates),
-        },
-        context={f.name: rng.integers(-1, f.table_size, f.max_length) for f in spec.contextual},
-    )
 
 
 def requests(spec: RankingSpec, *, most_candidates: int = 11, min_candidates: int = 0) -> st.SearchStrategy[Any]:

@@ -40,6 +40,7 @@ def spec_of(rule: Literal["request", "prefix"] = "request", **changes: Any) -> R
         contextual=(ContextualFeature("user_id", 30, None, 1, 8), ContextualFeature("devices", 5, None, 2, 0)),
         candidate_ids=(IdFeature("item_movie_id", 50),),
         candidate_time="item_query_time",
+        row_dtype="float32",
         tasks=("like", "watch_time"),
         max_history_len=12,
         max_candidates=9,

@@ -217,14 +217,15 @@ class _Check:
         return None if cast is None else np.array(cast)
 
     def _rows(self, name: str, array: NDArray[Any], width: int) -> NDArray[Any] | None:
+        dtype = self._spec.row_dtype
         if array.ndim != 2 or array.shape[1] != width:
             self._add("HSTU-E701", f"{name} has shape {list(array.shape)}; its embedding rows are [n, {width}]")
-        elif not np.can_cast(array.dtype, np.float32) or array.dtype.kind != "f":
-            self._add("HSTU-E701", f"{name} is {array.dtype}; float32 cannot hold it unchanged")
+        elif not np.can_cast(array.dtype, dtype) or array.dtype.kind != "f":
+            self._add("HSTU-E701", f"{name} is {array.dtype}; {dtype} cannot hold it unchanged")
         elif not (finite := np.isfinite(array).all(axis=1)).all():
             self._add("HSTU-E701", f"{name} holds NaN or infinity in row {int(np.flatnonzero(~finite)[0])}")
         else:
-            return np.array(array, np.float32)
+            return np.array(array, dtype)
         return None
 
     def _length(self, arrays: Arrays, names: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from hstu_compile.errors import BundleError
 
 CacheRule = Literal["request", "prefix"]
 KvDtype = Literal["float32", "float16", "bfloat16"]
+RowDtype = Literal["float32", "float16"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CACHED = re.compile(r"[kv]_\d+")
@@ -42,7 +43,7 @@ class IdFeature:
         name: graph input.
         table_size: rows of its table; legal ids are 0 .. table_size - 1.
         external_dim: None if the table is inside the graph and the input holds ids [n] int32; otherwise the input holds
-            rows [n, external_dim] float32 that the caller looked up.
+            rows [n, external_dim] that the caller looked up.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RankingSpec:
         contextual: features of the user, in token order.
         candidate_ids: id features of a candidate; at least one.
         candidate_time: feature with a candidate's query time, int64 seconds.
+        row_dtype: type of embedding rows that the caller looks up.
         tasks: names of the columns of `preds` and `logits`.
         max_history_len: most events of one user.
         max_candidates: most candidates of one user in one `packed` pass.
@@ -97,6 +99,7 @@ class RankingSpec:
     contextual: tuple[ContextualFeature, ...]
     candidate_ids: tuple[IdFeature, ...]
     candidate_time: str
+    row_dtype: RowDtype
     tasks: tuple[str, ...]
     max_history_len: int
     max_candidates: int
@@ -141,7 +144,8 @@ class RankingSpec:
                 )
         if self.scaling != "batch" and not (_is_number(self.scaling) and self.scaling > 0):
             problems.append(f"scaling is {self.scaling!r}, neither 'batch' nor a positive number")
-        for name, allowed in (("kv_dtype", get_args(KvDtype)), ("cache_rule", get_args(CacheRule))):
+        for name, choices in (("row_dtype", RowDtype), ("kv_dtype", KvDtype), ("cache_rule", CacheRule)):
+            allowed = get_args(choices)
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} is {getattr(self, name)!r}, not one of {', '.join(allowed)}")
         if not _SHA256.fullmatch(self.model_version):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hstu_compile.errors import BundleError, RequestError, UsageError
 from hstu_compile.runtime.ranking_request import CheckedRequest, RankingPolicy, RankingRequest, checked_requests
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
-from tests.ranking_cases import NOW, replaced, request_of, requests
+from tests.ranking_cases import replaced, requests
 from tests.ranking_fakes import spec_of
+from tests.ranking_requests import NOW, request_of
 
 SPEC = spec_of()
 EXTERNAL = spec_of(
@@ -68,6 +69,7 @@ class TestSpec:
             ({"scaling": "mean"}, "scaling is 'mean'"),
             ({"scaling": 0}, "scaling is 0"),
             ({"scaling": float("nan")}, "scaling is nan"),
+            ({"row_dtype": "float64"}, "row_dtype is 'float64'"),
             ({"kv_dtype": "int8"}, "kv_dtype is 'int8'"),
             ({"cache_rule": "always"}, "cache_rule is 'always'"),
             ({"model_version": "1.0"}, "model_version is '1.0'"),
@@ -212,6 +214,15 @@ class TestFaults:
         history = {"movie_id": rows, "action_timestamp": [1, 2], "item_weights": [1, 1]}
         candidates = {"item_movie_id": good, "item_query_time": [3, 3]}
         refused("HSTU-E701", match, RankingRequest(1, history, candidates, {"user_id": good}), EXTERNAL)
+
+    def test_rows_of_a_wider_type_than_the_graphs_are_refused(self) -> None:
+        half = dataclasses.replace(EXTERNAL, row_dtype="float16")
+        rows = np.zeros((2, 3), np.float32)
+        history = {"movie_id": rows, "action_timestamp": [1, 2], "item_weights": [1, 1]}
+        candidates = {"item_movie_id": rows.astype(np.float16), "item_query_time": [3, 3]}
+        request = RankingRequest(1, history, candidates, {"user_id": rows.astype(np.float16)})
+        error = refused("HSTU-E701", "movie_id is float32; float16 cannot hold it", request, half)
+        assert len(error.context["problems"]) == 1
 
     def test_an_absent_external_context_has_to_be_a_row(self) -> None:
         good = np.zeros((2, 3), np.float32)

@@ -20,17 +20,16 @@ from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from tests.ranking_cases import (
-    NOW,
     ROLES,
     Served,
     assert_same,
     chosen,
     differs,
     replaced,
-    request_of,
     requests,
 )
 from tests.ranking_fakes import FakeGraph, FakeModel, spec_of
+from tests.ranking_requests import NOW, request_of
 
 # Rule, divisor, whether candidates count towards a contextual feature's minimum.
 VARIANTS = {
