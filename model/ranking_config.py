@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -18,8 +19,33 @@ ScalingSeqLen = Literal["fixed", "batch"]
 MinHistoryCounts = Literal["history_and_candidates", "history"]
 CacheRule = Literal["request"]
 
+# Inputs and outputs of the graphs themselves, as are k_0, v_0, ...
+RESERVED_NAMES = frozenset(
+    {
+        *("seq_offsets", "candidate_offsets", "cache_offsets"),
+        *("request_timestamps", "num_candidates", "scaling_seq_lens"),
+        *("preds", "logits"),
+    }
+)
+_CACHED = re.compile(r"[kv]_\d+")
+
 # Bits of an action bitmask: int32 inputs.
 MAX_ACTION_BITS = 30
+# Largest id, offset and length: int32 inputs.
+MAX_LENGTH = (1 << 31) - 1
+# Buckets are found by comparing with a list of thresholds that is made when a model is.
+MAX_TIME_BUCKETS = 1 << 20
+
+
+def _require_fields(config: Any) -> None:
+    """Check the fields whose annotation tells their type, names and sizes among them."""
+    require_choices(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "str":
+            require(isinstance(value, str), f"{field.name} is {value!r}; it must be a string")
+        elif field.type == "int":
+            require(value <= MAX_LENGTH, f"{field.name} is {value}; it must be at most {MAX_LENGTH}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +57,7 @@ class EmbeddingTable:
     embedding_dim: int
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        _require_fields(self)
         require(self.num_rows >= 1, f"table {self.name} has {self.num_rows} rows; it must have at least 1")
         require(self.embedding_dim >= 1, f"table {self.name} is {self.embedding_dim} wide; it must be at least 1")
 
@@ -43,6 +69,9 @@ class SequenceFeature:
     history: str
     candidate: str
     table: str
+
+    def __post_init__(self) -> None:
+        _require_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +91,7 @@ class ContextualFeature:
     min_history_len: int
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        _require_fields(self)
         require(self.max_length >= 1, f"contextual feature {self.name} has max_length {self.max_length}; at least 1")
         require(self.min_history_len >= 0, f"min_history_len of {self.name} is {self.min_history_len}; at least 0")
 
@@ -74,6 +103,9 @@ class ItemFeature:
     name: str
     table: str
 
+    def __post_init__(self) -> None:
+        _require_fields(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class RankingTask:
@@ -83,7 +115,7 @@ class RankingTask:
     kind: TaskKind
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        _require_fields(self)
 
 
 def _each(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -162,16 +194,22 @@ class RankingConfig:
     external_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        for name in ("num_layers", "hidden_dim", "tower_hidden_dim", "num_positions", "num_time_buckets"):
+        _require_fields(self)
+        for name in (
+            *("num_layers", "action_embedding_dim", "hidden_dim", "tower_hidden_dim"),
+            *("num_positions", "num_time_buckets", "max_history_len", "max_candidates"),
+        ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_history_len", "max_candidates"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(
+            self.num_time_buckets <= MAX_TIME_BUCKETS,
+            f"num_time_buckets is {self.num_time_buckets}; it must be at most {MAX_TIME_BUCKETS}",
+        )
         require(len(self.sequence_features) >= 1, "sequence_features is empty; an event needs an id")
         require(len(self.item_features) >= 1, "item_features is empty; a candidate needs an id")
         require(len(self.tasks) >= 1, "tasks is empty; a ranking model predicts at least one")
         kinds = [task.kind for task in self.tasks]
         require(kinds == sorted(kinds), f"tasks are {', '.join(kinds)}; binary tasks come before regression tasks")
+        require(len({task.name for task in self.tasks}) == len(self.tasks), "two tasks have one name")
         require(bool(self.action_feature) == bool(self.action_weights), "action_feature and action_weights go together")
         for weight in self.action_weights:
             legal = isinstance(weight, int) and not isinstance(weight, bool) and 1 <= weight < 1 << MAX_ACTION_BITS
@@ -209,6 +247,8 @@ class RankingConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"two inputs are named {', '.join(twice)}")
         require(all(names), "an input has an empty name")
+        taken = sorted(name for name in names if name in RESERVED_NAMES or _CACHED.fullmatch(name))
+        require(not taken, f"{', '.join(taken)} cannot name a feature: it is an input or output of every graph")
 
     @property
     def table_dim(self) -> int:
