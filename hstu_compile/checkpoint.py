@@ -320,7 +320,7 @@ def spec_from_checkpoint(
         dialect=family.name,
         config=parsed,
         state_dict=state,
-        ignored_keys=tuple(sorted(key for key in tensors if family.is_ignored(key))),
+        ignored_keys=tuple(sorted(set(tensors) - {source.key for source in family.sources(parsed).values()})),
     )
 
 

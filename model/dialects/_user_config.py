@@ -30,7 +30,7 @@ class UserConfig:
             for name in values
             if name not in fields
             and name not in ignored
-            and (near := difflib.get_close_matches(name, fields, 1, _MISSPELT_LIKENESS))
+            and (near := difflib.get_close_matches(str(name), fields, 1, _MISSPELT_LIKENESS))
         ]
         if slips:
             raise DialectError("config", f"unknown fields: {', '.join(slips)}", "correct or remove them")
@@ -72,10 +72,13 @@ class UserConfig:
         """An object of non-negative integers; empty if absent."""
         value = self._values.get(name, {})
         legal = isinstance(value, Mapping) and all(
-            isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value.values()
+            isinstance(key, str) and isinstance(each, int) and not isinstance(each, bool) and each >= 0
+            for key, each in value.items()
         )
         if not legal:
-            raise DialectError("config", f"{name} is {value!r}; it must map names to integers", f"correct {name}")
+            raise DialectError(
+                "config", f"{name} is {value!r}; it must map names to non-negative integers", f"correct {name}"
+            )
         return dict(value)
 
     def raw(self, name: str, default: Any = None) -> Any:

@@ -19,6 +19,7 @@ from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, Sou
 from hstu_compile.model.dialects._user_config import UserConfig
 from hstu_compile.model.families import ModelConfig
 from hstu_compile.model.ranking_config import (
+    MAX_LENGTH,
     ContextualFeature,
     EmbeddingTable,
     ItemFeature,
@@ -34,6 +35,7 @@ LAYER_KEY = "_hstu_transducer._stu_module._stu_layers.{}."
 LAYER_PATTERN = re.compile(r"_hstu_transducer\._stu_module\._stu_layers\.(\d+)\.")
 PREPROCESSOR_KEY = "_hstu_transducer._input_preprocessor."
 ACTION_KEY = PREPROCESSOR_KEY + "_action_encoder."
+ADDITIONAL_KEY = PREPROCESSOR_KEY + "_additional_embedding_mlp."
 POSITION_KEY = "_hstu_transducer._positional_encoder._position_embeddings_weight"
 TIME_KEY = "_hstu_transducer._positional_encoder._timestamp_embeddings_weight"
 POSTPROCESSOR_KEY = "_hstu_transducer._output_postprocessor."
@@ -92,6 +94,14 @@ _TRAINING_FIELDS = (
 _TASK_KINDS = {"BINARY_CLASSIFICATION": "binary", "REGRESSION": "regression", 0: "binary", 1: "regression"}
 
 
+def _is_table_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, (list, tuple))
+        and len(shape) == 2
+        and all(isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MAX_LENGTH for size in shape)
+    )
+
+
 def _transposed(key: str) -> SourceTensor:
     return SourceTensor(key, lambda tensor: tensor.t().contiguous(), lambda shape: shape[::-1])
 
@@ -119,11 +129,17 @@ class _DlrmV3(Dialect):
         return any(LAYER_PATTERN.match(key) for key in keys)
 
     def is_ignored(self, key: str) -> bool:
-        # Built by the original whether it has inputs or not; the latter is checked against the configuration.
-        return key.startswith(PREPROCESSOR_KEY + "_additional_embedding_mlp.") or key in (
-            ACTION_KEY + "_combined_action_weights",
-            POSTPROCESSOR_KEY + "_period_units",
-            POSTPROCESSOR_KEY + "_units_per_period",
+        # The additional MLP is built by the original whether it has inputs or not; `config` compares its inputs with
+        # the features. Tables stay behind where the graph takes rows. The buffers are `constants`.
+        return (
+            key.startswith(ADDITIONAL_KEY)
+            or TABLE_PATTERN.match(key) is not None
+            or key
+            in (
+                ACTION_KEY + "_combined_action_weights",
+                POSTPROCESSOR_KEY + "_period_units",
+                POSTPROCESSOR_KEY + "_units_per_period",
+            )
         )
 
     def constants(self, config: ModelConfig) -> dict[str, Tensor]:
@@ -143,11 +159,16 @@ class _DlrmV3(Dialect):
                 "names of features, tasks and the number of heads are in no tensor of a DLRM-HSTU checkpoint",
                 f'pass --config FILE with the DlrmHSTUConfig of the training run (or {{"{_CONFIG_KEY}": ...}})',
             )
-        nested = config.get(_CONFIG_KEY)
-        if isinstance(nested, Mapping):
+        if _CONFIG_KEY in config:
+            nested = config[_CONFIG_KEY]
+            if not isinstance(nested, Mapping):
+                raise DialectError(
+                    "config",
+                    f"{_CONFIG_KEY} is a {type(nested).__name__}; it must be an object",
+                    f"pass the DlrmHSTUConfig of the training run under {_CONFIG_KEY}",
+                )
             # What lies beside it is ours: switches that the original decides in code, and the tables.
-            beside = {name: value for name, value in config.items() if name in _FIELDS}
-            config = {**nested, **beside}
+            config = {**nested, **{name: value for name, value in config.items() if name != _CONFIG_KEY}}
         user = UserConfig(config, _FIELDS, _TRAINING_FIELDS)
         self._check_ranks(shapes)
         external = user.flag("external_embeddings", False)
@@ -175,20 +196,14 @@ class _DlrmV3(Dialect):
         merged = self._merged_features(user)
         tables = self._tables(shapes, user, table_dim, external)
         sequence_features, item_features = self._id_features(user, merged, tables)
-        contextual = tuple(
-            ContextualFeature(
-                name,
-                self._table_of(name, tables, merged),
-                length,
-                user.integers("contextual_feature_to_min_uih_length").get(name, 0),
-            )
-            for name, length in user.integers("contextual_feature_to_max_length").items()
-        )
-        max_candidates, max_history = self._limits(user, sum(feature.max_length for feature in contextual))
-        weights = user.raw("action_weights", ())
-        scaling = user.raw("scaling_seq_len", "batch")
+        self._check_additional(shapes, sequence_features, table_dim)
+        contextual = self._contextual(user, tables, merged)
+        contextual_len = sum(feature.max_length for feature in contextual)
+        max_candidates, max_history = self._limits(user, contextual_len)
+        weights = self._action_weights(user)
+        scaling = self._scaling(user)
         try:
-            max_seq_len = sum(feature.max_length for feature in contextual) + max_history + max_candidates
+            max_seq_len = contextual_len + max_history + max_candidates
             return RankingConfig(
                 dialect=self.name,
                 num_layers=num_layers,
@@ -199,8 +214,8 @@ class _DlrmV3(Dialect):
                 item_features=item_features,
                 history_time_feature=user.text("uih_action_time_feature_name"),
                 candidate_time_feature=user.text("candidates_querytime_feature_name"),
-                action_feature=user.text("uih_weight_feature_name", "") if weights else "",
-                action_weights=tuple(weights),
+                action_feature=user.text("uih_weight_feature_name") if weights else "",
+                action_weights=weights,
                 action_embedding_dim=ACTION_EMBEDDING_DIM,
                 hidden_dim=shapes[PREPROCESSOR_KEY + "_content_embedding_mlp.0.weight"][0],
                 tower_hidden_dim=shapes[ITEM_KEY + "0.weight"][0],
@@ -217,7 +232,7 @@ class _DlrmV3(Dialect):
                 tasks=self._tasks(user),
                 max_history_len=max_history,
                 max_candidates=max_candidates,
-                scaling="batch" if scaling == "batch" else "fixed",
+                scaling="batch" if scaling is None else "fixed",
                 min_history_counts=user.choice(  # type: ignore[arg-type]
                     "min_history_counts",
                     {"history_and_candidates": "history_and_candidates", "history": "history"},
@@ -225,10 +240,10 @@ class _DlrmV3(Dialect):
                 ),
                 external_embeddings=external,
             )
-        except (ValueError, TypeError) as error:
-            if isinstance(error, DialectError):
-                raise
-            raise DialectError("shape", str(error), "pass the configuration of this checkpoint") from error
+        except DialectError:
+            raise
+        except ValueError as error:
+            raise DialectError("config", str(error), "correct the configuration") from error
 
     def _check_ranks(self, shapes: Shapes) -> None:
         required = {
@@ -250,6 +265,75 @@ class _DlrmV3(Dialect):
                 raise DialectError(
                     "shape", f"{key} has shape {list(shape)}; it must have {rank} dimensions", "check the file"
                 )
+            if 0 in shape and (key in required or TABLE_PATTERN.match(key)):
+                raise DialectError("shape", f"{key} has shape {list(shape)}; it is empty", "check the file")
+        if shapes[TIME_KEY][0] < 2:
+            raise DialectError(
+                "shape", f"{TIME_KEY} has 1 row; it must have one more than time buckets", "check the file"
+            )
+
+    def _check_additional(self, shapes: Shapes, sequence_features: tuple[SequenceFeature, ...], table_dim: int) -> None:
+        """Refuse a configuration that would leave trained weights of additional features out."""
+        names = [feature.history for feature in sequence_features[1:]]
+        shape = shapes.get(ADDITIONAL_KEY + "0.weight")
+        if shape is not None and shape[1:] != (table_dim * len(names),):
+            raise DialectError(
+                "shape",
+                f"{ADDITIONAL_KEY}0.weight has shape {list(shape)}; the configuration has {len(names)} additional "
+                f"features ({', '.join(names) or 'none'}) of {table_dim} numbers each",
+                "correct merge_uih_candidate_feature_mapping, user_embedding_feature_names or "
+                "item_embedding_feature_names",
+            )
+
+    def _contextual(
+        self, user: UserConfig, tables: tuple[EmbeddingTable, ...], merged: Mapping[str, str]
+    ) -> tuple[ContextualFeature, ...]:
+        lengths = user.integers("contextual_feature_to_max_length")
+        least = user.integers("contextual_feature_to_min_uih_length")
+        if stray := sorted(set(least) - set(lengths)):
+            raise DialectError(
+                "config",
+                f"contextual_feature_to_min_uih_length names {', '.join(stray)}, which is no contextual feature; "
+                f"contextual features: {', '.join(lengths) or 'none'}",
+                "correct contextual_feature_to_min_uih_length or contextual_feature_to_max_length",
+            )
+        for field, values, smallest in (
+            ("contextual_feature_to_max_length", lengths, 1),
+            ("contextual_feature_to_min_uih_length", least, 0),
+        ):
+            for name, value in values.items():
+                if not smallest <= value <= MAX_LENGTH:
+                    raise DialectError(
+                        "config",
+                        f"{field} of {name} is {value}; allowed: {smallest} to {MAX_LENGTH}",
+                        f"correct {field}",
+                    )
+        return tuple(
+            ContextualFeature(name, self._table_of(name, tables, merged), length, least.get(name, 0))
+            for name, length in lengths.items()
+        )
+
+    def _action_weights(self, user: UserConfig) -> tuple[int, ...]:
+        weights = user.raw("action_weights", ())
+        if not isinstance(weights, (list, tuple)):
+            raise DialectError(
+                "config", f"action_weights is {weights!r}; it must be a list of bitmasks", "correct action_weights"
+            )
+        return tuple(weights)
+
+    def _scaling(self, user: UserConfig) -> float | None:
+        """The divisor, or None for that of the batch."""
+        scaling = user.raw("scaling_seq_len", "batch")
+        if scaling == "batch":
+            return None
+        is_number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+        if not is_number or not 0 < scaling <= MAX_LENGTH:
+            raise DialectError(
+                "config",
+                f'scaling_seq_len is {scaling!r}; allowed: a number above 0, or "batch"',
+                "correct scaling_seq_len",
+            )
+        return float(scaling)
 
     def _merged_features(self, user: UserConfig) -> dict[str, str]:
         """Names of history features to those of the candidates' counterparts."""
@@ -264,15 +348,26 @@ class _DlrmV3(Dialect):
                 "merge_uih_candidate_feature_mapping is not a list of pairs of names",
                 "pass it as [[history feature, candidate feature], ...]",
             )
-        return dict(pairs)
+        merged = dict(pairs)
+        if len(merged) != len(pairs):
+            names = [history for history, _ in pairs]
+            twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
+            raise DialectError(
+                "config",
+                f"merge_uih_candidate_feature_mapping names {twice} more than once",
+                "keep one pair for each history feature",
+            )
+        return merged
 
     def _tables(self, shapes: Shapes, user: UserConfig, table_dim: int, external: bool) -> tuple[EmbeddingTable, ...]:
         stated = user.raw("embedding_tables", {})
         if not isinstance(stated, Mapping) or not all(
-            isinstance(shape, (list, tuple)) and len(shape) == 2 for shape in stated.values()
+            isinstance(name, str) and _is_table_shape(shape) for name, shape in stated.items()
         ):
             raise DialectError(
-                "config", "embedding_tables is not an object of [rows, width]", "correct embedding_tables"
+                "config",
+                f"embedding_tables is {stated!r}; it must map names to [rows, width]",
+                "correct embedding_tables",
             )
         held = {match[1]: tuple(shape) for key, shape in shapes.items() if (match := TABLE_PATTERN.match(key))}
         for name, shape in stated.items():
@@ -294,7 +389,7 @@ class _DlrmV3(Dialect):
                 raise DialectError(
                     "shape", f"table {name} is {dim} wide, the preprocessor takes {table_dim}", "check the file"
                 )
-        return tuple(EmbeddingTable(name, *map(int, shape)) for name, shape in sizes.items())
+        return tuple(EmbeddingTable(name, *shape) for name, shape in sizes.items())
 
     def _table_of(self, feature: str, tables: tuple[EmbeddingTable, ...], merged: Mapping[str, str]) -> str:
         """A feature's table: its own, or that of the history feature it is merged with."""
@@ -338,6 +433,12 @@ class _DlrmV3(Dialect):
         trained = user.integer("max_num_candidates") or 0
         served = user.integer("max_num_candidates_inference") or trained
         history = total - trained - contextual_len
+        if total > MAX_LENGTH or served > MAX_LENGTH:
+            raise DialectError(
+                "config",
+                f"max_seq_len {total} or max_num_candidates_inference {served} is above {MAX_LENGTH}",
+                "correct max_seq_len or max_num_candidates_inference",
+            )
         if history < 1 or served < 1:
             raise DialectError(
                 "config",
@@ -347,15 +448,17 @@ class _DlrmV3(Dialect):
             )
         return served, history
 
-    def _layer(self, shapes: Shapes, user: UserConfig, width: int, max_seq_len: int, scaling: Any) -> LayerConfig:
-        heads, qk, linear = (
-            user.integer(name) for name in ("hstu_num_heads", "hstu_attn_qk_dim", "hstu_attn_linear_dim")
-        )
+    def _layer(
+        self, shapes: Shapes, user: UserConfig, width: int, max_seq_len: int, scaling: float | None
+    ) -> LayerConfig:
+        names = ("hstu_num_heads", "hstu_attn_qk_dim", "hstu_attn_linear_dim")
+        heads, qk, linear = (user.integer(name) for name in names)
         if not heads or not qk or not linear:
+            lacking = [name for name, value in zip(names, (heads, qk, linear), strict=True) if not value]
             raise DialectError(
                 "heads" if not heads else "config",
-                "hstu_num_heads, hstu_attn_qk_dim and hstu_attn_linear_dim are needed: shapes only tell their products",
-                "add them to the configuration",
+                f"{', '.join(lacking)} must be given, at least 1: shapes only tell the products of {', '.join(names)}",
+                "add what is missing to the configuration",
             )
         packed = shapes[LAYER_KEY.format(0) + "_uvqk_weight"][1]
         joined = shapes[LAYER_KEY.format(0) + "_output_weight"][0]
@@ -367,10 +470,6 @@ class _DlrmV3(Dialect):
                 f"checkpoint has {packed} and {joined}",
                 "correct them in the configuration",
             )
-        if scaling != "batch" and (isinstance(scaling, bool) or not isinstance(scaling, (int, float))):
-            raise DialectError(
-                "config", f'scaling_seq_len is {scaling!r}; allowed: a number or "batch"', "correct scaling_seq_len"
-            )
         return LayerConfig(
             embedding_dim=width,
             attention=AttentionConfig(
@@ -378,7 +477,7 @@ class _DlrmV3(Dialect):
                 attention_dim=qk,
                 linear_dim=linear,
                 alpha=qk**-0.5,
-                scaling_seq_len=float(max_seq_len if scaling == "batch" else scaling),
+                scaling_seq_len=float(max_seq_len) if scaling is None else scaling,
                 max_seq_len=max_seq_len,
             ),
             silu_scope="u",
@@ -405,10 +504,12 @@ class _DlrmV3(Dialect):
         parsed = []
         for task in tasks:
             name, kind = task.get("task_name"), task.get("task_type")
-            if not isinstance(name, str) or kind not in _TASK_KINDS or isinstance(kind, bool):
+            legal = isinstance(kind, (str, int)) and not isinstance(kind, bool) and kind in _TASK_KINDS
+            if not isinstance(name, str) or not legal:
                 raise DialectError(
                     "config",
-                    f"task {name!r} has task_type {kind!r}; allowed: BINARY_CLASSIFICATION, REGRESSION",
+                    f"task_name {name!r} has task_type {kind!r}; allowed: a string, and BINARY_CLASSIFICATION (0) or "
+                    "REGRESSION (1)",
                     "correct multitask_configs",
                 )
             parsed.append(RankingTask(name, _TASK_KINDS[kind]))  # type: ignore[arg-type]
@@ -422,7 +523,7 @@ class _DlrmV3(Dialect):
                 sources[f"tables.{index}.weight"] = SourceTensor(TABLE_KEY.format(table.name))
         mlps = {"content_mlp": PREPROCESSOR_KEY + "_content_embedding_mlp.", "item_mlp": ITEM_KEY}
         if len(config.sequence_features) > 1:
-            mlps["additional_mlp"] = PREPROCESSOR_KEY + "_additional_embedding_mlp."
+            mlps["additional_mlp"] = ADDITIONAL_KEY
         if config.action_feature:
             mlps["action_mlp"] = PREPROCESSOR_KEY + "_action_embedding_mlp."
             sources["action_embedding"] = SourceTensor(ACTION_KEY + "_action_embedding_table")
