@@ -311,10 +311,9 @@ class RankingModel(nn.Module):
             times = torch.cat([times.new_zeros((batch * context,)), times])
         rows, times = rows.index_select(0, source), times.index_select(0, source)
         last = (offsets[1:].to(torch.int64) - 1).clamp(min=0)
-        anchors = times.index_select(0, last)
-        x = self.encode_position(
-            rows, self._positions(packed.index, history_end), anchors.index_select(0, packed.owner) - times
-        )
+        # By row, not by user: in a batch without any row there is no last one to read.
+        anchors = times.index_select(0, last.index_select(0, packed.owner))
+        x = self.encode_position(rows, self._positions(packed.index, history_end), anchors - times)
 
         scaling: Tensor | None = None
         if config.scaling == "batch":
