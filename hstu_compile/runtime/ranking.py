@@ -161,6 +161,11 @@ class RankingSession:
         self._pools.append(pool)
         return pool
 
+    @property
+    def runtime(self) -> str:
+        """Runtime and version."""
+        return self._packed.name
+
     def entry_bytes(self, num_events: int) -> int:
         """Bytes of the budget that a user with a history of that length takes."""
         return self._layout.entry_bytes(self.spec.contextual_len + num_events)

@@ -1,0 +1,89 @@
+"""Open a ranking bundle as a `RankingSession`. Level 5; no torch."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from hstu_compile.bundle import BundleFiles, read_bundle
+from hstu_compile.errors import BundleError
+from hstu_compile.runtime.ranking import OverBudget, RankingSession
+from hstu_compile.runtime.ranking_request import RankingPolicy
+from hstu_compile.runtime.ranking_spec import RankingSpec
+from hstu_compile.runtime.session import Session, open_session
+
+# Stem of each graph's file: STEM.onnx, and STEM.engine where an engine was built.
+GRAPH_STEMS = {"packed": "model", "prefill": "prefill", "score": "score"}
+
+
+def open_ranking_session(
+    path: str | Path,
+    runtime: str = "onnxruntime",
+    *,
+    kv_budget_bytes: int = 0,
+    staging_rows: int | None = None,
+    policy: RankingPolicy | None = None,
+    over_budget: OverBudget = "refuse",
+    plugin_library: Path | None = None,
+    use_gpu: bool = False,
+) -> RankingSession:
+    """Open a ranking bundle for scoring.
+
+    Args:
+        path: folder that `hstu-compile build` wrote.
+        runtime: onnxruntime, tensorrt or tensorrt-rtx.
+        kv_budget_bytes: memory for cached keys and values; needed for a bundle built with --m-falcon.
+        staging_rows: see `RankingSession`.
+        policy: what to do with long histories and unknown ids.
+        over_budget: what to do with a user that the budget cannot hold.
+        plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
+        use_gpu: ONNX Runtime's CUDA provider.
+
+    Returns:
+        A session that owns the graphs; close it.
+
+    Raises:
+        BundleError: HSTU-E803 if it is no bundle, was altered, or holds no ranking model.
+        EngineError: HSTU-E401 or E404 if the runtime cannot be used.
+        UsageError: HSTU-E901 for arguments that do not go together.
+    """
+    files = read_bundle(Path(path))
+    if "ranking" not in files.manifest:
+        raise BundleError(
+            "HSTU-E803",
+            f"{files.path} holds no ranking model",
+            "its manifest has no entry 'ranking'",
+            "open a retrieval bundle with hstu_compile.load_bundle",
+        )
+    spec = RankingSpec.from_manifest(files.manifest["ranking"])
+    with contextlib.ExitStack() as opened:
+        graphs = {
+            role: opened.enter_context(_open(files, stem, runtime, plugin_library, use_gpu))
+            for role, stem in GRAPH_STEMS.items()
+            if role == "packed" or f"{stem}.onnx" in files.manifest["files"]
+        }
+        session = RankingSession(
+            spec,
+            **graphs,
+            kv_budget_bytes=kv_budget_bytes,
+            staging_rows=staging_rows,
+            policy=policy,
+            over_budget=over_budget,
+        )
+        opened.pop_all()
+        return session
+
+
+def _open(files: BundleFiles, stem: str, runtime: str, plugin_library: Path | None, use_gpu: bool) -> Session:
+    engine = f"{stem}.engine"
+    arguments: dict[str, Any] = {"use_gpu": use_gpu} if runtime == "onnxruntime" else {}
+    if runtime == "tensorrt":
+        arguments["plugin_library"] = plugin_library or files.plugin_library
+    return open_session(
+        runtime,
+        onnx=files.path / f"{stem}.onnx",
+        engine=files.path / engine if engine in files.manifest["files"] else None,
+        allow_tf32=files.manifest["precision"]["requested"] != "fp32",
+        **arguments,
+    )
