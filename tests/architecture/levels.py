@@ -50,6 +50,7 @@ LEVELS: dict[str, int] = {
     "plugin_stage": 5,
     "inspection": 5,
     "recheck": 5,
+    "ranking_bundle": 5,
     "pipeline": 5,
     # The command line.
     "cli": 6,
