@@ -33,6 +33,8 @@ _CACHED = re.compile(r"[kv]_\d+")
 MAX_ACTION_BITS = 30
 # Largest id, offset and length: int32 inputs.
 MAX_LENGTH = (1 << 31) - 1
+# Widest row and most heads: far beyond any model, and no product of sizes overflows.
+MAX_WIDTH = 1 << 16
 # Buckets are found by comparing with a list of thresholds that is made when a model is.
 MAX_TIME_BUCKETS = 1 << 20
 
@@ -59,7 +61,8 @@ class EmbeddingTable:
     def __post_init__(self) -> None:
         _require_fields(self)
         require(self.num_rows >= 1, f"table {self.name} has {self.num_rows} rows; it must have at least 1")
-        require(self.embedding_dim >= 1, f"table {self.name} is {self.embedding_dim} wide; it must be at least 1")
+        wide = 1 <= self.embedding_dim <= MAX_WIDTH
+        require(wide, f"table {self.name} is {self.embedding_dim} wide; it must be 1 to {MAX_WIDTH}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +203,15 @@ class RankingConfig:
             *("num_positions", "num_time_buckets", "max_history_len", "max_candidates"),
         ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        require(
-            self.num_time_buckets <= MAX_TIME_BUCKETS,
-            f"num_time_buckets is {self.num_time_buckets}; it must be at most {MAX_TIME_BUCKETS}",
-        )
+        for name, value, most in (
+            ("num_time_buckets", self.num_time_buckets, MAX_TIME_BUCKETS),
+            ("action_embedding_dim", self.action_embedding_dim, MAX_WIDTH),
+            ("hidden_dim", self.hidden_dim, MAX_WIDTH),
+            ("tower_hidden_dim", self.tower_hidden_dim, MAX_WIDTH),
+            ("embedding_dim", self.layer.embedding_dim, MAX_WIDTH),
+            ("num_heads", self.layer.attention.num_heads, MAX_WIDTH),
+        ):
+            require(value <= most, f"{name} is {value}; it must be at most {most}")
         require(len(self.sequence_features) >= 1, "sequence_features is empty; an event needs an id")
         require(len(self.item_features) >= 1, "item_features is empty; a candidate needs an id")
         require(len(self.tasks) >= 1, "tasks is empty; a ranking model predicts at least one")
