@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu_compile.model import time_features
+from hstu_compile.model.time_features import (
+    circle_table,
+    circle_units,
+    distance_buckets,
+    distance_thresholds,
+)
+
+FUNCTIONS = ("sqrt", "log")
+SIZES = (63, 511, 2048)
+UNREACHED = 1 << 62
+
+
+def original_buckets(seconds: torch.Tensor, largest: int, function: str) -> torch.Tensor:
+    """The original's arithmetic: an integer difference, then float32 to the end."""
+    minutes = seconds.clamp(min=1e-6) / 60.0
+    assert minutes.dtype == torch.float32
+    value = torch.log(minutes) if function == "log" else torch.sqrt(minutes)
+    return value.clamp(min=0).int().clamp(min=0, max=largest).to(torch.int64)
+
+
+def around(values: np.ndarray[Any, Any], width: int = 3) -> torch.Tensor:
+    """Every value and its neighbours."""
+    steps = np.arange(-width, width + 1)
+    return torch.from_numpy((values.astype(np.int64)[:, None] + steps).ravel())
+
+
+def boundaries(largest: int, function: str) -> torch.Tensor:
+    """Distances about every change of bucket in exact arithmetic."""
+    numbers = np.arange(largest + 1)
+    if function == "sqrt":
+        return around(60 * numbers**2)
+    return around(np.floor(60 * np.exp(numbers[numbers <= 38].astype(np.float64))))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("largest", SIZES)
+def test_buckets_are_those_of_the_float32_formula(largest: int, function: Any) -> None:
+    thresholds = distance_thresholds(largest, function)
+    rng = np.random.default_rng(largest)
+    seconds = torch.cat(
+        [
+            torch.arange(-100, 50_000),
+            boundaries(largest, function),
+            around(thresholds[thresholds < UNREACHED].numpy()),
+            # Where float32 has no longer every integer: ulp 2, 128 (a timestamp of today), 2**30.
+            around(2 ** np.arange(20, 61)),
+            torch.from_numpy(np.floor(np.exp2(rng.uniform(0, 61.9, 50_000))).astype(np.int64)),
+        ]
+    )
+    expected = original_buckets(seconds, largest, function)
+    assert torch.equal(distance_buckets(seconds, thresholds, function), expected)
+    assert int(expected.max()) == min(largest, 38 if function == "log" else largest)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_buckets_of_an_hour_a_day_a_month_and_a_year(function: Any) -> None:
+    hour, day = 3600, 86400
+    seconds = torch.tensor([-5, 0, 59, 60, hour, day, 30 * day, 365 * day])
+    expected = {"sqrt": [0, 0, 0, 1, 7, 37, 207, 724], "log": [0, 0, 0, 0, 4, 7, 10, 13]}[function]
+    assert distance_buckets(seconds, distance_thresholds(2048, function), function).tolist() == expected
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("largest", SIZES)
+def test_threshold_is_the_smallest_distance_of_its_bucket(largest: int, function: Any) -> None:
+    thresholds = distance_thresholds(largest, function)
+    assert (thresholds.dtype, thresholds.shape, int(thresholds[0])) == (torch.int64, (largest + 1,), 0)
+    reached = thresholds < UNREACHED
+    assert int(reached.sum()) == (min(largest, 38) if function == "log" else largest) + 1
+    assert (thresholds[~reached] == UNREACHED).all()
+    numbers = torch.arange(largest + 1)[reached]
+    assert torch.equal(original_buckets(thresholds[reached], largest, function), numbers)
+    assert torch.equal(original_buckets(thresholds[reached][1:] - 1, largest, function), numbers[1:] - 1)
+
+
+def test_float32_boundaries_are_not_those_of_exact_arithmetic() -> None:
+    """The reason for a search: the square of a bucket is not always where float32 begins it."""
+    thresholds = distance_thresholds(2048, "sqrt").tolist()
+    moved = [bucket for bucket in range(2049) if thresholds[bucket] != 60 * bucket**2]
+    # Up to 2**24 seconds, bucket 528, float32 has every integer, and only the root is rounded; behind 2**27 seconds,
+    # bucket 1495, it has every sixteenth.
+    assert 500 < min(moved) < 528
+    assert all(abs(thresholds[bucket] - 60 * bucket**2) <= 16 for bucket in moved)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("slip", [-1, 1])
+def test_a_device_that_rounds_the_other_way_is_mended(
+    function: Any, slip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A formula that is one bucket off everywhere stands for a device whose sqrt or log rounds differently."""
+    thresholds = distance_thresholds(511, function)
+    seconds = torch.cat([torch.arange(-5, 5000), boundaries(511, function), torch.tensor([UNREACHED - 1])])
+    expected = original_buckets(seconds, 511, function)
+    right: Callable[[torch.Tensor, Any], torch.Tensor] = time_features._buckets_by_formula
+    monkeypatch.setattr(time_features, "_buckets_by_formula", lambda s, f: (right(s, f) + slip).clamp(min=0))
+    assert not torch.equal(time_features._buckets_by_formula(seconds.clamp(min=0), function).clamp(max=511), expected)
+    assert torch.equal(distance_buckets(seconds, thresholds, function), expected)
+
+
+# --- Hour and weekday -------------------------------------------------------------------------------------------------
+
+
+def original_units(timestamps: torch.Tensor) -> list[torch.Tensor]:
+    """The original's arithmetic, in float32 from the timestamp on."""
+    units = []
+    for period, count in ((3600.0, 24.0), (86400.0, 7.0)):
+        since_epoch = torch.div(timestamps.float(), period, rounding_mode="floor")
+        units.append(torch.remainder(since_epoch, count).to(torch.int64))
+    return units
+
+
+def timestamps_at_boundaries() -> torch.Tensor:
+    """Around full hours and midnights of several decades, within and beyond what float32 rounds away."""
+    hours = np.arange(0, 2_000_000_000 // 3600, 997) * 3600
+    days = np.arange(0, 2_000_000_000 // 86400, 13) * 86400
+    edges = np.concatenate([hours, days, 2 ** np.arange(20, 36)])
+    steps = np.array([-129, -128, -127, -65, -64, -63, -33, -32, -31, -1, 0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129])
+    return torch.from_numpy((edges[:, None] + steps).ravel())
+
+
+def test_float32_units_are_those_of_the_original_arithmetic() -> None:
+    rng = np.random.default_rng(0)
+    timestamps = torch.cat(
+        [timestamps_at_boundaries(), torch.from_numpy(rng.integers(-(10**9), 4 * 10**9, 200_000)), torch.arange(90_000)]
+    )
+    for ours, theirs in zip(circle_units(timestamps, "float32"), original_units(timestamps), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_float32_moves_an_hour_back_and_another_one_ahead() -> None:
+    """A float32 of this size is a multiple of 128: one hour begins 16 s above the nearest, the other 48 s below."""
+    timestamps = torch.tensor([1_400_000_400, 1_400_014_800 - 1])
+    assert circle_units(timestamps, "exact")[0].tolist() == [17, 20]
+    assert circle_units(timestamps, "float32")[0].tolist() == [16, 21]
+
+
+@settings(max_examples=200, deadline=None)
+@given(timestamp=st.integers(-(2**35), 2**35))
+def test_exact_units_are_those_of_the_calendar(timestamp: int) -> None:
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=timestamp)
+    hour, weekday = (int(unit) for unit in circle_units(torch.tensor([timestamp]), "exact"))
+    assert hour == moment.hour
+    # Counted from the first of January 1970, a Thursday.
+    assert weekday == (moment.weekday() - 3) % 7
+
+
+@pytest.mark.parametrize("units", [24, 7])
+def test_circle_is_turned_with_3_14(units: int) -> None:
+    table = circle_table(units)
+    assert (table.dtype, table.shape) == (torch.float32, (units, 2))
+    angle = np.arange(units, dtype=np.float64) / units * 2 * 3.14
+    expected = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    np.testing.assert_allclose(table.numpy(), expected, rtol=0, atol=2.0**-21)
+    # With pi the last unit would be as far from the first as the second is.
+    assert abs(float(table[-1, 0] - table[1, 0])) > 5e-4
+
+
+def test_circle_has_the_original_float32_values_to_the_bit() -> None:
+    for units in (24, 7):
+        turned = torch.remainder(torch.arange(units).float(), float(units)) / torch.tensor(float(units)) * 2 * 3.14
+        points = torch.view_as_real(torch.polar(torch.ones_like(turned), turned))
+        assert torch.equal(circle_table(units), points)
