@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
+from hstu_compile.runtime._cuda import CudaDriver
+from hstu_compile.runtime.tensorrt_session import TensorRtSession
+from hstu_compile.tensorrt_api import TensorRtApi
 from tests.fake_cuda import FakeCuda
 
 Shape = tuple[int, ...]
@@ -150,3 +153,10 @@ def fake_tensorrt(
         TensorIOMode=kind(INPUT="in", OUTPUT="out"),
         DataType=kind(INT64=0) if int64 else kind(),
     )
+
+
+def open_fake(cuda: FakeCuda, engine: FakeEngine | None = None, **settings: Any) -> TensorRtSession:
+    """A session on such a module; `settings` are those of `fake_tensorrt`."""
+    engine = engine or sums_engine(int64=settings.get("int64", True))
+    module: Any = fake_tensorrt(engine, cuda, **settings)
+    return TensorRtSession(TensorRtApi("tensorrt", module), b"plan", driver=CudaDriver(cuda))
