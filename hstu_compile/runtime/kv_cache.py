@@ -290,7 +290,7 @@ class KvCache:
         entries: dict[Hashable, KvEntry] = {}
         try:
             for want in wants:
-                if want.key in entries or (entry := self._granted_one(want, ticket, is_first=not entries)) is None:
+                if want.key in entries or (entry := self._granted_one(want, ticket)) is None:
                     break
                 entries[want.key] = entry
         except BaseException:
@@ -299,7 +299,7 @@ class KvCache:
             raise
         return list(entries.values())
 
-    def _granted_one(self, want: KvWant, ticket: object, *, is_first: bool) -> KvEntry | None:
+    def _granted_one(self, want: KvWant, ticket: object) -> KvEntry | None:
         slot = self._index.get(want.key)
         if slot is not None and slot.want == want:
             if not slot.ready:  # another lease fills it; whoever waits for that needs no memory of its own
@@ -309,7 +309,7 @@ class KvCache:
         size = self._layout.entry_bytes(want.rows)
         must_queue = bool(self._queue) and self._queue[0] is not ticket
         if must_queue or not self._can_fit(size):
-            if is_first and ticket not in self._queue:
+            if ticket not in self._queue:  # `checkout` leaves the queue again if an earlier want was granted
                 self._queue.append(ticket)
             return None
         if slot is not None:
@@ -322,7 +322,6 @@ class KvCache:
 
     def _pinned(self, slot: _Slot, outcome: Outcome) -> KvEntry:
         slot.pins += 1
-        self._index.move_to_end(slot.want.key)
         return KvEntry(slot, outcome)
 
     def _can_fit(self, size: int) -> bool:

@@ -149,7 +149,6 @@ class Model:
                 if not found.is_ready:
                     break
                 outcome, entry = "hit", found
-                self.touch(entry)
             else:
                 units = LAYOUT.entry_bytes(each.rows) // UNIT
                 if self.run_of(units, lambda owner: owner is None or not owner.pins) is None:
