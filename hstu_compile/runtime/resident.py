@@ -161,7 +161,7 @@ class MemoryPool(Protocol):
     def copy(self, pairs: Sequence[tuple[ResidentTensor, ResidentTensor]]) -> None:
         """Copy each (source, target); all are complete on return.
 
-        Sources and targets lie in this pool's memory and must not overlap.
+        Both lie in memory of this pool's kind and device, of this pool or another, and do not overlap.
 
         Raises:
             ValueError: if a pair differs in shape or type, or is not of this pool's kind; nothing is copied then.
