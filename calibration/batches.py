@@ -29,6 +29,11 @@ class RequestBatch:
         return np.diff(self.arrays["seq_offsets"])
 
 
+def event_times(rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
+    """[count] int64 seconds, ascending, with gaps from a second to a year."""
+    return _EPOCH + np.cumsum(10.0 ** rng.uniform(*_LOG10_GAP_RANGE, count)).astype(np.int64)
+
+
 def retrieval_batch(name: str, config: RetrievalConfig, lengths: Sequence[int], seed: int) -> RequestBatch:
     """Random histories of the given lengths.
 
@@ -44,8 +49,7 @@ def retrieval_batch(name: str, config: RetrievalConfig, lengths: Sequence[int], 
     request_timestamps = np.zeros(len(lengths), np.int64)
     start = 0
     for b, length in enumerate(lengths):
-        gaps = 10.0 ** rng.uniform(*_LOG10_GAP_RANGE, length + 1)
-        times = _EPOCH + np.cumsum(gaps).astype(np.int64)
+        times = event_times(rng, length + 1)
         timestamps[start : start + length] = times[:length]
         request_timestamps[b] = times[length]
         start += length

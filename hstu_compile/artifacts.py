@@ -60,9 +60,10 @@ class PassRecord:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxGraph:
-    """Stage 2 and 3: the graph as exported, then as rewritten.
+    """Stage 2 and 3: one graph as exported, then as rewritten.
 
     Attributes:
+        name: retrieval, packed, prefill or score.
         model: the ONNX model. A stage that changes it works on a copy.
         precision: type of weights and activations.
         inputs: graph inputs in order.
@@ -70,6 +71,7 @@ class OnnxGraph:
         passes: records of the passes that ran.
     """
 
+    name: str
     model: onnx.ModelProto = dataclasses.field(repr=False)
     precision: Precision
     inputs: tuple[TensorSpec, ...]
@@ -121,8 +123,8 @@ class Feed:
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
-        """[B] events of each sequence."""
-        offsets = self.arrays["seq_offsets"]
+        """[B] events of each sequence; candidates in a graph that takes no events."""
+        offsets = self.arrays["seq_offsets" if "seq_offsets" in self.arrays else "candidate_offsets"]
         # Not np.diff: `hstu-compile -h` reads this module, and needs no numpy.
         lengths: np.ndarray[Any, Any] = offsets[1:] - offsets[:-1]
         return lengths

@@ -35,14 +35,44 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ONNX_FILE = "model.onnx"
 ENGINE_FILE = "model.engine"
-FEEDS_FILE = "feeds.json"
-EAGER_FILE = "eager_outputs.json"
-EXACT_FILE = "reference_outputs.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 
 # Without these nothing can be asked of a bundle.
-_REQUIRED = ("inputs", "outputs", "limits", "precision", "status")
+_REQUIRED = ("inputs", "outputs", "limits", "precision", "status", "graphs")
+
+
+# Graphs that answer a request by themselves: theirs are the plain file names.
+_MAIN_GRAPHS = ("retrieval", "packed")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceFiles:
+    """File names of what one graph is compared with.
+
+    Attributes:
+        feeds: the requests.
+        eager: outputs of the eager model in the build's precision.
+        exact: its outputs in float64.
+        widened: outputs of ONNX Runtime on the widened graph; in bfloat16 bundles alone.
+    """
+
+    feeds: str
+    eager: str
+    exact: str
+    widened: str
+
+
+def model_files(graph: str) -> tuple[str, str]:
+    """File names of a graph and of its engine."""
+    return (ONNX_FILE, ENGINE_FILE) if graph in _MAIN_GRAPHS else (f"{graph}.onnx", f"{graph}.engine")
+
+
+def reference_files(graph: str) -> ReferenceFiles:
+    """File names of a graph's reference."""
+    prefix = "" if graph in _MAIN_GRAPHS else f"{graph}_"
+    names = ("feeds", "eager_outputs", "reference_outputs", "onnxruntime_outputs")
+    return ReferenceFiles(*(f"{prefix}{name}.json" for name in names))
 
 
 def _missing_parents(path: Path) -> list[Path]:

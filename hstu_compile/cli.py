@@ -20,7 +20,8 @@ from hstu_compile.errors import ERROR_CODES, EXIT_BUILD, EXIT_VERIFICATION, Usag
 from hstu_compile.trt_options import EngineOptions, parse_compute_capabilities, trt_options, trtexec_command
 
 if TYPE_CHECKING:
-    from hstu_compile.pipeline import BuildPlan, BuildResult, StageReport
+    from hstu_compile.build_plan import BuildPlan
+    from hstu_compile.pipeline import BuildResult, StageReport
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 _PATH = click.Path(path_type=Path)
@@ -74,6 +75,21 @@ def _one_precision(fp32: bool, fp16: bool, bf16: bool) -> Any:
     return chosen[0] if chosen else "fp32"
 
 
+def _micro_batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """The number in `micro-batch=N`."""
+    if value is None:
+        return None
+    name, _, number = value.partition("=")
+    if name != "micro-batch" or not number.isdecimal():
+        raise UsageError(
+            "HSTU-E901",
+            f"--m-falcon {value} cannot be used",
+            "it takes the number of candidates of one pass",
+            "write --m-falcon micro-batch=256",
+        )
+    return int(number)
+
+
 @cli.command()
 @click.argument("checkpoint", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="Bundle folder (default: CHECKPOINT's stem + .hstu).")
@@ -95,6 +111,21 @@ def _one_precision(fp32: bool, fp16: bool, bf16: bool) -> Any:
 @click.option("--opt-seq-len", type=int, help="Typical history (default: max-seq-len / 2).")
 @click.option(
     "--top-k", type=int, default=0, show_default=True, metavar="K", help="Also output the K best unseen items."
+)
+@click.option("--max-candidates", type=int, help="Most candidates of a user in one packed forward (ranking models).")
+@click.option(
+    "--m-falcon",
+    "micro_batch",
+    metavar="micro-batch=N",
+    callback=_micro_batch,
+    help="Also build the graphs prefill and score, N candidates a pass (ranking models).",
+)
+@click.option(
+    "--embeddings",
+    type=click.Choice(["inside", "external"]),
+    default="inside",
+    show_default=True,
+    help="Tables in the graph, or embedding rows as inputs (ranking models).",
 )
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare every artifact with the eager model."
@@ -131,10 +162,10 @@ def build(
     """
     precision = _one_precision(fp32, fp16, bf16)
     config = BuildConfig(checkpoint=checkpoint, precision=precision, **settings)
-    from hstu_compile import pipeline
+    from hstu_compile import build_plan, pipeline
 
     if dry_run:
-        plan = pipeline.plan_build(config)
+        plan = build_plan.plan_build(config)
         _print_json(plan.to_dict()) if as_json else _print_plan(plan, precision)
         return 0
     console = _Console(verbose, len(pipeline.STAGES))
@@ -151,12 +182,14 @@ def _print_plan(plan: BuildPlan, precision: str) -> None:
     config = plan.spec.config
     click.echo(f"checkpoint  {facts['checkpoint']['file']}, dialect {plan.spec.dialect}")
     click.echo(f"model       {config.num_layers} layers, {facts['parameters']} parameters, precision {precision}")
-    click.echo(f"graph       {facts['attention_nodes']} hstu::HstuAttention nodes, one per layer; all layers covered")
+    click.echo(f"attention   {facts['attention_nodes']} hstu::HstuAttention nodes, one per layer; all layers covered")
     limits = plan.limits
+    click.echo(f"graphs      {', '.join(plan.graphs)}")
     click.echo(
         f"profile     1 to {limits.max_batch} sequences (typical {limits.opt_batch}) of up to "
         f"{limits.max_seq_len} events "
         f"(typical {limits.opt_seq_len})"
+        + (f", up to {limits.max_candidates} candidates each" if limits.max_candidates else "")
     )
     click.echo(f"backend     {plan.backend.name}: {plan.backend.reason}")
 
@@ -256,7 +289,8 @@ def verify(bundle: Path, as_json: bool) -> int:
     else:
         for run in result.verification.runs:
             click.echo(f"{run.artifact} on {run.runtime}: {run.status}" + (f" ({run.reason})" if run.reason else ""))
-        click.echo(f"{result.polygraphy.command}: exit {result.polygraphy.exit_code}")
+        for check in result.polygraphy:
+            click.echo(f"{check.command}: exit {check.exit_code}")
         worst = result.verification
         click.echo(f"{bundle}  {result.status}  worst error {worst.worst_error:.3g} (allowed {worst.worst_bound:.3g})")
     return _exit_code(result.status)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16"]
+Embeddings = Literal["inside", "external"]
 BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
 
 
@@ -25,7 +26,11 @@ class BuildConfig:
         opt_batch: typical number; None is an eighth of max_batch, at least 1.
         max_seq_len: longest history in events; None is the model's own limit.
         opt_seq_len: typical history; None is half of max_seq_len.
-        top_k: also output the K best unseen items; 0 leaves them out.
+        top_k: also output the K best unseen items; 0 leaves them out. Retrieval models only.
+        max_candidates: most candidates of a user in one packed forward; None is the model's own limit.
+        micro_batch: candidates of one scoring pass; builds the graphs prefill and score. None builds packed alone.
+            Ranking models only, as is max_candidates.
+        embeddings: inside, ids are inputs and tables are weights; external, inputs are embedding rows.
         plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
         verify: compare every artifact with the eager model.
         keep_intermediates: folder for the artifact of every stage, or None.
@@ -44,6 +49,9 @@ class BuildConfig:
     max_seq_len: int | None = None
     opt_seq_len: int | None = None
     top_k: int = 0
+    max_candidates: int | None = None
+    micro_batch: int | None = None
+    embeddings: Embeddings = "inside"
     plugin: bool | None = None
     verify: bool = True
     keep_intermediates: Path | None = None
@@ -66,6 +74,9 @@ class Limits:
         max_seq_len: longest history in events.
         opt_seq_len: typical history in events.
         top_k: best items per sequence in the outputs; 0 for none.
+        max_candidates: most candidates of one sequence in a packed forward; 0 in a retrieval model.
+        micro_batch: most candidates of a scoring pass; None without the graphs prefill and score.
+        contextual_len: rows in front of every history.
     """
 
     max_batch: int
@@ -73,3 +84,6 @@ class Limits:
     max_seq_len: int
     opt_seq_len: int
     top_k: int
+    max_candidates: int = 0
+    micro_batch: int | None = None
+    contextual_len: int = 0

@@ -30,6 +30,7 @@ TORCH_DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 
+
 def _translate_attention(
     q: Any,
     k: Any,
@@ -148,6 +149,7 @@ def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph
             "check the versions of torch and onnxscript with `hstu-compile env` against README",
         ) from error
     return OnnxGraph(
+        name=served.name,
         model=proto,
         precision=precision,
         inputs=tensor_specs(proto.graph.input),

@@ -27,7 +27,19 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
     if path.is_dir():
         files = read_bundle(path)
         manifest = files.manifest
-        keys = ("status", "checkpoint", "precision", "backend", "limits", "profiles", "inputs", "outputs", "operator")
+        keys = (
+            "status",
+            "checkpoint",
+            "precision",
+            "backend",
+            "limits",
+            "profiles",
+            "inputs",
+            "outputs",
+            "operator",
+            "graphs",
+            "ranking",
+        )
         return {
             "kind": "bundle",
             "path": str(path),

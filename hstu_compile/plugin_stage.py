@@ -33,7 +33,7 @@ def run_plugin_stage(
         BundleError: HSTU-E802, if `output` cannot be written.
     """
     request = (
-        plugin_request_of(load_onnx(model), tensorrt_version or installed_tensorrt_version())
+        plugin_request_of([load_onnx(model)], tensorrt_version or installed_tensorrt_version())
         if model is not None
         else PluginBuildRequest(runtime_version=tensorrt_version)
     )

@@ -1,19 +1,22 @@
-"""Shape ranges of the graph inputs: the only place that knows them. Level 2, no torch."""
+"""Shape ranges of the graph inputs: the only place that knows them. Level 2, no torch.
+
+Every dynamic axis has a name that says what it counts, so that a profile follows from the names alone: L events,
+T candidates, Lc rows of a KV cache, B sequences, B_plus_1 offsets, B_times_k values of a feature with k per sequence.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import re
+from collections.abc import Sequence
 
-from hstu_compile.artifacts import Profile
+from hstu_compile.artifacts import Profile, TensorSpec
 from hstu_compile.errors import EngineError
 
-# One value per event, then one per sequence, then the offsets.
-EVENT_INPUTS = ("item_ids", "timestamps", "ratings")
-SEQUENCE_INPUTS = ("request_timestamps",)
-OFFSET_INPUTS = ("seq_offsets",)
-
 _INT32_MAX = 2**31 - 1
+_PER_SEQUENCE = re.compile(r"B_times_(\d+)")
+
+AxisRange = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,9 @@ class ProfileSizes:
         opt_seq_len: events per sequence that the engine is tuned for; None means half of max_seq_len, rounded up:
             lengths are ragged, so a full batch rarely holds more.
         min_batch: fewest sequences, >= 1.
+        max_candidates: most candidates of all sequences together; 0 in a graph without candidates.
+        opt_candidates: candidates that the engine is tuned for; None means half of max_candidates, rounded up.
+        contextual_len: rows of a KV cache in front of every history.
     """
 
     max_batch: int
@@ -34,6 +40,9 @@ class ProfileSizes:
     opt_batch: int | None = None
     opt_seq_len: int | None = None
     min_batch: int = 1
+    max_candidates: int = 0
+    opt_candidates: int | None = None
+    contextual_len: int = 0
 
     def __post_init__(self) -> None:
         opt_batch, opt_seq_len = self.typical()
@@ -42,11 +51,14 @@ class ProfileSizes:
             problems.append(f"1 <= min {self.min_batch} <= opt {opt_batch} <= max {self.max_batch} sequences is false")
         if not 1 <= opt_seq_len <= self.max_seq_len:
             problems.append(f"1 <= opt {opt_seq_len} <= max {self.max_seq_len} events per sequence is false")
-        if self.max_batch * self.max_seq_len > _INT32_MAX:
+        rows = self.max_batch * (self.max_seq_len + self.contextual_len) + self.max_candidates
+        if rows > _INT32_MAX:
             problems.append(
-                f"max_batch {self.max_batch} times max_seq_len {self.max_seq_len} is more than {_INT32_MAX} events, "
-                "which int32 offsets cannot count"
+                f"max_batch {self.max_batch} times max_seq_len {self.max_seq_len} and {self.max_candidates} candidates "
+                f"are more than {_INT32_MAX} rows, which int32 offsets cannot count"
             )
+        if self.max_candidates and not 1 <= self._typical_candidates() <= self.max_candidates:
+            problems.append(f"1 <= opt {self.opt_candidates} <= max {self.max_candidates} candidates is false")
         if problems:
             raise EngineError(
                 "HSTU-E405",
@@ -62,46 +74,82 @@ class ProfileSizes:
         opt_seq_len = (self.max_seq_len + 1) // 2 if self.opt_seq_len is None else self.opt_seq_len
         return opt_batch, opt_seq_len
 
+    def _typical_candidates(self) -> int:
+        return (self.max_candidates + 1) // 2 if self.opt_candidates is None else self.opt_candidates
 
-def retrieval_profile(sizes: ProfileSizes, *, has_ratings: bool) -> tuple[Profile, ...]:
-    """Profiles of the retrieval graph: L in [1, max_batch * max_seq_len], B + 1 in [min_batch + 1, max_batch + 1].
+    def axis(self, name: str) -> AxisRange | None:
+        """(min, opt, max) of a named axis; None if nothing here says how long it is.
 
-    L starts at 1 because builders refuse empty tensors in a profile; a session serves L = 0 as one event that
-    belongs to no sequence.
-    """
-    events = EVENT_INPUTS if has_ratings else tuple(name for name in EVENT_INPUTS if name != "ratings")
-    opt_batch, opt_seq_len = sizes.typical()
-
-    def shapes(num_events: int, batch: int) -> dict[str, tuple[int, ...]]:
-        return {
-            **dict.fromkeys(events, (num_events,)),
-            **dict.fromkeys(OFFSET_INPUTS, (batch + 1,)),
-            **dict.fromkeys(SEQUENCE_INPUTS, (batch,)),
+        L and its like start at 1 because builders refuse empty tensors in a profile; a session serves an empty batch
+        with one row that belongs to no sequence.
+        """
+        opt_batch, opt_seq_len = self.typical()
+        batch = (self.min_batch, opt_batch, self.max_batch)
+        if each := _PER_SEQUENCE.fullmatch(name):
+            return tuple(int(each[1]) * size for size in batch)  # type: ignore[return-value]
+        ranges: dict[str, AxisRange] = {
+            "B": batch,
+            "B_plus_1": (batch[0] + 1, batch[1] + 1, batch[2] + 1),
+            "L": (1, opt_batch * opt_seq_len, self.max_batch * self.max_seq_len),
+            "Lc": (
+                1,
+                opt_batch * (opt_seq_len + self.contextual_len),
+                self.max_batch * (self.max_seq_len + self.contextual_len),
+            ),
         }
-
-    return (
-        Profile(
-            name="retrieval",
-            min=shapes(1, sizes.min_batch),
-            opt=shapes(opt_batch * opt_seq_len, opt_batch),
-            max=shapes(sizes.max_batch * sizes.max_seq_len, sizes.max_batch),
-        ),
-    )
+        if self.max_candidates:
+            ranges["T"] = (1, self._typical_candidates(), self.max_candidates)
+        return ranges.get(name)
 
 
-def profiles_for_inputs(input_names: Collection[str], sizes: ProfileSizes) -> tuple[Profile, ...]:
-    """Profiles for a graph with these inputs.
+def graph_profiles(name: str, inputs: Sequence[TensorSpec], sizes: ProfileSizes) -> tuple[Profile, ...]:
+    """The profile of a graph with these inputs.
+
+    Args:
+        name: of the profile.
+        inputs: of the graph, dynamic axes by name.
+        sizes: limits and typical sizes.
 
     Raises:
-        EngineError: HSTU-E405, if the graph is not a retrieval graph of ours.
+        EngineError: HSTU-E405, if an axis has a name that the sizes do not explain.
     """
-    profiles = retrieval_profile(sizes, has_ratings="ratings" in input_names)
-    if unknown := sorted(set(input_names) ^ set(profiles[0].opt)):
+    unknown = [
+        f"{each.name} {list(each.shape)}"
+        for each in inputs
+        if any(isinstance(size, str) and sizes.axis(size) is None for size in each.shape)
+    ]
+    if unknown:
         raise EngineError(
             "HSTU-E405",
             "the sizes do not give shapes for this graph's inputs",
-            f"{', '.join(unknown)}: in the graph or in the retrieval profile, but not in both",
+            f"{', '.join(unknown)}: an axis is none of L, T, Lc, B, B_plus_1, B_times_k, or it counts candidates and "
+            "their number is not given",
             "give the shapes themselves with --minShapes, --optShapes and --maxShapes",
-            {"inputs": sorted(input_names)},
+            {"inputs": [each.name for each in inputs]},
         )
-    return profiles
+
+    def shapes(which: int) -> dict[str, tuple[int, ...]]:
+        return {
+            each.name: tuple(_range(sizes, size)[which] if isinstance(size, str) else size for size in each.shape)
+            for each in inputs
+        }
+
+    return (Profile(name=name, min=shapes(0), opt=shapes(1), max=shapes(2)),)
+
+
+def _range(sizes: ProfileSizes, axis: str) -> AxisRange:
+    found = sizes.axis(axis)
+    assert found is not None
+    return found
+
+
+def retrieval_profile(sizes: ProfileSizes, *, has_ratings: bool) -> tuple[Profile, ...]:
+    """The profile of a retrieval graph."""
+    inputs = [
+        TensorSpec("item_ids", "int32", ("L",)),
+        TensorSpec("timestamps", "int64", ("L",)),
+        *([TensorSpec("ratings", "int32", ("L",))] if has_ratings else []),
+        TensorSpec("seq_offsets", "int32", ("B_plus_1",)),
+        TensorSpec("request_timestamps", "int64", ("B",)),
+    ]
+    return graph_profiles("retrieval", inputs, sizes)

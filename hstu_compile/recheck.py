@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hstu_compile import bundle as bundles
@@ -28,22 +30,22 @@ class Recheck:
 
     status: Status
     verification: VerifyReport
-    polygraphy: PolygraphyCheck
+    polygraphy: tuple[PolygraphyCheck, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
             "status": self.status,
             "verification": self.verification.to_dict(),
-            "polygraphy": self.polygraphy.to_dict(),
+            "polygraphy": [command.to_dict() for command in self.polygraphy],
         }
 
 
 def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     """Run the stored feeds again and compare with the stored float64 outputs, under the rule of the build.
 
-    model.onnx runs in ONNX Runtime, model.engine on its backend where that can run; then the stored Polygraphy command
-    is repeated, which also covers top-k scores.
+    Every graph runs in ONNX Runtime, its engine on its backend where that can run; then the stored Polygraphy commands
+    are repeated, which also cover top-k scores.
 
     Args:
         files: an existing bundle whose hashes were checked.
@@ -52,51 +54,58 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     Raises:
         BundleError: HSTU-E803, if the bundle was built with --no-verify and holds nothing to compare with.
     """
-    stored = files.manifest["verification"]
-    if stored is None:
+    if files.manifest["verification"] is None:
         raise BundleError(
             "HSTU-E803",
             f"{files.path} holds no reference",
             "it was built with --no-verify",
             "build it again without --no-verify",
         )
-    names = stored["feeds"]
-    feeds = [
-        Feed(name, arrays) for name, arrays in zip(names, load_feeds(files.path / bundles.FEEDS_FILE), strict=True)
-    ]
-    exact = tuple(load_outputs(files.path / bundles.EXACT_FILE))
-    reference = Reference(
-        feeds=tuple(feeds),
-        exact=exact,
-        eager=tuple(load_outputs(files.path / bundles.EAGER_FILE)),
+    checked = []
+    commands = []
+    for graph in files.manifest["graphs"]:
+        reference = stored_reference(files.path, graph)
+        runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if graph["engine"] else [])]
+        checked.append((reference, [_check(files, graph, name, reference, progress) for name in runtimes]))
+        commands.append(run_polygraphy(files.path, graph["verification"]["polygraphy_arguments"]))
+    verification = report_of(checked, files.manifest["precision"]["requested"])
+    passed = verification.status == "PASS" and all(command.exit_code == 0 for command in commands)
+    return Recheck("PASS" if passed else "FAIL", verification, tuple(commands))
+
+
+def stored_reference(folder: Path, graph: Mapping[str, Any]) -> Reference:
+    """What a bundle's folder holds to compare one graph with; `graph` is its entry in the manifest."""
+    stored, names = graph["verification"], bundles.reference_files(graph["name"])
+    feeds = zip(stored["feeds"], load_feeds(folder / names.feeds), strict=True)
+    return Reference(
+        graph=graph["name"],
+        primary=stored["primary"],
+        feeds=tuple(Feed(name, arrays) for name, arrays in feeds),
+        exact=tuple(load_outputs(folder / names.exact)),
+        eager=tuple(load_outputs(folder / names.eager)),
         eager_error=dict(stored["eager_error"]),
         item_vectors=None,
     )
+
+
+def _check(
+    files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, reference: Reference, progress: Progress
+) -> RuntimeCheck:
+    artifact = graph["onnx"] if runtime == "onnxruntime" else graph["engine"]
     precision = files.manifest["precision"]["requested"]
-    runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if files.has_engine else [])]
-    verification = report_of([_check(files, name, reference, progress) for name in runtimes], reference, precision)
-    polygraphy = run_polygraphy(files.path, stored["polygraphy_arguments"])
-    status: Status = "PASS" if verification.status == "PASS" and polygraphy.exit_code == 0 else "FAIL"
-    return Recheck(status, verification, polygraphy)
-
-
-def _check(files: bundles.BundleFiles, runtime: str, reference: Reference, progress: Progress) -> RuntimeCheck:
-    artifact = bundles.ONNX_FILE if runtime == "onnxruntime" else bundles.ENGINE_FILE
-    engine = files.path / bundles.ENGINE_FILE if files.has_engine else None
 
     def check(session: Session) -> RuntimeCheck:
-        return check_session(session, artifact, reference, files.manifest["precision"]["requested"], progress)
+        return check_session(session, artifact, reference, precision, progress)
 
-    plugin = files.plugin_library if runtime == "tensorrt" else None
     return guarded_check(
         runtime,
         artifact,
         lambda: open_session(
             runtime,
-            onnx=files.path / bundles.ONNX_FILE,
-            engine=engine,
-            plugin_library=plugin,
-            allow_tf32=files.manifest["precision"]["requested"] != "fp32",
+            onnx=files.path / graph["onnx"],
+            engine=files.path / graph["engine"] if graph["engine"] else None,
+            plugin_library=files.plugin_library if runtime == "tensorrt" else None,
+            allow_tf32=precision != "fp32",
         ),
         check,
     )

@@ -1,7 +1,7 @@
 """The graphs that a model is served as: module, inputs, outputs, taps. Level 2.
 
-A retrieval model is one graph. A ranking model is one (`packed`), or three (`packed`, `prefill`, `score`) that share its
-weights. Export, verification and profiles read all they need to know of a graph from here.
+A retrieval model is one graph. A ranking model is one (`packed`), or three (`packed`, `prefill`, `score`) of the
+same weights. Export, verification and profiles read all they need to know of a graph from here.
 """
 
 from __future__ import annotations
@@ -82,6 +82,29 @@ class ServedGraph:
             name: (value.float() if value.dtype in half else value).numpy()
             for name, value in zip((*self.outputs, *self.taps), values, strict=True)
         }
+
+    def reference(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Like `run`, but the last layer's tap holds only the consumed rows, as it does in the graph that ships."""
+        values = self.run(feeds)
+        if self.consumed != "all":
+            rows = values[self.taps[-1]]
+            index = _consumed_rows(self.consumed, feeds, len(rows))
+            values[self.taps[-1]] = np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))])[index]
+        return values
+
+
+def _consumed_rows(consumed: Consumed, feeds: Mapping[str, NDArray[Any]], num_rows: int) -> NDArray[np.int64]:
+    """Which rows of the last layer are read; `num_rows` stands for a row of zeros."""
+    offsets = feeds[SEQ_OFFSETS].astype(np.int64)
+    if consumed == "last_of_sequence":
+        return np.where(np.diff(offsets) > 0, offsets[1:] - 1, num_rows)
+    candidates = feeds[CANDIDATE_OFFSETS].astype(np.int64)
+    batch = len(offsets) - 1
+    context = (num_rows - int(offsets[-1]) - int(candidates[-1])) // batch
+    owner = np.repeat(np.arange(batch), np.diff(candidates))
+    # Behind every candidate of an earlier user lie that user's history and context, and the own user's before it.
+    rows: NDArray[np.int64] = np.arange(len(owner)) + offsets[owner + 1] + context * (owner + 1)
+    return rows
 
 
 class _Retrieval(nn.Module):
@@ -190,12 +213,10 @@ class _RankingInputs:
 
     def __init__(self, model: RankingModel) -> None:
         self._config = model.config
-        # Rows given instead of ids: float16 beside a float16 graph, and float32 otherwise.
-        self._row_dtype = torch.float16 if model.dtype == torch.float16 else torch.float32
 
     def _ids(self, name: str, axis: str, count: int) -> GraphInput:
         if self._config.external_embeddings:
-            return GraphInput(name, axis, torch.ones((count, self._config.table_dim), dtype=self._row_dtype))
+            return GraphInput(name, axis, torch.ones((count, self._config.table_dim), dtype=torch.float32))
         return GraphInput(name, axis, torch.zeros(count, dtype=torch.int32))
 
     def history(self) -> list[GraphInput]:
@@ -211,9 +232,7 @@ class _RankingInputs:
         """`max_length` values per user."""
         batch = len(_HISTORY_LENGTHS)
         return [
-            self._ids(
-                each.name, "B" if each.max_length == 1 else f"B_times_{each.max_length}", batch * each.max_length
-            )
+            self._ids(each.name, "B" if each.max_length == 1 else f"B_times_{each.max_length}", batch * each.max_length)
             for each in self._config.contextual_features
         ]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision
-from hstu_compile.compare import Array, bound_rule, error_bound, row_error, top_items_problem
+from hstu_compile.compare import Array, RowError, bound_rule, error_bound, row_error, top_items_problem
 from hstu_compile.errors import HstuCompileError, VerifyError
 from hstu_compile.metrics import kendall_tau, top_k_overlap
 from hstu_compile.runtime.session import Session
@@ -23,6 +23,9 @@ from hstu_compile.runtime.session import Session
 Status = Literal["PASS", "FAIL", "NOT RUN"]
 Outputs = dict[str, Array]
 Progress = Callable[[str, int, int], None]
+
+# Outputs with one number per candidate and task: [T, tasks].
+PREDICTIONS = ("preds", "logits")
 
 _TOP = 10
 _TIMED_RUNS = 7
@@ -34,6 +37,8 @@ class Reference:
     """What the eager model answers, per feed.
 
     Attributes:
+        graph: name of the graph.
+        primary: the output that stands for the graph in a summary.
         feeds: the requests.
         exact: float64 outputs.
         eager: outputs of the eager model in the build's precision.
@@ -41,6 +46,8 @@ class Reference:
         item_vectors: [V, D] float64 -- to rank with; None where only stored outputs are compared.
     """
 
+    graph: str
+    primary: str
     feeds: tuple[Feed, ...]
     exact: tuple[Outputs, ...] = dataclasses.field(repr=False)
     eager: tuple[Outputs, ...] = dataclasses.field(repr=False)
@@ -104,7 +111,7 @@ class VerifyReport:
         worst_error: error of the tensor nearest to, or farthest beyond, its bound.
         worst_bound: that bound.
         worst_where: tensor, feed and runtime.
-        eager_error: of the eager model's user embeddings in the build's precision.
+        eager_error: of the eager model's primary output in the build's precision.
         feeds: name and size of every feed.
         runs: one per artifact and runtime.
     """
@@ -130,6 +137,16 @@ class VerifyReport:
             "runs": [dataclasses.asdict(run) for run in self.runs],
         }
         return {name: _finite_or_none(value) for name, value in facts.items()}
+
+
+def tensor_error(name: str, actual: Array, reference: Array) -> RowError:
+    """`row_error` of one named tensor.
+
+    A prediction is one number and may be near zero, so it has no scale of its own: its row is the task's column.
+    """
+    if name in PREDICTIONS and actual.ndim == 2 and reference.ndim == 2:
+        return row_error(actual.T, reference.T)
+    return row_error(actual, reference)
 
 
 def _seen(feed: Feed, num_items: int) -> Array:
@@ -213,7 +230,7 @@ def check_session(
     layers: dict[int, float] = {}
     for index, (feed, actual) in enumerate(zip(reference.feeds, outputs, strict=True)):
         for name in (n for n in actual if n in bounds):
-            error = row_error(actual[name], reference.exact[index][name])
+            error = tensor_error(name, actual[name], reference.exact[index][name])
             status: Status = "PASS" if error.error <= bounds[name] else "FAIL"
             if name.startswith(TAP_PREFIX):
                 layer = int(name.removeprefix(TAP_PREFIX))
@@ -252,37 +269,45 @@ def guarded_check(
         return check(session)
 
 
-def report_of(runs: Sequence[RuntimeCheck], reference: Reference, precision: Precision) -> VerifyReport:
-    """Sum up the runs; the worst tensor is the one nearest to, or farthest beyond, its bound.
+def report_of(checked: Sequence[tuple[Reference, Sequence[RuntimeCheck]]], precision: Precision) -> VerifyReport:
+    """Sum up the runs of every graph; the worst tensor is the one nearest to, or farthest beyond, its bound.
+
+    Args:
+        checked: graph by graph, the one that answers a request by itself first.
+        precision: of the graphs.
 
     Raises:
-        VerifyError: HSTU-E602, if nothing ran: what was not compared must not be called PASS.
+        VerifyError: HSTU-E602, if a graph did not run at all: what was not compared must not be called PASS.
     """
-    checks = [(check.error / check.bound, check, run) for run in runs for check in run.tensors]
-    if not checks:
-        raise VerifyError(
-            "HSTU-E602",
-            "no artifact could be run on this machine",
-            "; ".join(f"{run.artifact} on {run.runtime}: {run.reason}" for run in runs) or "there is none",
-            "install a runtime: pip install 'hstu-compile[cpu]'",
-        )
+    for reference, runs in checked:
+        if not any(run.tensors for run in runs):
+            raise VerifyError(
+                "HSTU-E602",
+                f"no artifact of the graph {reference.graph} could be run on this machine",
+                "; ".join(f"{run.artifact} on {run.runtime}: {run.reason}" for run in runs) or "there is none",
+                "install a runtime: pip install 'hstu-compile[cpu]'",
+            )
+    every_run = [run for _, runs in checked for run in runs]
+    checks = [(check.error / check.bound, check, run) for run in every_run for check in run.tensors]
     _, worst, where = max(checks, key=lambda each: (each[1].status == "FAIL", each[0]))
     feeds = tuple(
         {
-            "name": feed.name,
+            "name": feed.name if number == 0 else f"{reference.graph}: {feed.name}",
             "sequences": len(feed.lengths),
             "events": int(feed.lengths.sum()),
             "max_len": int(feed.lengths.max(initial=0)),
         }
+        for number, (reference, _) in enumerate(checked)
         for feed in reference.feeds
     )
+    first = checked[0][0]
     return VerifyReport(
-        status="FAIL" if any(run.status == "FAIL" for run in runs) else "PASS",
+        status="FAIL" if any(run.status == "FAIL" for run in every_run) else "PASS",
         rule=bound_rule(precision),
         worst_error=worst.error,
         worst_bound=worst.bound,
         worst_where=f"{worst.tensor} of '{worst.feed}' on {where.runtime}",
-        eager_error=reference.eager_error["user_embeddings"],
+        eager_error=first.eager_error[first.primary],
         feeds=feeds,
-        runs=tuple(runs),
+        runs=tuple(every_run),
     )

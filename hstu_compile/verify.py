@@ -1,107 +1,172 @@
 """Stage 5: every artifact against the eager model. Level 4.
 
-Input: the checkpoint, the shipped graph and engine. Output: a `VerifyReport` and the `Reference` that goes into the
-bundle, so that the same check can be repeated without the checkpoint, without torch, and by Polygraphy.
+Input: the checkpoint, the shipped graphs and engines. Output: a `VerifyReport` and the `Reference` of each graph, which
+goes into the bundle, so that the same check can be repeated without the checkpoint, without torch, and by Polygraphy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hstu_compile.artifacts import TAP_PREFIX, CheckpointSpec, EngineArtifact, Feed, OnnxGraph, Precision
+from hstu_compile.calibration.batches import RequestBatch
+from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
 from hstu_compile.checkpoint import model_from_spec
-from hstu_compile.compare import row_error
 from hstu_compile.errors import VerifyError
 from hstu_compile.export import TORCH_DTYPES
+from hstu_compile.model.families import HstuModel
+from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.runtime.session import Session, open_session
+from hstu_compile.served import ITEM_EMBEDDINGS_TAP, USER_EMBEDDINGS_TAP, ServedGraph, served_graphs
 from hstu_compile.session_check import (
     Outputs,
     Progress,
     Reference,
     RuntimeCheck,
-    VerifyReport,
     check_session,
     guarded_check,
-    report_of,
+    tensor_error,
 )
 
-
-def _eager_outputs(model: RetrievalModel, feed: Feed, top_k: int) -> Outputs:
-    arguments = {name: torch.from_numpy(array) for name, array in feed.arrays.items()}
-    activations = model.layer_activations(**arguments)
-    users = model.user_embeddings(activations[-1], arguments["seq_offsets"])
-    outputs = {"user_embeddings": users}
-    if top_k:
-        items = model.top_items(users, model.item_vectors(), arguments["item_ids"], arguments["seq_offsets"], top_k)
-        outputs |= {"top_items": items.ids, "top_scores": items.scores}
-    outputs |= {f"{TAP_PREFIX}{i}": activation for i, activation in enumerate(activations)}
-    return {
-        name: (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value).numpy()
-        for name, value in outputs.items()
-    }
+# Not compared number by number: a list of items is judged by `top_items_problem`.
+_LISTS = ("top_items", "top_scores")
+_PRIMARY = {"retrieval": "user_embeddings", "packed": "logits", "prefill": "k_0", "score": "logits"}
 
 
-def reference_from_spec(
-    spec: CheckpointSpec, precision: Precision, feeds: Sequence[Feed], top_k: int, progress: Progress
-) -> Reference:
-    """Run the eager model in float64 and in the build's precision on every feed."""
+@dataclasses.dataclass(frozen=True)
+class BuiltGraph:
+    """One graph and what was built from it.
+
+    Attributes:
+        graph: as it is written to the bundle.
+        engine: as it is written to the bundle, or None.
+        onnx_file: its file name there.
+        engine_file: the engine's.
+    """
+
+    graph: OnnxGraph
+    engine: EngineArtifact | None
+    onnx_file: str
+    engine_file: str
+
+
+def _feeds(
+    served: ServedGraph, model: HstuModel, batches: Sequence[RequestBatch], cached: Sequence[Outputs], dtype: np.dtype
+) -> list[Feed]:
+    """The requests as one graph takes them; `cached` are the prefill's outputs for them."""
+    if served.name in ("retrieval", "packed"):
+        return [Feed(batch.name, batch.arrays) for batch in batches]
+    assert isinstance(model, RankingModel)
+    if served.name == "prefill":
+        return [Feed(batch.name, prefill_arrays(model.config, batch.arrays)) for batch in batches]
+    return [
+        Feed(
+            batch.name,
+            score_arrays(
+                model.config, batch.arrays, {n: a.astype(dtype) for n, a in rows.items()}, served.max_candidates
+            ),
+        )
+        for batch, rows in zip(batches, cached, strict=True)
+    ]
+
+
+def references_from_spec(
+    spec: CheckpointSpec,
+    precision: Precision,
+    batches: Sequence[RequestBatch],
+    top_k: int,
+    micro_batch: int | None,
+    progress: Progress,
+) -> list[Reference]:
+    """Run every graph of the eager model in float64 and in the build's precision on every request.
+
+    Args:
+        spec: the checkpoint.
+        precision: of the build.
+        batches: requests to the first graph; those to the others are made from them.
+        top_k: see `served_graphs`.
+        micro_batch: see `served_graphs`.
+        progress: called with (what, done, total).
+
+    Returns:
+        One reference per graph, in the order of `served_graphs`.
+    """
     exact_model = model_from_spec(spec, torch.float64)
     eager_model = model_from_spec(spec, TORCH_DTYPES[precision])
-    exact, eager = [], []
-    for index, feed in enumerate(feeds):
-        progress("eager model", index, len(feeds))
-        with torch.inference_mode():
-            exact.append(_eager_outputs(exact_model, feed, top_k))
-            eager.append(_eager_outputs(eager_model, feed, top_k))
-    progress("eager model", len(feeds), len(feeds))
-    float_tensors = [name for name in exact[0] if name not in ("top_items", "top_scores")]
-    eager_error = {
-        name: max(row_error(low[name], high[name]).error for low, high in zip(eager, exact, strict=True))
-        for name in float_tensors
-    }
-    return Reference(tuple(feeds), tuple(exact), tuple(eager), eager_error, exact_model.item_vectors().numpy())
+    exact_graphs, eager_graphs = (served_graphs(model, top_k, micro_batch) for model in (exact_model, eager_model))
+    # The cache is read in the type of the graph. NumPy has no bfloat16: its numbers come as float32.
+    cache_dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
+    items = exact_model.item_vectors().numpy() if isinstance(exact_model, RetrievalModel) else None
+    references: list[Reference] = []
+    cached: list[Outputs] = []
+    for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
+        feeds = _feeds(exact_graph, exact_model, batches, cached, cache_dtype)
+        exact, eager = [], []
+        for index, feed in enumerate(feeds):
+            progress(f"eager {exact_graph.name}", index, len(feeds))
+            exact.append(exact_graph.reference(feed.arrays))
+            eager.append(eager_graph.reference(feed.arrays))
+        progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
+        if exact_graph.name == "prefill":
+            cached = [{name: outputs[name] for name in exact_graph.outputs} for outputs in eager]
+        eager_error = {
+            name: max(tensor_error(name, low[name], high[name]).error for low, high in zip(eager, exact, strict=True))
+            for name in exact[0]
+            if name not in _LISTS
+        }
+        references.append(
+            Reference(
+                exact_graph.name,
+                _PRIMARY[exact_graph.name],
+                tuple(feeds),
+                tuple(exact),
+                tuple(eager),
+                eager_error,
+                items,
+            )
+        )
+    return references
 
 
 def verify_artifacts(
-    graph: OnnxGraph,
-    engine: EngineArtifact | None,
-    reference: Reference,
-    plugin_library: Path | None,
-    progress: Progress,
-) -> VerifyReport:
-    """Check the shipped graph in ONNX Runtime, layer by layer, and the engine where it can run.
+    built: BuiltGraph, reference: Reference, plugin_library: Path | None, progress: Progress
+) -> list[RuntimeCheck]:
+    """Check one shipped graph in ONNX Runtime, layer by layer, and its engine where that can run.
 
     Args:
-        graph: as it is written to the bundle.
-        engine: as it is written to the bundle, or None.
-        reference: of the same checkpoint and precision.
+        built: the graph and its engine.
+        reference: of the same graph, checkpoint and precision.
         plugin_library: plugin that the engine needs, or None.
         progress: called with (what, done, total).
 
     Raises:
         VerifyError: HSTU-E602, if ONNX Runtime is not installed: then nothing could be verified.
     """
-    taps = [name for name in reference.exact[0] if name.startswith(TAP_PREFIX)]
+    inside = (USER_EMBEDDINGS_TAP, ITEM_EMBEDDINGS_TAP)
+    taps = [name for name in reference.exact[0] if name.startswith(TAP_PREFIX) or name in inside]
+    precision, engine = built.graph.precision, built.engine
 
     def check(artifact: str) -> Callable[[Session], RuntimeCheck]:
-        return lambda session: check_session(session, artifact, reference, graph.precision, progress)
+        return lambda session: check_session(session, artifact, reference, precision, progress)
 
     runs = [
         guarded_check(
             "onnxruntime",
-            "model.onnx",
-            lambda: open_session("onnxruntime", onnx=graph.model, taps=taps),
-            check("model.onnx"),
+            built.onnx_file,
+            lambda: open_session("onnxruntime", onnx=built.graph.model, taps=taps),
+            check(built.onnx_file),
         )
     ]
     if runs[0].status == "NOT RUN":
         raise VerifyError(
             "HSTU-E602",
-            "model.onnx could not be run",
+            f"{built.onnx_file} could not be run",
             runs[0].reason or "",
             "install onnxruntime (pip install 'hstu-compile[cpu]'), or build with --no-verify",
         )
@@ -109,14 +174,14 @@ def verify_artifacts(
         runs.append(
             guarded_check(
                 engine.backend,
-                "model.engine",
+                built.engine_file,
                 lambda: open_session(
                     engine.backend,
                     engine=engine.plan,
                     plugin_library=plugin_library if engine.backend == "tensorrt" else None,
-                    allow_tf32=graph.precision != "fp32",
+                    allow_tf32=precision != "fp32",
                 ),
-                check("model.engine"),
+                check(built.engine_file),
             )
         )
-    return report_of(runs, reference, graph.precision)
+    return runs

@@ -56,8 +56,10 @@ def distance_buckets(seconds: Tensor, thresholds: Tensor, function: TimeBucketFn
         function: that of the thresholds.
     """
     last = thresholds.shape[0] - 1
-    # Not beyond the last bucket: a larger number would only lose digits in float32.
-    inside = torch.minimum(seconds.clamp(min=0), thresholds[last])
+    # Not beyond the last bucket: a larger number would only lose digits in float32. Comparisons and not a clamp:
+    # ONNX Runtime 1.31 on a CPU takes Clip, Min and Max of int64 by their lower halves (2**31 becomes negative).
+    inside = torch.where(seconds < 0, 0, seconds)
+    inside = torch.where(inside > thresholds[last], thresholds[last], inside)
     guess = _buckets_by_formula(inside, function).clamp(max=last)
     above = (guess < last) & (inside >= thresholds.index_select(0, (guess + 1).clamp(max=last)))
     below = inside < thresholds.index_select(0, guess)

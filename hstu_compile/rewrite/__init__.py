@@ -12,24 +12,29 @@ from hstu_compile.rewrite.attach_native_body import AttachNativeBody
 from hstu_compile.rewrite.check_operators import CheckOperators
 from hstu_compile.rewrite.detach_taps import DetachTaps
 from hstu_compile.rewrite.name_dims import NameDims
+from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
 from hstu_compile.rewrite.strip_metadata import StripMetadata
 
 
-def export_passes(num_layers: int, tap_names: tuple[str, ...]) -> tuple[Pass, ...]:
+def export_passes(
+    num_layers: int, tap_names: tuple[str, ...], selection: RowSelection | None = None
+) -> tuple[Pass, ...]:
     """The passes that turn an exported graph into the one that ships, in order.
 
     Args:
         num_layers: attention layers that the model has; passes that find fewer refuse.
         tap_names: outputs of the export that become intermediate values.
+        selection: rows of the last layer that the outputs need; None keeps the whole layer.
     """
     return (
         StripMetadata(),
         DetachTaps(tap_names),
         NameDims(),
+        *((PruneLastLayer(num_layers, selection),) if selection is not None else ()),
         AnnotateAttention(num_layers),
         AttachNativeBody(num_layers),
         CheckOperators(),
     )
 
 
-__all__ = ["Pass", "PassResult", "apply_passes", "export_passes"]
+__all__ = ["Pass", "PassResult", "PruneLastLayer", "RowSelection", "apply_passes", "export_passes"]

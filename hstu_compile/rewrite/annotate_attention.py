@@ -26,7 +26,8 @@ class AnnotateAttention(Pass):
             node_attributes(node)
 
     def call(self, model: onnx.ModelProto) -> PassResult:
-        infos = {info.name: info for info in model.graph.value_info}
+        # Keys and values of a prefill are outputs of the graph as well.
+        infos = {info.name: info for info in (*model.graph.output, *model.graph.value_info)}
         written = 0
         for node in model.graph.node:
             if not is_attention(node):

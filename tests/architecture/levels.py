@@ -45,12 +45,14 @@ LEVELS: dict[str, int] = {
     "verify": 4,
     "bundle": 4,
     "polygraphy_files": 4,
+    "build_plan": 4,
     # The order of the stages.
     "engine_stage": 5,
     "plugin_stage": 5,
     "inspection": 5,
     "recheck": 5,
     "ranking_bundle": 5,
+    "build_report": 5,
     "pipeline": 5,
     # The command line.
     "cli": 6,
@@ -68,6 +70,7 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("served", "artifacts"): "names the taps",
     ("profiles", "artifacts"): "Profile is what it makes",
     ("trt_options", "artifacts"): "Profile is what the options describe",
+    ("pipeline", "build_report"): "writes what it says",
     ("plugin_stage", "engine_stage"): "builds the plugin beside the engine",
     ("__main__", "cli"): "runs it",
 }

@@ -128,7 +128,7 @@ def build_tensorrt8_plugin(job: Path, models: Sequence[str], headers: Path, arch
     variants = dict.fromkeys(bench_variants())
     for name in models:
         if not name.endswith("bf16"):
-            request = plugin_request_of(onnx.load(job / "models" / name / "model.onnx"), TENSORRT8)
+            request = plugin_request_of([onnx.load(job / "models" / name / "model.onnx")], TENSORRT8)
             variants.update(dict.fromkeys(request.variants))
     library = build_plugin_library(
         PluginBuildRequest(

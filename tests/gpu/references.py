@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
-from hstu_compile.artifacts import Feed, Precision
+from hstu_compile.artifacts import Precision
 from hstu_compile.metrics import RankMetrics, rank_metrics, target_ranks
-from hstu_compile.polygraphy_files import load_feeds, load_outputs
+from hstu_compile.recheck import stored_reference
 from hstu_compile.session_check import Reference
 
 Arrays = dict[str, NDArray[Any]]
@@ -51,15 +51,7 @@ def prepared_model(job: Path, name: str) -> PreparedModel:
     """Read one of the job's bundles."""
     folder = job / "models" / name
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    stored = manifest["verification"]
-    feeds = zip(stored["feeds"], load_feeds(folder / bundles.FEEDS_FILE), strict=True)
-    reference = Reference(
-        feeds=tuple(Feed(label, arrays) for label, arrays in feeds),
-        exact=tuple(load_outputs(folder / bundles.EXACT_FILE)),
-        eager=tuple(load_outputs(folder / bundles.EAGER_FILE)),
-        eager_error=dict(stored["eager_error"]),
-        item_vectors=None,
-    )
+    reference = stored_reference(folder, manifest["graphs"][0])
     layers = json.loads((job / "job.json").read_text(encoding="utf-8"))["num_layers"][name]
     return PreparedModel(name, folder, manifest["precision"]["requested"], layers, reference)
 

@@ -9,9 +9,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from hstu_compile.artifacts import Profile
+from hstu_compile.artifacts import Profile, TensorSpec
 from hstu_compile.errors import EngineError, UsageError
-from hstu_compile.profiles import ProfileSizes, profiles_for_inputs, retrieval_profile
+from hstu_compile.profiles import ProfileSizes, graph_profiles, retrieval_profile
 from hstu_compile.trt_options import (
     EngineOptions,
     parse_compute_capabilities,
@@ -230,5 +230,27 @@ def test_sizes_that_cannot_be_a_profile(sizes: tuple[int, ...], why: str) -> Non
 
 
 def test_inputs_of_another_graph_are_named() -> None:
-    with pytest.raises(EngineError, match="pixels, request_timestamps, seq_offsets, timestamps"):
-        profiles_for_inputs(["item_ids", "pixels"], ProfileSizes(2, 2))
+    inputs = [TensorSpec("item_ids", "int32", ("L",)), TensorSpec("pixels", "float32", ("height", 3))]
+    with pytest.raises(EngineError, match=r"pixels \['height', 3\]"):
+        graph_profiles("retrieval", inputs, ProfileSizes(2, 2))
+
+
+def test_candidates_without_a_number_are_named() -> None:
+    inputs = [TensorSpec("item_movie_id", "int32", ("T",))]
+    with pytest.raises(EngineError, match=r"item_movie_id \['T'\]"):
+        graph_profiles("score", inputs, ProfileSizes(2, 2))
+
+
+def test_a_scoring_profile_counts_candidates_cached_rows_and_context() -> None:
+    inputs = [
+        TensorSpec("item_movie_id", "int32", ("T",)),
+        TensorSpec("user_id", "int32", ("B_times_3",)),
+        TensorSpec("k_0", "float16", ("Lc", 2, 32)),
+        TensorSpec("cache_offsets", "int32", ("B_plus_1",)),
+    ]
+    sizes = ProfileSizes(4, 100, 2, 50, max_candidates=256, contextual_len=3)
+    (profile,) = graph_profiles("score", inputs, sizes)
+    assert profile.name == "score"
+    assert profile.min == {"item_movie_id": (1,), "user_id": (3,), "k_0": (1, 2, 32), "cache_offsets": (2,)}
+    assert profile.opt == {"item_movie_id": (128,), "user_id": (6,), "k_0": (106, 2, 32), "cache_offsets": (3,)}
+    assert profile.max == {"item_movie_id": (256,), "user_id": (12,), "k_0": (412, 2, 32), "cache_offsets": (5,)}

@@ -1,0 +1,147 @@
+"""What a build would do, known after reading the checkpoint: limits, backend, graphs. Level 4."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hstu_compile.artifacts import CheckpointSpec
+from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint
+from hstu_compile.config import BuildConfig, Limits
+from hstu_compile.environment import BackendChoice, choose_backend
+from hstu_compile.errors import UsageError
+from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.profiles import ProfileSizes
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildPlan:
+    """The answer of --dry-run.
+
+    Attributes:
+        spec: the checkpoint, its configuration narrowed to the limits.
+        limits: of shapes, resolved.
+        backend: engine builder and why.
+    """
+
+    spec: CheckpointSpec
+    limits: Limits
+    backend: BackendChoice
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs, the one that answers a request by itself first."""
+        if not isinstance(self.spec.config, RankingConfig):
+            return ("retrieval",)
+        return ("packed",) if self.limits.micro_batch is None else ("packed", "prefill", "score")
+
+    def sizes(self, graph: str) -> ProfileSizes:
+        """Numbers behind the profile of one graph."""
+        limits = self.limits
+        # A scoring pass takes the candidates of several users together.
+        candidates = {
+            "packed": limits.max_batch * limits.max_candidates,
+            "score": limits.micro_batch or 0,
+        }.get(graph, 0)
+        return ProfileSizes(
+            limits.max_batch,
+            limits.max_seq_len,
+            limits.opt_batch,
+            limits.opt_seq_len,
+            max_candidates=candidates,
+            opt_candidates=max(1, limits.opt_batch * limits.max_candidates // 2) if graph == "packed" else None,
+            contextual_len=limits.contextual_len,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "checkpoint": {"file": self.spec.path.name, "sha256": self.spec.sha256, "dialect": self.spec.dialect},
+            "config": self.spec.config.to_dict(),
+            "limits": dataclasses.asdict(self.limits),
+            "backend": dataclasses.asdict(self.backend),
+            "graphs": list(self.graphs),
+            "attention_nodes": self.spec.config.num_layers,
+            "parameters": sum(tensor.numel() for tensor in self.spec.state_dict.values()),
+            "ignored_keys": list(self.spec.ignored_keys),
+        }
+
+
+def plan_build(config: BuildConfig) -> BuildPlan:
+    """Read the checkpoint and resolve every limit and the backend.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `spec_from_checkpoint`.
+        UsageError: HSTU-E901, if a limit contradicts the model or another limit.
+        EngineError: HSTU-E401, if the requested backend is absent.
+    """
+    user_config = config_from_file(config.config_file) if config.config_file is not None else None
+    if config.embeddings == "external":
+        user_config = {**(user_config or {}), "external_embeddings": True}
+    spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect)
+    model = spec.config
+    if isinstance(model, RankingConfig):
+        limits = _ranking_limits(config, model)
+        narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
+        return BuildPlan(dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend))
+    given = {
+        "--max-candidates": config.max_candidates,
+        "--m-falcon": config.micro_batch,
+        "--embeddings external": config.embeddings == "external" or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise _unusable(option, value, "ranking models alone; this checkpoint is a retrieval model")
+    limits = _common_limits(config, model.max_seq_len, "the model's tables")
+    _check([(0 <= limits.top_k <= model.num_items, "--top-k", limits.top_k, f"0 to {model.num_items} items")])
+    narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
+    return BuildPlan(dataclasses.replace(spec, config=narrowed_retrieval), limits, choose_backend(config.backend))
+
+
+def _common_limits(config: BuildConfig, own_limit: int, of_what: str) -> Limits:
+    max_seq_len = config.max_seq_len or own_limit
+    limits = Limits(
+        max_batch=config.max_batch,
+        opt_batch=config.opt_batch or max(1, config.max_batch // 8),
+        max_seq_len=max_seq_len,
+        opt_seq_len=config.opt_seq_len or max(1, max_seq_len // 2),
+        top_k=config.top_k,
+    )
+    _check(
+        [
+            (1 <= max_seq_len <= own_limit, "--max-seq-len", max_seq_len, f"1 to {own_limit}, {of_what}"),
+            (1 <= limits.opt_seq_len <= max_seq_len, "--opt-seq-len", limits.opt_seq_len, f"1 to {max_seq_len}"),
+            (limits.max_batch >= 1, "--max-batch", limits.max_batch, "at least 1"),
+            (1 <= limits.opt_batch <= limits.max_batch, "--opt-batch", limits.opt_batch, f"1 to {limits.max_batch}"),
+        ]
+    )
+    return limits
+
+
+def _ranking_limits(config: BuildConfig, model: RankingConfig) -> Limits:
+    # Positions are clamped and nothing else is sized by the history: a longer one than in training is legal.
+    common = _common_limits(config, max(model.max_history_len, config.max_seq_len or 0), "events")
+    limits = dataclasses.replace(
+        common,
+        max_candidates=config.max_candidates if config.max_candidates is not None else model.max_candidates,
+        micro_batch=config.micro_batch,
+        contextual_len=model.contextual_len,
+    )
+    _check(
+        [
+            (limits.max_candidates >= 1, "--max-candidates", limits.max_candidates, "at least 1"),
+            (limits.micro_batch is None or limits.micro_batch >= 1, "--m-falcon", limits.micro_batch, "at least 1"),
+            (limits.top_k == 0, "--top-k", limits.top_k, "0; a ranking model scores the candidates it is given"),
+        ]
+    )
+    return limits
+
+
+def _check(rules: list[tuple[bool, str, object, str]]) -> None:
+    for legal, option, value, allowed in rules:
+        if not legal:
+            raise _unusable(option, value, allowed)
+
+
+def _unusable(option: str, value: object, allowed: str) -> UsageError:
+    return UsageError("HSTU-E901", f"{option} {value} cannot be used", f"allowed: {allowed}", f"change {option}")

@@ -1,0 +1,268 @@
+"""The report and the manifest of a build, from what its stages handed over. Level 5."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import hstu_compile
+from hstu_compile.artifacts import EngineArtifact
+from hstu_compile.build_plan import BuildPlan
+from hstu_compile.environment import collect_environment
+from hstu_compile.graph_facts import graph_facts
+from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.op_schema import attention_contract
+from hstu_compile.plugin_library import PluginLibrary
+from hstu_compile.polygraphy_files import PolygraphyCheck
+from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
+from hstu_compile.session_check import Reference, VerifyReport
+from hstu_compile.verify import BuiltGraph
+
+_KV_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphOutcome:
+    """One graph of a build, to the end.
+
+    Attributes:
+        built: the graph and its engine.
+        reference: what it was compared with; None without verification.
+        polygraphy: the same comparison by Polygraphy; None without verification.
+    """
+
+    built: BuiltGraph
+    reference: Reference | None = None
+    polygraphy: PolygraphyCheck | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOutcome:
+    """Everything that the report and the manifest speak of.
+
+    Attributes:
+        plan: of the build.
+        graphs: the one that answers a request by itself first.
+        plugin: the plugin library, or None.
+        verification: of all graphs; None if it was not wanted.
+        stages: name, seconds and summary of each.
+    """
+
+    plan: BuildPlan
+    graphs: tuple[GraphOutcome, ...]
+    plugin: PluginLibrary | None
+    verification: VerifyReport | None
+    stages: Sequence[dict[str, Any]]
+
+    @property
+    def status(self) -> str:
+        """PASS, FAIL or NOT VERIFIED."""
+        if self.verification is None:
+            return "NOT VERIFIED"
+        refused = any(graph.polygraphy is not None and graph.polygraphy.exit_code != 0 for graph in self.graphs)
+        return "FAIL" if refused else self.verification.status
+
+    @property
+    def main(self) -> BuiltGraph:
+        """The graph that answers a request by itself."""
+        return self.graphs[0].built
+
+
+def engine_dict(engine: EngineArtifact) -> dict[str, Any]:
+    """Facts about an engine, without the engine."""
+    facts = dataclasses.asdict(dataclasses.replace(engine, plan=b""))
+    del facts["plan"]
+    return {**facts, "bytes": len(engine.plan)}
+
+
+def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
+    """report.json, but for the list of files."""
+    plan, main = outcome.plan, outcome.main
+    spec, engine, verification = plan.spec, main.engine, outcome.verification
+    checks = [graph.polygraphy for graph in outcome.graphs if graph.polygraphy is not None]
+    several = len(outcome.graphs) > 1
+    return {
+        "schema": 1,
+        "status": outcome.status,
+        "title": spec.path.name,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "hstu_compile": hstu_compile.__version__,
+        "checkpoint": {
+            "file": spec.path.name,
+            "sha256": spec.sha256,
+            "dialect": spec.dialect,
+            "config": spec.config.to_dict(),
+        },
+        "precision": main.graph.precision,
+        "backend": {
+            "name": plan.backend.name,
+            "reason": plan.backend.reason,
+            "version": engine.version if engine else None,
+            "compute_capabilities": list(engine.compute_capabilities) if engine else [],
+        },
+        "stages": list(outcome.stages),
+        "passes": [
+            {
+                **dataclasses.asdict(record),
+                "name": f"{graph.built.graph.name}: {record.name}" if several else record.name,
+            }
+            for graph in outcome.graphs
+            for record in graph.built.graph.passes
+        ],
+        "graph": _graph_dict(main),
+        "other_graphs": [
+            {"name": graph.built.graph.name, "file": graph.built.onnx_file, **_graph_dict(graph.built)}
+            for graph in outcome.graphs[1:]
+        ],
+        "engine": engine_dict(engine) if engine else None,
+        "verification": None
+        if verification is None
+        else {**verification.to_dict(), "polygraphy": _worst_check(checks).to_dict() if checks else None},
+        "metrics": None,
+        "timings": [run.timing for run in verification.runs if run.timing] if verification else [],
+        "environment": collect_environment(),
+        "files": [],
+        "commands": [
+            {"purpose": "check the files and repeat the verification", "command": f"hstu-compile verify {bundle_name}"},
+            {"purpose": "list inputs and outputs", "command": f"hstu-compile inspect {bundle_name}"},
+            *(
+                {
+                    "purpose": f"repeat the check of {graph.built.onnx_file} without hstu-compile",
+                    "command": check.command,
+                }
+                for graph in outcome.graphs
+                if (check := graph.polygraphy) is not None
+            ),
+        ],
+    }
+
+
+def _worst_check(checks: Sequence[PolygraphyCheck]) -> PolygraphyCheck:
+    """The first that failed, or the first."""
+    return next((check for check in checks if check.exit_code != 0), checks[0])
+
+
+def _graph_dict(built: BuiltGraph) -> dict[str, Any]:
+    graph = built.graph
+    return {
+        **graph_facts(graph.model),
+        "inputs": [dataclasses.asdict(i) for i in graph.inputs],
+        "outputs": [dataclasses.asdict(o) for o in graph.outputs],
+    }
+
+
+def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, Any]:
+    """manifest.json, but for format version and files."""
+    plan, config = outcome.plan, outcome.plan.spec.config
+    verification = report["verification"]
+    main = _graph_entry(outcome.graphs[0])
+    return {
+        "hstu_compile": report["hstu_compile"],
+        "created": report["created"],
+        "status": report["status"],
+        "checkpoint": report["checkpoint"],
+        "precision": {"requested": report["precision"], "built": report["graph"]["precision_counts"]},
+        "backend": report["backend"],
+        "operator": {
+            "name": attention_contract().name,
+            "namespace": attention_contract().namespace,
+            "version": attention_contract().version,
+            "nodes": config.num_layers,
+        },
+        "inputs": main["inputs"],
+        "outputs": main["outputs"],
+        "limits": _limits(plan),
+        "profiles": main["profiles"],
+        "graphs": [_graph_entry(graph) for graph in outcome.graphs],
+        "ranking": _ranking_spec(outcome).to_dict() if isinstance(config, RankingConfig) else None,
+        "versions": report["environment"].get("packages", {}),
+        "verification": None
+        if verification is None
+        else {"worst_error": verification["worst_error"], "worst_bound": verification["worst_bound"]},
+        "plugin": _plugin_dict(outcome.plugin),
+    }
+
+
+def _graph_entry(outcome: GraphOutcome) -> dict[str, Any]:
+    built, reference = outcome.built, outcome.reference
+    return {
+        "name": built.graph.name,
+        "onnx": built.onnx_file,
+        "engine": built.engine_file if built.engine is not None else None,
+        "inputs": [dataclasses.asdict(i) for i in built.graph.inputs],
+        "outputs": [dataclasses.asdict(o) for o in built.graph.outputs],
+        "profiles": [dataclasses.asdict(profile) for profile in built.engine.profiles] if built.engine else [],
+        "verification": None
+        if reference is None
+        else {
+            "primary": reference.primary,
+            "feeds": [feed.name for feed in reference.feeds],
+            "eager_error": {
+                output.name: reference.eager_error[output.name]
+                for output in built.graph.outputs
+                if output.name in reference.eager_error
+            },
+            "polygraphy_arguments": list(outcome.polygraphy.arguments) if outcome.polygraphy else [],
+        },
+    }
+
+
+def _limits(plan: BuildPlan) -> dict[str, Any]:
+    limits, config = plan.limits, plan.spec.config
+    common = {"max_batch": limits.max_batch, "max_seq_len": limits.max_seq_len}
+    if isinstance(config, RankingConfig):
+        return {**common, "max_candidates": limits.max_candidates, "micro_batch": limits.micro_batch}
+    return {"num_items": config.num_items, "num_ratings": config.num_ratings, **common}
+
+
+def _ranking_spec(outcome: BuildOutcome) -> RankingSpec:
+    config, limits = outcome.plan.spec.config, outcome.plan.limits
+    assert isinstance(config, RankingConfig)
+    rows = {table.name: table.num_rows for table in config.tables}
+    external = config.table_dim if config.external_embeddings else None
+    attention = config.layer.attention
+    model = hashlib.sha256()
+    for graph in outcome.graphs:
+        model.update(graph.built.graph.model.SerializeToString(deterministic=True))
+    return RankingSpec(
+        history_ids=tuple(IdFeature(name, rows[table], external) for name, table in config.history_ids.items()),
+        history_time=config.history_time_feature,
+        history_action=config.action_feature or None,
+        contextual=tuple(
+            ContextualFeature(each.name, rows[each.table], external, each.max_length, each.min_history_len)
+            for each in config.contextual_features
+        ),
+        candidate_ids=tuple(IdFeature(name, rows[table], external) for name, table in config.candidate_ids.items()),
+        candidate_time=config.candidate_time_feature,
+        tasks=tuple(task.name for task in config.tasks),
+        max_history_len=limits.max_seq_len,
+        max_candidates=limits.max_candidates,
+        max_batch=limits.max_batch,
+        # Without the scoring graph there are no passes; the packed forward takes all candidates at once.
+        micro_batch=limits.micro_batch or limits.max_candidates,
+        scaling="batch" if config.scaling == "batch" else attention.scaling_seq_len,
+        counts_candidates=config.counts_candidates,
+        num_layers=config.num_layers,
+        num_heads=attention.num_heads,
+        attention_dim=attention.attention_dim,
+        linear_dim=attention.linear_dim,
+        row_dtype="float32",
+        kv_dtype=_KV_DTYPES[outcome.main.graph.precision],  # type: ignore[arg-type]
+        cache_rule=config.cache_rule,
+        model_version=model.hexdigest(),
+    )
+
+
+def _plugin_dict(plugin: PluginLibrary | None) -> dict[str, Any] | None:
+    if plugin is None:
+        return None
+    return {
+        "trt_version": plugin.trt_version,
+        "archs": list(plugin.archs),
+        "with_ptx": plugin.with_ptx,
+        "content_hash": plugin.content_hash,
+        "variants": [dataclasses.asdict(variant) for variant in plugin.variants],
+    }
