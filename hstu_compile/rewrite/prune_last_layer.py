@@ -120,7 +120,7 @@ class _Pruning:
                 f"{attributes['max_query_len']}"
             )
         first = min(layer.on_all | layer.on_consumed)
-        early = self._early(first)
+        early = self._early(first, attributes)
         for i in layer.row_counts:  # case 5
             nodes[i].input[0] = layer.rows
         order = [*nodes[:first], *(nodes[i] for i in early), *self._head(attributes)]
@@ -130,14 +130,18 @@ class _Pruning:
         self._replace_nodes(order)
         self._drop_unread()
 
-    def _early(self, first: int) -> list[int]:
-        """Nodes behind the layer's first one that the gather's index and its zero row depend on."""
+    def _early(self, first: int, attributes: dict[str, Any]) -> list[int]:
+        """Nodes behind the layer's first one that the new nodes in front of it depend on."""
         layer = self.layer
         ends = set(layer.row_counts)
-        wanted = [name for name in (self.index, layer.zero_row) if name]
+        wanted = [self.index, self.values.nodes[layer.attention].input[4]]
+        if layer.zero_row is not None:
+            wanted.append(layer.zero_row)
+        if attributes["time_bias"]:
+            wanted.append(self._row_timestamps(attributes)[1])
         needed = self.values.above(wanted, lambda i: () if i in ends else self.values.nodes[i].input)
         if needed & (layer.on_all | layer.on_consumed | layer.removed):
-            refuse(f"the index of {layer.gather.name} depends on the last layer")
+            refuse(f"the index of {layer.gather.name}, the offsets or the timestamps depend on the last layer")
         return sorted(i for i in needed if i >= first)
 
     def _head(self, attributes: dict[str, Any]) -> list[onnx.NodeProto]:

@@ -17,11 +17,11 @@ from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision, Profile
 from hstu_compile.compare import EAGER_FLOOR, error_bound, row_error
 from hstu_compile.engine import engine_from_onnx
 from hstu_compile.errors import RewriteError
-from hstu_compile.export import OPSET, TORCH_DTYPES, _quiet, _translate_attention, exported_from_model, tensor_specs
+from hstu_compile.export import TORCH_DTYPES, exported_from_model, exported_from_served
 from hstu_compile.model.config import LayerConfig
 from hstu_compile.model.jagged import sequence_index
 from hstu_compile.model.layer import HstuLayer, JaggedBatch
-from hstu_compile.op_schema import is_attention, node_attributes, register_onnx_schema
+from hstu_compile.op_schema import is_attention, node_attributes
 from hstu_compile.profiles import ProfileSizes, retrieval_profile
 from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.rewrite._pass import Pass
@@ -29,6 +29,7 @@ from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
 from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
+from hstu_compile.served import GraphInput, ServedGraph
 from tests.exported_models import small_config, small_model, with_layer
 from tests.oracle import Array
 from tests.rewrite.attention_graphs import run_onnx
@@ -96,9 +97,8 @@ class CandidateModel(nn.Module):
         self.layers = nn.ModuleList(HstuLayer(layer) for _ in range(num_layers))
         self.score = None if bare else nn.Parameter(torch.empty(layer.embedding_dim, 2))
 
-    def forward(
-        self, x: Tensor, timestamps: Tensor, seq_offsets: Tensor, candidate_ids: Tensor, candidate_offsets: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        x, timestamps, seq_offsets, candidate_ids, candidate_offsets = values
         num_targets = candidate_offsets[1:] - candidate_offsets[:-1]
         batch = JaggedBatch(seq_offsets, timestamps, timestamps, num_targets)
         activations = [x * 0.5]
@@ -169,26 +169,19 @@ def candidate_feeds(
 
 
 def exported_candidates(model: nn.Module, precision: Precision, num_layers: int = 2) -> OnnxGraph:
-    register_onnx_schema()
-    feeds = candidate_feeds((3, 4), (2, 3), "fp32")
-    example = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    example["x"] = example["x"].to(TORCH_DTYPES[precision])
     axes = {"candidate_ids": "T", "seq_offsets": "B_plus_1", "candidate_offsets": "B_plus_1"}
-    with _quiet():
-        program = torch.onnx.export(
-            model,
-            kwargs=example,
-            dynamo=True,
-            input_names=list(example),
-            output_names=["answers", *taps(num_layers)],
-            dynamic_shapes={name: {0: axes.get(name, "L")} for name in example},
-            custom_translation_table={torch.ops.hstu.hstu_attention.default: _translate_attention},
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
-    return OnnxGraph(proto, precision, tensor_specs(proto.graph.input), tensor_specs(proto.graph.output))
+    examples = {name: torch.from_numpy(array) for name, array in candidate_feeds((3, 4), (2, 3), "fp32").items()}
+    examples["x"] = examples["x"].to(TORCH_DTYPES[precision])
+    served = ServedGraph(
+        name="candidates",
+        module=model,
+        inputs=tuple(GraphInput(name, axes.get(name, "L"), example) for name, example in examples.items()),
+        outputs=("answers",),
+        taps=taps(num_layers),
+        num_attention=num_layers,
+        consumed="candidates",
+    )
+    return exported_from_served(served, precision)
 
 
 def taps(num_layers: int) -> tuple[str, ...]:
@@ -416,9 +409,10 @@ def test_candidate_rows_in_half_precision_equal_the_float64_model(kind: str) -> 
     feeds = candidate_feeds(*CANDIDATES["several"], "fp16")
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     layer = ranking_layer(kind)
-    eager = np.asarray(candidate_model(layer, "fp16", bare=True)(**tensors)[0].double())
+    eager = np.asarray(candidate_model(layer, "fp16", bare=True)(*tensors.values())[0].double())
     exact_model = candidate_model(layer, "fp16", bare=True).double()
-    exact = np.asarray(exact_model(**tensors | {"x": tensors["x"].double()})[0])
+    tensors["x"] = tensors["x"].double()
+    exact = np.asarray(exact_model(*tensors.values())[0])
     bound = error_bound(row_error(eager, exact).error, "fp16")
     assert bound < 0.1
     assert row_error(run_onnx(pruned, feeds)["answers"], exact).error <= bound
@@ -455,27 +449,69 @@ def test_a_bias_too_large_for_the_exporter_to_fold_is_divided_too() -> None:
     assert {f"{name}/uq", f"{name}/vk"} <= left
 
 
-def test_the_number_of_rows_is_read_in_front_of_the_layer() -> None:
+def test_rows_behind_the_last_sequence_change_nothing() -> None:
+    full, pruned = full_and_pruned()
+    feeds = feeds_of((4, 0, 9, 6)) | {"seq_offsets": np.array([0, 4, 4, 13], np.int32)}
+    feeds["request_timestamps"] = feeds["request_timestamps"][:3]
+    before, after = run_onnx(full, feeds)["user_embeddings"], run_onnx(pruned, feeds)["user_embeddings"]
+    assert row_error(after, before.astype(np.float64)).error <= SAME_FP32
+
+
+def check_edited_graph(change: Any) -> onnx.ModelProto:
+    """Prune a research graph after an edit that keeps its meaning; the answers must stay too."""
     graph = _exported("research", "fp32", 0)
     model = unpruned_prefix(graph, 2)
-    count = helper.make_node("Shape", ["layer_2"], ["count"], name="count", start=0, end=1)
-    places = [i for i, node in enumerate(model.graph.node) if "layer_2" in node.output]
-    model.graph.node.insert(places[0] + 1, count)
-    model.graph.value_info.append(helper.make_tensor_value_info("count", TensorProto.INT64, [1]))
-    where = next(node for node in model.graph.node[places[0] :] if node.op_type == "Where")
-    where.input[2] = "count"
-    *_, pruned = apply_passes(
-        dataclasses.replace(graph, model=model), (PruneLastLayer(2, RowSelection()), *passes(2)[3:])
-    )
-    assert next(node for node in pruned.model.graph.node if node.name == "count").input[0] == "layer_1"
+    change(model)
+    steps = (PruneLastLayer(2, RowSelection()), *passes(2)[3:])
+    *_, pruned = apply_passes(dataclasses.replace(graph, model=model), steps)
     feeds = feeds_of((0, 6, 0, 2))
-    before = run_onnx(rewritten(graph, 2).model, feeds)["user_embeddings"]
+    before = run_onnx(full_and_pruned()[0], feeds)["user_embeddings"]
     after = run_onnx(pruned.model, feeds)["user_embeddings"]
     assert row_error(after, before.astype(np.float64)).error <= SAME_FP32
+    return pruned.model
+
+
+def test_the_number_of_rows_is_read_in_front_of_the_layer() -> None:
+    def count_rows_of_the_result(model: onnx.ModelProto) -> None:
+        count = helper.make_node("Shape", ["layer_2"], ["count"], name="count", start=0, end=1)
+        place = list(model.graph.node).index(node_writing(model, "layer_2")) + 1
+        where = next(node for node in model.graph.node[place:] if node.op_type == "Where")
+        where.input[2] = "count"
+        model.graph.node.insert(place, count)
+        model.graph.value_info.append(helper.make_tensor_value_info("count", TensorProto.INT64, [1]))
+
+    assert node_writing(check_edited_graph(count_rows_of_the_result), "count").input[0] == "layer_1"
+
+
+def test_an_int32_index_is_compared_with_the_number_of_rows_too() -> None:
+    def narrow_the_index(model: onnx.ModelProto) -> None:
+        gather = last_gather(model)
+        cast = helper.make_node("Cast", [gather.input[1]], ["narrow"], name="narrow", to=TensorProto.INT32)
+        model.graph.node.insert(list(model.graph.node).index(gather), cast)
+        gather.input[1] = "narrow"
+        model.graph.value_info.append(helper.make_tensor_value_info("narrow", TensorProto.INT32, ["B"]))
+
+    assert node_writing(check_edited_graph(narrow_the_index), "layer_1/consumed").input[1] == "narrow"
+
+
+def test_timestamps_that_are_made_inside_the_layer_are_made_in_front_of_it() -> None:
+    def copy_the_timestamps_late(model: onnx.ModelProto) -> None:
+        attention = attention_nodes(model)[-1]
+        late = helper.make_node("Identity", [attention.input[5]], ["late"], name="late")
+        model.graph.node.insert(list(model.graph.node).index(attention), late)
+        attention_nodes(model)[-1].input[5] = "late"
+        model.graph.value_info.append(helper.make_tensor_value_info("late", TensorProto.INT64, ["L"]))
+
+    names = [node.name for node in check_edited_graph(copy_the_timestamps_late).graph.node]
+    assert names.index("late") < names.index("layer_1/consumed")
 
 
 def node_writing(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
     return next(node for node in model.graph.node if name in node.output)
+
+
+def last_gather(model: onnx.ModelProto) -> onnx.NodeProto:
+    return [node for node in model.graph.node if node.op_type == "Gather"][-1]
 
 
 def last_split(model: onnx.ModelProto) -> onnx.NodeProto:
@@ -536,7 +572,7 @@ def give_queries_their_own_offsets(model: onnx.ModelProto) -> None:
 
 
 def index_from_the_layer(model: onnx.ModelProto) -> None:
-    gather = [node for node in model.graph.node if node.op_type == "Gather"][-1]
+    gather = last_gather(model)
     place = list(model.graph.node).index(gather)
     values = last_split(model).output[1]
     model.graph.node.insert(place, helper.make_node("Cast", [values], ["index"], name="index", to=TensorProto.INT64))
@@ -555,7 +591,7 @@ REFUSALS = {
     "Softmax .* mixes the columns": softmax_in_the_gate,
     "part 2 of .* is read by queries and keys": share_queries_and_keys,
     "has queries with offsets other_offsets of their own": give_queries_their_own_offsets,
-    "the index of .* depends on the last layer": index_from_the_layer,
+    "the index of .* depend on the last layer": index_from_the_layer,
 }
 
 
