@@ -17,7 +17,7 @@ class SpellOutSigmoid(Pass):
 
     TensorRT 8 makes 0.5 + 0.5 * tanh(0.5 * x) of a Sigmoid. Where x is far below 0 the two halves cancel, so an error
     of tanh comes out as it is however small the result: SiLU(x) errs by |x| / 2 times that error instead of by a part
-    of itself. Measured row errors of 8 layers, up to 1e-4, are those of a tanh that errs by 5e-6 of its value
+    of itself. Row errors of 8 layers, measured up to 1e-4, fit a tanh that errs by 5e-6 of its value
     (docs/fp32-accuracy.md). A quotient errs by a part of itself, at any x: exp overflows to infinity below -88 and
     gives -0.
 
