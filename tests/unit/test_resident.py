@@ -21,11 +21,17 @@ from tests.fake_cuda import FakeCuda
 MakePool = Callable[[int], MemoryPool]
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", pytest.param("gpu", marks=pytest.mark.gpu)])
 def make_pool(request: pytest.FixtureRequest) -> MakePool:
     if request.param == "host":
         return HostPool
-    return lambda capacity: DevicePool(capacity, CudaDriver(FakeCuda()))
+    if request.param == "device":
+        return lambda capacity: DevicePool(capacity, CudaDriver(FakeCuda()))
+    try:
+        CudaDriver().close()
+    except EngineError as error:
+        pytest.skip(f"no GPU: {error.why}")
+    return lambda capacity: DevicePool(capacity, CudaDriver())
 
 
 def filled(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray[Any, Any]:
