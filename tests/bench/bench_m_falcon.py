@@ -7,11 +7,11 @@ Two Pythons take part, so each run writes parts, and a last step merges them:
   bench_m_falcon.py --merge DIR [--csv FILE]    (anywhere; rows that DIR lacks stay in the CSV as they are)
   m_falcon_table.py [--into FILE] [--svg FILE]  (the Markdown table and the plot)
 
-A bundle has model.engine (packed), prefill.engine and score.engine, and the manifest's ranking entry; its score engine
-serves every micro-batch up to the one it was built for. median_ms is the engines' time on the device, by events around
-each enqueue; call_median_ms is the whole `RankingSession` call, from host arrays to host arrays, schedule and cache
-included. Every answer is compared with the float32 references before it is timed. Warm L2 cache. Without --parts or
---merge nothing is run.
+The bundle gives the manifest's ranking entry; beside it, or in --engines DIR, lie model.engine (packed), prefill.engine
+and score.engine, which serves every micro-batch up to the one it was built for. median_ms is the engines' time on the
+device, by events around each enqueue; call_median_ms is the whole `RankingSession` call, from host arrays to host
+arrays, schedule and cache included. Every answer is compared with the float32 references before it is timed. Warm L2
+cache. Without --parts or --merge nothing is run.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ class Bundle:
     precision: str
 
     @classmethod
-    def open(cls, folder: Path, plugin_library: Path | None) -> Bundle:
-        """Read a bundle's engines; nothing is loaded yet."""
+    def open(cls, folder: Path, engines: Path | None, plugin_library: Path | None) -> Bundle:
+        """Read a bundle's engines, or those of another folder; nothing is loaded yet."""
         from hstu_compile.runtime.ranking_spec import RankingSpec
         from hstu_compile.tensorrt_api import tensorrt_api
 
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        plans = {role: (folder / file).read_bytes() for role, file in ROLES.items()}
+        plans = {role: ((engines or folder) / file).read_bytes() for role, file in ROLES.items()}
         spec = RankingSpec.from_manifest(manifest["ranking"])
-        return cls(tensorrt_api("tensorrt"), spec, plans, plugin_library, manifest["precision"])
+        return cls(tensorrt_api("tensorrt"), spec, plans, plugin_library, manifest["precision"]["requested"])
 
     def session(self, micro_batch: int, most_events: int) -> RankingSession:
         """A session whose cache holds one user with that many events, twice.
@@ -141,7 +141,8 @@ def calls_of(session: RankingSession, case: Case) -> Callable[[], list[RankingRe
             raise RuntimeError(f"the cache answered {results[0].cache!r}, not {expected!r}")
         return results
 
-    session.score([asked])
+    if case.mode == WARM:
+        session.score([asked])
     return cached
 
 
@@ -258,7 +259,7 @@ def run_group(arguments: argparse.Namespace) -> None:
     """All cases of one micro-batch in this process and one session, each written when it is done."""
     parts, micro_batch = arguments.parts, arguments.micro_batches[0] if arguments.cached else 0
     free_before = free_bytes()
-    bundle = Bundle.open(arguments.bundle, arguments.plugin_library)
+    bundle = Bundle.open(arguments.bundle, arguments.engines, arguments.plugin_library)
     facts = {"dtype": bundle.precision, "versions": f"TensorRT {bundle.api.version}"}
     with bundle.session(micro_batch or bundle.spec.micro_batch, max(arguments.n)) as session:
         for case in selected(arguments, micro_batch):
@@ -277,6 +278,8 @@ def measure(arguments: argparse.Namespace) -> int:
     parts: Path = arguments.parts.resolve()
     parts.mkdir(parents=True, exist_ok=True)
     started, missing = time.perf_counter(), False
+    manifest = json.loads((arguments.bundle / "manifest.json").read_text(encoding="utf-8"))
+    precision = manifest["precision"]["requested"]
     groups = sorted({case.micro_batch for case in selected(arguments)})
     for group in groups:
         cases = list(selected(arguments, group))
@@ -287,7 +290,7 @@ def measure(arguments: argparse.Namespace) -> int:
             command += ["--bundle", str(arguments.bundle.resolve()), "--modes", *arguments.modes]
             command += ["--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
             command += ["--micro-batches", str(group), "--cached"] if group else []
-            for option in ("plugin_library", "references"):
+            for option in ("engines", "plugin_library", "references"):
                 if getattr(arguments, option) is not None:
                     command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option).resolve())]
             limit, log = min(left, arguments.group_seconds), parts / f"{ENGINES}-b{group}.log"
@@ -301,7 +304,7 @@ def measure(arguments: argparse.Namespace) -> int:
                     failed = f"not run: its group was not finished in {limit:.0f} s"
             failed += ": " + " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
         for case in cases:
-            show_part(parts, case, failed, command_of(case))
+            show_part(parts, case, {"status": failed, "dtype": precision}, command_of(case))
         missing |= any(json.loads((parts / case.part_name).read_text())["status"] != "ok" for case in cases)
         print(f"micro-batch {group or 'none'}: {time.perf_counter() - started:.0f} s", flush=True)
     return int(missing)
@@ -310,7 +313,8 @@ def measure(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=Path, metavar="DIR", help="measure, and write one JSON per row here")
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="with the three engines and the manifest")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="with the manifest")
+    parser.add_argument("--engines", type=Path, metavar="DIR", help="with the three engines (default: --bundle)")
     parser.add_argument("--plugin-library", type=Path, metavar="LIB", help="self-registering, for this TensorRT")
     parser.add_argument("--references", type=Path, metavar="DIR", help="parts of m_falcon_peers.py (default: --parts)")
     parser.add_argument("--n", type=int, nargs="+", default=list(HISTORY_LENGTHS), help="history events")

@@ -99,14 +99,16 @@ class EagerModel:
         length, keys = q.shape[0], torch.arange(q.shape[0], device=self.device)
         history = length - num_candidates
         q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+        # Half of the divisor before the product and half behind it, the first a power of two: undivided, sums of
+        # thousands of rows overflow float16; all of it before, small weights lose their bits.
+        before = 2.0 ** (round(math.log2(length)) // 2)
         chunks = []
         for first in range(0, length, _CHUNK):
             rows = keys[first : first + _CHUNK, None]
             valid = ((keys <= rows) & (keys < history)) | (keys == rows)
             scores = q[:, first : first + _CHUNK] @ k.transpose(1, 2) * (self.sizes.attention_dim**-0.5)
-            weights = F.silu(scores).masked_fill_(~valid, 0.0)
-            # Divided behind the product: 1/N times a small weight has few bits left in float16.
-            chunks.append((weights @ v) / length)
+            weights = (F.silu(scores) / before).masked_fill_(~valid, 0.0)
+            chunks.append(weights @ v * (before / length))
         return torch.cat(chunks, dim=1).transpose(0, 1).reshape(length, -1)
 
     def _layer(self, index: int, x: Tensor, num_candidates: int) -> Tensor:

@@ -14,7 +14,7 @@ REPO is a checkout of Meta's generative-recommenders, or what m_falcon_prepare.p
 float32 logits of plain PyTorch operators come first, without TF32; no result is timed before it agrees with them. Peers
 run in a half type, where TF32 plays no part. median_ms is device time, by events around each forward, with no wait in
 between and a warm L2 cache; call_median_ms is the whole call: upload, forward, download. Embedding lookups are inside,
-as they are in the engines. Without --parts or --compile-kernels nothing is run.
+as they are in the engines. Another --dtype needs another --parts. Without --parts or --compile-kernels nothing is run.
 """
 
 from __future__ import annotations
@@ -342,7 +342,8 @@ def measure(arguments: argparse.Namespace) -> int:
                 command += ["--meta-repo", str(arguments.meta_repo.resolve())]
             failed = finished(command, min(left, arguments.group_seconds), parts / f"{backend}.log")
         for case in cases:
-            show_part(parts, case, failed, command_of(case, arguments.dtype))
+            known = {"status": failed, "dtype": arguments.dtype}
+            show_part(parts, case, known, command_of(case, arguments.dtype))
         if backend == REFERENCE and not all(path.exists() for path in have):
             print(f"no references: {failed}", file=sys.stderr)
             return 1

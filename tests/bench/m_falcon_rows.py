@@ -177,37 +177,39 @@ def write_part(parts: Path, case: Case, row: Row, command: str) -> None:
     (parts / case.part_name).write_text(json.dumps(facts | {"status": "ok"} | row) + "\n", encoding="utf-8")
 
 
-def show_part(parts: Path, case: Case, failed: str, command: str) -> None:
-    """Print one row; where its process left none, write why."""
+def show_part(parts: Path, case: Case, failed: Row, command: str) -> None:
+    """Print one row; where its process left none, write what is known instead: the reason, as its status."""
     path = parts / case.part_name
     if not path.exists():
-        write_part(parts, case, {"status": failed}, command)
+        write_part(parts, case, failed, command)
     row = json.loads(path.read_text(encoding="utf-8"))
     times = [f"{name} {row[name]:.3f}" for name in ("median_ms", "call_median_ms") if name in row]
     print(f"{path.stem}: {row['status']} {', '.join(times)}".rstrip(), flush=True)
 
 
-def _key(row: Row) -> Case:
-    return Case(row["backend"], row["mode"], int(row["n"]), int(row["m"]), int(row["micro_batch"]))
+def _key(row: Row) -> tuple[Case, str]:
+    case = Case(row["backend"], row["mode"], int(row["n"]), int(row["m"]), int(row["micro_batch"]))
+    return case, row["dtype"]
 
 
 def merge(parts: Path, target: Path) -> int:
-    """All parts into the CSV; a part replaces the row of its case, rows that the parts lack stay as they are."""
+    """All parts into the CSV; a part replaces the row of its case and type, rows that the parts lack stay."""
     fresh = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.rglob("*-n*-m*-b*.json"))]
     if not fresh:
         print(f"error: {parts} holds no parts; measure first, with --parts", file=sys.stderr)
         return 1
     rows = {_key(row): row for row in [*read_rows(target), *fresh]}
 
-    def order(case: Case) -> tuple[int, ...]:
-        return case.n, BACKENDS.index(case.backend), MODES.index(case.mode), case.m, case.micro_batch
+    def order(key: tuple[Case, str]) -> tuple[Any, ...]:
+        case, dtype = key
+        return case.n, BACKENDS.index(case.backend), dtype, MODES.index(case.mode), case.m, case.micro_batch
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for case in sorted(rows, key=order):
-            row = rows[case]
+        for key in sorted(rows, key=order):
+            row = rows[key]
             writer.writerow({name: _rounded(row.get(name, "")) for name in COLUMNS})
     print(f"{target}: {len(rows)} rows, {len(fresh)} of them new")
     return 0

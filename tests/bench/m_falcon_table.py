@@ -76,7 +76,7 @@ def table_lines(rows: Sequence[Row]) -> Iterator[str]:
         alone, packed = found(ENGINES, ALONE, n, m), found(ENGINES, PACKED, n, m)
         cold, warm = found(ENGINES, COLD, n, m), found(ENGINES, WARM, n, m)
         peer = fastest_peer(found, n, m)
-        name = "-" if peer is None else f"{_time(peer)} {peer['backend']}"
+        name = "-" if peer is None else f"{_time(peer)} {peer['backend']} {peer['dtype']}"
         cells = [str(n), str(m), _time(alone), _time(packed, call=True), _time(cold, call=True), _time(warm, call=True)]
         cells += [_ratio(alone, packed), _ratio(packed, warm), name, _ratio(peer, packed), _ratio(peer, warm)]
         yield "| " + " | ".join(cells) + " |"

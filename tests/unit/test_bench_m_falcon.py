@@ -16,13 +16,20 @@ import numpy as np
 import pytest
 import torch
 
+from hstu_compile.artifacts import TensorSpec
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.model.ranking import RankingModel
+from hstu_compile.runtime._feeds import matched_feeds
+from hstu_compile.runtime.ranking import RankingSession
+from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
+from hstu_compile.runtime.resident import HostPool
+from hstu_compile.served import ServedGraph, served_graphs
 from tests.tolerances import RMS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "bench"))
 
+import bench_m_falcon  # noqa: E402
 import m_falcon_meta as meta_peer  # noqa: E402
 import m_falcon_peers as peers  # noqa: E402
 import m_falcon_prepare as prepare  # noqa: E402
@@ -44,6 +51,34 @@ def state() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def reference(state: dict[str, torch.Tensor]) -> rows.Reference:
     return peers.make_reference(150, (1, 5, 64), work.TINY, state, CPU, torch.float16)
+
+
+class TorchGraph:
+    """One of the eager model's served graphs behind the session protocol, in host memory."""
+
+    def __init__(self, graph: ServedGraph) -> None:
+        self._graph, self.name = graph, graph.name
+        names = {np.dtype("int32"): "int32", np.dtype("int64"): "int64", np.dtype("float32"): "float32"}
+        self.inputs = tuple(
+            TensorSpec(each.name, names[each.example.numpy().dtype], tuple("?" * each.example.dim()))
+            for each in graph.inputs
+        )
+
+    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        values = self._graph.run(matched_feeds(feeds, self.inputs))
+        return {name: values[name] for name in self._graph.outputs}
+
+    def run_resident(self, feeds: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+        results = self.run({name: getattr(value, "array", value) for name, value in feeds.items()})
+        for name, target in outputs.items():
+            np.copyto(target.array, results.pop(name), casting="no")
+        return results
+
+    def memory_pool(self, capacity_bytes: int) -> HostPool:
+        return HostPool(capacity_bytes)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def eager(state: dict[str, torch.Tensor], dtype: torch.dtype, last_bucket: int = peers.LAST_BUCKET) -> EagerModel:
@@ -174,21 +209,26 @@ def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeyp
         rows.Case(rows.ENGINES, rows.WARM, 4096, 256, 64): 2.0,
     }
     for case, median in times.items():
-        row = {"median_ms": median, "call_median_ms": 2 * median, "used_mib": 100.0, "max_err": 1e-3}
+        row = {"dtype": "fp16", "median_ms": median, "call_median_ms": 2 * median, "used_mib": 100.0, "max_err": 1e-3}
         rows.write_part(parts, case, rows.with_rates(case, row), "command")
     assert rows.merge(parts, target) == 0
     again = rows.Case("meta_triton", rows.PACKED, 4096, 256)
-    rows.write_part(parts, again, {"status": "error: gone"}, "command")
+    rows.write_part(parts, again, {"status": "error: gone", "dtype": "fp16"}, "command")
     for path in parts.glob("hstu*"):
         path.unlink()
+    other = tmp_path / "bf16"
+    other.mkdir()
+    rows.write_part(other, again, {"dtype": "bf16", "median_ms": 16.0}, "command")
     assert rows.merge(parts, target) == 0
+    assert rows.merge(other, target) == 0
     with target.open() as file:
-        merged = {(row["backend"], row["mode"], row["micro_batch"]): row for row in csv.DictReader(file)}
-    assert len(merged) == len(times)
-    assert merged["meta_triton", "packed", "0"]["status"] == "error: gone"
-    assert merged["hstu_compile", "cached_warm", "256"]["candidates_per_s"] == "2.56e+05"
+        merged = {(row["backend"], row["mode"], row["micro_batch"], row["dtype"]): row for row in csv.DictReader(file)}
+    assert len(merged) == len(times) + 1
+    assert merged["meta_triton", "packed", "0", "fp16"]["status"] == "error: gone"
+    assert merged["hstu_compile", "cached_warm", "256", "fp16"]["candidates_per_s"] == "2.56e+05"
     text = table.table_text(list(merged.values()))
-    assert "| 4096 | 256 | 512.0 | 4.000 (8.000) | - | 1.000 b=256 (2.000) | 128.0x | 4.0x | - |" in text
+    ours = "| 4096 | 256 | 512.0 | 4.000 (8.000) | - | 1.000 b=256 (2.000) | 128.0x | 4.0x |"
+    assert f"{ours} 16.000 meta_triton bf16 | 4.0x | 16.0x |" in text
     assert "meta_triton packed n=4096 m=256: error: gone" in text
     drawn = table.plot(list(merged.values()))
     assert drawn.startswith("<svg")
@@ -203,11 +243,58 @@ def test_merging_nothing_leaves_the_csv_alone(tmp_path: Path) -> None:
 
 
 def test_the_scripts_measure_nothing_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    import bench_m_falcon
-
     assert peers.main([]) == 0
     assert bench_m_falcon.main([]) == 0
     assert capsys.readouterr().out.count("nothing was run") == 2
+
+
+@pytest.mark.parametrize("micro_batch", [5, 64])
+def test_the_session_is_asked_as_every_mode_says(
+    reference: rows.Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    prepare.save_checkpoint(tmp_path, work.TINY)
+    checkpoint = spec_from_checkpoint(tmp_path / "ckpt.pt", config_from_file(tmp_path / "config.json"))
+    model = model_from_spec(checkpoint)
+    sessions: Any = [TorchGraph(graph) for graph in served_graphs(model, micro_batch=64)]
+    sizes = work.TINY
+    spec = RankingSpec(
+        history_ids=(IdFeature("item_id", sizes.num_items), IdFeature("item_category_id", sizes.num_categories)),
+        history_time="action_timestamp",
+        history_action="item_weights",
+        contextual=(ContextualFeature("user_id", sizes.num_users, None, 1, sizes.min_history_len),),
+        candidate_ids=(
+            IdFeature("item_candidate_id", sizes.num_items),
+            IdFeature("item_candidate_category_id", sizes.num_categories),
+        ),
+        candidate_time="item_query_time",
+        row_dtype="float32",
+        tasks=("rating",),
+        max_history_len=sizes.max_history,
+        max_candidates=sizes.max_candidates,
+        max_batch=1,
+        micro_batch=micro_batch,
+        scaling="batch",
+        counts_candidates=True,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        attention_dim=sizes.attention_dim,
+        linear_dim=sizes.linear_dim,
+        kv_dtype="float32",
+        cache_rule="request",
+        model_version="ab" * 32,
+    )
+    monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, sizes))
+    with RankingSession(spec, *sessions, kv_budget_bytes=2**22) as session:
+        for mode in rows.MODES:
+            case = rows.Case(rows.ENGINES, mode, 150, 64, 0 if mode in (rows.ALONE, rows.PACKED) else micro_batch)
+            call = bench_m_falcon.calls_of(session, case)
+            for _ in range(2):
+                logits = np.concatenate([result.logits[:, 0] for result in call()])
+                assert reference.judged(case, logits)["max_err"] <= RMS["float32"], mode
+        stats = session.stats()
+    # Cold: two misses. Warm: its own first call, which the cold ones' entry answers, and two more.
+    assert (stats.cache.hits, stats.cache.misses, stats.prefill_passes) == (3, 2, 2)
+    assert stats.score_passes == 5 * -(-64 // micro_batch)
 
 
 @pytest.fixture(scope="module")
