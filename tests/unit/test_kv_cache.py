@@ -498,6 +498,28 @@ def test_a_thread_that_waits_for_a_user_computes_it_when_the_other_gives_up() ->
     assert outcomes(cache, want(1)) == ["hit"]
 
 
+@pytest.mark.parametrize("forget", [lambda cache: cache.invalidate(1), lambda cache: cache.clear()])
+def test_a_thread_that_waits_for_a_user_who_is_forgotten_computes_it_at_once(forget: Callable[[KvCache], Any]) -> None:
+    pool, cache = small_cache(12)
+    spy = spied(cache)
+    with workers(1) as (thread,):
+        with cache.checkout([want(1)], VERSION) as outdated:
+            second = thread.submit(cache.checkout, [want(1)], VERSION)
+            spy.await_sleeper()
+            forget(cache)
+            lease = second.result(PATIENCE_S)
+            assert lease[0].outcome == "miss"
+            fill(pool, outdated[0], 1)
+            fill(pool, lease[0], 2)
+            assert_filled(pool, outdated[0], 1)
+            outdated.publish(outdated[0])
+        lease.publish(lease[0])
+        lease.close()
+    with cache.checkout([want(1)], VERSION) as found:
+        assert found[0].outcome == "hit"
+        assert_filled(pool, found[0], 2)
+
+
 def test_a_user_being_filled_ends_a_lease_that_has_others() -> None:
     _, cache = small_cache(12)
     with workers(1) as (thread,), cache.checkout([want(1)], VERSION):
