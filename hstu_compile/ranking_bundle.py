@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_compile.bundle import BundleFiles, read_bundle
-from hstu_compile.errors import BundleError
+from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.runtime.ranking import OverBudget, RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy
 from hstu_compile.runtime.ranking_spec import RankingSpec
@@ -48,15 +48,23 @@ def open_ranking_session(
         EngineError: HSTU-E401 or E404 if the runtime cannot be used.
         UsageError: HSTU-E901 for arguments that do not go together.
     """
+    if plugin_library is not None and runtime != "tensorrt":
+        raise UsageError(
+            "HSTU-E901",
+            f"{runtime} takes no plugins",
+            f"{plugin_library} was given",
+            "leave the plugin out, or use the runtime tensorrt",
+        )
     files = read_bundle(Path(path))
-    if "ranking" not in files.manifest:
+    entry = files.manifest.get("ranking")
+    if entry is None:
         raise BundleError(
             "HSTU-E803",
             f"{files.path} holds no ranking model",
-            "its manifest has no entry 'ranking'",
+            "its manifest has no ranking entry",
             "open a retrieval bundle with hstu_compile.load_bundle",
         )
-    spec = RankingSpec.from_manifest(files.manifest["ranking"])
+    spec = RankingSpec.from_manifest(entry)
     with contextlib.ExitStack() as opened:
         graphs = {
             role: opened.enter_context(_open(files, stem, runtime, plugin_library, use_gpu))

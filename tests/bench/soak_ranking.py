@@ -42,6 +42,7 @@ EPOCHS = 8
 _MOST_IN_A_CALL = 4
 _SHARE_OUTDATED = 0.1
 _SHARE_INVALIDATED = 0.05
+_SHARE_OTHER_COUNT = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,11 @@ def _request(spec: RankingSpec, plan: SoakPlan, serial: int, rng: np.random.Gene
     final = 0 if person.random() < 0.1 else int(person.integers(1, most + 1))
     history, context = history_of(spec, most, person), context_of(spec, person)
     events = final * (epoch + 1) // EPOCHS
-    candidates = candidates_of(spec, int(rng.integers(0, spec.max_candidates + 1)), rng)
+    # Mostly as many as the last time: with a divisor that counts them, another number is another history.
+    count = int(person.integers(0, spec.max_candidates + 1))
+    if rng.random() < _SHARE_OTHER_COUNT:
+        count = int(rng.integers(0, spec.max_candidates + 1))
+    candidates = candidates_of(spec, count, rng)
     if candidates[spec.candidate_time].size:
         # The anchor: what the cached history depends on.
         candidates[spec.candidate_time][-1] = NOW + epoch
