@@ -740,7 +740,7 @@ def lowered_for_tensorrt8(
     Raises:
         RewriteError: HSTU-E302, naming what TensorRT 8 cannot take.
     """
-    graph = OnnxGraph(model, precision, (), ())
+    graph = OnnxGraph("lowered", model, precision, (), ())
     passes = tensorrt8_passes(precision, native=native, has_cublas=has_cublas)
     passes[-1].requires(model)  # a foreign opset is refused before any pass reads its operators
     for step in apply_passes(graph, passes):

@@ -168,7 +168,7 @@ def attention_graph(case: Any, *, static: bool = False) -> Any:
     graph = helper.make_graph([node], "attention", inputs, outputs, weights)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(contract.namespace, int(contract.version))]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    *_, attached = apply_passes(OnnxGraph(model, "fp16", (), ()), (AttachNativeBody(1),))
+    *_, attached = apply_passes(OnnxGraph("attention", model, "fp16", (), ()), (AttachNativeBody(1),))
     return attached.model
 
 

@@ -231,7 +231,9 @@ LIST = {
     "top_scores": np.array([[0.96, 0.8], [1.0, 0.8]], np.float32),
 }
 EXACT = {"user_embeddings": USERS, "layer_0": USERS * 3}
-REF = Reference((FEED,), (EXACT,), (EXACT,), {"user_embeddings": 0.0, "layer_0": 0.0}, ITEMS)
+REF = Reference(
+    "retrieval", "user_embeddings", (FEED,), (EXACT,), (EXACT,), {"user_embeddings": 0.0, "layer_0": 0.0}, ITEMS
+)
 
 
 def check(**changes: np.ndarray):
