@@ -108,13 +108,13 @@ class OnnxRuntimeSession:
             residents, outputs, inputs=self._resident_inputs, outputs=self._resident_outputs, kind=HostTensor
         )
         for name, tensor in residents.items():
-            assert isinstance(tensor, HostTensor)
+            assert isinstance(tensor, HostTensor)  # check_residents saw to that
             arrays[name] = values_of_bits(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
         results = self._execute(matched_feeds(arrays, self.inputs))
         for name, target in outputs.items():
             check_target(name, results[name].shape, target, self._resident_outputs)
         for name, target in outputs.items():
-            assert isinstance(target, HostTensor)
+            assert isinstance(target, HostTensor)  # as above
             result = results.pop(name)
             target.array[...] = _narrowed(name, result) if target.dtype == "bfloat16" else result
         return results

@@ -55,8 +55,8 @@ class TensorRtSession:
 
     Profiles start at 1 row, because builders refuse empty tensors. An input of 0 rows (a batch without events, without
     candidates, without cached rows) whose profile starts at 1 is therefore fed one row of zeros. The offsets, which
-    are fed as they are, give that row to no sequence, and our graphs give rows of no sequence no influence. Outputs
-    lose the rows that it added. A batch without sequences stays refused: its offsets have 1 entry and 2 are needed.
+    are fed as they are, give that row to no sequence. Our graphs give rows of no sequence no influence, and put them
+    last; outputs lose the rows that it added. A batch without sequences stays refused: its offsets have 1 entry and 2 are needed.
 
     Args:
         api: the backend.
