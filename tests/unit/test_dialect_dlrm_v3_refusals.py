@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ MOVIES = "_embedding_collection.embeddings.movie_id.weight"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def refusal(config: Any, shapes: Shapes, problem: str, *seen: str) -> DialectError:
+def refusal(config: Any, shapes: Shapes, problem: str, *seen: str) -> None:
     """The refusal of a checkpoint with these shapes: its problem, and what its message and its advice name."""
     with pytest.raises(DialectError) as caught:
         DLRM_V3.config(shapes, config)
@@ -37,8 +36,13 @@ def refusal(config: Any, shapes: Shapes, problem: str, *seen: str) -> DialectErr
     text = f"{error} | {error.fix}"
     for value in seen:
         assert value in text, f"{value!r} is not in: {text}"
-    assert "{" not in str(error).replace(repr(config), "") or "{" in repr(config)
-    return error
+
+
+def assert_in_words(error: DialectError, *problems: str) -> None:
+    """A refusal that a person can act on."""
+    assert error.problem in problems
+    assert str(error)
+    assert error.fix
 
 
 def without(*names: str) -> dict[str, Any]:
@@ -102,8 +106,8 @@ def test_what_must_be_in_the_configuration(absent: tuple[str, ...], problem: str
         ({"embedding_tables": {"movie_id": [41, 6]}}, "shape", ("table movie_id is [41, 6]", "is [40, 6]")),
         (
             {"merge_uih_candidate_feature_mapping": CONFIG["merge_uih_candidate_feature_mapping"][:-1]},
-            "shape",
-            ("_additional_embedding_mlp.0.weight has shape [10, 6]", "0 additional features"),
+            "config",
+            ("item_movie_category has no embedding table", "add the pair to merge_uih_candidate_feature_mapping"),
         ),
         # Numbers.
         ({"hstu_num_heads": 0}, "heads", ("hstu_num_heads must be given, at least 1",)),
@@ -204,16 +208,7 @@ def test_what_must_be_in_the_configuration(absent: tuple[str, ...], problem: str
         # Tables.
         *[
             ({"embedding_tables": tables}, "config", ("embedding_tables is", "map names to [rows, width]"))
-            for tables in (
-                [],
-                {"a": [1]},
-                {"a": ["x", 6]},
-                {"a": [2.5, 6]},
-                {"a": [0, 6]},
-                {"a": [None, 6]},
-                {1: [2, 6]},
-            )
-            if tables != []
+            for tables in ({"a": [1]}, {"a": ["x", 6]}, {"a": [2.5, 6]}, {"a": [0, 6]}, {"a": [None, 6]}, {1: [2, 6]})
         ],
         ({"embedding_tables": 5}, "config", ("embedding_tables is 5",)),
         (
@@ -349,7 +344,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     changes=st.dictionaries(
         st.one_of(st.sampled_from([*CONFIG, "embedding_tables", "external_embeddings", "dlrm_hstu_config"]), SCALARS),
@@ -364,9 +359,7 @@ def test_any_value_is_taken_or_refused_in_words(changes: dict[Any, Any]) -> None
     try:
         config = DLRM_V3.config(SHAPES, {**CONFIG, **changes})
     except DialectError as error:
-        assert error.problem in ("config", "heads", "shape", "unsupported", "keys")
-        assert str(error)
-        assert error.fix
+        assert_in_words(error, "config", "heads", "shape", "unsupported", "keys")
         return
     with torch.device("meta"):
         model_from_config(config)
@@ -379,5 +372,4 @@ def test_any_shape_is_taken_or_refused_in_words(key: str, shape: list[int]) -> N
     try:
         DLRM_V3.config({**SHAPES, key: tuple(shape)}, CONFIG)
     except DialectError as error:
-        assert error.problem in ("config", "shape")
-        assert error.fix
+        assert_in_words(error, "config", "shape")
