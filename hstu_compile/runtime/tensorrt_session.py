@@ -56,7 +56,8 @@ class TensorRtSession:
     Profiles start at 1 row, because builders refuse empty tensors. An input of 0 rows (a batch without events, without
     candidates, without cached rows) whose profile starts at 1 is therefore fed one row of zeros. The offsets, which
     are fed as they are, give that row to no sequence. Our graphs give rows of no sequence no influence, and put them
-    last; outputs lose the rows that it added. A batch without sequences stays refused: its offsets have 1 entry and 2 are needed.
+    last; outputs lose the rows that it added. A batch without sequences stays refused: its offsets have 1 entry, and
+    the profile starts at 2.
 
     Args:
         api: the backend.
@@ -262,7 +263,7 @@ class TensorRtSession:
                 driver.upload(array, address)
             self._bind(name, address, log)
         for name, tensor in residents.items():
-            self._bind(name, tensor.address if tensor.nbytes else self._buffers.address(name, 0), log)
+            self._bind(name, tensor.address, log)
         results = {}
         fetched: list[tuple[int, NDArray[Any] | ResidentTensor]] = []
         for name, shape in computed.items():

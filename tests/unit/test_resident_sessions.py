@@ -145,8 +145,13 @@ def test_rows_that_an_empty_input_added_are_taken_from_the_outputs() -> None:
         assert pool.read(block)[:, 0].tolist() == [[10, -10], [11, -11], [7, 7], [7, 7]]
 
         empty = block.rows(0, 0)
+        whole = pool.allocate(4096 - 256)
+        assert whole is not None
         nothing = {"candidate_offsets": int32(0, 0), "cache_offsets": int32(0, 0), "item_id": int32()}
-        for keys in (empty, np.zeros((0, HEADS, WIDTH), np.float16)):
+        end = pool.tensor(whole, 0, (whole.nbytes // 4, HEADS, WIDTH), "float16").rows(
+            whole.nbytes // 4, whole.nbytes // 4
+        )
+        for keys in (empty, end, np.zeros((0, HEADS, WIDTH), np.float16)):
             assert score.run_resident({**nothing, "k_0": keys}, {})["preds"].shape == (0, 1)
         target = pool.tensor(region, 64, (0, 1), "float32")
         assert score.run_resident({**nothing, "k_0": empty}, {"preds": target}) == {}
@@ -235,11 +240,20 @@ def test_resident_feeds_that_do_not_match_are_refused_before_anything_runs() -> 
         with pytest.raises(RequestError, match=r"k_0 is \[13, 1, 2\]; the engine takes") as caught:
             session.run_resident({**feeds, "k_0": keys}, {})
         assert caught.value.code == "HSTU-E704"
-        # Two inputs may be one tensor; an output may not be an input.
         target = DeviceTensor(keys.address, (1, 1), "float32")
         with pytest.raises(RequestError, match="preds overlaps k_0"):
             session.run_resident({**feeds, "k_0": keys.rows(0, 2)}, {"preds": target})
         assert cuda.enqueued == 0
+
+
+def test_two_inputs_may_be_one_tensor() -> None:
+    engine = score_engine()
+    engine = dataclasses.replace(engine, inputs={**engine.inputs, "v_0": engine.inputs["k_0"]})
+    with open_fake(FakeCuda(), engine) as session, session.memory_pool(1024) as pool:
+        keys = tensor_in(pool, (1, HEADS, WIDTH), "float16")
+        pool.write(np.full(keys.shape, 3, np.float16), keys)
+        feeds = {"item_id": int32(2), "candidate_offsets": int32(0, 1), "cache_offsets": int32(0, 1)}
+        assert session.run_resident({**feeds, "k_0": keys, "v_0": keys}, {})["preds"].tolist() == [[6.0]]
 
 
 def test_bfloat16_inputs_take_float32_that_bfloat16_holds() -> None:
