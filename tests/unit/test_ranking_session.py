@@ -16,9 +16,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hstu_compile.errors import BundleError, RequestError, UsageError
+from hstu_compile.runtime._ranking_feeds import validity_of
 from hstu_compile.runtime.ranking import RankingSession
-from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult
-from hstu_compile.runtime.ranking_spec import RankingSpec
+from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult, checked_requests
+from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 from tests.ranking_cases import (
     ROLES,
     Served,
@@ -260,6 +261,23 @@ class TestCacheValidity:
         served = Served(spec)
         served.one(replaced(tail, history={"movie_id": [1, 2], "genre": [2, 1], **times}))
         assert served.one(replaced(tail, history={"movie_id": [2, 1], "genre": [1, 2], **times})).cache == "stale"
+
+    @pytest.mark.parametrize("row_dtype", ["float32", "float16"])
+    @pytest.mark.parametrize("events", [0, 4])
+    def test_embedding_rows_are_part_of_a_history(self, row_dtype: Any, events: int) -> None:
+        external = ContextualFeature("user_id", 30, 3, 2, 0)
+        history_ids = (IdFeature("movie_id", 50, 3),)
+        spec = spec_of(history_ids=history_ids, contextual=(external,), row_dtype=row_dtype)
+
+        def digest(request: RankingRequest) -> bytes:
+            return validity_of(checked_requests([request], spec, RankingPolicy())[0], spec)
+
+        request = request_of(spec, 0, events, 2)
+        assert digest(request) == digest(replaced(request, user=1, history={**request.history}))
+        parts = {"context": "user_id", **({"history": "movie_id"} if events else {})}
+        for part, name in parts.items():
+            values = getattr(request, part)
+            assert digest(request) != digest(replaced(request, **{part: {**values, name: values[name] + 1}}))
 
     def test_invalidate_forgets_one_user(self) -> None:
         served = Served(SPEC)
