@@ -43,17 +43,18 @@ from m_falcon_rows import (
     Reference,
     Row,
     cases_of,
-    extrapolated,
+    finished,
     merge,
     reference_path,
     show_part,
-    with_rates,
     write_part,
 )
 from m_falcon_workload import CANDIDATE_COUNTS, HISTORY_LENGTHS, MICRO_BATCHES, Request, request
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from device_timing import EngineRunner
+
     from hstu_compile.runtime.ranking import RankingSession
     from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
     from hstu_compile.runtime.ranking_spec import RankingSpec
@@ -154,39 +155,65 @@ def passes_of(case: Case) -> tuple[int, int]:
     return case.m // size, size
 
 
-def device_timing_of(bundle: Bundle, case: Case) -> Row:
-    """Time on the device: the packed engine, or prefill and as many score passes as there are."""
-    from device_timing import EngineRunner
+class DeviceClock:
+    """Times of a bundle's engines on the device, each loaded once; what several cases share is timed once."""
 
-    from hstu_compile.runtime._ranking_feeds import prefill_feeds, score_feeds
-    from hstu_compile.runtime.ranking_request import RankingPolicy, checked_requests
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._runners: dict[str, EngineRunner] = {}
+        self._prefills: dict[int, tuple[Row, dict[str, NDArray[Any]]]] = {}
+        self._scores: dict[tuple[int, int], Row] = {}
 
-    def timed(role: str, feeds: Mapping[str, NDArray[Any]]) -> tuple[Row, dict[str, NDArray[Any]]]:
-        with EngineRunner(bundle.api, bundle.plans[role], bundle.plugin_library) as runner:
-            runner.set_inputs(feeds)
-            outputs = {name: values.copy() for name, values in runner.run().items()}
-            return {**runner.time(), "peak_mib": runner.memory()["peak_mib"]}, outputs
+    def _timed(self, role: str, feeds: Mapping[str, NDArray[Any]]) -> tuple[Row, dict[str, NDArray[Any]]]:
+        from device_timing import EngineRunner
 
-    whole = request(case.n, case.m)
-    if case.mode == ALONE:
-        single, _ = timed("packed", whole.only(0, 1).features)
-        scaled = {name: value * case.sample for name, value in single.items() if name.endswith("_ms")}
-        return single | scaled | {"note": "device: one forward, times the candidates"}
-    if case.mode == PACKED:
-        return timed("packed", whole.features)[0]
-    spec = dataclasses.replace(bundle.spec, micro_batch=case.micro_batch)
-    (checked,) = checked_requests([ranking_request("user", whole)], spec, RankingPolicy())
-    prefill, key_values = timed("prefill", prefill_feeds([checked], spec))
-    count, size = passes_of(case)
-    part = {name: values[:size] for name, values in checked.candidates.items()}
-    score, _ = timed("score", score_feeds([checked], [part], spec) | key_values)
-    row = score | {name: count * score[name] for name in ("median_ms", "p90_ms")}
-    row["note"] = f"device: {count} x one score pass of {size}"
-    if case.mode == COLD:
-        row |= {name: row[name] + prefill[name] for name in ("median_ms", "p90_ms")}
-        row |= {"cv": max(prefill["cv"], score["cv"]), "peak_mib": max(prefill["peak_mib"], score["peak_mib"])}
-        row["note"] = f"device: one prefill and {count} x one score pass of {size}"
-    return row
+        if role not in self._runners:
+            bundle = self._bundle
+            self._runners[role] = EngineRunner(bundle.api, bundle.plans[role], bundle.plugin_library)
+        runner = self._runners[role]
+        runner.set_inputs(feeds)
+        outputs = {name: values.copy() for name, values in runner.run().items()}
+        return {**runner.time(), "peak_mib": runner.memory()["peak_mib"]}, outputs
+
+    def timing(self, case: Case) -> Row:
+        """The packed engine, or as many score passes as there are, with a prefill before them where it is cold."""
+        whole = request(case.n, case.m)
+        if case.mode == ALONE:
+            single, _ = self._timed("packed", whole.only(0, 1).features)
+            scaled = {name: value * case.sample for name, value in single.items() if name.endswith("_ms")}
+            return single | scaled | {"note": "device: one forward, times the candidates"}
+        if case.mode == PACKED:
+            return self._timed("packed", whole.features)[0]
+        count, size = passes_of(case)
+        prefill, score = self._passes(case.n, size)
+        row = score | {name: count * score[name] for name in ("median_ms", "p90_ms")}
+        row["note"] = f"device: {count} x one score pass of {size}"
+        if case.mode == COLD:
+            row |= {name: row[name] + prefill[name] for name in ("median_ms", "p90_ms")}
+            row |= {name: max(prefill[name], score[name]) for name in ("cv", "peak_mib")}
+            row["note"] = f"device: one prefill and {count} x one score pass of {size}"
+        return row
+
+    def _passes(self, n: int, size: int) -> tuple[Row, Row]:
+        """One prefill of n events, and one score pass of `size` candidates against it."""
+        from hstu_compile.runtime._ranking_feeds import prefill_feeds, score_feeds
+        from hstu_compile.runtime.ranking_request import RankingPolicy, checked_requests
+
+        spec = self._bundle.spec
+        (checked,) = checked_requests([ranking_request("user", request(n, size))], spec, RankingPolicy())
+        if n not in self._prefills:
+            self._prefills.clear()  # keys and values of one length at a time
+            self._prefills[n] = self._timed("prefill", prefill_feeds([checked], spec))
+        prefill, key_values = self._prefills[n]
+        if (n, size) not in self._scores:
+            feeds = score_feeds([checked], [checked.candidates], spec) | key_values
+            self._scores[n, size] = self._timed("score", feeds)[0]
+        return prefill, self._scores[n, size]
+
+    def close(self) -> None:
+        """Free the engines."""
+        while self._runners:
+            self._runners.popitem()[1].close()
 
 
 def free_bytes() -> int:
@@ -206,7 +233,7 @@ def free_bytes() -> int:
 
 def call_timing(call: Callable[[], Any]) -> Row:
     """Wall-clock milliseconds of whole calls: warm-up, then a fixed time."""
-    from device_timing import MEASURE_MS, WARM_UP_MS, repeats_for, summary_of
+    from device_timing import MEASURE_MS, MOST, WARM_UP_MS, repeats_for, summary_of
 
     def samples(count: int) -> list[float]:
         measured = []
@@ -217,26 +244,19 @@ def call_timing(call: Callable[[], Any]) -> Row:
         return measured
 
     single = sorted(samples(3))[1]
-    samples(repeats_for(single, WARM_UP_MS))
+    samples(max(1, min(MOST, int(WARM_UP_MS / single))))
     summary = summary_of(samples(repeats_for(single, MEASURE_MS)))
     return {"call_median_ms": summary["median_ms"], "call_p90_ms": summary["p90_ms"]}
 
 
-def run_case(bundle: Bundle, session: RankingSession, free_before: int, case: Case, reference: Reference) -> Row:
-    """Check, then time: a wrong answer gets no time."""
+def run_call(session: RankingSession, free_before: int, case: Case, reference: Reference) -> Row:
+    """Check, then time whole calls: a wrong answer gets no time."""
     call = calls_of(session, case)
     logits = np.concatenate([result.logits[:, 0] for result in call()])
     row = reference.judged(case, logits)
     if "status" in row:
         return row
-    row |= call_timing(call)
-    # Before the engines are loaded a second time, for their device times.
-    row["used_mib"] = (free_before - free_bytes()) / _MIB
-    return with_rates(case, row | extrapolated(case, {**device_timing_of(bundle, case), **_calls(row)}))
-
-
-def _calls(row: Row) -> Row:
-    return {name: row[name] for name in ("call_median_ms", "call_p90_ms")}
+    return row | call_timing(call) | {"used_mib": (free_before - free_bytes()) / _MIB}
 
 
 def command_of(case: Case) -> str:
@@ -256,21 +276,33 @@ def selected(arguments: argparse.Namespace, group: int | None = None) -> Iterato
 
 
 def run_group(arguments: argparse.Namespace) -> None:
-    """All cases of one micro-batch in this process and one session, each written when it is done."""
+    """All cases of one micro-batch in this process: whole calls first, as memory is then one session's."""
     parts, micro_batch = arguments.parts, arguments.micro_batches[0] if arguments.cached else 0
     free_before = free_bytes()
     bundle = Bundle.open(arguments.bundle, arguments.engines, arguments.plugin_library)
     facts = {"dtype": bundle.precision, "versions": f"TensorRT {bundle.api.version}"}
+    cases = [case for case in selected(arguments, micro_batch) if not (parts / case.part_name).exists()]
+    rows: dict[Case, Row] = {}
     with bundle.session(micro_batch or bundle.spec.micro_batch, max(arguments.n)) as session:
-        for case in selected(arguments, micro_batch):
-            if (parts / case.part_name).exists():
-                continue
+        for case in dict.fromkeys(case.measured for case in cases):
             try:
                 reference = Reference.load(reference_path(arguments.references or parts, case.n, bundle.precision))
-                row = run_case(bundle, session, free_before, case, reference)
+                rows[case] = run_call(session, free_before, case, reference)
             except Exception as error:
-                row = {"status": status_of(error)}
-            write_part(parts, case, facts | row, command_of(case))
+                rows[case] = {"status": status_of(error)}
+    clock = DeviceClock(bundle)
+    try:
+        for case, row in rows.items():
+            if "status" not in row:
+                try:
+                    row.update(clock.timing(case))
+                except Exception as error:
+                    row["status"] = status_of(error)
+            for each in cases:
+                if each.measured == case:
+                    write_part(parts, each, facts | finished(each, row), command_of(each))
+    finally:
+        clock.close()
 
 
 def measure(arguments: argparse.Namespace) -> int:

@@ -172,7 +172,7 @@ class MetaModel:
         self.model.load_state_dict(dense)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
-        self.model.to(device).eval()
+        self.model.to(device).eval().requires_grad_(False)
         self.model.recursive_setattr("_hammer_kernel", self._kernel)
         self._transducer = self.model._hstu_transducer
 

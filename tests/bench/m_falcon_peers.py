@@ -36,7 +36,7 @@ if str(Path(__file__).parent) not in sys.path:
 import numpy as np
 import torch
 from bench_plugin import status_of
-from device_timing import MEASURE_MS, WARM_UP_MS, repeats_for, summary_of
+from device_timing import MEASURE_MS, MOST, WARM_UP_MS, repeats_for, summary_of
 from m_falcon_eager import EagerModel
 from m_falcon_meta import MetaModel, import_meta
 from m_falcon_rows import (
@@ -48,10 +48,9 @@ from m_falcon_rows import (
     Reference,
     Row,
     cases_of,
-    extrapolated,
+    finished,
     reference_path,
     show_part,
-    with_rates,
     write_part,
 )
 from m_falcon_workload import (
@@ -218,7 +217,7 @@ def call_samples(call: Callable[[], Any], count: int) -> list[float]:
 def timed(samples: Callable[[int], list[float]]) -> Row:
     """Warm up, then measure for a fixed time: median, p90, coefficient of variation, repeats."""
     single = sorted(samples(3))[1]
-    samples(repeats_for(single, WARM_UP_MS))
+    samples(max(1, min(MOST, int(WARM_UP_MS / single))))
     return summary_of(samples(repeats_for(single, MEASURE_MS)))
 
 
@@ -229,7 +228,7 @@ def requests_of(case: Case, sizes: Sizes) -> list[Request]:
 
 
 def run_case(peer: Peer, case: Case, reference: Reference, sizes: Sizes) -> Row:
-    """Check, then time: a wrong result gets no time."""
+    """Check, then time: a wrong result gets no time. Candidates forwarded alone are timed together."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
@@ -260,7 +259,7 @@ def run_case(peer: Peer, case: Case, reference: Reference, sizes: Sizes) -> Row:
     timing = timed(lambda count: device_samples(run_all, count))
     call = timed(lambda count: call_samples(call_all, count))
     timing |= {"call_median_ms": call["median_ms"], "call_p90_ms": call["p90_ms"]}
-    return with_rates(case, row | memory | extrapolated(case, timing))
+    return row | memory | timing
 
 
 def make_peer(backend: str, meta_repo: Path | None, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Peer:
@@ -308,13 +307,16 @@ def run_group(arguments: argparse.Namespace) -> None:
                 make_reference(n, counts, DLRM_V3, state, device, dtype).save(reference_path(parts, n, arguments.dtype))
             return
         peer = make_peer(backend, arguments.meta_repo, DLRM_V3, device, dtype)
+        measured: dict[Case, Row] = {}
         for case in cases_of(backend, arguments.n, arguments.m):
             if (parts / case.part_name).exists():
                 continue
             started = time.perf_counter()
             try:
                 reference = Reference.load(reference_path(parts, case.n, arguments.dtype))
-                row = run_case(peer, case, reference, DLRM_V3)
+                if case.measured not in measured:
+                    measured[case.measured] = run_case(peer, case.measured, reference, DLRM_V3)
+                row = finished(case, measured[case.measured])
             except Exception as error:
                 row = {"status": status_of(error)}
             facts = {"dtype": arguments.dtype, "versions": versions()}
@@ -340,7 +342,7 @@ def measure(arguments: argparse.Namespace) -> int:
             command += ["--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
             if arguments.meta_repo is not None:
                 command += ["--meta-repo", str(arguments.meta_repo.resolve())]
-            failed = finished(command, min(left, arguments.group_seconds), parts / f"{backend}.log")
+            failed = ended(command, min(left, arguments.group_seconds), parts / f"{backend}.log")
         for case in cases:
             known = {"status": failed, "dtype": arguments.dtype}
             show_part(parts, case, known, command_of(case, arguments.dtype))
@@ -352,7 +354,7 @@ def measure(arguments: argparse.Namespace) -> int:
     return int(missing)
 
 
-def finished(command: Sequence[str], limit: float, log: Path) -> str:
+def ended(command: Sequence[str], limit: float, log: Path) -> str:
     """Run a command with its output in a file; returns how it ended."""
     with log.open("w", encoding="utf-8") as file:
         try:

@@ -84,6 +84,11 @@ class Case:
         """Candidates that are forwarded alone to measure `one_at_a_time`."""
         return min(self.m, ALONE_SAMPLE)
 
+    @property
+    def measured(self) -> Case:
+        """The case whose measurement this one's row is made from: itself, unless it is extrapolated."""
+        return dataclasses.replace(self, m=self.sample) if self.mode == ALONE else self
+
 
 def cases_of(
     backend: str,
@@ -91,12 +96,13 @@ def cases_of(
     counts: Sequence[int] = CANDIDATE_COUNTS,
     micro_batches: Sequence[int] = MICRO_BATCHES,
 ) -> Iterator[Case]:
-    """Every case of a backend, short histories first. A micro-batch larger than m is the same as one of m."""
+    """Every case of a backend, short histories first; of the micro-batches that m does not fill, the smallest."""
     for n in sorted(lengths):
         for mode in PEERS.get(backend, MODES):
             for m in sorted(counts):
                 if backend == ENGINES and mode in (COLD, WARM):
-                    yield from (Case(backend, mode, n, m, b) for b in sorted(micro_batches))
+                    smallest = min(micro_batches)
+                    yield from (Case(backend, mode, n, m, b) for b in sorted(micro_batches) if b <= max(m, smallest))
                 else:
                     yield Case(backend, mode, n, m)
 
@@ -156,8 +162,9 @@ def reference_path(parts: Path, n: int, dtype: str) -> Path:
     return parts / "references" / f"n{n}-{dtype}.npz"
 
 
-def with_rates(case: Case, row: Row) -> Row:
-    """Add candidates per second, on the device and of the whole call."""
+def finished(case: Case, measured: Row) -> Row:
+    """The row of a case from the row that `case.measured` gave: extrapolated, with candidates per second."""
+    row = extrapolated(case, measured)
     rates = {"candidates_per_s": "median_ms", "call_candidates_per_s": "call_median_ms"}
     return row | {rate: 1e3 * case.m / row[time] for rate, time in rates.items() if time in row}
 

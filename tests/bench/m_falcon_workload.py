@@ -18,7 +18,7 @@ HISTORY_LENGTHS = (1024, 4096, 8192)
 CANDIDATE_COUNTS = (1, 64, 256, 1024, 2048)
 MICRO_BATCHES = (64, 256, 1024, 2048)
 #: Candidates forwarded alone when the cost of all of them, one at a time, is extrapolated.
-ALONE_SAMPLE = 16
+ALONE_SAMPLE = 8
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 _ACTION_EMBEDDING = 8

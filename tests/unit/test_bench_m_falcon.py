@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "bench"))
 
 import bench_m_falcon  # noqa: E402
+import device_timing  # noqa: E402
 import m_falcon_meta as meta_peer  # noqa: E402
 import m_falcon_peers as peers  # noqa: E402
 import m_falcon_prepare as prepare  # noqa: E402
@@ -183,7 +184,7 @@ def test_a_reference_comes_back_from_its_file(reference: rows.Reference, tmp_pat
 def test_every_mode_of_a_backend_has_its_cases() -> None:
     assert len(list(rows.cases_of("torch_eager"))) == 3 * 5 * 2
     ours = list(rows.cases_of(rows.ENGINES))
-    assert len(ours) == 3 * (5 + 5 + 2 * 5 * 4)
+    assert len(ours) == 3 * (5 + 5 + 2 * (1 + 1 + 2 + 3 + 4))
     assert len({case.part_name for case in ours}) == len(ours)
 
 
@@ -192,9 +193,13 @@ def test_one_at_a_time_says_where_it_was_extrapolated() -> None:
     few, many = (rows.Case("torch_eager", rows.ALONE, 1024, m) for m in (1, 1024))
     assert rows.extrapolated(few, timing) == timing
     scaled = rows.extrapolated(many, timing)
-    assert (scaled["median_ms"], scaled["call_p90_ms"], scaled["repeats"]) == (512.0, 1024.0, 20)
-    assert scaled["note"].startswith("extrapolated: 16 forwards")
-    assert rows.with_rates(many, scaled)["candidates_per_s"] == 2000.0
+    assert (scaled["median_ms"], scaled["call_p90_ms"], scaled["repeats"]) == (1024.0, 2048.0, 20)
+    assert scaled["note"].startswith("extrapolated: 8 forwards")
+    assert rows.finished(many, timing)["candidates_per_s"] == 1000.0
+    assert many.measured == dataclasses.replace(many, m=8)
+    assert rows.finished(many.measured, timing) == timing | {"candidates_per_s": 1000.0}
+    packed = dataclasses.replace(many, mode=rows.PACKED)
+    assert packed.measured == packed
 
 
 def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +215,8 @@ def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeyp
     }
     for case, median in times.items():
         row = {"dtype": "fp16", "median_ms": median, "call_median_ms": 2 * median, "used_mib": 100.0, "max_err": 1e-3}
-        rows.write_part(parts, case, rows.with_rates(case, row), "command")
+        row |= {"candidates_per_s": 1e3 * case.m / median}
+        rows.write_part(parts, case, row, "command")
     assert rows.merge(parts, target) == 0
     again = rows.Case("meta_triton", rows.PACKED, 4096, 256)
     rows.write_part(parts, again, {"status": "error: gone", "dtype": "fp16"}, "command")
@@ -248,16 +254,17 @@ def test_the_scripts_measure_nothing_unless_asked(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.count("nothing was run") == 2
 
 
-@pytest.mark.parametrize("micro_batch", [5, 64])
-def test_the_session_is_asked_as_every_mode_says(
-    reference: rows.Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
-) -> None:
-    prepare.save_checkpoint(tmp_path, work.TINY)
-    checkpoint = spec_from_checkpoint(tmp_path / "ckpt.pt", config_from_file(tmp_path / "config.json"))
-    model = model_from_spec(checkpoint)
-    sessions: Any = [TorchGraph(graph) for graph in served_graphs(model, micro_batch=64)]
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TorchGraph]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    prepare.save_checkpoint(folder, work.TINY)
+    checkpoint = spec_from_checkpoint(folder / "ckpt.pt", config_from_file(folder / "config.json"))
+    return {graph.name: TorchGraph(graph) for graph in served_graphs(model_from_spec(checkpoint), micro_batch=64)}
+
+
+def ranking_spec(micro_batch: int) -> RankingSpec:
     sizes = work.TINY
-    spec = RankingSpec(
+    return RankingSpec(
         history_ids=(IdFeature("item_id", sizes.num_items), IdFeature("item_category_id", sizes.num_categories)),
         history_time="action_timestamp",
         history_action="item_weights",
@@ -283,18 +290,67 @@ def test_the_session_is_asked_as_every_mode_says(
         cache_rule="request",
         model_version="ab" * 32,
     )
-    monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, sizes))
-    with RankingSession(spec, *sessions, kv_budget_bytes=2**22) as session:
-        for mode in rows.MODES:
-            case = rows.Case(rows.ENGINES, mode, 150, 64, 0 if mode in (rows.ALONE, rows.PACKED) else micro_batch)
+
+
+def our_cases(micro_batch: int) -> list[rows.Case]:
+    """Every mode, with 64 candidates after 150 events."""
+    splits = {rows.COLD: micro_batch, rows.WARM: micro_batch}
+    return [rows.Case(rows.ENGINES, mode, 150, 64, splits.get(mode, 0)) for mode in rows.MODES]
+
+
+@pytest.mark.parametrize("micro_batch", [5, 64])
+def test_the_session_is_asked_as_every_mode_says(
+    reference: rows.Reference, graphs: Any, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, work.TINY))
+    with RankingSession(ranking_spec(micro_batch), **graphs, kv_budget_bytes=2**22) as session:
+        for case in our_cases(micro_batch):
             call = bench_m_falcon.calls_of(session, case)
             for _ in range(2):
                 logits = np.concatenate([result.logits[:, 0] for result in call()])
-                assert reference.judged(case, logits)["max_err"] <= RMS["float32"], mode
+                assert reference.judged(case, logits)["max_err"] <= RMS["float32"], case
         stats = session.stats()
     # Cold: two misses. Warm: its own first call, which the cold ones' entry answers, and two more.
     assert (stats.cache.hits, stats.cache.misses, stats.prefill_passes) == (3, 2, 2)
     assert stats.score_passes == 5 * -(-64 // micro_batch)
+
+
+def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = {"packed": 7.0, "prefill": 5.0, "score": 2.0}
+    candidates: list[int] = []
+
+    class Runner:
+        def __init__(self, api: Any, plan: bytes, library: Path | None) -> None:
+            self.role = plan.decode()
+
+        def set_inputs(self, feeds: Any) -> None:
+            self.feeds = feeds
+            if self.role == "score":
+                candidates.append(len(feeds["item_query_time"]))
+
+        def run(self) -> Any:
+            return graphs[self.role].run(self.feeds)
+
+        def time(self) -> rows.Row:
+            return {"median_ms": milliseconds[self.role], "p90_ms": 10.0, "cv": 0.01, "repeats": 20}
+
+        def memory(self) -> rows.Row:
+            return {"peak_mib": milliseconds[self.role]}
+
+        def close(self) -> None:
+            """Nothing is held."""
+
+    monkeypatch.setattr(device_timing, "EngineRunner", Runner)
+    monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, work.TINY))
+    plans = {role: role.encode() for role in bench_m_falcon.ROLES}
+    clock = bench_m_falcon.DeviceClock(bench_m_falcon.Bundle(None, ranking_spec(64), plans, None, "fp32"))  # type: ignore[arg-type]
+    timings = {case.mode: clock.timing(case.measured) for case in our_cases(16)}
+    clock.close()
+    medians = {mode: row["median_ms"] for mode, row in timings.items()}
+    # Eight forwards alone; four passes of sixteen candidates, timed once.
+    assert medians == {rows.ALONE: 8 * 7.0, rows.PACKED: 7.0, rows.COLD: 5.0 + 4 * 2.0, rows.WARM: 4 * 2.0}
+    assert candidates == [16]
+    assert timings[rows.COLD]["peak_mib"] == 5.0
 
 
 @pytest.fixture(scope="module")
