@@ -19,6 +19,9 @@ from hstu_compile.model.ranking import (
 )
 from hstu_compile.model.ranking_config import RankingConfig
 
+# Float64 keys and values of one batch.
+_MAX_CACHE_BYTES = 1 << 24
+
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -80,10 +83,15 @@ def ranking_batches(
     """
     heads = config.layer.attention.num_heads
     affordable = max(1, int((max_scores / heads) ** 0.5) - config.contextual_len)
+    # Keys and values of the requests are stored beside the bundle, as what the scoring graph is compared on.
+    attention = config.layer.attention
+    row_bytes = 8 * config.num_layers * heads * (attention.attention_dim + attention.linear_dim)
+    max_rows = max(2, _MAX_CACHE_BYTES // row_bytes)
+    affordable = min(affordable, max_rows)
     candidates = min(config.max_candidates, max(1, affordable // 4))
     longest = min(config.max_history_len, max(1, affordable - candidates))
     width = config.contextual_len + longest + candidates
-    users = max(1, max_scores // (heads * width * width))
+    users = max(1, min(max_scores // (heads * width * width), max_rows // width))
     mixed = stratified_lengths(max(1, min(opt_batch, users) - 2), longest, seed)
     counts = stratified_lengths(len(mixed), candidates, seed + 1)
     if max_batch > 2:

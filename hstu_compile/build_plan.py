@@ -10,6 +10,7 @@ from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint
 from hstu_compile.config import BuildConfig, Limits
 from hstu_compile.environment import BackendChoice, choose_backend
 from hstu_compile.errors import UsageError
+from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.profiles import ProfileSizes
 
@@ -35,23 +36,16 @@ class BuildPlan:
             return ("retrieval",)
         return ("packed",) if self.limits.micro_batch is None else ("packed", "prefill", "score")
 
+    def graph_limits(self, graph: str) -> GraphLimits:
+        """What one graph is exported for."""
+        limits = self.limits
+        candidates = {"packed": limits.max_candidates, "score": limits.micro_batch or 0}.get(graph, 0)
+        return GraphLimits(graph, limits.max_seq_len, candidates, limits.contextual_len)
+
     def sizes(self, graph: str) -> ProfileSizes:
         """Numbers behind the profile of one graph."""
         limits = self.limits
-        # A scoring pass takes the candidates of several users together.
-        candidates = {
-            "packed": limits.max_batch * limits.max_candidates,
-            "score": limits.micro_batch or 0,
-        }.get(graph, 0)
-        return ProfileSizes(
-            limits.max_batch,
-            limits.max_seq_len,
-            limits.opt_batch,
-            limits.opt_seq_len,
-            max_candidates=candidates,
-            opt_candidates=max(1, limits.opt_batch * limits.max_candidates // 2) if graph == "packed" else None,
-            contextual_len=limits.contextual_len,
-        )
+        return self.graph_limits(graph).sizes(limits.max_batch, limits.opt_batch, None, limits.opt_seq_len)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -54,13 +54,13 @@ class ReferenceFiles:
         feeds: the requests.
         eager: outputs of the eager model in the build's precision.
         exact: its outputs in float64.
-        widened: outputs of ONNX Runtime on the widened graph; in bfloat16 bundles alone.
+        onnxruntime: outputs of ONNX Runtime, where Polygraphy cannot run the graph itself.
     """
 
     feeds: str
     eager: str
     exact: str
-    widened: str
+    onnxruntime: str
 
 
 def model_files(graph: str) -> tuple[str, str]:
@@ -229,6 +229,12 @@ class BundleFiles:
     def plugin_library(self) -> Path | None:
         """The self-registering plugin library, where the bundle has one."""
         return self.path / SELF_REGISTERING if SELF_REGISTERING in self.manifest["files"] else None
+
+    @property
+    def contextual_len(self) -> int:
+        """Rows in front of every history: the contextual tokens of a ranking model."""
+        ranking = self.manifest.get("ranking")
+        return sum(feature["max_length"] for feature in ranking["contextual"]) if ranking else 0
 
     @property
     def has_engine(self) -> bool:

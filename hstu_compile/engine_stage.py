@@ -13,8 +13,9 @@ from hstu_compile.engine import engine_from_onnx
 from hstu_compile.environment import choose_backend
 from hstu_compile.errors import EngineError
 from hstu_compile.files import write_whole
-from hstu_compile.op_schema import is_attention, node_attributes
-from hstu_compile.profiles import ProfileSizes, profiles_for_inputs
+from hstu_compile.graph_facts import tensor_specs
+from hstu_compile.graph_limits import read_limits
+from hstu_compile.profiles import graph_profiles
 from hstu_compile.trt_options import EngineOptions
 
 
@@ -70,10 +71,10 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
     if explicit is not None:
         return (explicit,)
     model = model if model is not None else load_onnx(request.model)
-    limits = [node_attributes(node)["max_seq_len"] for node in model.graph.node if is_attention(node)]
-    exported = min(limits) if limits else None
+    limits = read_limits(model)
+    exported = limits.max_seq_len if limits is not None else None
     longest = request.max_seq_len if request.max_seq_len is not None else exported
-    if longest is None or (exported is not None and longest > exported):
+    if limits is None or longest is None or longest > limits.max_seq_len:
         raise EngineError(
             "HSTU-E405",
             f"--max-seq-len {longest} cannot be used",
@@ -82,8 +83,8 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
             else "the graph has no attention node to read the longest sequence from",
             "build the bundle again with a larger --max-seq-len, or pass a smaller one here",
         )
-    sizes = ProfileSizes(request.max_batch, longest, request.opt_batch, request.opt_seq_len)
-    return profiles_for_inputs([value.name for value in model.graph.input], sizes)
+    sizes = limits.sizes(request.max_batch, request.opt_batch, longest, request.opt_seq_len)
+    return graph_profiles(limits.graph, tensor_specs(model.graph.input), sizes)
 
 
 def run_engine_stage(request: EngineRequest) -> dict[str, Any]:

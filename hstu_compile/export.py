@@ -12,12 +12,12 @@ import logging
 import warnings
 from typing import Any
 
-import onnx
 import torch
 from onnxscript import values as onnxscript_values
 
-from hstu_compile.artifacts import OnnxGraph, Precision, TensorSpec
+from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.errors import ExportError
+from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
 from hstu_compile.served import ServedGraph, retrieval_graph
@@ -160,14 +160,3 @@ def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph
 def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int = 0) -> OnnxGraph:
     """Trace a retrieval model; see `retrieval_graph` and `exported_from_served`."""
     return exported_from_served(retrieval_graph(model, top_k), precision)
-
-
-def tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
-    """Name, dtype and shape of ONNX value infos; dynamic axes by name."""
-    specs = []
-    for value in values:
-        tensor = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_string(tensor.elem_type).removeprefix("TensorProto.").lower()
-        shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
-        specs.append(TensorSpec(value.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), shape))
-    return tuple(specs)

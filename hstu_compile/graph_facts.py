@@ -8,6 +8,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from hstu_compile.artifacts import TensorSpec
+
 _NAMES = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
@@ -40,3 +42,14 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
     for dim in tensor.dims:
         size *= dim
     return int(size)
+
+
+def tensor_specs(values: Any) -> tuple[TensorSpec, ...]:
+    """Name, dtype and shape of ONNX value infos; dynamic axes by name."""
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = helper.tensor_dtype_to_string(tensor.elem_type).removeprefix("TensorProto.").lower()
+        shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+        specs.append(TensorSpec(value.name, {"float": "float32", "double": "float64"}.get(dtype, dtype), shape))
+    return tuple(specs)

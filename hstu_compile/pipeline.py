@@ -25,8 +25,10 @@ from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.checkpoint import model_from_spec
 from hstu_compile.config import BuildConfig
 from hstu_compile.engine import engine_from_onnx
-from hstu_compile.export import TORCH_DTYPES, exported_from_served, tensor_specs
+from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.files import writing_to
+from hstu_compile.graph_facts import tensor_specs
+from hstu_compile.graph_limits import GraphLimits, write_limits
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
@@ -35,6 +37,7 @@ from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_
 from hstu_compile.profiles import graph_profiles
 from hstu_compile.report import render_report
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
+from hstu_compile.runtime.session import open_session
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import PREDICTIONS, Outputs, Reference, RuntimeCheck, VerifyReport, report_of
 from hstu_compile.trt_options import EngineOptions
@@ -124,11 +127,12 @@ class _Build:
             else:
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    def rewritten(self, graph: OnnxGraph, served: ServedGraph, folder: str) -> OnnxGraph:
-        """Apply every export pass, keeping each step."""
+    def rewritten(self, graph: OnnxGraph, served: ServedGraph, limits: GraphLimits, folder: str) -> OnnxGraph:
+        """Apply every export pass, keeping each step, and note the graph's limits in it."""
         passes = export_passes(served.num_attention, served.taps, _selection(served))
         for number, graph in enumerate(apply_passes(graph, passes), start=1):  # noqa: B020
             self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph.model)
+        write_limits(graph.model, limits)
         return dataclasses.replace(
             graph, inputs=tensor_specs(graph.model.graph.input), outputs=tensor_specs(graph.model.graph.output)
         )
@@ -188,7 +192,7 @@ def compile_checkpoint(
         )
     with build.stage("rewrite") as summarise:
         graphs = [
-            build.rewritten(graph, each, _intermediate("03_rewritten", each, served))
+            build.rewritten(graph, each, plan.graph_limits(each.name), _intermediate("03_rewritten", each, served))
             for each, graph in zip(served, graphs, strict=True)
         ]
         totals = Counter(
@@ -204,7 +208,12 @@ def compile_checkpoint(
     with build.stage("engine") as summarise:
         plugin = _plugin(config, plan, graphs, build.listener)
         built = [
-            BuiltGraph(graph, _engine(plan, graph, options, plugin, build.listener), *bundles.model_files(graph.name))
+            BuiltGraph(
+                graph,
+                _engine(plan, graph, options, plugin, build.listener),
+                *bundles.model_files(graph.name),
+                limits.contextual_len,
+            )
             for graph in graphs
         ]
         for each_built in built:
@@ -298,12 +307,12 @@ def _engine(
 
 
 def _polygraphy_arguments(
-    reference: Reference, runs: Sequence[RuntimeCheck], graph: OnnxGraph, onnx_file: str
+    reference: Reference, runs: Sequence[RuntimeCheck], graph: OnnxGraph, onnx_file: str, stored: bool
 ) -> list[str]:
     """`polygraphy run` arguments that compare the eager outputs with the graph run by ONNX Runtime.
 
     Both sides may lie a bound away from float64, in different directions; Polygraphy compares absolute differences,
-    so the row scale is that of the largest row.
+    so the row scale is that of the largest row. Where `stored`, the outputs of ONNX Runtime are in a file.
     """
     files = bundles.reference_files(graph.name)
     bounds = {check.tensor: check.bound for run in runs for check in run.tensors}
@@ -320,9 +329,8 @@ def _polygraphy_arguments(
             bound = bounds[name] + reference.eager_error[name]
         tolerances.append(f"{name}:{bound * scale:.3g}")
     source = ["--load-outputs", files.eager]
-    if graph.precision == "bf16":
-        # ONNX Runtime has no bf16 kernels on a CPU; its outputs, made on a widened copy of the graph, are in the file.
-        source += [files.widened]
+    if stored:
+        source += [files.onnxruntime]
     else:
         source = [onnx_file, "--onnxrt", "--load-inputs", files.feeds, *source]
     return ["run", *source, "--atol", *tolerances, "--rtol", "0"]
@@ -396,13 +404,15 @@ def _write_reference(
         save_feeds(folder / files.feeds, [feed.arrays for feed in reference.feeds])
         save_outputs(folder / files.eager, f"eager-{graph.precision}", pick(reference.eager))
         save_outputs(folder / files.exact, "eager-float64", pick(reference.exact))
-        if graph.precision == "bf16":
-            from hstu_compile.runtime.session import open_session
-
-            with open_session("onnxruntime", onnx=graph.model) as session:
+        runnable = outcome.built.affordable(reference.feeds)
+        # ONNX Runtime has no bfloat16 on a CPU, and may lack the memory for the graph as it is: then Polygraphy
+        # compares what it answered on the copy that it can run.
+        stored = graph.precision == "bf16" or runnable is not graph.model
+        if stored:
+            with open_session("onnxruntime", onnx=runnable) as session:
                 save_outputs(
-                    folder / files.widened,
-                    "onnxruntime-widened",
+                    folder / files.onnxruntime,
+                    "onnxruntime",
                     pick([session.run(feed.arrays) for feed in reference.feeds]),
                 )
-        return run_polygraphy(folder, _polygraphy_arguments(reference, runs, graph, outcome.built.onnx_file))
+        return run_polygraphy(folder, _polygraphy_arguments(reference, runs, graph, outcome.built.onnx_file, stored))

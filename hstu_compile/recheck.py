@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from hstu_compile import bundle as bundles
 from hstu_compile.artifacts import Feed
 from hstu_compile.errors import BundleError
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_feeds, load_outputs, run_polygraphy
+from hstu_compile.rewrite import affordable
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.session_check import (
     Progress,
@@ -102,7 +105,9 @@ def _check(
         artifact,
         lambda: open_session(
             runtime,
-            onnx=files.path / graph["onnx"],
+            onnx=affordable(
+                onnx.load(files.path / graph["onnx"]), [feed.arrays for feed in reference.feeds], files.contextual_len
+            ),
             engine=files.path / graph["engine"] if graph["engine"] else None,
             plugin_library=files.plugin_library if runtime == "tensorrt" else None,
             allow_tf32=precision != "fp32",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
 from hstu_compile.rewrite.annotate_attention import AnnotateAttention
 from hstu_compile.rewrite.attach_native_body import AttachNativeBody
+from hstu_compile.rewrite.bound_native_body import affordable
 from hstu_compile.rewrite.check_operators import CheckOperators
 from hstu_compile.rewrite.detach_taps import DetachTaps
 from hstu_compile.rewrite.name_dims import NameDims
@@ -37,4 +38,4 @@ def export_passes(
     )
 
 
-__all__ = ["Pass", "PassResult", "PruneLastLayer", "RowSelection", "apply_passes", "export_passes"]
+__all__ = ["Pass", "PassResult", "PruneLastLayer", "RowSelection", "affordable", "apply_passes", "export_passes"]
