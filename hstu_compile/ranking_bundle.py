@@ -6,15 +6,14 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from hstu_compile.bundle import BundleFiles, read_bundle
+from hstu_compile.bundle import BundleFiles, model_files, read_bundle
 from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.runtime.ranking import OverBudget, RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from hstu_compile.runtime.session import Session, open_session
 
-# Stem of each graph's file: STEM.onnx, and STEM.engine where an engine was built.
-GRAPH_STEMS = {"packed": "model", "prefill": "prefill", "score": "score"}
+_GRAPHS = ("packed", "prefill", "score")
 
 
 def open_ranking_session(
@@ -67,9 +66,9 @@ def open_ranking_session(
     spec = RankingSpec.from_manifest(entry)
     with contextlib.ExitStack() as opened:
         graphs = {
-            role: opened.enter_context(_open(files, stem, runtime, plugin_library, use_gpu))
-            for role, stem in GRAPH_STEMS.items()
-            if role == "packed" or f"{stem}.onnx" in files.manifest["files"]
+            graph: opened.enter_context(_open(files, graph, runtime, plugin_library, use_gpu))
+            for graph in _GRAPHS
+            if graph == "packed" or model_files(graph)[0] in files.manifest["files"]
         }
         session = RankingSession(
             spec,
@@ -83,14 +82,14 @@ def open_ranking_session(
         return session
 
 
-def _open(files: BundleFiles, stem: str, runtime: str, plugin_library: Path | None, use_gpu: bool) -> Session:
-    engine = f"{stem}.engine"
+def _open(files: BundleFiles, graph: str, runtime: str, plugin_library: Path | None, use_gpu: bool) -> Session:
+    onnx, engine = model_files(graph)
     arguments: dict[str, Any] = {"use_gpu": use_gpu} if runtime == "onnxruntime" else {}
     if runtime == "tensorrt":
         arguments["plugin_library"] = plugin_library or files.plugin_library
     return open_session(
         runtime,
-        onnx=files.path / f"{stem}.onnx",
+        onnx=files.path / onnx,
         engine=files.path / engine if engine in files.manifest["files"] else None,
         allow_tf32=files.manifest["precision"]["requested"] != "fp32",
         **arguments,
