@@ -29,7 +29,14 @@ from hstu_compile.bundle import (
 from hstu_compile.errors import BundleError
 from hstu_compile.npz import save_npz
 
-MANIFEST_FACTS: dict[str, Any] = {"status": "PASS", "precision": "fp32", "inputs": [], "outputs": [], "limits": {}}
+MANIFEST_FACTS: dict[str, Any] = {
+    "status": "PASS",
+    "precision": "fp32",
+    "inputs": [],
+    "outputs": [],
+    "limits": {},
+    "graphs": [],
+}
 
 
 def write(path: Path, content: str = "graph", force: bool = False) -> Path:
@@ -264,7 +271,8 @@ from pathlib import Path
 from hstu_compile.bundle import BundleWriter
 
 signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-path, facts = Path(sys.argv[1]), {"status": "PASS", "precision": "fp32", "inputs": [], "outputs": [], "limits": {}}
+path = Path(sys.argv[1])
+facts = {"status": "PASS", "precision": "fp32", "inputs": [], "outputs": [], "limits": {}, "graphs": []}
 print("ready", flush=True)
 while True:
     with BundleWriter(path, True) as writer:
@@ -381,9 +389,9 @@ def test_manifest_that_is_not_one(tmp_path: Path, content: bytes) -> None:
 def test_manifest_without_what_every_bundle_has(tmp_path: Path) -> None:
     path = write(tmp_path / "b")
     manifest = json.loads((path / MANIFEST).read_text())
-    del manifest["inputs"], manifest["limits"]
+    del manifest["inputs"], manifest["limits"], manifest["graphs"]
     (path / MANIFEST).write_text(json.dumps(manifest))
-    damaged(path, "it lacks inputs, limits")
+    damaged(path, "it lacks inputs, limits, graphs")
 
 
 def test_folders_and_files_that_are_no_bundle(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hstu_compile.compare import (
     top_items_problem,
 )
 from hstu_compile.errors import EngineError, VerifyError
-from hstu_compile.session_check import Reference, check_session, guarded_check, report_of
+from hstu_compile.session_check import Reference, RuntimeCheck, check_session, guarded_check, report_of, tensor_error
 
 PRECISIONS = tuple(EAGER_FLOOR)
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -246,7 +246,7 @@ def test_right_answers_pass() -> None:
     assert result.status == "PASS"
     assert result.ranking == {"top10_overlap": 1.0, "kendall_tau": 1.0}
     assert [layer.layer for layer in result.layers] == [0]
-    assert report_of([result], REF, "fp32").status == "PASS"
+    assert report_of([(REF, [result])], "fp32").status == "PASS"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_right_answers_pass() -> None:
 def test_wrong_answers_of_any_shape_fail_and_never_crash(changes: dict[str, np.ndarray]) -> None:
     result = check(**changes)
     assert result.status == "FAIL"
-    report = report_of([result, check()], REF, "fp32")
+    report = report_of([(REF, [result, check()])], "fp32")
     assert report.status == "FAIL"
     assert report.worst_error > report.worst_bound or report.worst_where.startswith("top_items")
 
@@ -280,10 +280,97 @@ def test_absent_runtime_is_reported_with_its_reason() -> None:
 
     result = guarded_check("tensorrt", "model.engine", absent, lambda session: check())
     assert (result.status, result.reason) == ("NOT RUN", "tensorrt is not installed: no module")
-    assert report_of([result, check()], REF, "fp32").status == "PASS"
+    assert report_of([(REF, [result, check()])], "fp32").status == "PASS"
     with pytest.raises(VerifyError, match="tensorrt is not installed: no module") as caught:
-        report_of([result], REF, "fp32")
+        report_of([(REF, [result])], "fp32")
     assert (caught.value.code, caught.value.exit_code) == ("HSTU-E602", 6)
+
+
+# --- Predictions, and several graphs ----------------------------------------------------------------------------------
+
+# Two tasks of four candidates: the first task's numbers are large, the second's small, and one prediction is near zero.
+LOGITS = np.array([[30.0, 0.03], [-20.0, 0.02], [1e-7, -0.04], [10.0, 0.01]])
+REQUESTS = Feed(
+    "two users",
+    {"seq_offsets": np.array([0, 5, 5], np.int32), "candidate_offsets": np.array([0, 3, 4], np.int32)},
+)
+PASS_OF_CANDIDATES = Feed("two users", {"candidate_offsets": np.array([0, 3, 4], np.int32)})
+PACKED = Reference("packed", "logits", (REQUESTS,), ({"logits": LOGITS},), ({"logits": LOGITS},), {"logits": 0.0}, None)
+SCORE = dataclasses.replace(PACKED, graph="score", feeds=(PASS_OF_CANDIDATES,))
+
+
+def check_predictions(reference: Reference, logits: np.ndarray) -> RuntimeCheck:
+    session = AnsweringSession({"logits": logits.astype(np.float32)})
+    return check_session(session, f"{reference.graph}.onnx", reference, "fp32", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["preds", "logits"])
+def test_a_prediction_is_measured_by_its_tasks_column(name: str) -> None:
+    # A number near zero has no size of its own to measure a rounding by; its task's other numbers have.
+    nearly = LOGITS + np.array([[0, 0], [0, 0], [1e-6, 0], [0, 0]])
+    assert tensor_error(name, nearly, LOGITS).error <= 1e-6
+    assert tensor_error("user_embeddings", nearly, LOGITS).error > 1e-6
+    # A small task does not hide behind a large one.
+    wrong = LOGITS * np.array([1.0, 0.9])
+    found = tensor_error(name, wrong, LOGITS)
+    assert found.error > 0.1
+    assert found.row == 1
+    assert found.max_abs == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize("mistake", [name for name in MISTAKES if name not in ("0.9x", "1.1x", "no-rows")])
+def test_wrong_predictions_are_rejected(mistake: str) -> None:
+    column = np.random.default_rng(2).standard_normal((1000, 4))
+    wrong = np.ascontiguousarray(MISTAKES[mistake](column) if mistake != "one-wrong-row" else swapped(column))
+    for precision in PRECISIONS:
+        assert tensor_error("logits", wrong, column).error > error_bound(EAGER_FLOOR[precision], precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.1])
+def test_scaled_predictions_are_rejected(factor: float, precision: str) -> None:
+    column = np.random.default_rng(2).standard_normal((1000, 4))
+    assert tensor_error("preds", factor * column, column).error > error_bound(EAGER_FLOOR[precision], precision)
+
+
+@pytest.mark.parametrize("logits", [LOGITS[:, :1], LOGITS[:3], LOGITS.T, LOGITS[:0], LOGITS[:, 0], LOGITS[None]])
+def test_predictions_of_another_shape_are_rejected(logits: np.ndarray) -> None:
+    assert tensor_error("logits", logits, LOGITS).error == math.inf
+    assert check_predictions(PACKED, logits).status == "FAIL"
+
+
+def test_each_graph_is_reported_and_the_first_names_the_feeds() -> None:
+    both = [(PACKED, [check_predictions(PACKED, LOGITS)]), (SCORE, [check_predictions(SCORE, LOGITS)])]
+    report = report_of(both, "fp32")
+    assert report.status == "PASS"
+    assert [run.artifact for run in report.runs] == ["packed.onnx", "score.onnx"]
+    assert report.feeds == (
+        {"name": "two users", "sequences": 2, "events": 5, "max_len": 5},
+        {"name": "score: two users", "sequences": 2, "events": 4, "max_len": 3},
+    )
+
+
+@pytest.mark.parametrize("wrong", ["packed", "score"])
+def test_one_wrong_graph_fails_the_whole(wrong: str) -> None:
+    checked = [
+        (reference, [check_predictions(reference, LOGITS * (0.9 if reference.graph == wrong else 1.0))])
+        for reference in (PACKED, SCORE)
+    ]
+    report = report_of(checked, "fp32")
+    assert report.status == "FAIL"
+    assert report.worst_error == pytest.approx(0.1 * 30 / np.sqrt((LOGITS[:, 0] ** 2).mean()), rel=0.2)
+    assert report.worst_error > report.worst_bound
+
+
+def test_a_graph_that_did_not_run_is_not_covered_by_another() -> None:
+    absent = RuntimeCheck("onnxruntime", "score.onnx", "NOT RUN", "it is not installed")
+    ran = check_predictions(PACKED, LOGITS)
+    with pytest.raises(
+        VerifyError, match=r"(?s)graph score could be run.*score\.onnx on onnxruntime: it is not installed"
+    ):
+        report_of([(PACKED, [ran]), (SCORE, [absent])], "fp32")
+    with pytest.raises(VerifyError, match="graph score could be run"):
+        report_of([(PACKED, [ran]), (SCORE, [])], "fp32")
 
 
 def test_session_is_closed_when_its_check_fails() -> None:
