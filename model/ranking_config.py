@@ -47,7 +47,8 @@ def _require_fields(config: Any) -> None:
         if field.type == "str":
             require(isinstance(value, str), f"{field.name} is {value!r}; it must be a string")
         elif field.type == "int":
-            require(value <= MAX_LENGTH, f"{field.name} is {value}; it must be at most {MAX_LENGTH}")
+            owner = f" of {config.name}" if hasattr(config, "name") else ""
+            require(value <= MAX_LENGTH, f"{field.name}{owner} is {value}; it must be at most {MAX_LENGTH}")
 
 
 @dataclasses.dataclass(frozen=True)

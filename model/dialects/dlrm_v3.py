@@ -389,7 +389,10 @@ class _DlrmV3(Dialect):
                 raise DialectError(
                     "shape", f"table {name} is {dim} wide, the preprocessor takes {table_dim}", "check the file"
                 )
-        return tuple(EmbeddingTable(name, *shape) for name, shape in sizes.items())
+        try:
+            return tuple(EmbeddingTable(name, *shape) for name, shape in sizes.items())
+        except ValueError as error:
+            raise DialectError("shape", f"tables {', '.join(sizes)}: {error}", "check the file") from error
 
     def _table_of(self, feature: str, tables: tuple[EmbeddingTable, ...], merged: Mapping[str, str]) -> str:
         """A feature's table: its own, or that of the history feature it is merged with."""
