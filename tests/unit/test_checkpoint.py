@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,9 @@ from hypothesis import strategies as st
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.errors import CheckpointError, HstuCompileError, UnsupportedModelError
 from hstu_compile.model import RetrievalModel
+from hstu_compile.model.dialects import DLRM_V3
+from hstu_compile.model.ranking import RankingModel
+from tests.dlrm_reference import DlrmForm, dlrm_state_dict, draw_requests, packed_inputs
 from tests.research_reference import ResearchForm, research_state_dict
 
 FORM = ResearchForm()
@@ -604,3 +608,196 @@ def test_damaged_bytes_end_in_a_documented_error(tmp_path: Path, kind: str, data
     except (CheckpointError, UnsupportedModelError):
         return
     assert all(bool(torch.isfinite(tensor).all()) for tensor in spec.state_dict.values())
+
+
+# --- Ranking ----------------------------------------------------------------------------------------------------------
+
+DLRM = DlrmForm(additional=("movie_category",), tasks=(("like", 0), ("minutes", 1)))
+PREPROCESSOR = "_hstu_transducer._input_preprocessor."
+ENCODER = "_hstu_transducer._positional_encoder."
+POSTPROCESSOR = "_hstu_transducer._output_postprocessor."
+
+
+def dlrm_refusal(folder: Path, code: str, *seen: str, **tensors: torch.Tensor | None) -> HstuCompileError:
+    """The refusal of a ranking checkpoint with some tensors replaced; None takes one out."""
+    state = {**dlrm_state_dict(DLRM), **tensors}
+    path = saved(folder, {key: tensor for key, tensor in state.items() if tensor is not None})
+    return refusal(path, code, *seen, config=DLRM.user_config())
+
+
+def test_ranking_family_is_detected_and_may_be_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, dlrm_state_dict(DLRM))
+    for dialect in (None, "dlrm_v3"):
+        assert spec_from_checkpoint(path, DLRM.user_config(), dialect).dialect == "dlrm_v3"
+    refusal(path, "HSTU-E104", "research", config=DLRM.user_config(), dialect="research")
+    refusal(valid(tmp_path), "HSTU-E104", "dlrm_v3", dialect="dlrm_v3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "seen"),
+    [
+        ({"hstu_num_heads": None}, "HSTU-E107", "hstu_num_heads must be given"),
+        ({"hstu_num_heads": 3}, "HSTU-E106", "hstu_num_heads 3"),
+        ({"action_weights": [1, 2, 4, 8]}, "HSTU-E106", "_combined_action_weights is [1, 2, 4, 8, 16]"),
+        ({"action_weights": None}, "HSTU-E105", "_action_encoder._action_embedding_table"),
+        ({"enable_postprocessor": False}, "HSTU-E105", "_time_feature_combiner.weight"),
+        ({"use_layer_norm_postprocessor": True}, "HSTU-E105", "_time_feature_combiner.weight"),
+        ({"hstu_group_norm": True}, "HSTU-E106", "_output_norm_weight is [14], the configuration needs [2]"),
+        ({"multitask_configs": [{"task_name": "like", "task_type": 0}]}, "HSTU-E106", "is [2, 14], the configuration"),
+        (
+            {"contextual_feature_to_max_length": {}, "contextual_feature_to_min_uih_length": {}},
+            "HSTU-E105",
+            "_batched_contextual_linear_weights",
+        ),
+        ({"contextual_feature_to_max_length": {"user_id": 2}}, "HSTU-E106", "the configuration needs [2, 6, 12]"),
+        ({"user_embedding_feature_names": ["movie_id"]}, "HSTU-E106", "0 additional features"),
+        ({"scaling_seq_len": 0}, "HSTU-E109", "scaling_seq_len is 0"),
+        ({"time_bucket_fn": "log2"}, "HSTU-E110", "'log2'"),
+        ({"hstu_group_nrom": True}, "HSTU-E109", "nearest: hstu_group_norm"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_ranking_configuration_of_another_checkpoint(
+    tmp_path: Path, changes: dict[str, Any], code: str, seen: str
+) -> None:
+    refusal(saved(tmp_path, dlrm_state_dict(DLRM)), code, seen, config={**DLRM.user_config(), **changes})
+
+
+def test_ranking_checkpoint_without_its_configuration(tmp_path: Path) -> None:
+    path = saved(tmp_path, dlrm_state_dict(DLRM))
+    with pytest.raises(CheckpointError, match=r"(?s)HSTU-E109.*DlrmHSTUConfig"):
+        spec_from_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "seen"),
+    [
+        ("_action_encoder._combined_action_weights", [1, 2, 4, 8, 32], "expected [1, 2, 4, 8, 16]"),
+        ("_period_units", [[3600.0, 604800.0]], "expected [[3600.0, 86400.0]]"),
+        ("_units_per_period", [[12.0, 7.0]], "expected [[24.0, 7.0]]"),
+        ("_units_per_period", [[24.0]], "is [[24.0]], expected [[24.0, 7.0]]"),
+    ],
+)
+def test_buffers_that_are_not_the_familys_constants(tmp_path: Path, key: str, value: Any, seen: str) -> None:
+    """The arithmetic with them is compiled as constants: a file with others is another model."""
+    full = (PREPROCESSOR if key.startswith("_action") else POSTPROCESSOR) + key
+    dlrm_refusal(tmp_path, "HSTU-E106", "1 buffers", full, seen, **{full: torch.tensor(value)})
+
+
+def test_buffers_may_be_absent_or_wider(tmp_path: Path) -> None:
+    state = dlrm_state_dict(DLRM)
+    buffers = [key for key in state if key.endswith(("_combined_action_weights", "_period_units", "_units_per_period"))]
+    assert len(buffers) == 3
+    reference = spec_from_checkpoint(saved(tmp_path, state), DLRM.user_config())
+    for changes in ({key: state[key].double() for key in buffers}, dict.fromkeys(buffers)):
+        changed = {key: tensor for key, tensor in {**state, **changes}.items() if tensor is not None}
+        spec = spec_from_checkpoint(saved(tmp_path, changed), DLRM.user_config())
+        assert spec.config == reference.config
+        assert all(torch.equal(spec.state_dict[name], tensor) for name, tensor in reference.state_dict.items())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        PREPROCESSOR + "_content_embedding_mlp.1.bias",
+        PREPROCESSOR + "_additional_embedding_mlp.2.weight",
+        PREPROCESSOR + "_action_embedding_mlp.3.weight",
+        PREPROCESSOR + "_action_encoder._target_action_embedding_table",
+        PREPROCESSOR + "_batched_contextual_linear_bias",
+        POSTPROCESSOR + "_layer_norm.bias",
+        "_hstu_transducer._stu_module._stu_layers.1._uvqk_beta",
+        "_item_embedding_mlp.3.bias",
+        "_multitask_module._prediction_module.1.weight",
+    ],
+)
+def test_ranking_weights_that_are_missing_are_named(tmp_path: Path, key: str) -> None:
+    dlrm_refusal(tmp_path, "HSTU-E105", "missing 1", key, **{key: None})
+
+
+def test_ranking_tables_of_another_width_or_hollow(tmp_path: Path) -> None:
+    table = "_embedding_collection.embeddings.movie_category.weight"
+    dlrm_refusal(tmp_path, "HSTU-E106", "movie_category is 7 wide", **{table: torch.ones(40, 7)})
+    dlrm_refusal(tmp_path, "HSTU-E106", table, "claim more", **{table: torch.ones(1, 6).expand(10**9, 6)})
+    dlrm_refusal(tmp_path, "HSTU-E106", "num_rows of movie_category", **{table: torch.ones(1, 6).expand(10**11, 6)})
+    dlrm_refusal(tmp_path, "HSTU-E110", table, "int8", **{table: torch.ones(40, 6, dtype=torch.int8)})
+    dlrm_refusal(tmp_path, "HSTU-E108", table, "1 NaN", **{table: torch.tensor([[float("nan")] + [0.0] * 5])})
+
+
+@pytest.mark.parametrize(
+    ("key", "rows", "code", "seen"),
+    [
+        ("_position_embeddings_weight", 10**9, "HSTU-E106", "claim more elements than the file stores"),
+        ("_position_embeddings_weight", 10**11, "HSTU-E109", "num_positions is 100000000000"),
+        ("_timestamp_embeddings_weight", 10**6, "HSTU-E106", "claim more elements than the file stores"),
+        ("_timestamp_embeddings_weight", 10**9, "HSTU-E109", "num_time_buckets is 999999999"),
+    ],
+)
+def test_hollow_position_and_time_tables_allocate_nothing(
+    tmp_path: Path, key: str, rows: int, code: str, seen: str
+) -> None:
+    started = time.monotonic()
+    dlrm_refusal(tmp_path, code, seen, **{ENCODER + key: torch.ones(1, 12).expand(rows, 12)})
+    assert time.monotonic() - started < 5
+
+
+def native_ranking() -> tuple[dict[str, Any], RankingModel]:
+    shapes = {key: tuple(tensor.shape) for key, tensor in dlrm_state_dict(DLRM).items()}
+    config = dataclasses.replace(DLRM_V3.config(shapes, DLRM.user_config()), dialect="native")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = RankingModel(config).eval()
+    return {"format": "hstu-compile/1", "config": config.to_dict(), "state_dict": model.state_dict()}, model
+
+
+def test_own_format_holds_ranking_models_too(tmp_path: Path) -> None:
+    content, model = native_ranking()
+    spec = spec_from_checkpoint(saved(tmp_path, content))
+    assert (spec.dialect, spec.ignored_keys) == ("native", ())
+    assert spec.config == model.config
+    loaded = model_from_spec(spec)
+    assert isinstance(loaded, RankingModel)
+    inputs = packed_inputs(DLRM, draw_requests(DLRM, [(5, 3), (0, 2), (30, 1)]))
+    assert torch.equal(loaded.packed(inputs).logits, model.packed(inputs).logits)
+
+
+def test_own_format_of_a_family_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    family = spec_from_checkpoint(saved(tmp_path, dlrm_state_dict(DLRM)), DLRM.user_config())
+    content = {"format": "hstu-compile/1", "config": family.config.to_dict(), "state_dict": family.state_dict}
+    native = spec_from_checkpoint(saved(tmp_path, content, "native.pt"))
+    assert native.config == family.config
+    inputs = packed_inputs(DLRM, draw_requests(DLRM, [(5, 3), (0, 2), (30, 1)]))
+    models = [model_from_spec(spec, torch.float64) for spec in (family, native)]
+    assert all(isinstance(model, RankingModel) for model in models)
+    first, second = (model.packed(inputs) for model in models if isinstance(model, RankingModel))
+    assert torch.equal(first.logits, second.logits)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "code", "seen"),
+    [
+        (("num_positions",), "many", "HSTU-E109", "'many'"),
+        (("num_time_buckets",), 10**12, "HSTU-E109", "1000000000000"),
+        (("num_positions",), 10**9, "HSTU-E106", "position_embedding is [30, 12]"),
+        (("tables", 0, "num_rows"), 10**9, "HSTU-E106", "tables.0.weight is [40, 6]"),
+        (("tables", 0, "name"), 7, "HSTU-E109", "name is 7"),
+        (("tables",), {}, "HSTU-E109", "expected a list, got dict"),
+        (("tasks", 0, "kind"), "bce", "HSTU-E109", "'bce'"),
+        (("tasks",), [], "HSTU-E109", "tasks is empty"),
+        (("action_weights",), [1], "HSTU-E106", "action_embedding is [5, 8]"),
+        (("layer", "embedding_dim"), 10**30, "HSTU-E109", "embedding_dim is 1000"),
+        (("layer", "attention", "max_seq_len"), 20, "HSTU-E109", "max_seq_len 20"),
+        (("layer", "attention", "alpha"), 10**400, "HSTU-E109", "float"),
+        (("num_layers",), 10**8, "HSTU-E109", "num_layers is 100000000"),
+        (("surprise",), 1, "HSTU-E109", "surprise"),
+    ],
+)
+def test_own_format_with_a_ranking_configuration_that_cannot_be(
+    tmp_path: Path, path: tuple[Any, ...], value: Any, code: str, seen: str
+) -> None:
+    content, _ = native_ranking()
+    target = json.loads(json.dumps(content["config"]))
+    content["config"] = target
+    for name in path[:-1]:
+        target = target[name]
+    target[path[-1]] = value
+    native_refusal(tmp_path, content, code, seen)
