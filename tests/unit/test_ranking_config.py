@@ -139,16 +139,16 @@ def test_configuration_says_what_is_wrong(changes: dict[str, Any], message: str)
         (lambda: EmbeddingTable("t", 4, 0), "table t is 0 wide; it must be 1 to 65536"),
         (lambda: EmbeddingTable("t", 4, 65537), "table t is 65537 wide; it must be 1 to 65536"),
         (lambda: EmbeddingTable("t", 1 << 31, 4), "num_rows of t is 2147483648; it must be at most 2147483647"),
-        (lambda: EmbeddingTable("t", 4.0, 4), "num_rows is 4.0; it must be an integer"),  # type: ignore[arg-type]
-        (lambda: EmbeddingTable(4, 4, 4), "name is 4; it must be a string"),  # type: ignore[arg-type]
+        (lambda: EmbeddingTable("t", 4.0, 4), "num_rows is 4.0; it must be an integer"),
+        (lambda: EmbeddingTable(4, 4, 4), "name is 4; it must be a string"),
         (lambda: ContextualFeature("u", "t", 0, 0), "contextual feature u has max_length 0; at least 1"),
         (lambda: ContextualFeature("u", "t", 1, -1), "min_history_len of u is -1; at least 0"),
         (lambda: ContextualFeature("u", "t", 1, 1 << 31), "min_history_len of u is 2147483648; it must be at most"),
-        (lambda: ContextualFeature("u", ["t"], 1, 0), r"table is \['t'\]; it must be a string"),  # type: ignore[arg-type]
-        (lambda: SequenceFeature("a", "b", None), "table is None; it must be a string"),  # type: ignore[arg-type]
-        (lambda: ItemFeature(1, "t"), "name is 1; it must be a string"),  # type: ignore[arg-type]
-        (lambda: RankingTask("like", "bce"), "kind is 'bce'; allowed: 'binary', 'regression'"),  # type: ignore[arg-type]
-        (lambda: RankingTask(None, "binary"), "name is None; it must be a string"),  # type: ignore[arg-type]
+        (lambda: ContextualFeature("u", ["t"], 1, 0), r"table is \['t'\]; it must be a string"),
+        (lambda: SequenceFeature("a", "b", None), "table is None; it must be a string"),
+        (lambda: ItemFeature(1, "t"), "name is 1; it must be a string"),
+        (lambda: RankingTask("like", "bce"), "kind is 'bce'; allowed: 'binary', 'regression'"),
+        (lambda: RankingTask(None, "binary"), "name is None; it must be a string"),
     ],
 )
 def test_records_say_what_is_wrong(build: Any, message: str) -> None:
