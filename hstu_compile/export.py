@@ -18,9 +18,8 @@ from onnxscript import values as onnxscript_values
 from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.errors import ExportError
 from hstu_compile.graph_facts import tensor_specs
-from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
-from hstu_compile.served import ServedGraph, retrieval_graph
+from hstu_compile.served import ServedGraph
 
 OPSET = 20
 
@@ -155,8 +154,3 @@ def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph
         inputs=tensor_specs(proto.graph.input),
         outputs=tensor_specs(proto.graph.output),
     )
-
-
-def exported_from_model(model: RetrievalModel, precision: Precision, top_k: int = 0) -> OnnxGraph:
-    """Trace a retrieval model; see `retrieval_graph` and `exported_from_served`."""
-    return exported_from_served(retrieval_graph(model, top_k), precision)

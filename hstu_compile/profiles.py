@@ -141,15 +141,3 @@ def _range(sizes: ProfileSizes, axis: str) -> AxisRange:
     found = sizes.axis(axis)
     assert found is not None
     return found
-
-
-def retrieval_profile(sizes: ProfileSizes, *, has_ratings: bool) -> tuple[Profile, ...]:
-    """The profile of a retrieval graph."""
-    inputs = [
-        TensorSpec("item_ids", "int32", ("L",)),
-        TensorSpec("timestamps", "int64", ("L",)),
-        *([TensorSpec("ratings", "int32", ("L",))] if has_ratings else []),
-        TensorSpec("seq_offsets", "int32", ("B_plus_1",)),
-        TensorSpec("request_timestamps", "int64", ("B",)),
-    ]
-    return graph_profiles("retrieval", inputs, sizes)

@@ -1,18 +1,28 @@
-"""Small retrieval models with random weights of ordinary size, and what the compiler makes of them."""
+"""Small retrieval models with random weights of ordinary size, what the compiler makes of them, and their requests."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
-from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision
-from hstu_compile.export import TORCH_DTYPES, exported_from_model
+from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision, Profile, TensorSpec
+from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.model import RetrievalModel
 from hstu_compile.model.config import AttentionConfig, LayerConfig, RetrievalConfig
+from hstu_compile.profiles import ProfileSizes, graph_profiles
 from hstu_compile.rewrite import apply_passes, export_passes
+from hstu_compile.served import retrieval_graph
+
+# Of `research_model`.
+NUM_ITEMS, NUM_RATINGS, MAX_SEQ_LEN, NUM_LAYERS, WIDTH = 100, 6, 24, 2, 32
+LAST_TIMESTAMP = 2**30
+TAPS = tuple(f"{TAP_PREFIX}{i}" for i in range(NUM_LAYERS + 1))
 
 
 def small_config(num_layers: int = 2, attention: dict[str, Any] | None = None, **changes: Any) -> RetrievalConfig:
@@ -75,17 +85,91 @@ def small_model(config: RetrievalConfig, precision: Precision = "fp32", seed: in
     return model.eval().requires_grad_(False).cast(TORCH_DTYPES[precision])
 
 
+def research_model(precision: Precision, *, rated: bool = False) -> RetrievalModel:
+    """Two heads of width 16 (which kernels have tiles for), all biases; the same weights for the same arguments."""
+    attention = {
+        "attention_dim": 16,
+        "linear_dim": 16,
+        "scaling_seq_len": float(MAX_SEQ_LEN),
+        "max_seq_len": MAX_SEQ_LEN,
+        "pos_table_len": 32,
+        "num_time_buckets": 128,
+    }
+    config = small_config(
+        NUM_LAYERS,
+        attention,
+        embedding_dim=WIDTH,
+        dialect="research",
+        num_items=NUM_ITEMS,
+        preprocessor="rated" if rated else "positional",
+        item_embedding_dim=24 if rated else WIDTH,
+        num_ratings=NUM_RATINGS if rated else 0,
+        num_positions=32,
+    )
+    torch.manual_seed(0)
+    model = RetrievalModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0)  # otherwise attention hardly moves the residual stream, and an error in it hides
+    return model.cast(TORCH_DTYPES[precision])
+
+
+def exported_retrieval(model: RetrievalModel, precision: Precision, top_k: int = 0) -> OnnxGraph:
+    """The graph of a retrieval model as it is traced."""
+    return exported_from_served(retrieval_graph(model, top_k), precision)
+
+
+def retrieval_profile(sizes: ProfileSizes, *, has_ratings: bool = False) -> tuple[Profile, ...]:
+    """The profile of a retrieval graph."""
+    inputs = [
+        TensorSpec("item_ids", "int32", ("L",)),
+        TensorSpec("timestamps", "int64", ("L",)),
+        *([TensorSpec("ratings", "int32", ("L",))] if has_ratings else []),
+        TensorSpec("seq_offsets", "int32", ("B_plus_1",)),
+        TensorSpec("request_timestamps", "int64", ("B",)),
+    ]
+    return graph_profiles("retrieval", inputs, sizes)
+
+
 def rewritten(graph: OnnxGraph, num_layers: int) -> OnnxGraph:
-    """The graph that ships."""
+    """A retrieval graph after every pass but the pruning of its last layer: the tap behind that has every row."""
     taps = tuple(f"{TAP_PREFIX}{i}" for i in range(num_layers + 1))
     *_, last = apply_passes(graph, export_passes(num_layers, taps))
     return last
 
 
 def shipped(config: RetrievalConfig, precision: Precision = "fp32", top_k: int = 0) -> tuple[RetrievalModel, OnnxGraph]:
-    """A small model and its final graph."""
+    """A small model and its rewritten graph."""
     model = small_model(config, precision)
-    return model, rewritten(exported_from_model(model, precision, top_k), config.num_layers)
+    return model, rewritten(exported_retrieval(model, precision, top_k), config.num_layers)
+
+
+@functools.cache
+def _exported(precision: Precision, top_k: int, rated: bool) -> bytes:
+    model = research_model(precision, rated=rated)
+    return bytes(rewritten(exported_retrieval(model, precision, top_k), NUM_LAYERS).model.SerializeToString())
+
+
+def exported_graph(precision: Precision, *, top_k: int = 0, rated: bool = False) -> onnx.ModelProto:
+    """The rewritten graph of `research_model`; exported once per process, a new copy each time."""
+    return onnx.load_from_string(_exported(precision, top_k, rated))
+
+
+def request_batch(lengths: tuple[int, ...], *, rated: bool = False, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """A legal batch of sequences with these lengths for `research_model`."""
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    total = int(offsets[-1])
+    times = [np.sort(rng.integers(0, LAST_TIMESTAMP, length)) for length in lengths]
+    batch: dict[str, NDArray[Any]] = {
+        "item_ids": rng.integers(1, NUM_ITEMS + 1, total).astype(np.int32),
+        "timestamps": np.concatenate([*times, np.zeros(0, np.int64)]).astype(np.int64),
+        "seq_offsets": offsets,
+        "request_timestamps": np.full(len(lengths), LAST_TIMESTAMP + 60, np.int64),
+    }
+    if rated:
+        batch["ratings"] = rng.integers(0, NUM_RATINGS, total).astype(np.int32)
+    return batch
 
 
 def with_layer(config: RetrievalConfig, **changes: Any) -> RetrievalConfig:

@@ -84,23 +84,21 @@ def _eight_layers() -> Any:
 
 def export_8_layers() -> Measured:
     """Tracing and every rewrite pass; imports and the model's construction are not counted."""
-    from hstu_compile.export import exported_from_model
-    from tests.exported_models import rewritten
+    from tests.exported_models import exported_retrieval, rewritten
 
     model = _eight_layers()
-    return _timed(lambda: rewritten(exported_from_model(model, "fp16"), NUM_LAYERS))
+    return _timed(lambda: rewritten(exported_retrieval(model, "fp16"), NUM_LAYERS))
 
 
 def rtx_engine_8_layers() -> Measured:
     """The engine alone, from the graph in memory."""
     from hstu_compile.engine import engine_from_onnx
-    from hstu_compile.export import exported_from_model
-    from hstu_compile.profiles import ProfileSizes, retrieval_profile
+    from hstu_compile.profiles import ProfileSizes
     from hstu_compile.trt_options import EngineOptions
-    from tests.exported_models import rewritten
+    from tests.exported_models import exported_retrieval, retrieval_profile, rewritten
 
-    graph = rewritten(exported_from_model(_eight_layers(), "fp16"), NUM_LAYERS).model
-    profiles = retrieval_profile(ProfileSizes(64, 200, 8, 100), has_ratings=False)
+    graph = rewritten(exported_retrieval(_eight_layers(), "fp16"), NUM_LAYERS).model
+    profiles = retrieval_profile(ProfileSizes(64, 200, 8, 100))
     return _timed(
         lambda: engine_from_onnx(
             graph, backend="tensorrt-rtx", profiles=profiles, plugin_library=None, options=EngineOptions()

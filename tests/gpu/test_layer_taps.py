@@ -9,7 +9,7 @@ import torch
 
 from hstu_compile.compare import row_errors
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
-from tests.exported_graphs import NUM_LAYERS, exported_graph, request_batch, small_model
+from tests.exported_models import NUM_LAYERS, exported_graph, request_batch, research_model
 from tests.gpu.layer_taps import (
     FUNCTIONS,
     Float64Graph,
@@ -36,7 +36,7 @@ def feeds() -> dict[str, np.ndarray]:
 
 
 def test_the_float64_layers_are_those_of_the_eager_model(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> None:
-    eager = small_model("fp32").cast(torch.float64)
+    eager = research_model("fp32").cast(torch.float64)
     arguments = {name: torch.from_numpy(values) for name, values in feeds.items()}
     with torch.inference_mode():
         expected = [each.numpy() for each in eager.layer_activations(**arguments)]

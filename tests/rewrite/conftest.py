@@ -4,14 +4,13 @@ import onnx
 import pytest
 
 from hstu_compile.artifacts import OnnxGraph
-from hstu_compile.export import exported_from_model
-from tests.exported_models import small_config, small_model
+from tests.exported_models import exported_retrieval, small_config, small_model
 
 
 @pytest.fixture(scope="session")
 def exported_two_layers() -> OnnxGraph:
     """A two-layer float32 graph as the exporter leaves it."""
-    return exported_from_model(small_model(small_config(num_layers=2)), "fp32")
+    return exported_retrieval(small_model(small_config(num_layers=2)), "fp32")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hstu_compile.rewrite.lower_tensorrt8 import (
     NarrowInt64,
     lowered_for_tensorrt8,
 )
-from tests.exported_graphs import NUM_LAYERS, exported_graph, request_batch
+from tests.exported_models import NUM_LAYERS, exported_graph, request_batch
 from tests.tolerances import COMPONENTWISE
 
 

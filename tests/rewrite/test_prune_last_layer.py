@@ -17,12 +17,12 @@ from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision, Profile
 from hstu_compile.compare import EAGER_FLOOR, error_bound, row_error
 from hstu_compile.engine import engine_from_onnx
 from hstu_compile.errors import RewriteError
-from hstu_compile.export import TORCH_DTYPES, exported_from_model, exported_from_served
+from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.model.config import LayerConfig
 from hstu_compile.model.jagged import sequence_index
 from hstu_compile.model.layer import HstuLayer, JaggedBatch
 from hstu_compile.op_schema import is_attention, node_attributes
-from hstu_compile.profiles import ProfileSizes, retrieval_profile
+from hstu_compile.profiles import ProfileSizes
 from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.rewrite._pass import Pass
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
@@ -30,7 +30,7 @@ from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
 from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
 from hstu_compile.served import GraphInput, ServedGraph
-from tests.exported_models import small_config, small_model, with_layer
+from tests.exported_models import exported_retrieval, retrieval_profile, small_config, small_model, with_layer
 from tests.oracle import Array
 from tests.rewrite.attention_graphs import run_onnx
 
@@ -204,7 +204,7 @@ def rewritten(graph: OnnxGraph, num_layers: int, *extra: Pass) -> OnnxGraph:
 
 @functools.cache
 def _exported(kind: str, precision: Precision, top_k: int) -> OnnxGraph:
-    return exported_from_model(small_model(RETRIEVAL[kind], precision), precision, top_k)
+    return exported_retrieval(small_model(RETRIEVAL[kind], precision), precision, top_k)
 
 
 @functools.cache
@@ -660,7 +660,7 @@ def test_both_halves_of_the_projection_become_convolutions() -> None:
 def test_tensorrt_rtx_builds_the_pruned_retrieval_graph(precision: Precision) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     _, model = full_and_pruned("research", precision)
-    profiles = retrieval_profile(ProfileSizes(4, 20), has_ratings=False)
+    profiles = retrieval_profile(ProfileSizes(4, 20))
     assert len(engine_from_onnx(model, backend="tensorrt-rtx", profiles=profiles).plan) > 100_000
 
 

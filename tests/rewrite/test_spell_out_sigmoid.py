@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.spell_out_sigmoid import SpellOutSigmoid
-from tests.exported_graphs import NUM_LAYERS, exported_graph
+from tests.exported_models import NUM_LAYERS, exported_graph
 from tests.rewrite.attention_graphs import run_onnx
 
 X = np.concatenate([np.linspace(-30, 30, 6001), [-1000.0, -100.0, -88.0, 0.0, 100.0, 1000.0]]).astype(np.float32)

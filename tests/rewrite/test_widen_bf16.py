@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
 from hstu_compile.runtime.session import open_session
-from tests.exported_graphs import TAPS, exported_graph, request_batch, small_model
+from tests.exported_models import TAPS, exported_graph, request_batch, research_model
 from tests.tolerances import UNIT_ROUNDOFF
 
 
@@ -66,8 +66,8 @@ def test_the_model_equals_torch_within_bfloat16_rounding() -> None:
         actual = session.run(feeds)
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
     with torch.no_grad():
-        exact = small_model("fp32").layer_activations(**tensors)
-        eager = small_model("bf16").layer_activations(**tensors)
+        exact = research_model("fp32").layer_activations(**tensors)
+        eager = research_model("bf16").layer_activations(**tensors)
     for name, reference, half in zip(TAPS, exact, eager, strict=True):
         assert actual[name].dtype == np.float32
         bits = actual[name].view(np.uint32) & 0xFFFF

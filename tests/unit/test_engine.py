@@ -15,16 +15,16 @@ from onnx import TensorProto, helper
 from hstu_compile.artifacts import Profile
 from hstu_compile.engine import engine_from_onnx, graph_precision, layer_kind, plugin_key, plugin_nodes
 from hstu_compile.errors import EngineError, UsageError
-from hstu_compile.profiles import ProfileSizes, retrieval_profile
+from hstu_compile.profiles import ProfileSizes
 from hstu_compile.tensorrt_api import PluginKey
 from hstu_compile.trt_options import EngineOptions
-from tests.exported_graphs import MAX_SEQ_LEN, NUM_LAYERS, exported_graph
+from tests.exported_models import MAX_SEQ_LEN, NUM_LAYERS, exported_graph, retrieval_profile
 
 RTX = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], capture_output=True, check=False).returncode != 0,
     reason="tensorrt_rtx is not installed",
 )
-PROFILES = retrieval_profile(ProfileSizes(4, MAX_SEQ_LEN), has_ratings=False)
+PROFILES = retrieval_profile(ProfileSizes(4, MAX_SEQ_LEN))
 
 
 def add_model(op_type: str = "Add", domain: str = "") -> onnx.ModelProto:

@@ -17,14 +17,21 @@ from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.calibration.batches import retrieval_batch
 from hstu_compile.compare import EAGER_FACTOR, error_bound, row_error, top_items_problem
 from hstu_compile.errors import ExportError
-from hstu_compile.export import exported_from_model
 from hstu_compile.graph_facts import graph_facts
 from hstu_compile.metrics import top_k_overlap
 from hstu_compile.model import RetrievalModel
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.op_schema import attention_contract, is_attention, node_attributes
 from hstu_compile.rewrite import export_passes
-from tests.exported_models import rewritten, shipped, small_config, small_model, text_of, with_layer
+from tests.exported_models import (
+    exported_retrieval,
+    rewritten,
+    shipped,
+    small_config,
+    small_model,
+    text_of,
+    with_layer,
+)
 from tests.rewrite.attention_graphs import run_onnx
 
 LENGTHS = [1, 0, 20, 7, 13]
@@ -252,7 +259,7 @@ def test_the_passes_report_what_they_changed() -> None:
 
 
 def test_rewriting_leaves_the_exported_graph_alone() -> None:
-    exported = exported_from_model(small_model(CONFIGS["one layer, hour encoding"]), "fp32")
+    exported = exported_retrieval(small_model(CONFIGS["one layer, hour encoding"]), "fp32")
     before = exported.model.SerializeToString(deterministic=True)
     rewritten(exported, 1)
     assert exported.model.SerializeToString(deterministic=True) == before
@@ -260,7 +267,7 @@ def test_rewriting_leaves_the_exported_graph_alone() -> None:
 
 def test_rewriting_changes_no_number() -> None:
     config = CONFIGS["research"]
-    exported = exported_from_model(small_model(config), "fp32")
+    exported = exported_retrieval(small_model(config), "fp32")
     final = rewritten(exported, 2)
     bodiless = onnx.ModelProto()
     bodiless.CopyFrom(exported.model)
@@ -278,5 +285,5 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_exporters_words(monke
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError, match="unsupported operator aten::fancy") as caught:
-        exported_from_model(small_model(CONFIGS["one layer, hour encoding"]), "fp32")
+        exported_retrieval(small_model(CONFIGS["one layer, hour encoding"]), "fp32")
     assert caught.value.code == "HSTU-E201"

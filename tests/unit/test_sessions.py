@@ -16,7 +16,7 @@ from hstu_compile.errors import EngineError, PluginError, RequestError, UsageErr
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers
 from hstu_compile.runtime.session import open_session
 from hstu_compile.tensorrt_api import tf32_override_off
-from tests.exported_graphs import TAPS, exported_graph, request_batch, small_model
+from tests.exported_models import TAPS, exported_graph, request_batch, research_model
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import open_fake
 from tests.tolerances import COMPONENTWISE
@@ -30,7 +30,7 @@ def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> N
         assert [spec.name for spec in session.inputs] == list(feeds)
         outputs = session.run(feeds)
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    model = small_model("fp32")
+    model = research_model("fp32")
     with torch.no_grad():
         layers = model.layer_activations(**tensors)
         expected = {"user_embeddings": model.user_embeddings(layers[-1], tensors["seq_offsets"])}

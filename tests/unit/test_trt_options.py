@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from hstu_compile.artifacts import Profile, TensorSpec
 from hstu_compile.errors import EngineError, UsageError
-from hstu_compile.profiles import ProfileSizes, graph_profiles, retrieval_profile
+from hstu_compile.profiles import ProfileSizes, graph_profiles
 from hstu_compile.trt_options import (
     EngineOptions,
     parse_compute_capabilities,
@@ -20,6 +20,7 @@ from hstu_compile.trt_options import (
     trt_options,
     trtexec_command,
 )
+from tests.exported_models import retrieval_profile
 
 
 def options_of(*arguments: str) -> EngineOptions:
@@ -167,7 +168,7 @@ def test_the_trtexec_command_says_the_same() -> None:
         no_tf32=True,
         plugins=(Path("p.so"),),
     )
-    profiles = retrieval_profile(ProfileSizes(8, 20, 4, 10), has_ratings=False)
+    profiles = retrieval_profile(ProfileSizes(8, 20, 4, 10))
     words = shlex.split(trtexec_command(Path("m.onnx"), options, profiles, engine_path=Path("m.engine")))
     assert words == [
         "trtexec",
