@@ -1,4 +1,4 @@
-"""Turns what job.sh brought back into the committed results: results/{conformance,kernels,tensorrt85,rtx}.json.
+"""Turns what job.sh brought back into the committed results, results/STEP.json, and their table.
 
 Usage: python tests/gpu/collect.py RUN [--into plugins/README.md]
 
@@ -29,6 +29,7 @@ SOURCES = {
     "conformance": "conformance.jsonl",
     "kernels": "kernels.json",
     "tensorrt85": "tensorrt85.json",
+    "tensorrt85-accuracy": "tensorrt85-accuracy.json",
     "rtx": "rtx.json",
 }
 TIMINGS = {"tensorrt85": "tensorrt85-timing.json", "rtx": "rtx-timing.json"}

@@ -3,6 +3,7 @@
 #
 # Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
+#        trt85-accuracy                       where float32 engines of TensorRT 8.5 lose accuracy, layer by layer
 #        timing                               device times of the engines that trt85 and rtx left in WORK
 #        bench-plugin bench-rtx bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
 # Environment:
@@ -55,6 +56,9 @@ bench=$library/tests/bench/bench_plugin.py
 kernels() { with_paths timeout 420 "$python" "$gpu_tests/run_kernels.py" "$job" "$1" --workers "${WORKERS:-10}"; }
 conformance() { timeout 420 bash "$job/conformance/run_gpu.sh" "$1"; }
 trt85() { in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$1"; }
+trt85-accuracy() {
+    in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$1" --only-accuracy --parallel 4
+}
 rtx() { in_rtx timeout 420 "$python" "$gpu_tests/run_rtx.py" "$job" "$1"; }
 timing() {
     local status=0
@@ -102,8 +106,8 @@ run_step() {
     code=$?
     printf '{"step": "%s", "exit_code": %d, "commit": "%s", "gpu": "%s", "date": "%s"}\n' "$step" "$code" \
         "$HSTU_COMMIT" "$gpu" "$(date -u +%F)" >"$folder/run.json"
-    # Engines stay for the timing step, and are too large to bring back.
-    tar czf "$out/$step.tar.gz" -C "$work" --exclude='*.engine' "$step"
+    # Engines stay for later steps, and are too large to bring back; so are the graphs that they were built from.
+    tar czf "$out/$step.tar.gz" -C "$work" --exclude='*.engine' --exclude='*.onnx' "$step"
     {
         echo "== $step: exit $code, $((SECONDS - started)) s"
         if [ -f "$folder/summary.txt" ]; then cat "$folder/summary.txt"; else tail -n 25 "$folder/log.txt"; fi
@@ -120,7 +124,7 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | rtx | timing | bench-plugin | bench-rtx | bench-torch | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
+        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | bench-plugin | bench-rtx | bench-torch | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done

@@ -135,3 +135,21 @@ def test_conformance_counts_failures_and_sanitizer_verdicts(tmp_path: Path) -> N
     assert found["failed"][0]["mode"] == "n"
     assert found["cases"] == {"a float16": {"passed": 1, "worst": 0.3, "bound": 0.2}}
     assert found["sanitizers"] == {"memcheck": {"runs": 2, "clean": 1}}
+
+
+def test_the_accuracy_step_is_kept_beside_the_other_checks_of_that_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    for step in ("tensorrt85", "tensorrt85-accuracy"):
+        folder = tmp_path / "run" / step
+        folder.mkdir(parents=True)
+        checks = [{"name": step, "passed": True, "facts": {"table": [{"tensor": "u", "own_worst": 1e-6}]}}]
+        content = {"name": "tensorrt85", "summary": f"1 passed in {step}", "failed": [], "facts": {}, "checks": checks}
+        (folder / f"{step}.json").write_text(json.dumps(content))
+        (folder / "run.json").write_text(json.dumps({"gpu": "G", "commit": "c" * 40, "date": "2026-01-01"}))
+    assert collect.main([str(tmp_path / "run")]) == 0
+    for step in ("tensorrt85", "tensorrt85-accuracy"):
+        stored = json.loads((tmp_path / "results" / f"{step}.json").read_text())
+        assert stored["summary"] == f"1 passed in {step}"
+        assert stored["checks"][0]["facts"]["table"] == [{"tensor": "u", "own_worst": 1e-6}]

@@ -19,7 +19,7 @@ if [ -n "$(find "$unpacked" -path '*/parts/*.json' -print -quit)" ]; then
     "$python" "$repository/tests/bench/bench_plugin.py" --merge "$unpacked"
     "$python" "$repository/tests/bench/bench_plugin.py" --table --into "$readme" >/dev/null
 fi
-steps=(conformance.jsonl kernels.json tensorrt85.json rtx.json)
+steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json)
 for file in "${steps[@]}"; do
     if [ -n "$(find "$unpacked" -name "$file" -print -quit)" ]; then
         "$python" "$repository/tests/gpu/collect.py" "$unpacked" --into "$readme"
