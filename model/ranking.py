@@ -7,6 +7,7 @@ Source of the arithmetic: DlrmHSTU of Meta's generative-recommenders, read at co
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -63,7 +64,8 @@ class PrefillOutput(NamedTuple):
     activations: tuple[Tensor, ...]
 
 
-class _Sequences(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Sequences:
     """A batch of sequences by row: bounds [B + 1] int32, and of each row its sequence and its index there, int64."""
 
     offsets: Tensor

@@ -242,7 +242,9 @@ class RankingConfig:
     def _check_tables(self) -> None:
         dims = {table.name: table.embedding_dim for table in self.tables}
         require(len(dims) == len(self.tables), "two tables have one name")
-        used = [feature.table for feature in (*self.sequence_features, *self.item_features, *self.contextual_features)]
+        used = [feature.table for feature in self.sequence_features]
+        used += [feature.table for feature in self.item_features]
+        used += [feature.table for feature in self.contextual_features]
         for name in used:
             require(name in dims, f"there is no table {name!r}; tables: {', '.join(dims)}")
         widths = {dims[name] for name in used}
