@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -87,9 +89,17 @@ def measured_errors(
     return {name: row_error(tensor.numpy(), expected[name]).error for name, tensor in actual.items()}
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DlrmForm], RankingModel]:
+    """The float64 model of each form, read from a checkpoint once."""
+    return functools.cache(lambda form: model_of(form, tmp_path_factory.mktemp("forms")))
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_eager_model_equals_the_family_written_down_once_more(form: DlrmForm, tmp_path: Path) -> None:
-    errors = measured_errors(form, model_of(form, tmp_path))
+def test_eager_model_equals_the_family_written_down_once_more(
+    form: DlrmForm, models: Callable[[DlrmForm], RankingModel]
+) -> None:
+    errors = measured_errors(form, models(form))
     assert max(errors.values()) <= tolerances.FLOAT64 * 1e3, errors
 
 
@@ -108,9 +118,9 @@ SMALL_TRAPS = ("layer-eps-1e-5", "mlp-eps-1e-6", "postprocessor-eps-1e-6", "pi")
 
 
 @pytest.mark.parametrize("trap", get_args(Trap))
-def test_each_trap_of_the_family_would_be_seen(trap: Trap, tmp_path: Path) -> None:
+def test_each_trap_of_the_family_would_be_seen(trap: Trap, models: Callable[[DlrmForm], RankingModel]) -> None:
     form = TRAP_FORMS.get(trap, FORMS["plain"])
-    errors = measured_errors(form, model_of(form, tmp_path), trap)
+    errors = measured_errors(form, models(form), trap)
     assert max(errors.values()) > (1e-7 if trap in SMALL_TRAPS else 1e-2), errors
 
 

@@ -62,7 +62,7 @@ def model_of(form: DlrmForm, dtype: torch.dtype = torch.float64, **changes: Any)
     return model.eval().requires_grad_(False).cast(dtype)
 
 
-MODELS = {name: model_of(form) for name, form in FORMS.items()}
+MODELS = {name: model_of(form) for name, form in {**FORMS, "alone": ALONE}.items()}
 
 
 def packed(model: RankingModel, form: DlrmForm, requests: Sequence[Request]) -> RankingOutput:
@@ -127,7 +127,7 @@ SIZES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), min_size=1, ma
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(sizes=SIZES, seed=st.integers(0, 99), data=st.data())
 def test_any_portions_in_any_order_score_as_one_packed_forward(
     name: str, sizes: list[tuple[int, int]], seed: int, data: st.DataObject
@@ -205,7 +205,7 @@ def test_batches_of_any_shape(name: str, sizes: list[tuple[int, int]]) -> None:
 # --- Who influences whom ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 99), data=st.data())
 def test_permuting_users_permutes_answers(sizes: list[tuple[int, int]], seed: int, data: st.DataObject) -> None:
     form, model = FORMS["plain"], MODELS["plain"]
@@ -216,11 +216,11 @@ def test_permuting_users_permutes_answers(sizes: list[tuple[int, int]], seed: in
     assert_equal(permuted, plain[[row for b in order for row in range(starts[b], starts[b + 1])]])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(candidates=st.integers(2, 7), seed=st.integers(0, 99), data=st.data())
 def test_candidates_do_not_see_one_another(candidates: int, seed: int, data: st.DataObject) -> None:
     """With any other candidates in front, the last one (which dates the request) and each of the rest stay."""
-    model = model_of(ALONE)
+    model = MODELS["alone"]
     (request,) = draw_requests(ALONE, [(9, candidates)], seed)
     expected = packed(model, ALONE, [request]).logits
     kept = data.draw(st.lists(st.integers(0, candidates - 2), unique=True))
@@ -234,7 +234,7 @@ def test_candidates_do_not_see_one_another(candidates: int, seed: int, data: st.
 
 
 def test_one_user_never_changes_another() -> None:
-    model = model_of(ALONE)
+    model = MODELS["alone"]
     requests = draw_requests(ALONE, [(5, 3), (9, 2), (0, 4)])
     strangers = draw_requests(ALONE, [(30, 7), (9, 2), (2, 0)], seed=5)
     alone = packed(model, ALONE, [requests[1]]).logits
