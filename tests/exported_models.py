@@ -1,4 +1,4 @@
-"""Small retrieval models with random weights of ordinary size, what the compiler makes of them, and their requests."""
+"""Small models with random weights of ordinary size, what the compiler makes of them, and their requests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from hstu_compile.artifacts import TAP_PREFIX, OnnxGraph, Precision, Profile, Te
 from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.model import RetrievalModel
 from hstu_compile.model.config import AttentionConfig, LayerConfig, RetrievalConfig
+from hstu_compile.model.dialects import DLRM_V3
+from hstu_compile.model.ranking import RankingModel
+from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.profiles import ProfileSizes, graph_profiles
 from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.served import retrieval_graph
+from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 
 # Of `research_model`.
 NUM_ITEMS, NUM_RATINGS, MAX_SEQ_LEN, NUM_LAYERS, WIDTH = 100, 6, 24, 2, 32
@@ -112,6 +116,23 @@ def research_model(precision: Precision, *, rated: bool = False) -> RetrievalMod
         for parameter in model.parameters():
             parameter.mul_(5.0)  # otherwise attention hardly moves the residual stream, and an error in it hides
     return model.cast(TORCH_DTYPES[precision])
+
+
+def ranking_config(form: DlrmForm, **changes: Any) -> RankingConfig:
+    """The configuration of a small checkpoint of the DLRM-HSTU family; the changes are entries of the user's."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in dlrm_state_dict(form).items()}
+    config = DLRM_V3.config(shapes, {**form.user_config(), **changes})
+    assert isinstance(config, RankingConfig)
+    return config
+
+
+def ranking_model(form: DlrmForm, dtype: torch.dtype = torch.float32, **changes: Any) -> RankingModel:
+    """A small checkpoint of the DLRM-HSTU family; the changes are entries of the user's configuration."""
+    config, state = ranking_config(form, **changes), dlrm_state_dict(form)
+    model = RankingModel(config)
+    sources = DLRM_V3.sources(config)
+    model.load_state_dict({name: source.convert(state[source.key]) for name, source in sources.items()})
+    return model.eval().requires_grad_(False).cast(dtype)
 
 
 def exported_retrieval(model: RetrievalModel, precision: Precision, top_k: int = 0) -> OnnxGraph:
