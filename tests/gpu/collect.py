@@ -31,8 +31,12 @@ SOURCES = {
     "tensorrt85": "tensorrt85.json",
     "tensorrt85-accuracy": "tensorrt85-accuracy.json",
     "rtx": "rtx.json",
+    "ranking": "ranking.json",
+    "ranking-soak": "ranking-soak.json",
 }
 TIMINGS = {"tensorrt85": "tensorrt85-timing.json", "rtx": "rtx-timing.json"}
+#: Results whose engines were compared with float64.
+COMPARED = (*TIMINGS, "ranking")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 _CLEAN = re.compile(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards")
 #: Folders of the machine that ran it say nothing.
@@ -161,11 +165,12 @@ def table_text() -> str:
         run = content["run"]
         lines.append(f"| {name} | {content['summary']} | {run['gpu']} | {run['commit'][:12]} | {run['date']} |")
         notes += [f"- {name} failed: {failed}" for failed in content["failed"]]
-        if name in TIMINGS:
+        if name in COMPARED:
             engines += [
                 f"| {name} | {label} | {error:.2g} | {bound:.2g} | {'pass' if error <= bound else '**FAIL**'} |"
                 for label, error, bound in comparisons(content)
             ]
+        if name in TIMINGS:
             times += [
                 f"| {name} | {each['name'].split(':')[0]} | {each['facts']['median_ms']:.3f} | "
                 f"{each['facts']['p90_ms']:.3f} |"

@@ -3,6 +3,10 @@
 #
 # Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
+#        ranking                              packed, prefill and score engines, M-FALCON and the KV cache over them
+#        ranking-soak                         20,000 requests on the engines that ranking left in WORK
+#        bench-m-falcon-peers                 the M-FALCON benchmark's references and its PyTorch peers
+#        bench-m-falcon-engines               tests/bench/bench_m_falcon.py on the engines that ranking left in WORK
 #        trt85-accuracy                       where float32 engines of TensorRT 8.5 lose accuracy, layer by layer
 #        timing                               device times of the engines that trt85 and rtx left in WORK
 #        bench-plugin bench-rtx bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
@@ -12,6 +16,7 @@
 #   PYTHON             Python with torch and triton (default python3)
 #   TORCH_BACKENDS     of bench-torch (default "triton eager")
 #   HSTU_COMMIT        what the results are results of (default: the commit that the job folder was made from)
+#   PEERS_BUDGET, ENGINES_BUDGET    seconds of the M-FALCON benchmark's two steps
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
 
@@ -51,6 +56,9 @@ in_rtx() (
 )
 
 gpu_tests=$library/tests/gpu
+for archive in "$job"/*.tar.gz "$job"-m_falcon/*.tar.gz; do
+    [ -e "$archive" ] && bash "$repository/tests/gpu/unpack.sh" "$archive" "$work/models"
+done
 bench=$library/tests/bench/bench_plugin.py
 
 kernels() { with_paths timeout 420 "$python" "$gpu_tests/run_kernels.py" "$job" "$1" --workers "${WORKERS:-10}"; }
@@ -58,6 +66,46 @@ conformance() { timeout 420 bash "$job/conformance/run_gpu.sh" "$1"; }
 trt85() { in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$1"; }
 trt85-accuracy() {
     in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$1" --only-accuracy --parallel 4
+}
+# What the carried archives held, and what the M-FALCON steps share.
+models=$work/models
+engines=$work/ranking/engines
+m_falcon=m_falcon-fp16
+export TRITON_CACHE_DIR=$work/triton
+peers() { with_paths "$python" "$library/tests/bench/m_falcon_peers.py" --meta-repo "$job/meta" "$@"; }
+ranking() {
+    local status=0
+    # Compiling Meta's kernels needs processor time and next to no GPU; the engines' builds are waited for anyway.
+    (peers --compile-kernels) >"$1/compile.txt" 2>&1 &
+    local compiling=$!
+    (cd "$library" && with_paths timeout 120 "$python" -m pytest -q -p no:cacheprovider -k gpu \
+        --junitxml "$1/resident.xml" tests/unit/test_resident.py)
+    in_tensorrt85 timeout 520 python3.10 "$gpu_tests/run_ranking.py" "$job" "$1" --models "$models" \
+        --resident "$1/resident.xml" || status=1
+    # Not part of what is shown here: without it the peers' step compiles by itself.
+    wait "$compiling" || echo "Meta's kernels were not compiled: compile.txt says why"
+    return $status
+}
+ranking-soak() {
+    in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_ranking.py" "$job" "$1" --models "$models" --only-soak \
+        --engines "$engines"
+}
+bench-m-falcon-peers() {
+    local status=0
+    peers --parts "$1/fp16" --budget "${PEERS_BUDGET:-500}" || status=1
+    # Meta's modules are made for bfloat16: what float16 gets wrong is measured in that.
+    if grep -l '"status": "wrong result"' "$1"/fp16/meta_*.json >/dev/null; then
+        peers --parts "$1/bf16" --dtype bf16 --budget "$((${PEERS_BUDGET:-500} - SECONDS + started))" || status=1
+    fi
+    return $status
+}
+bench-m-falcon-engines() {
+    local references=$work/bench-m-falcon-peers/fp16
+    # A machine on which the peers did not run has no references yet.
+    peers --parts "$references" --backends reference --budget 150 || return 1
+    in_tensorrt85 python3.10 "$library/tests/bench/bench_m_falcon.py" --parts "$1/fp16" --references "$references" \
+        --bundle "$models/$m_falcon" --engines "$engines/$m_falcon" \
+        --plugin-library "$job/plugin/libhstu_trt_plugin.so" --budget "${ENGINES_BUDGET:-420}"
 }
 rtx() { in_rtx timeout 420 "$python" "$gpu_tests/run_rtx.py" "$job" "$1"; }
 timing() {
@@ -124,7 +172,8 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | bench-plugin | bench-rtx | bench-torch | bench-native) run_step "$step" || failed=$((failed + 1)) ;;
+        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | bench-plugin | \
+            bench-rtx | bench-torch | bench-native | bench-m-falcon-peers | bench-m-falcon-engines) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done

@@ -1,6 +1,9 @@
 """Makes the folder that the GPU steps need (job.sh): bundles, references, requests, plugin libraries. Needs no GPU.
 
 Usage: python tests/gpu/prepare_job.py OUT --tensorrt8-include-dir DIR [--fixture DIR] [--archs 90] [--jobs N]
+
+The bundle of the M-FALCON benchmark is large: it lies in OUT-m_falcon, and beside it two archives of it, each small
+enough to be carried alone; job.sh unpacks those that lie there.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import onnx
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BENCH = REPOSITORY / "tests" / "bench"
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "samples" / "01_movielens_demo")]
 
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint  # noqa: E402
@@ -40,6 +45,13 @@ DEEP_PRECISIONS = ("fp32", "fp16")
 DEEP_LAYERS = 8
 #: Precisions of each model.
 MODELS = {"research": RESEARCH_PRECISIONS, "deep": DEEP_PRECISIONS, "cycled": DEEP_PRECISIONS}
+DLRM_PRECISIONS = ("fp32", "fp16")
+DLRM_OPTIONS = ("--m-falcon", "micro-batch=16", "--max-batch", "8")
+M_FALCON = "m_falcon-fp16"
+M_FALCON_OPTIONS = ("--m-falcon", "micro-batch=2048", "--max-batch", "2", "--opt-batch", "1")
+RANKING_GRAPHS = ("model.onnx", "prefill.onnx", "score.onnx")
+#: Files of a bundle that no check reads.
+UNREAD = ("report.html", "report.json", "*onnxruntime_outputs.json")
 #: Pure-Python packages that the engine stage needs and a bare GPU machine may lack.
 CARRIED_PACKAGES = {"PyYAML": "yaml", "click": "click", "polygraphy": "polygraphy"}
 
@@ -50,16 +62,29 @@ def command_line(*arguments: object) -> None:
     subprocess.run([str(program), *map(str, arguments)], check=True, stdin=subprocess.DEVNULL)
 
 
-def build_bundles(job: Path, checkpoint: Path, config: Path | None, name: str, precisions: Sequence[str]) -> list[str]:
-    """Build one bundle without an engine per precision; returns their names."""
-    made = []
+def build_bundles(
+    job: Path,
+    checkpoint: Path,
+    config: Path | None,
+    name: str,
+    precisions: Sequence[str],
+    options: Sequence[str] = (),
+) -> None:
+    """Build one bundle without an engine per precision."""
     for precision in precisions:
         folder = job / "models" / f"{name}-{precision}"
         given = () if config is None else ("--config", config)
-        command_line("build", checkpoint, *given, f"--{precision}", "--backend", "onnx", "-o", folder, "--force")
-        (folder / "report.html").unlink(missing_ok=True)
-        made.append(folder.name)
-    return made
+        command_line(
+            "build", checkpoint, *given, f"--{precision}", "--backend", "onnx", *options, "-o", folder, "--force"
+        )
+        remove_unread(folder)
+
+
+def remove_unread(folder: Path) -> None:
+    """Drop what no check reads: all of it would have to be carried."""
+    for pattern in UNREAD:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def save_native(path: Path, config: RetrievalConfig, state: Mapping[str, torch.Tensor]) -> None:
@@ -123,13 +148,54 @@ def bench_variants() -> list[KernelVariant]:
     ]
 
 
-def build_tensorrt8_plugin(job: Path, models: Sequence[str], headers: Path, archs: Sequence[int], jobs: int) -> None:
+def save_m_falcon(place: Path, bundle: Path | None) -> None:
+    """The benchmark's bundle and two archives of it: the graphs, and what they are compared with.
+
+    Args:
+        place: folder of the bundle and the archives.
+        bundle: a bundle that was built from the benchmark's checkpoint before; None builds one, in minutes.
+    """
+    place.mkdir(exist_ok=True)
+    folder = place / M_FALCON
+    if bundle is not None:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*UNREAD))
+    else:
+        checkpoint = place / "checkpoint"
+        command = [sys.executable, str(BENCH / "m_falcon_prepare.py"), "--checkpoint", str(checkpoint)]
+        subprocess.run(command, check=True)
+        given = ("build", checkpoint / "ckpt.pt", "--config", checkpoint / "config.json", "--fp16", *M_FALCON_OPTIONS)
+        command_line(*given, "--backend", "onnx", "-o", folder, "--force")
+        remove_unread(folder)
+    files = sorted(folder.iterdir())
+    save_archive(place / f"{M_FALCON}-graphs.tar.gz", [path for path in files if path.suffix == ".onnx"])
+    save_archive(place / f"{M_FALCON}-references.tar.gz", [path for path in files if path.suffix != ".onnx"])
+
+
+def save_archive(path: Path, files: Iterable[Path]) -> None:
+    """Pack files of one bundle under its name."""
+    with tarfile.open(path, "w:gz") as archive:
+        for file in files:
+            archive.add(file, f"{file.parent.name}/{file.name}")
+    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def graphs_of(job: Path) -> list[Path]:
+    """Every graph that gets an engine of TensorRT 8.5, of all bundles that were prepared; it has no bfloat16."""
+    folders = [*(job / "models").iterdir(), *m_falcon_place(job).glob(M_FALCON)]
+    found = [folder / name for folder in sorted(folders) for name in RANKING_GRAPHS]
+    return [path for path in found if path.exists() and not path.parent.name.endswith("bf16")]
+
+
+def m_falcon_place(job: Path) -> Path:
+    """Beside the job folder, which is carried whole at each run."""
+    return job.with_name(f"{job.name}-m_falcon")
+
+
+def build_tensorrt8_plugin(job: Path, graphs: Sequence[Path], headers: Path, archs: Sequence[int], jobs: int) -> None:
     """One library with the kernels of every graph and of the benchmark."""
     variants = dict.fromkeys(bench_variants())
-    for name in models:
-        if not name.endswith("bf16"):
-            request = plugin_request_of([onnx.load(job / "models" / name / "model.onnx")], TENSORRT8)
-            variants.update(dict.fromkeys(request.variants))
+    for path in graphs:
+        variants.update(dict.fromkeys(plugin_request_of([onnx.load(path)], TENSORRT8).variants))
     library = build_plugin_library(
         PluginBuildRequest(
             variants=tuple(variants),
@@ -163,11 +229,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tensorrt8-include-dir", type=Path, required=True, help="folder of TensorRT 8.5's NvInfer.h")
-    fixture = REPOSITORY.parent / "shared" / "fixtures" / "meta_research_ml100k"
-    parser.add_argument("--fixture", type=Path, default=fixture, help="folder of ckpt.pt and config.json")
+    fixtures = REPOSITORY.parent / "shared" / "fixtures"
+    parser.add_argument(
+        "--fixture", type=Path, default=fixtures / "meta_research_ml100k", help="folder of ckpt.pt and config.json"
+    )
+    parser.add_argument(
+        "--dlrm-fixture",
+        type=Path,
+        default=fixtures / "meta_dlrm_ml100k",
+        help="folder of a ranking ckpt.pt, config.json and golden.npz",
+    )
+    parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parts = [*MODELS, "plugin", "conformance"]
+    parts = [*MODELS, "dlrm", "m_falcon", "plugin", "conformance"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
     arguments = parser.parse_args()
     job: Path = arguments.out.resolve()
@@ -185,8 +260,14 @@ def main() -> int:
         if model in arguments.only:
             save(checkpoints / f"{model}.pt", arguments.fixture)
             build_bundles(job, checkpoints / f"{model}.pt", None, model, MODELS[model])
+    if "dlrm" in arguments.only:
+        given = arguments.dlrm_fixture
+        build_bundles(job, given / "ckpt.pt", given / "config.json", "dlrm", DLRM_PRECISIONS, DLRM_OPTIONS)
+        shutil.copyfile(given / "golden.npz", job / "golden_dlrm.npz")
+    if "m_falcon" in arguments.only:
+        save_m_falcon(m_falcon_place(job), arguments.m_falcon_bundle)
     if "plugin" in arguments.only:
-        build_tensorrt8_plugin(job, names, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
+        build_tensorrt8_plugin(job, graphs_of(job), arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "conformance" in arguments.only:
         prepare_conformance(job, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     commit = subprocess.run(

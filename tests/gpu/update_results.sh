@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/plugin.csv, and both
-# tables of plugins/README.md. What the run lacks stays as it is.
+# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon}.csv, the
+# plot of the latter, both tables of plugins/README.md and the M-FALCON table where a document has its marks. What the run lacks stays as it is.
 #
 # Usage: update_results.sh RUN        (RUN: folder with job.sh's STEP.tar.gz files, at any depth)
 set -euo pipefail
@@ -15,11 +15,31 @@ trap 'rm -rf "$unpacked"' EXIT
 while IFS= read -r archive; do tar xzf "$archive" -C "$unpacked"; done \
     < <(find "$run" -name '*.tar.gz' -printf '%T@ %p\n' | sort -n | cut -d' ' -f2-)
 readme=$repository/plugins/README.md
-if [ -n "$(find "$unpacked" -path '*/parts/*.json' -print -quit)" ]; then
-    "$python" "$repository/tests/bench/bench_plugin.py" --merge "$unpacked"
-    "$python" "$repository/tests/bench/bench_plugin.py" --table --into "$readme" >/dev/null
+bench=$repository/tests/bench
+# Each benchmark from the steps of its own: the parts of one are no rows of the other.
+measured=0
+for step in bench-plugin bench-rtx bench-torch bench-native; do
+    if [ -n "$(find "$unpacked/$step" -path '*/parts/*.json' -print -quit 2>/dev/null)" ]; then
+        "$python" "$bench/bench_plugin.py" --merge "$unpacked/$step"
+        measured=1
+    fi
+done
+[ "$measured" -eq 0 ] || "$python" "$bench/bench_plugin.py" --table --into "$readme" >/dev/null
+measured=0
+for step in bench-m-falcon-peers bench-m-falcon-engines; do
+    if [ -n "$(find "$unpacked/$step" -name '*-n*-m*-b*.json' -print -quit 2>/dev/null)" ]; then
+        "$python" "$bench/bench_m_falcon.py" --merge "$unpacked/$step"
+        measured=1
+    fi
+done
+if [ "$measured" -eq 1 ]; then
+    "$python" "$bench/m_falcon_table.py" --svg "$bench/results/m_falcon.svg" >/dev/null
+    # Wherever the documentation has a place for it.
+    while IFS= read -r document; do
+        "$python" "$bench/m_falcon_table.py" --into "$repository/$document" >/dev/null
+    done < <(git -C "$repository" grep -l '<!-- m-falcon benchmark: begin -->' -- '*.md')
 fi
-steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json)
+steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json ranking.json ranking-soak.json)
 for file in "${steps[@]}"; do
     if [ -n "$(find "$unpacked" -name "$file" -print -quit)" ]; then
         "$python" "$repository/tests/gpu/collect.py" "$unpacked" --into "$readme"
