@@ -1,0 +1,144 @@
+"""What a build would do: limits against the model, graphs, and the numbers behind each graph's profile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu_compile.build_plan import BuildPlan, plan_build
+from hstu_compile.config import BuildConfig
+from hstu_compile.errors import UsageError
+from hstu_compile.graph_limits import GraphLimits
+from hstu_compile.model.ranking_config import RankingConfig
+from tests.dlrm_reference import DlrmForm, dlrm_state_dict
+from tests.exported_models import ranking_model, small_config, small_model
+
+FORM = DlrmForm(contextual=(("user_id", 1, 20), ("genres", 3, 5)))
+
+
+@pytest.fixture(scope="module")
+def ranking(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("ranking")
+    torch.save(dlrm_state_dict(FORM), folder / "ckpt.pt")
+    (folder / "config.json").write_text(json.dumps(FORM.user_config()))
+    return {"checkpoint": folder / "ckpt.pt", "config_file": folder / "config.json"}
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    config = small_config(num_layers=1)
+    path = tmp_path_factory.mktemp("retrieval") / "ckpt.pt"
+    state = small_model(config).state_dict()
+    torch.save({"format": "hstu-compile/1", "config": config.to_dict(), "state_dict": state}, path)
+    return {"checkpoint": path}
+
+
+def planned(files: dict[str, Path], **settings: Any) -> BuildPlan:
+    return plan_build(BuildConfig(**files, backend="onnx", **settings))
+
+
+def test_a_ranking_model_brings_its_own_limits(ranking: dict[str, Path]) -> None:
+    plan = planned(ranking)
+    assert plan.graphs == ("packed",)
+    limits = plan.limits
+    assert (limits.max_batch, limits.opt_batch, limits.max_seq_len, limits.opt_seq_len) == (64, 8, 48, 24)
+    assert (limits.max_candidates, limits.micro_batch, limits.contextual_len, limits.top_k) == (24, None, 4, 0)
+    assert plan.graph_limits("packed") == GraphLimits("packed", 48, 24, 4)
+
+
+def test_options_narrow_the_model_as_well_as_the_profile(ranking: dict[str, Path]) -> None:
+    plan = planned(ranking, max_seq_len=10, max_candidates=3, max_batch=16, micro_batch=7, opt_seq_len=4, opt_batch=3)
+    assert isinstance(plan.spec.config, RankingConfig)
+    assert (plan.spec.config.max_history_len, plan.spec.config.max_candidates) == (10, 3)
+    assert plan.spec.config.layer.attention.max_seq_len == 4 + 10 + 3
+    assert plan.graphs == ("packed", "prefill", "score")
+    assert [plan.graph_limits(name) for name in plan.graphs] == [
+        GraphLimits("packed", 10, 3, 4),
+        GraphLimits("prefill", 10, 0, 4),
+        GraphLimits("score", 10, 7, 4),
+    ]
+    ranges = {name: plan.sizes(name).axis("T") for name in plan.graphs}
+    # A packed forward takes each user's candidates, a scoring pass one micro-batch of all users' together.
+    assert ranges == {"packed": (1, 4, 48), "prefill": None, "score": (1, 4, 7)}
+    assert plan.sizes("score").axis("Lc") == (1, 3 * (4 + 4), 16 * (10 + 4))
+
+
+def test_a_longer_history_than_in_training_is_legal_for_ranking_alone(
+    ranking: dict[str, Path], retrieval: dict[str, Path]
+) -> None:
+    plan = planned(ranking, max_seq_len=5000, max_candidates=300)
+    assert (plan.limits.max_seq_len, plan.limits.max_candidates) == (5000, 300)
+    assert plan.spec.config.layer.attention.max_seq_len == 4 + 5000 + 300
+    with pytest.raises(UsageError, match="--max-seq-len 21 cannot be used"):
+        planned(retrieval, max_seq_len=21)
+
+
+def test_external_tables_leave_the_weights_of_the_tables_out(ranking: dict[str, Path]) -> None:
+    inside, outside = planned(ranking), planned(ranking, embeddings="external")
+    assert isinstance(outside.spec.config, RankingConfig)
+    assert outside.spec.config.external_embeddings
+    tables = [name for name in inside.spec.state_dict if name.startswith("tables.")]
+    assert len(tables) == 3
+    assert set(inside.spec.state_dict) - set(outside.spec.state_dict) == set(tables)
+
+
+def test_a_retrieval_model_has_one_graph(retrieval: dict[str, Path]) -> None:
+    plan = planned(retrieval, top_k=40, max_seq_len=12)
+    assert plan.graphs == ("retrieval",)
+    assert plan.graph_limits("retrieval") == GraphLimits("retrieval", 12, 0, 0)
+    assert plan.spec.config.max_seq_len == 12
+    assert plan.sizes("retrieval").axis("L") == (1, 8 * 6, 64 * 12)
+
+
+RANKING_REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"top_k": 1}, "--top-k 1 cannot be used"),
+    ({"micro_batch": 0}, "--m-falcon 0 cannot be used"),
+    ({"max_candidates": 0}, "--max-candidates 0 cannot be used"),
+    ({"max_seq_len": -1}, "--max-seq-len -1 cannot be used"),
+    ({"max_seq_len": 10, "opt_seq_len": 11}, "--opt-seq-len 11 cannot be used"),
+    ({"max_batch": 0, "opt_batch": 1}, "--max-batch 0 cannot be used"),
+    ({"max_batch": 4, "opt_batch": 5}, "--opt-batch 5 cannot be used"),
+]
+RETRIEVAL_REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"top_k": 41}, "--top-k 41 cannot be used"),
+    ({"top_k": -1}, "--top-k -1 cannot be used"),
+    ({"micro_batch": 256}, "--m-falcon 256 cannot be used"),
+    ({"max_candidates": 10}, "--max-candidates 10 cannot be used"),
+    ({"max_seq_len": -1}, "--max-seq-len -1 cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), RANKING_REFUSALS, ids=str)
+def test_each_limit_that_a_ranking_model_cannot_have(
+    ranking: dict[str, Path], settings: dict[str, Any], message: str
+) -> None:
+    check_refused(ranking, settings, message)
+
+
+@pytest.mark.parametrize(("settings", "message"), RETRIEVAL_REFUSALS, ids=str)
+def test_each_limit_that_a_retrieval_model_cannot_have(
+    retrieval: dict[str, Path], settings: dict[str, Any], message: str
+) -> None:
+    check_refused(retrieval, settings, message)
+
+
+def check_refused(files: dict[str, Path], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        planned(files, **settings)
+    assert (caught.value.code, caught.value.exit_code) == ("HSTU-E901", 2)
+    assert message in caught.value.what
+    assert caught.value.why.startswith("allowed: ")
+    assert message.split()[0] in caught.value.fix
+
+
+def test_the_plan_as_json(ranking: dict[str, Path]) -> None:
+    facts = json.loads(json.dumps(planned(ranking, micro_batch=7).to_dict()))
+    assert facts["graphs"] == ["packed", "prefill", "score"]
+    assert facts["checkpoint"]["dialect"] == "dlrm_v3"
+    assert facts["limits"]["micro_batch"] == 7
+    assert facts["attention_nodes"] == 2
+    assert facts["parameters"] == sum(weight.numel() for weight in ranking_model(FORM).parameters())
