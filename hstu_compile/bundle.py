@@ -354,6 +354,14 @@ def load_bundle(path: str | Path, runtime: str = "onnxruntime") -> Bundle:
         runtime: onnxruntime, tensorrt or tensorrt-rtx.
 
     Raises:
-        BundleError: HSTU-E803, if it is not a bundle or a file was altered.
+        BundleError: HSTU-E803, if it is not a bundle, a file was altered, or it holds a ranking model.
     """
-    return Bundle(read_bundle(Path(path)), runtime)
+    files = read_bundle(Path(path))
+    if files.manifest.get("ranking") is not None:
+        raise BundleError(
+            "HSTU-E803",
+            f"{files.path} holds a ranking model",
+            "its requests are users with candidates, which a retrieval request has no place for",
+            "open it with hstu_compile.ranking_bundle.open_ranking_session",
+        )
+    return Bundle(files, runtime)
