@@ -109,8 +109,17 @@ def fitting(reference: Reference, inputs: Sequence[TensorSpec]) -> tuple[Referen
 
     kept = [index for index in range(len(reference.feeds)) if fits(index)]
     dropped = [feed.name for index, feed in enumerate(reference.feeds) if index not in kept]
-    parts = {name: tuple(getattr(reference, name)[index] for index in kept) for name in ("feeds", "exact", "eager")}
-    return dataclasses.replace(reference, **parts), dropped
+    return chosen_feeds(reference, kept), dropped
+
+
+def chosen_feeds(reference: Reference, indices: Sequence[int]) -> Reference:
+    """Some of the feeds, with what belongs to them."""
+    return dataclasses.replace(
+        reference,
+        feeds=tuple(reference.feeds[index] for index in indices),
+        exact=tuple(reference.exact[index] for index in indices),
+        eager=tuple(reference.eager[index] for index in indices),
+    )
 
 
 def check_feeds(checks: Checks, bundle: PreparedBundle, graph: str, session: Session) -> None:
@@ -189,8 +198,8 @@ def ranking_session(spec: RankingSpec, open_graph: Open, users: int) -> Iterator
     layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
     budget = users * layout.entry_bytes(spec.contextual_len + spec.max_history_len)
     with contextlib.ExitStack() as opened:
-        graphs = {graph: opened.enter_context(open_graph(graph)) for graph in GRAPHS}
-        session = RankingSession(spec, **graphs, kv_budget_bytes=budget)
+        packed, prefill, score = (opened.enter_context(open_graph(graph)) for graph in GRAPHS)
+        session = RankingSession(spec, packed, prefill, score, kv_budget_bytes=budget)
         opened.pop_all()
     with session:
         yield session

@@ -36,6 +36,7 @@ from ranking_checks import (  # noqa: E402
     check_feeds,
     check_golden,
     check_m_falcon,
+    chosen_feeds,
     fitting,
     golden_requests,
     ranking_session,
@@ -112,9 +113,7 @@ def polygraphy_reference(reference: Reference, session: Session) -> Reference:
     """The stored feeds that Polygraphy can give the engine: it knows no empty tensors, and the engine no int64."""
     kept, _ = fitting(reference, session.inputs)
     full = [index for index, feed in enumerate(kept.feeds) if all(array.size for array in feed.arrays.values())]
-    return dataclasses.replace(
-        kept, feeds=tuple(kept.feeds[index] for index in full), eager=tuple(kept.eager[index] for index in full)
-    )
+    return chosen_feeds(kept, full)
 
 
 def check_polygraphy(
@@ -184,7 +183,7 @@ def check_resident(checks: Checks, report: Path) -> None:
 
 
 def growth(samples: Sequence[int]) -> float:
-    """MiB of device memory that were taken after the first tenth of the samples, of free bytes."""
+    """MiB of device memory taken after the first tenth of the samples, which are free bytes."""
     warm = samples[len(samples) // 10]
     return (warm - min(samples[len(samples) // 10 :])) / _MIB
 
@@ -195,9 +194,12 @@ def check_soak(checks: Checks, bundle: PreparedBundle, open_graph: Open, plan: S
         free: list[int] = []
         with ranking_session(bundle.spec, open_graph, SOAK_CACHE_USERS) as session:
             report = soak(session, plan, lambda _: free.append(free_bytes()))
+            free.append(free_bytes())
         check.facts |= {"plan": dataclasses.asdict(plan), "report": dataclasses.asdict(report)}
         check.facts |= {"device_growth_mib": growth(free), "relative_error": report.worst_logit / report.rms_logit}
         failures = report.failures(plan, MOST_GROWTH_MIB)
+        if len(free) < 2:
+            failures.append("the soak was too short to see device memory grow")
         if not growth(free) <= MOST_GROWTH_MIB:
             failures.append(f"device memory grew by {growth(free):.1f} MiB")
         check.facts["failures"] = failures
