@@ -344,9 +344,11 @@ def _largest_row(name: str, outputs: Outputs) -> float:
 
 def _polygraphy_outputs(reference: Reference) -> list[str]:
     """Outputs that can be compared number by number; a list of items cannot."""
-    outputs = {"retrieval": ("user_embeddings", "top_scores")}.get(reference.graph)
-    if outputs is None:
-        outputs = PREDICTIONS if reference.graph != "prefill" else tuple(n for n in reference.eager[0] if n[0] in "kv")
+    outputs: tuple[str, ...] = PREDICTIONS
+    if reference.graph == "retrieval":
+        outputs = ("user_embeddings", "top_scores")
+    elif reference.graph == "prefill":
+        outputs = tuple(name for name in reference.eager[0] if name[0] in "kv")
     return [name for name in outputs if name in reference.eager[0]]
 
 
