@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch
 
 from hstu_compile.__main__ import main
 from hstu_compile.model.config import RetrievalConfig
+from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 from tests.exported_models import small_config, small_model
 
-FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "meta_research_ml100k"
+_FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
+FIXTURE = _FIXTURES / "meta_research_ml100k"
+RANKING_FIXTURE = _FIXTURES / "meta_dlrm_ml100k"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +74,38 @@ def golden_feeds(golden: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
-def build_fixture(tmp_path_factory: pytest.TempPathFactory, golden: dict[str, Any]) -> Build:
-    """Build Meta's checkpoint with the given options; the same options give the same bundle."""
+def _builder_of(fixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     made: dict[tuple[object, ...], Built] = {}
 
     def build(*options: object) -> Built:
         if options not in made:
             path = tmp_path_factory.mktemp("fixture") / "meta.hstu"
-            config = ("--config", FIXTURE / "config.json")
-            made[options] = Built(path, hstu_compile("build", FIXTURE / "ckpt.pt", *config, "-o", path, *options))
+            config = ("--config", fixture / "config.json")
+            made[options] = Built(path, hstu_compile("build", fixture / "ckpt.pt", *config, "-o", path, *options))
         return made[options]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def build_fixture(tmp_path_factory: pytest.TempPathFactory, golden: dict[str, Any]) -> Build:
+    """Build Meta's retrieval checkpoint with the given options; the same options give the same bundle."""
+    return _builder_of(FIXTURE, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def ranking_golden() -> dict[str, Any]:
+    """Inputs and outputs of the original ranking model, three batches."""
+    if not RANKING_FIXTURE.is_dir():
+        pytest.skip("shared/fixtures/meta_dlrm_ml100k is absent")
+    with np.load(RANKING_FIXTURE / "golden.npz") as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+@pytest.fixture(scope="session")
+def build_ranking_fixture(tmp_path_factory: pytest.TempPathFactory, ranking_golden: dict[str, Any]) -> Build:
+    """Build Meta's ranking checkpoint with the given options; the same options give the same bundle."""
+    return _builder_of(RANKING_FIXTURE, tmp_path_factory)
 
 
 def save_checkpoint(path: Path, config: RetrievalConfig, seed: int = 0) -> Path:
@@ -105,6 +128,32 @@ def build_small(tmp_path_factory: pytest.TempPathFactory) -> Build:
             path = folder / "small.hstu"
             result = hstu_compile("build", checkpoint, "-o", path, "--backend", "onnx", *options)
             made[key] = Built(path, result)
+        return made[key]
+
+    return build
+
+
+def save_ranking_checkpoint(folder: Path, form: DlrmForm) -> tuple[Path, Path]:
+    """A checkpoint of the DLRM-HSTU family with random weights, and its configuration."""
+    checkpoint, config = folder / "small.pt", folder / "config.json"
+    torch.save(dlrm_state_dict(form), checkpoint)
+    config.write_text(json.dumps(form.user_config()))
+    return checkpoint, config
+
+
+@pytest.fixture(scope="session")
+def build_ranking(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Build a small ranking model of the given form with the given options, without an engine."""
+    made: dict[tuple[object, ...], Built] = {}
+
+    def build(form: DlrmForm, *options: object) -> Built:
+        key = (form, *options)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("ranking")
+            checkpoint, config = save_ranking_checkpoint(folder, form)
+            path = folder / "small.hstu"
+            command = ("build", checkpoint, "--config", config, "-o", path, "--backend", "onnx", *options)
+            made[key] = Built(path, hstu_compile(*command))
         return made[key]
 
     return build

@@ -1,0 +1,700 @@
+"""Ranking checkpoints, built: against what the original computed, and against the family written down once more."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from hstu_compile import recheck
+from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
+from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
+from hstu_compile.compare import EAGER_FLOOR, error_bound, row_error
+from hstu_compile.errors import RequestError
+from hstu_compile.model.ranking import RankingModel
+from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.polygraphy_files import PolygraphyCheck, load_outputs, save_outputs
+from hstu_compile.ranking_bundle import open_ranking_session
+from hstu_compile.runtime.ranking import RankingSession
+from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
+from hstu_compile.runtime.session import open_session
+from hstu_compile.served import packed_graph
+from hstu_compile.session_check import tensor_error
+from tests.dlrm_reference import (
+    ACTIONS,
+    CANDIDATE,
+    HISTORY,
+    QUERY_TIME,
+    TIME,
+    DlrmForm,
+    Request,
+    dlrm_state_dict,
+    draw_requests,
+    packed_inputs,
+    reference_answers,
+    table_key,
+)
+from tests.e2e.conftest import RANKING_FIXTURE, Build, hstu_compile, save_checkpoint, save_ranking_checkpoint
+from tests.exported_models import small_config
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+RELATIVE = 1e-5
+M_FALCON = ("--m-falcon", "micro-batch=16")
+TAPS = ("candidates_user_embeddings", "candidates_item_embeddings")
+INPUTS = [HISTORY, TIME, ACTIONS, "user_id", CANDIDATE, QUERY_TIME, "seq_offsets", "candidate_offsets"]
+KV_BUDGET = 1 << 20
+
+# Every kind of feature at once, and a divisor that does not depend on the batch.
+FORM = DlrmForm(
+    contextual=(("user_id", 1, 20), ("genres", 3, 5)),
+    additional=("movie_category",),
+    item_only=("item_shop",),
+    tasks=(("like", 0), ("minutes", 1)),
+    group_norm=True,
+    scaling_seq_len=57.0,
+)
+SMALL = ("--m-falcon", "micro-batch=5", "--max-batch", 8)
+# As plain as the family gets: nothing is in front of a history.
+BARE = DlrmForm(contextual=(), action_weights=(), num_layers=1, postprocessor="l2_norm", scaling_seq_len=57.0)
+# (events, candidates) below and above the least history of 20: nobody's history, no candidates, neither, only one.
+SIZES = [(2, 20), (30, 3), (0, 4), (7, 0), (19, 1), (0, 0), (20, 7)]
+
+
+def offsets(lengths: Any) -> Any:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def golden_feeds(golden: dict[str, Any], batch: str) -> dict[str, Any]:
+    """Inputs of the packed graph for a golden batch: no label and no watch time is among them."""
+    times = (TIME, QUERY_TIME)
+    parts = {"uih": (HISTORY, TIME, ACTIONS, "user_id"), "cand": (CANDIDATE, QUERY_TIME)}
+    feeds = {
+        name: golden[f"{batch}.{part}.{name}"].astype(np.int64 if name in times else np.int32)
+        for part, names in parts.items()
+        for name in names
+    }
+    feeds["seq_offsets"] = offsets(golden[f"{batch}.uih_lengths"])
+    feeds["candidate_offsets"] = offsets(golden[f"{batch}.num_candidates"])
+    return feeds
+
+
+def check_preds(actual: Any, expected: Any) -> None:
+    """Every single prediction within 1e-5 of its own size."""
+    assert actual.dtype == np.float32
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=RELATIVE, atol=0)
+
+
+def run_onnx_file(path: Path, feeds: dict[str, Any], taps: Sequence[str] = ()) -> dict[str, Any]:
+    with open_session("onnxruntime", onnx=path, taps=taps) as session:
+        return session.run(feeds)
+
+
+@pytest.fixture(scope="module")
+def golden_config(ranking_golden: dict[str, Any]) -> RankingConfig:
+    spec = spec_from_checkpoint(RANKING_FIXTURE / "ckpt.pt", config_from_file(RANKING_FIXTURE / "config.json"))
+    assert isinstance(spec.config, RankingConfig)
+    return spec.config
+
+
+def built_golden(build: Build) -> Path:
+    built = build("--fp32", *M_FALCON, "--backend", "onnx")
+    assert built.result.exit_code == 0, built.result.stderr
+    return built.path
+
+
+# --- Meta's checkpoint ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+def test_predictions_and_embeddings_equal_the_originals(
+    build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
+) -> None:
+    model = built_golden(build_ranking_fixture) / "model.onnx"
+    outputs = run_onnx_file(model, golden_feeds(ranking_golden, batch), TAPS)
+    check_preds(outputs["preds"], ranking_golden[f"{batch}.preds"].T)
+    np.testing.assert_allclose(1 / (1 + np.exp(-outputs["logits"].astype(np.float64))), outputs["preds"], RELATIVE)
+    for tap in TAPS:
+        expected = ranking_golden[f"{batch}.{tap}"]
+        assert row_error(outputs[tap], expected.astype(np.float64)).error <= RELATIVE, tap
+
+
+@pytest.mark.parametrize("batch", ["a", "b", "c"])
+def test_prefill_then_score_give_the_originals_predictions(
+    build_ranking_fixture: Build, ranking_golden: dict[str, Any], golden_config: RankingConfig, batch: str
+) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    feeds = golden_feeds(ranking_golden, batch)
+    cached = run_onnx_file(bundle / "prefill.onnx", prefill_arrays(golden_config, feeds))
+    scored = score_arrays(golden_config, feeds, cached, 16)
+    preds = run_onnx_file(bundle / "score.onnx", scored)["preds"]
+    counts = np.diff(scored["candidate_offsets"])
+    starts = feeds["candidate_offsets"][:-1]
+    taken = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    assert 10 <= len(taken) <= 16
+    check_preds(preds, ranking_golden[f"{batch}.preds"].T[taken])
+
+
+def golden_requests(golden: dict[str, Any], batch: str) -> list[RankingRequest]:
+    feeds = golden_feeds(golden, batch)
+    events, candidates = feeds["seq_offsets"], feeds["candidate_offsets"]
+    requests = []
+    for user in range(len(events) - 1):
+        history, asked = slice(*events[user : user + 2]), slice(*candidates[user : user + 2])
+        requests.append(
+            RankingRequest(
+                user=int(feeds["user_id"][user]),
+                history={name: feeds[name][history] for name in (HISTORY, TIME, ACTIONS)},
+                candidates={name: feeds[name][asked] for name in (CANDIDATE, QUERY_TIME)},
+                context={"user_id": feeds["user_id"][user : user + 1]},
+            )
+        )
+    return requests
+
+
+def test_the_session_scores_metas_users_as_the_packed_graph_does(
+    build_ranking_fixture: Build, ranking_golden: dict[str, Any]
+) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    for batch in ("b", "c"):
+        requests = golden_requests(ranking_golden, batch)
+        with open_ranking_session(bundle, kv_budget_bytes=1 << 23) as session:
+            first, again, packed = session.score(requests), session.score(requests), session.score_packed(requests)
+        assert [each.cache for each in (*first, *again)] == ["miss"] * len(requests) + ["hit"] * len(requests)
+        check_same_answers(first, packed)
+        check_same_answers(again, packed)
+    # The original divides by the longest history and the most candidates of a batch, a session by the request's own:
+    # the user who has both in a batch gets the original's answer. In batch c everybody has 64 candidates.
+    assert ranking_golden["c.num_candidates"].tolist() == [64, 64]
+    longest = int(np.argmax(ranking_golden["c.uih_lengths"]))
+    check_preds(first[longest].preds, ranking_golden["c.preds"].T[64 * longest : 64 * (longest + 1)])
+
+
+@pytest.mark.parametrize("batch", ["a", "b"])
+def test_the_float16_artifact_errs_at_most_twice_as_much_as_eager_float16(
+    build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
+) -> None:
+    bundle = built_half(build_ranking_fixture)
+    feeds = golden_feeds(ranking_golden, batch)
+    spec = spec_from_checkpoint(RANKING_FIXTURE / "ckpt.pt", config_from_file(RANKING_FIXTURE / "config.json"))
+    half = model_from_spec(spec, torch.float16)
+    assert isinstance(half, RankingModel)
+    plain = packed_graph(half).run(feeds)
+    outputs = run_onnx_file(bundle / "model.onnx", feeds, TAPS)
+    assert outputs["preds"].dtype == np.float32
+    expected = {"preds": ranking_golden[f"{batch}.preds"].T, **{tap: ranking_golden[f"{batch}.{tap}"] for tap in TAPS}}
+    for name, value in expected.items():
+        own = tensor_error(name, plain[name], value.astype(np.float64)).error
+        assert 1e-5 < own < 0.05, name
+        assert tensor_error(name, outputs[name], value.astype(np.float64)).error <= 2 * own, name
+
+
+def built_half(build: Build) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+    built = build("--fp16", *M_FALCON, "--backend", "tensorrt-rtx")
+    assert built.result.exit_code == 0, built.result.stderr
+    return built.path
+
+
+def test_tensorrt_rtx_engines_of_all_three_graphs_are_built_without_a_gpu(build_ranking_fixture: Build) -> None:
+    bundle = built_half(build_ranking_fixture)
+    manifest = manifest_of(bundle)
+    assert manifest["backend"]["name"] == "tensorrt-rtx"
+    names = {"packed": "model.engine", "prefill": "prefill.engine", "score": "score.engine"}
+    assert {graph["name"]: graph["engine"] for graph in manifest["graphs"]} == names
+    for graph in manifest["graphs"]:
+        assert manifest["files"][graph["engine"]]["bytes"] > 100_000
+        (profile,) = graph["profiles"]
+        assert profile["name"] == graph["name"]
+        assert list(profile["max"]) == [each["name"] for each in graph["inputs"]]
+    (packed,), (_,), (score,) = (graph["profiles"] for graph in manifest["graphs"])
+    assert packed["max"][CANDIDATE] == [64 * 64]
+    assert score["max"][CANDIDATE] == [16]
+    assert score["max"]["k_0"] == [64 * (245 + 1), 2, 32]
+    rows = json.loads((bundle / "report.json").read_text())["verification"]["runs"]
+    assert [row["artifact"] for row in rows] == [
+        f"{n}.{k}" for n in ("model", "prefill", "score") for k in ("onnx", "engine")
+    ]
+    assert all(row["reason"] for row in rows if row["status"] == "NOT RUN")
+
+
+# --- What a bundle says of itself -------------------------------------------------------------------------------------
+
+
+def manifest_of(bundle: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    return content
+
+
+def test_inspect_lists_the_inputs_and_outputs_of_the_packed_graph(build_ranking_fixture: Build) -> None:
+    result = hstu_compile("inspect", built_golden(build_ranking_fixture), "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    int64 = (TIME, QUERY_TIME)
+    axes = {"seq_offsets": "B_plus_1", "candidate_offsets": "B_plus_1", "user_id": "B", CANDIDATE: "T", QUERY_TIME: "T"}
+    assert facts["inputs"] == [
+        {"name": name, "dtype": "int64" if name in int64 else "int32", "shape": [axes.get(name, "L")]}
+        for name in INPUTS
+    ]
+    assert facts["outputs"] == [{"name": name, "dtype": "float32", "shape": ["T", 1]} for name in ("preds", "logits")]
+    assert [graph["name"] for graph in facts["graphs"]] == ["packed", "prefill", "score"]
+    assert facts["limits"] == {"max_batch": 64, "max_seq_len": 245, "max_candidates": 64, "micro_batch": 16}
+    assert facts["ranking"]["tasks"] == ["like"]
+    plain = hstu_compile("inspect", built_golden(build_ranking_fixture))
+    assert plain.exit_code == 0
+    assert "item_query_time" in plain.stdout
+
+
+def test_no_label_of_a_candidate_is_an_input_of_any_graph(build_ranking_fixture: Build) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    graphs = manifest_of(bundle)["graphs"]
+    inputs = {each["name"] for graph in graphs for each in graph["inputs"]}
+    labels = {"item_action_weights", "item_dummy_watchtime", "item_movie_rating", "movie_rating", "dummy_watch_time"}
+    assert inputs == {
+        *INPUTS,
+        "request_timestamps",
+        "num_candidates",
+        "scaling_seq_lens",
+        "cache_offsets",
+        *(f"{part}_{layer}" for part in "kv" for layer in range(3)),
+    }
+    assert not labels & inputs
+    for graph in graphs:
+        assert [i.name for i in onnx.load(bundle / graph["onnx"]).graph.input] == [i["name"] for i in graph["inputs"]]
+
+
+def test_a_label_in_a_request_is_refused(build_ranking_fixture: Build, ranking_golden: dict[str, Any]) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    (request, *_) = golden_requests(ranking_golden, "c")
+    label = ranking_golden["c.cand.item_action_weights"][: len(request.candidates[CANDIDATE])]
+    labelled = dataclasses.replace(request, candidates={**request.candidates, "item_action_weights": label})
+    with (
+        open_ranking_session(bundle, kv_budget_bytes=1 << 23) as session,
+        pytest.raises(RequestError, match="'item_action_weights' is not a feature of the model's candidates"),
+    ):
+        session.score([labelled])
+    feeds = golden_feeds(ranking_golden, "c")
+    with pytest.raises(RequestError, match="item_action_weights"):
+        run_onnx_file(bundle / "model.onnx", {**feeds, "item_action_weights": label})
+
+
+def test_the_report_counts_what_pruning_the_last_layer_left_out(build_ranking_fixture: Build) -> None:
+    report = json.loads((built_golden(build_ranking_fixture) / "report.json").read_text())
+    pruned = {each["name"]: each["counts"] for each in report["passes"] if "prune" in each["name"]}
+    assert pruned == {"packed: prune_last_layer": {"attention": 1, "projections": 1}}
+    assert [graph["name"] for graph in report["other_graphs"]] == ["prefill", "score"]
+    assert report["graph"]["operators"]["HstuAttention"] == 3
+    # Behind the last layer's keys and values a history is read by nothing.
+    assert [graph["operators"]["HstuAttention"] for graph in report["other_graphs"]] == [2, 3]
+
+
+# --- Small models of the family, against their reference --------------------------------------------------------------
+
+
+def built_small(build: Build, form: DlrmForm, *options: object) -> Path:
+    built = build(form, *options)
+    assert built.result.exit_code == 0, built.result.stderr
+    return built.path
+
+
+def drawn(form: DlrmForm, sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Request]:
+    """Requests that ask at or after the last event, as a session demands."""
+    return [
+        dataclasses.replace(each, query_times=np.maximum(each.query_times, each.times.max(initial=0)))
+        for each in draw_requests(form, sizes, seed)
+    ]
+
+
+def feeds_of(form: DlrmForm, requests: Sequence[Request]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in packed_inputs(form, requests).items()}
+
+
+def check_against_reference(form: DlrmForm, bundle: Path, requests: list[Request]) -> dict[str, Any]:
+    outputs = run_onnx_file(bundle / "model.onnx", feeds_of(form, requests), TAPS)
+    expected = reference_answers(form, dlrm_state_dict(form), requests)
+    for name, value in {"logits": expected.logits, "preds": expected.preds}.items():
+        assert outputs[name].shape == value.shape
+        assert tensor_error(name, outputs[name], value).error <= RELATIVE, name
+    for name, value in zip(TAPS, (expected.users, expected.items), strict=True):
+        assert row_error(outputs[name], value).error <= error_bound(2 * EAGER_FLOOR["fp32"], "fp32"), name
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        SIZES,
+        [(33, 9)],
+        [(0, 3)],
+        [(0, 3), (0, 2)],
+        [(5, 0), (0, 0), (21, 0)],
+        [(0, 0)],
+        [(1, 1)] * 8,
+        [(FORM.max_history_len, FORM.max_num_candidates_inference)],
+    ],
+    ids=[
+        "odd sizes",
+        "one user",
+        "one user without history",
+        "nobody has a history",
+        "no candidates at all",
+        "one user without anything",
+        "as many users as fit",
+        "the longest",
+    ],
+)
+def test_odd_batches_equal_the_reference(build_ranking: Build, sizes: list[tuple[int, int]]) -> None:
+    requests = drawn(FORM, sizes, seed=3)
+    outputs = check_against_reference(FORM, built_small(build_ranking, FORM, *SMALL), requests)
+    assert len(outputs["preds"]) == sum(candidates for _, candidates in sizes)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [(0, 3)], [(4, 0)], [(0, 0)]], ids=str)
+def test_a_model_without_context_and_actions_equals_the_reference(
+    build_ranking: Build, sizes: list[tuple[int, int]]
+) -> None:
+    bundle = built_small(build_ranking, BARE, "--max-batch", 8)
+    assert [i["name"] for i in manifest_of(bundle)["inputs"]] == [
+        name for name in INPUTS if name not in (ACTIONS, "user_id")
+    ]
+    check_against_reference(BARE, bundle, drawn(BARE, sizes, seed=4))
+
+
+def test_seconds_beyond_2_to_31_are_not_cut_to_32_bits(build_ranking: Build) -> None:
+    """ONNX Runtime 1.31 on a CPU takes Clip, Min and Max of int64 by their lower halves."""
+    bundle = built_small(build_ranking, FORM, *SMALL)
+    (request,) = drawn(FORM, [(30, 3)], seed=5)
+    for shift in (2**31, 2**32, 2**33):
+        # The first event stays where it was, the contextual tokens are at 0: distances of more than 2**31 as well.
+        times = request.times + shift
+        times[0] = 1
+        late = dataclasses.replace(request, times=times, query_times=request.query_times + shift)
+        check_against_reference(FORM, bundle, [late, request])
+
+
+# --- The scheduler over the built graphs ------------------------------------------------------------------------------
+
+
+def session_requests(form: DlrmForm, requests: Sequence[Request], *, external: bool = False) -> list[RankingRequest]:
+    """Requests to a session, with ids or with the rows of the checkpoint's tables."""
+    state = dlrm_state_dict(form)
+
+    def given(table: str, ids: Any) -> Any:
+        if not external:
+            return ids
+        rows = state[table_key(table)].numpy()[ids.clip(0)]
+        return np.where(ids[:, None] >= 0, rows, np.float32(0))
+
+    return [
+        RankingRequest(
+            user=number,
+            history={
+                **{name: given(name, each.history[name]) for name in form.history_ids},
+                TIME: each.times,
+                **({ACTIONS: each.actions} if form.action_weights else {}),
+            },
+            candidates={
+                **{name: given(table_of(form, name), each.candidates[name]) for name in form.item_ids},
+                QUERY_TIME: each.query_times,
+            },
+            context={name: given(name, each.context[name]) for name, _, _ in form.contextual},
+        )
+        for number, each in enumerate(requests)
+    ]
+
+
+def table_of(form: DlrmForm, name: str) -> str:
+    """The table of a candidate's id: that of the history's id, or its own."""
+    return name if name in form.item_only else name.removeprefix("item_")
+
+
+def check_same_answers(actual: Sequence[RankingResult], expected: Sequence[RankingResult]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        for name in ("preds", "logits"):
+            error = tensor_error(name, getattr(one, name), getattr(other, name).astype(np.float64)).error
+            assert error <= RELATIVE, (name, error)
+
+
+def check_answers(form: DlrmForm, requests: Sequence[Request], answers: Sequence[RankingResult]) -> None:
+    expected = reference_answers(form, dlrm_state_dict(form), requests)
+    for name in ("preds", "logits"):
+        actual = np.concatenate([getattr(each, name) for each in answers])
+        assert tensor_error(name, actual, getattr(expected, name)).error <= RELATIVE, name
+
+
+def open_small(build: Build, *options: object) -> RankingSession:
+    return open_ranking_session(built_small(build, FORM, *options), kv_budget_bytes=KV_BUDGET)
+
+
+def test_prefill_and_score_equal_packed_and_the_reference(build_ranking: Build) -> None:
+    requests = drawn(FORM, SIZES, seed=6)
+    asked = session_requests(FORM, requests)
+    with open_small(build_ranking, *SMALL) as session:
+        first, again, packed = session.score(asked), session.score(asked), session.score_packed(asked)
+        stats = session.stats()
+    check_answers(FORM, requests, first)
+    check_answers(FORM, requests, again)
+    check_answers(FORM, requests, packed)
+    busy = [bool(candidates) for _, candidates in SIZES]
+    assert [each.cache == "miss" for each in first] == busy
+    assert [each.cache == "hit" for each in again] == busy
+    assert (stats.cache.hits, stats.cache.misses) == (sum(busy), sum(busy))
+    total = sum(candidates for _, candidates in SIZES)
+    assert stats.score_passes >= 2 * -(-total // 5)
+
+
+def test_external_tables_give_the_same_answers_as_tables_inside(build_ranking: Build) -> None:
+    requests = drawn(FORM, SIZES, seed=7)
+    with open_small(build_ranking, *SMALL) as inside:
+        expected = inside.score_packed(session_requests(FORM, requests))
+    # Seed 0 draws an event whose score cancels to 1e-5; the norm behind attention takes that, and its rounding, times
+    # 1000. How far an artifact and the eager model are from float64 there is luck.
+    bundle = built_small(build_ranking, FORM, *SMALL, "--embeddings", "external", "--seed", 1)
+    shapes = {each["name"]: each["shape"] for each in manifest_of(bundle)["inputs"]}
+    assert shapes["movie_id"] == ["L", FORM.table_dim]
+    assert shapes["item_shop"] == ["T", FORM.table_dim]
+    assert shapes["genres"] == ["B_times_3", FORM.table_dim]
+    tables = [t for t in onnx.load(bundle / "model.onnx").graph.initializer if list(t.dims) == [FORM.num_rows, 6]]
+    assert not tables
+    with open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET) as session:
+        asked = session_requests(FORM, requests, external=True)
+        check_same_answers(session.score_packed(asked), expected)
+        check_same_answers(session.score(asked), expected)
+
+
+def test_max_candidates_bounds_a_pass_and_not_an_answer(build_ranking: Build) -> None:
+    bundle = built_small(build_ranking, FORM, "--max-candidates", 4, "--max-seq-len", 25, "--max-batch", 3)
+    assert manifest_of(bundle)["limits"] == {
+        "max_batch": 3,
+        "max_seq_len": 25,
+        "max_candidates": 4,
+        "micro_batch": None,
+    }
+    # At least 20 events: below, candidates beyond the fourth would count towards the least history.
+    requests = drawn(FORM, [(25, 19), (20, 4), (22, 5)], seed=8)
+    with open_ranking_session(bundle) as session:
+        check_answers(FORM, requests, session.score_packed(session_requests(FORM, requests)))
+        assert session.stats().packed_passes >= 3
+        (too_long,) = session_requests(FORM, drawn(FORM, [(26, 1)]))
+        with pytest.raises(RequestError, match="26 events; at most 25 fit"):
+            session.score_packed([too_long])
+
+
+# --- A bundle that was changed ----------------------------------------------------------------------------------------
+
+
+def test_verify_repeats_the_check_of_every_graph(build_ranking: Build) -> None:
+    bundle = built_small(build_ranking, FORM, *SMALL)
+    result = hstu_compile("verify", bundle, "--json")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["status"] == "PASS"
+    assert [run["artifact"] for run in facts["verification"]["runs"]] == ["model.onnx", "prefill.onnx", "score.onnx"]
+    checked = {check["tensor"] for run in facts["verification"]["runs"] for check in run["tensors"]}
+    assert checked == {"preds", "logits", "k_0", "v_0", "k_1", "v_1"}
+    assert [command["exit_code"] for command in facts["polygraphy"]] == [0, 0, 0]
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """A bundle that a test may damage."""
+    return lambda bundle: shutil.copytree(bundle, tmp_path / "copy.hstu")
+
+
+def rehash(bundle: Path) -> None:
+    """Let the manifest vouch for the files as they are now: only the verification can notice then."""
+    manifest = manifest_of(bundle)
+    for name, facts in manifest["files"].items():
+        content = (bundle / name).read_bytes()
+        facts.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_a_weight(path: Path) -> None:
+    """Two columns of the first layer's projection change places."""
+    model = onnx.load(path)
+    shape = [FORM.width, 2 * FORM.num_heads * (FORM.linear_dim + FORM.attention_dim)]
+    weight = next(each for each in model.graph.initializer if list(each.dims) == shape)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[:, [0, 1]] = values[:, [1, 0]]
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, path)
+
+
+def change_an_output(path: Path) -> None:
+    """0.9 of the right answer to the second request."""
+    outputs = load_outputs(path)
+    name = next(iter(outputs[1]))
+    outputs[1] = {**outputs[1], name: (outputs[1][name] * 0.9).astype(outputs[1][name].dtype)}
+    save_outputs(path, "altered", outputs)
+
+
+def no_polygraphy(folder: Path, arguments: Sequence[str]) -> PolygraphyCheck:
+    """Polygraphy finding nothing: our own comparison has to."""
+    return PolygraphyCheck(tuple(arguments), 0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.onnx", change_a_weight),
+        ("prefill.onnx", change_a_weight),
+        ("score.onnx", change_a_weight),
+        ("reference_outputs.json", change_an_output),
+        ("prefill_reference_outputs.json", change_an_output),
+        ("score_reference_outputs.json", change_an_output),
+    ],
+)
+def test_verify_notices_a_changed_file_of_any_graph(
+    build_ranking: Build,
+    copy_of: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: Callable[[Path], None],
+) -> None:
+    bundle = copy_of(built_small(build_ranking, FORM, *SMALL))
+    change(bundle / name)
+    refused = hstu_compile("verify", bundle)
+    assert refused.exit_code == 8
+    assert f"{name} has another sha256" in refused.stderr
+    rehash(bundle)
+    monkeypatch.setattr(recheck, "run_polygraphy", no_polygraphy)
+    result = hstu_compile("verify", bundle)
+    assert result.exit_code == 6, result.stdout + result.stderr
+    assert "FAIL" in result.stdout.splitlines()[-1]
+
+
+def test_the_recorded_polygraphy_commands_notice_a_changed_eager_output(
+    build_ranking: Build, copy_of: Callable[[Path], Path]
+) -> None:
+    bundle = copy_of(built_small(build_ranking, FORM, *SMALL))
+    change_an_output(bundle / "prefill_eager_outputs.json")
+    rehash(bundle)
+    result = hstu_compile("verify", bundle, "--json")
+    assert result.exit_code == 6, result.stdout + result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["status"] == "FAIL"
+    assert [command["exit_code"] for command in facts["polygraphy"]] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("engine", ["model.engine", "prefill.engine", "score.engine"])
+def test_verify_names_an_engine_that_was_changed(
+    build_ranking_fixture: Build, copy_of: Callable[[Path], Path], engine: str
+) -> None:
+    bundle = copy_of(built_half(build_ranking_fixture))
+    content = bytearray((bundle / engine).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / engine).write_bytes(bytes(content))
+    result = hstu_compile("verify", bundle)
+    assert result.exit_code == 8
+    assert f"{engine} has another sha256" in result.stderr
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranking_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return save_ranking_checkpoint(tmp_path_factory.mktemp("options"), FORM)
+
+
+def test_a_dry_run_says_what_would_be_built(ranking_checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, config = ranking_checkpoint
+    command = ("build", checkpoint, "--config", config, "--backend", "onnx", "--dry-run", "-o", tmp_path / "b.hstu")
+    with_graphs = hstu_compile(*command, "--m-falcon", "micro-batch=256", "--max-batch", 16, "--max-candidates", 40)
+    assert with_graphs.exit_code == 0, with_graphs.stderr
+    lines = with_graphs.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["checkpoint", "model", "attention", "graphs", "profile", "backend"]
+    assert lines[0] == "checkpoint  small.pt, dialect dlrm_v3"
+    assert lines[3] == "graphs      packed, prefill, score"
+    assert lines[4] == (
+        "profile     1 to 16 sequences (typical 2) of up to 48 events (typical 24), up to 40 candidates each"
+    )
+    packed_alone = hstu_compile(*command)
+    assert packed_alone.exit_code == 0, packed_alone.stderr
+    assert "graphs      packed\n" in packed_alone.stdout
+    assert "up to 24 candidates each" in packed_alone.stdout
+    facts = json.loads(hstu_compile(*command, "--m-falcon", "micro-batch=7", "--json").stdout)
+    assert facts["graphs"] == ["packed", "prefill", "score"]
+    assert facts["limits"]["micro_batch"] == 7
+    assert facts["limits"]["contextual_len"] == 4
+    assert not (tmp_path / "b.hstu").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--m-falcon", "micro-batch=0"), r"--m-falcon 0 cannot be used"),
+        (("--m-falcon", "micro-batch=abc"), r"--m-falcon micro-batch=abc cannot be used"),
+        (("--m-falcon", "micro-batch=-4"), r"--m-falcon micro-batch=-4 cannot be used"),
+        (("--m-falcon", "256"), r"--m-falcon 256 cannot be used"),
+        (("--m-falcon", "batch=256"), r"--m-falcon batch=256 cannot be used"),
+        (("--m-falcon", "micro-batch="), r"--m-falcon micro-batch= cannot be used"),
+        (("--max-candidates", "0"), r"--max-candidates 0 cannot be used"),
+        (("--max-candidates", "-3"), r"--max-candidates -3 cannot be used"),
+        (("--top-k", "10"), r"--top-k 10 cannot be used.*a ranking model scores the candidates it is given"),
+        (("--opt-batch", "9", "--max-batch", "8"), r"--opt-batch 9 cannot be used.*1 to 8"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_option_that_a_ranking_model_cannot_have_is_named(
+    ranking_checkpoint: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    checkpoint, config = ranking_checkpoint
+    result = hstu_compile("build", checkpoint, "--config", config, "-o", tmp_path / "b.hstu", *options)
+    check_usage_error(result, message)
+    assert not (tmp_path / "b.hstu").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--m-falcon", "micro-batch=256"), r"--m-falcon 256 cannot be used.*this checkpoint is a retrieval model"),
+        (("--max-candidates", "10"), r"--max-candidates 10 cannot be used.*ranking models"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_option_of_ranking_models_is_refused_for_a_retrieval_checkpoint(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "small.pt", small_config(num_layers=1))
+    result = hstu_compile("build", checkpoint, "-o", tmp_path / "b.hstu", *options)
+    check_usage_error(result, message)
+    assert not (tmp_path / "b.hstu").exists()
+
+
+def test_external_tables_are_refused_for_a_retrieval_checkpoint(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "small.pt", small_config(num_layers=1))
+    result = hstu_compile("build", checkpoint, "-o", tmp_path / "b.hstu", "--embeddings", "external")
+    assert result.exit_code == 3, result.stdout + result.stderr
+    assert "external_embeddings" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "b.hstu").exists()
+
+
+def check_usage_error(result: Any, message: str) -> None:
+    assert result.exit_code == 2, result.stdout + result.stderr
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert "HSTU-E901" in result.stderr
+    assert "{" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_ranking_bundle_and_its_command_say_how_it_is_served(build_ranking: Build, tmp_path: Path) -> None:
+    bundle = built_small(build_ranking, FORM, *SMALL)
+    np.savez(tmp_path / "in.npz", **feeds_of(FORM, drawn(FORM, [(3, 2)])))
+    result = hstu_compile("run", bundle, "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz")
+    assert result.exit_code == 8, result.stdout + result.stderr
+    assert "open_ranking_session" in result.stderr
+    assert not (tmp_path / "out.npz").exists()
