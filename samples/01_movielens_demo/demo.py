@@ -89,6 +89,8 @@ def compare(checkpoint: Path, bundle: Path, histories: prepare_data.Histories) -
     """
     spec = spec_from_checkpoint(checkpoint)
     full, half = model_from_spec(spec), model_from_spec(spec, torch.float16)
+    assert isinstance(full, RetrievalModel)
+    assert isinstance(half, RetrievalModel)
     full_items, half_items = full.item_vectors().numpy(), half.item_vectors().numpy()
     evaluations = {
         "eager fp32": evaluate(eager_encoder(full), full_items, histories),
