@@ -105,7 +105,7 @@ bench-m-falcon-engines() {
     peers --parts "$references" --backends reference --budget 150 || return 1
     in_tensorrt85 python3.10 "$library/tests/bench/bench_m_falcon.py" --parts "$1/fp16" --references "$references" \
         --bundle "$models/$m_falcon" --engines "$engines/$m_falcon" \
-        --plugin-library "$job/plugin/libhstu_trt_plugin.so" --budget "${ENGINES_BUDGET:-420}"
+        --plugin-library "$job/plugin/libhstu_trt_plugin.so" --budget "$((${ENGINES_BUDGET:-500} - SECONDS + started))"
 }
 rtx() { in_rtx timeout 420 "$python" "$gpu_tests/run_rtx.py" "$job" "$1"; }
 timing() {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -153,3 +156,38 @@ def test_the_accuracy_step_is_kept_beside_the_other_checks_of_that_runtime(
         stored = json.loads((tmp_path / "results" / f"{step}.json").read_text())
         assert stored["summary"] == f"1 passed in {step}"
         assert stored["checks"][0]["facts"]["table"] == [{"tensor": "u", "own_worst": 1e-6}]
+
+
+def test_each_benchmark_takes_the_parts_of_its_own_steps(tmp_path: Path) -> None:
+    """update_results.sh in a repository of its own: parts of one benchmark are no rows of the other."""
+    repository, run = tmp_path / "repository", tmp_path / "run"
+    for folder in ("tests/bench/results", "tests/gpu", "plugins"):
+        (repository / folder).mkdir(parents=True)
+    for path in (REPOSITORY / "tests" / "bench").glob("*.py"):
+        shutil.copy(path, repository / "tests" / "bench")
+    for name in ("collect.py", "update_results.sh"):
+        shutil.copy(REPOSITORY / "tests" / "gpu" / name, repository / "tests" / "gpu")
+    (repository / "plugins" / "README.md").write_text(f"{bench.BEGIN}\n{bench.END}\n{collect.BEGIN}\n{collect.END}\n")
+    document = repository / "m_falcon.md"
+    document.write_text("<!-- m-falcon benchmark: begin -->\n<!-- m-falcon benchmark: end -->\n")
+    subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
+    subprocess.run(["git", "add", "."], cwd=repository, check=True)
+    run.mkdir()
+    plugin, m_falcon = tmp_path / "bench-plugin" / "parts", tmp_path / "bench-m-falcon-engines" / "fp16"
+    plugin.mkdir(parents=True)
+    m_falcon.mkdir(parents=True)
+    part(plugin, "plugin", median_ms=2.0, peak_mib=10.0)
+    row = {"backend": "hstu_compile", "mode": "packed", "n": 1024, "m": 64, "micro_batch": 0, "dtype": "fp16"}
+    row |= {"status": "ok", "median_ms": 3.0, "call_median_ms": 4.0}
+    (m_falcon / "hstu_compile-packed-n1024-m64-b0.json").write_text(json.dumps(row))
+    for step in ("bench-plugin", "bench-m-falcon-engines"):
+        subprocess.run(["tar", "czf", str(run / f"{step}.tar.gz"), step], cwd=tmp_path, check=True)
+    command = ["bash", str(repository / "tests" / "gpu" / "update_results.sh"), str(run)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable}, capture_output=True)
+    results = repository / "tests" / "bench" / "results"
+    with (results / "plugin.csv").open() as file:
+        assert [each["backend"] for each in csv.DictReader(file)] == ["plugin"]
+    with (results / "m_falcon.csv").open() as file:
+        assert [(each["mode"], each["median_ms"]) for each in csv.DictReader(file)] == [("packed", "3")]
+    assert (results / "m_falcon.svg").read_text().startswith("<svg")
+    assert "| 1024 | 64 |" in document.read_text()
