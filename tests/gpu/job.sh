@@ -72,15 +72,15 @@ models=$work/models
 engines=$work/ranking/engines
 m_falcon=m_falcon-fp16
 export TRITON_CACHE_DIR=$work/triton
-peers() { with_paths "$python" "$library/tests/bench/m_falcon_peers.py" --meta-repo "$job/meta" "$@"; }
+peers() { with_paths timeout 540 "$python" "$library/tests/bench/m_falcon_peers.py" --meta-repo "$job/meta" "$@"; }
 ranking() {
     local status=0
     # Compiling Meta's kernels needs processor time and next to no GPU; the engines' builds are waited for anyway.
     (peers --compile-kernels) >"$1/compile.txt" 2>&1 &
     local compiling=$!
-    (cd "$library" && with_paths timeout 120 "$python" -m pytest -q -p no:cacheprovider -k gpu \
+    (cd "$library" && with_paths timeout 60 "$python" -m pytest -q -p no:cacheprovider -k gpu \
         --junitxml "$1/resident.xml" tests/unit/test_resident.py)
-    in_tensorrt85 timeout 520 python3.10 "$gpu_tests/run_ranking.py" "$job" "$1" --models "$models" \
+    in_tensorrt85 timeout 475 python3.10 "$gpu_tests/run_ranking.py" "$job" "$1" --models "$models" \
         --resident "$1/resident.xml" || status=1
     # Not part of what is shown here: without it the peers' step compiles by itself.
     wait "$compiling" || echo "Meta's kernels were not compiled: compile.txt says why"
