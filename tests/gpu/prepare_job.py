@@ -174,7 +174,7 @@ def save_m_falcon(place: Path, bundle: Path | None) -> None:
 def save_archive(path: Path, files: Iterable[Path]) -> None:
     """Pack files of one bundle under its name; the archive appears whole."""
     partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w:gz") as archive:
+    with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         for file in files:
             archive.add(file, f"{file.parent.name}/{file.name}")
     partial.replace(path)
