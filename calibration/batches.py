@@ -12,6 +12,8 @@ from hstu_compile.model.config import RetrievalConfig
 
 # 2024-01-01T00:00:00Z. Any real epoch time will do; float32 cannot hold its seconds, which is the point.
 _EPOCH = 1_704_067_200
+# Up to a week before the last second of int32.
+_MAX_SPAN = 2**31 - 7 * 86400 - _EPOCH
 # Gaps between events from one second to a year: every reachable time bucket is used.
 _LOG10_GAP_RANGE = (0.0, 7.5)
 
@@ -30,8 +32,13 @@ class RequestBatch:
 
 
 def event_times(rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
-    """[count] int64 seconds, ascending, with gaps from a second to a year."""
-    return _EPOCH + np.cumsum(10.0 ** rng.uniform(*_LOG10_GAP_RANGE, count)).astype(np.int64)
+    """[count] int64 seconds, ascending, with gaps from a second to a year; shorter ones where they would pass 2038.
+
+    TensorRT 8 keeps timestamps in int32.
+    """
+    passed = np.cumsum(10.0 ** rng.uniform(*_LOG10_GAP_RANGE, count))
+    longest = float(passed[-1]) if count else 0.0
+    return _EPOCH + (passed * min(1.0, _MAX_SPAN / max(longest, 1.0))).astype(np.int64)
 
 
 def retrieval_batch(name: str, config: RetrievalConfig, lengths: Sequence[int], seed: int) -> RequestBatch:

@@ -19,6 +19,9 @@ from hstu_compile.model.ranking import (
 )
 from hstu_compile.model.ranking_config import RankingConfig
 
+# Candidates of one request are asked for within an hour.
+_ASKING_SECONDS = 3600
+
 # Float64 keys and values of one batch.
 _MAX_CACHE_BYTES = 1 << 24
 
@@ -62,8 +65,9 @@ def ranking_batch(
             context.table, len(lengths) * context.max_length, -1 if context.max_length > 1 else 0
         )
     arrays |= {feature: ids(table, total_candidates) for feature, table in config.candidate_ids.items()}
-    asked = [each[-1] for each in times]
-    arrays[config.candidate_time_feature] = np.repeat(np.array(asked, np.int64), candidates)
+    # Not all at once: what a row's time is counted from is the last candidate's query time.
+    asked = np.repeat(np.array([each[-1] for each in times], np.int64), candidates)
+    arrays[config.candidate_time_feature] = asked + rng.integers(0, _ASKING_SECONDS, total_candidates)
     arrays[SEQ_OFFSETS], arrays[CANDIDATE_OFFSETS] = _offsets(lengths), _offsets(candidates)
     return RequestBatch(name, arrays)
 

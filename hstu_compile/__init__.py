@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from hstu_compile.config import BuildConfig
     from hstu_compile.errors import HstuCompileError
     from hstu_compile.pipeline import BuildResult, compile_checkpoint
+    from hstu_compile.ranking_bundle import open_ranking_session
+    from hstu_compile.runtime.ranking import RankingSession
+    from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult
 
 _HOMES = {
     "BuildConfig": "config",
     "BuildResult": "pipeline",
     "Bundle": "bundle",
     "HstuCompileError": "errors",
+    "RankingPolicy": "runtime.ranking_request",
+    "RankingRequest": "runtime.ranking_request",
+    "RankingResult": "runtime.ranking_request",
+    "RankingSession": "runtime.ranking",
     "compile_checkpoint": "pipeline",
     "load_bundle": "bundle",
+    "open_ranking_session": "ranking_bundle",
 }
 
 __all__ = [
@@ -30,9 +38,14 @@ __all__ = [
     "BuildResult",
     "Bundle",
     "HstuCompileError",
+    "RankingPolicy",
+    "RankingRequest",
+    "RankingResult",
+    "RankingSession",
     "__version__",
     "compile_checkpoint",
     "load_bundle",
+    "open_ranking_session",
 ]
 
 

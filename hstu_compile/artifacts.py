@@ -17,6 +17,14 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 # Intermediate values layer_0 .. layer_n of every graph are the residual stream before and after each layer.
 TAP_PREFIX = "layer_"
+# Further intermediate values of graphs with candidates: what the prediction head multiplies.
+USER_EMBEDDINGS_TAP = "candidates_user_embeddings"
+ITEM_EMBEDDINGS_TAP = "candidates_item_embeddings"
+
+
+def is_tap(name: str) -> bool:
+    """Whether a value is intermediate: shown by a runtime that can, and never served."""
+    return name.startswith(TAP_PREFIX) or name in (USER_EMBEDDINGS_TAP, ITEM_EMBEDDINGS_TAP)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,9 +70,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         EngineError: HSTU-E401, if the requested backend is absent.
     """
     user_config = config_from_file(config.config_file) if config.config_file is not None else None
-    if config.embeddings == "external":
-        user_config = {**(user_config or {}), "external_embeddings": True}
-    spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect)
+    external = config.embeddings == "external"
+    spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect, external_embeddings=external)
     model = spec.config
     if isinstance(model, RankingConfig):
         limits = _ranking_limits(config, model)
@@ -81,7 +80,6 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon": config.micro_batch,
-        "--embeddings external": config.embeddings == "external" or None,
     }
     for option, value in given.items():
         if value is not None:

@@ -28,6 +28,8 @@ from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError
 from hstu_compile.files import writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
+from hstu_compile.runtime.packed_request import check_packed_request
+from hstu_compile.runtime.ranking_spec import RankingSpec
 from hstu_compile.runtime.request import RequestLimits, check_request
 from hstu_compile.runtime.session import Session, open_session
 
@@ -233,8 +235,13 @@ class BundleFiles:
     @property
     def contextual_len(self) -> int:
         """Rows in front of every history: the contextual tokens of a ranking model."""
-        ranking = self.manifest.get("ranking")
-        return sum(feature["max_length"] for feature in ranking["contextual"]) if ranking else 0
+        return self.ranking.contextual_len if self.ranking is not None else 0
+
+    @functools.cached_property
+    def ranking(self) -> RankingSpec | None:
+        """What a ranking model takes; None for a retrieval model."""
+        entry = self.manifest.get("ranking")
+        return RankingSpec.from_manifest(entry) if entry is not None else None
 
     @property
     def has_engine(self) -> bool:
@@ -322,7 +329,8 @@ class Bundle:
         """Answer one request batch.
 
         Args:
-            feeds: input name to array; `files.inputs` lists names, dtypes and shapes.
+            feeds: input name to array; `files.inputs` lists names, dtypes and shapes. A ranking bundle runs the graph
+                `packed`; for cached histories see `open_ranking_session`.
 
         Returns:
             Output name to array.
@@ -331,6 +339,8 @@ class Bundle:
             RequestError: HSTU-E701 to E705, naming everything that is wrong with the request.
         """
         arrays = {name: np.asarray(array) for name, array in feeds.items()}
+        if self.files.ranking is not None:
+            return self.session.run(check_packed_request(arrays, self.files.ranking))
         return self.session.run(check_request(arrays, self.files.limits))
 
     def close(self) -> None:
@@ -354,14 +364,6 @@ def load_bundle(path: str | Path, runtime: str = "onnxruntime") -> Bundle:
         runtime: onnxruntime, tensorrt or tensorrt-rtx.
 
     Raises:
-        BundleError: HSTU-E803, if it is not a bundle, a file was altered, or it holds a ranking model.
+        BundleError: HSTU-E803, if it is not a bundle or a file was altered.
     """
-    files = read_bundle(Path(path))
-    if files.manifest.get("ranking") is not None:
-        raise BundleError(
-            "HSTU-E803",
-            f"{files.path} holds a ranking model",
-            "its requests are users with candidates, which a retrieval request has no place for",
-            "open it with hstu_compile.ranking_bundle.open_ranking_session",
-        )
-    return Bundle(files, runtime)
+    return Bundle(read_bundle(Path(path)), runtime)

@@ -288,7 +288,11 @@ def _bad_values(tensor: Tensor) -> str:
 
 
 def spec_from_checkpoint(
-    path: Path, config: Mapping[str, Any] | None = None, dialect: str | None = None
+    path: Path,
+    config: Mapping[str, Any] | None = None,
+    dialect: str | None = None,
+    *,
+    external_embeddings: bool = False,
 ) -> CheckpointSpec:
     """Read a checkpoint.
 
@@ -296,6 +300,7 @@ def spec_from_checkpoint(
         path: file that torch.save wrote: a state_dict, or a dict holding one.
         config: the training configuration, in the family's own names; needed where shapes do not tell.
         dialect: family name; None detects it from the parameter names.
+        external_embeddings: leave the tables out of the model; its inputs are embedding rows.
 
     Returns:
         Configuration and float32 weights under our names.
@@ -310,6 +315,8 @@ def spec_from_checkpoint(
     if config is None and isinstance(loaded, Mapping) and isinstance(loaded.get("config"), Mapping):
         config = loaded["config"]
     try:
+        if external_embeddings:
+            config = family.with_external_embeddings(config)
         parsed = family.config({key: tuple(value.shape) for key, value in tensors.items()}, config)
     except DialectError as error:
         raise _refusal(path, error) from error

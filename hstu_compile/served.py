@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hstu_compile.artifacts import TAP_PREFIX
+from hstu_compile.artifacts import ITEM_EMBEDDINGS_TAP, TAP_PREFIX, USER_EMBEDDINGS_TAP
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.layer import KeyValue
 from hstu_compile.model.ranking import (
@@ -31,9 +31,6 @@ from hstu_compile.model.retrieval import RetrievalModel
 
 # Which rows of the last layer something reads.
 Consumed = Literal["all", "last_of_sequence", "candidates"]
-
-USER_EMBEDDINGS_TAP = "candidates_user_embeddings"
-ITEM_EMBEDDINGS_TAP = "candidates_item_embeddings"
 
 # Sizes of the traced examples; the graphs are dynamic in all of them.
 _HISTORY_LENGTHS = (5, 3, 4)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision
+from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision, is_tap
 from hstu_compile.compare import Array, RowError, bound_rule, error_bound, row_error, top_items_problem
 from hstu_compile.errors import HstuCompileError, VerifyError
 from hstu_compile.metrics import kendall_tau, top_k_overlap
@@ -229,6 +229,10 @@ def check_session(
     checks: list[TensorCheck] = []
     layers: dict[int, float] = {}
     for index, (feed, actual) in enumerate(zip(reference.feeds, outputs, strict=True)):
+        for name in (n for n in reference.exact[index] if not is_tap(n) and n not in actual):
+            checks.append(
+                TensorCheck(name, feed.name, math.inf, 1.0, math.inf, "FAIL", "the artifact has no such output")
+            )
         for name in (n for n in actual if n in bounds):
             error = tensor_error(name, actual[name], reference.exact[index][name])
             status: Status = "PASS" if error.error <= bounds[name] else "FAIL"

@@ -1,4 +1,7 @@
-"""Collect every fault of a request before refusing it. Private to the runtime's request checks."""
+"""Collect every fault of a request before refusing it, and the checks that all kinds of requests share.
+
+Private to the runtime's request checks.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,24 @@ def where(mask: NDArray[np.bool_], values: NDArray[Any]) -> str:
     hits = np.flatnonzero(mask)
     more = f" and {hits.size - MOST_NAMED} more" if hits.size > MOST_NAMED else ""
     return f"at index {', '.join(f'{i} ({values[i]})' for i in hits[:MOST_NAMED])}{more}"
+
+
+def check_offsets(name: str, offsets: NDArray[Any], num_rows: int, what: str, faults: Faults) -> bool:
+    """Whether offsets [B + 1] divide `num_rows` rows of `what` into sequences; notes under HSTU-E702 why not."""
+    before = len(faults.found)
+    if offsets.shape[0] < 2:
+        faults.add("HSTU-E702", f"{name} has {offsets.shape[0]} entries; one sequence needs two")
+        return False
+    if offsets[0] != 0:
+        faults.add("HSTU-E702", f"{name} starts at {offsets[0]}, not at 0")
+    descents = np.diff(offsets.astype(np.int64)) < 0
+    if descents.any():
+        first = int(np.flatnonzero(descents)[0])
+        faults.add(
+            "HSTU-E702",
+            f"{name} descends at sequence {first}, from {offsets[first]} to {offsets[first + 1]}"
+            + (f", and at {descents.sum() - 1} more" if descents.sum() > 1 else ""),
+        )
+    if offsets[-1] != num_rows:
+        faults.add("HSTU-E702", f"{name} ends at {offsets[-1]}, and there are {num_rows} {what}")
+    return len(faults.found) == before

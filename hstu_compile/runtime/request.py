@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.errors import RequestError
+from hstu_compile.runtime._faults import MOST_NAMED, Faults, check_offsets, where, whole_numbers
 from hstu_compile.runtime._feeds import converted
 
 _DTYPES = {
@@ -25,8 +26,6 @@ _DTYPES = {
     "request_timestamps": "int64",
     "ratings": "int32",
 }
-_MOST_NAMED = 5
-
 _FIXES = {
     "HSTU-E701": "pass these arrays: item_ids int32 [L], timestamps int64 [L], seq_offsets int32 [B + 1], "
     "request_timestamps int64 [B], and ratings int32 [L] where the model has ratings",
@@ -54,29 +53,6 @@ class RequestLimits:
     max_seq_len: int
 
 
-class _Problems:
-    """Faults in the order in which they were found."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[str, str]] = []
-
-    def add(self, code: str, text: str) -> None:
-        self.found.append((code, text))
-
-    def raise_if_any(self) -> None:
-        if not self.found:
-            return
-        code = self.found[0][0]
-        codes = dict.fromkeys(each for each, _ in self.found)
-        raise RequestError(
-            code,
-            f"the request has {len(self.found)} fault{'s' if len(self.found) > 1 else ''}",
-            "; ".join(text for _, text in self.found),
-            "; ".join(_FIXES[each] for each in codes),
-            {"problems": [{"code": each, "problem": text} for each, text in self.found]},
-        )
-
-
 def check_request(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits) -> dict[str, NDArray[Any]]:
     """Check a request batch and give it the model's dtypes.
 
@@ -92,7 +68,7 @@ def check_request(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits) -> d
         RequestError: with every fault; its code is the first fault's. HSTU-E701 names, types and ranks, E702 offsets,
             E703 ids, E704 sizes, E705 times.
     """
-    problems = _Problems()
+    problems = Faults(_FIXES)
     arrays = _typed(feeds, limits, problems)
     problems.raise_if_any()
     num_events = arrays["item_ids"].shape[0]
@@ -101,7 +77,7 @@ def check_request(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits) -> d
             problems.add("HSTU-E701", f"{name} has {arrays[name].shape[0]} entries and item_ids has {num_events}")
     _check_vocabulary(arrays, limits, problems)
     offsets = arrays["seq_offsets"]
-    if _check_offsets(offsets, num_events, problems):
+    if check_offsets("seq_offsets", offsets, num_events, "events", problems):
         _check_sizes(arrays, limits, problems)
         if arrays["timestamps"].shape[0] == num_events:
             _check_times(arrays, problems)
@@ -109,7 +85,7 @@ def check_request(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits) -> d
     return arrays
 
 
-def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _Problems) -> dict[str, NDArray[Any]]:
+def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: Faults) -> dict[str, NDArray[Any]]:
     names = [name for name in _DTYPES if name != "ratings" or limits.num_ratings]
     for name in names:
         if name not in feeds:
@@ -128,7 +104,7 @@ def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             problems.add("HSTU-E701", f"{name} holds NaN or infinity {_where(~np.isfinite(array))}")
             continue
-        cast = converted(_whole_numbers(array), _DTYPES[name])
+        cast = converted(whole_numbers(array), _DTYPES[name])
         if cast is None:
             shown = f" with values {array.min()}..{array.max()}" if array.size and array.dtype.kind in "iuf" else ""
             problems.add("HSTU-E701", f"{name} is {array.dtype}{shown}; {_DTYPES[name]} cannot hold it unchanged")
@@ -137,61 +113,34 @@ def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _
     return arrays
 
 
-def _whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
-    """An empty array of any number type is an empty integer array: np.array([]) is float64."""
-    return array.astype(np.int64) if array.size == 0 and array.dtype.kind in "fiu" else array
-
-
-def _where(mask: NDArray[np.bool_], values: NDArray[Any] | None = None) -> str:
-    """The first few indices at which the mask is set, with their values."""
+def _where(mask: NDArray[np.bool_]) -> str:
+    """The first few indices at which the mask is set."""
     hits = np.flatnonzero(mask)
-    shown = [f"{i}" if values is None else f"{i} ({values[i]})" for i in hits[:_MOST_NAMED]]
-    more = f" and {hits.size - _MOST_NAMED} more" if hits.size > _MOST_NAMED else ""
-    return f"at index {', '.join(shown)}{more}"
+    more = f" and {hits.size - MOST_NAMED} more" if hits.size > MOST_NAMED else ""
+    return f"at index {', '.join(map(str, hits[:MOST_NAMED]))}{more}"
 
 
-def _check_vocabulary(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _Problems) -> None:
+def _check_vocabulary(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: Faults) -> None:
     for name, last in (("item_ids", limits.num_items), ("ratings", limits.num_ratings - 1)):
         if name not in arrays:
             continue
         outside = (arrays[name] < 0) | (arrays[name] > last)
         if outside.any():
-            problems.add("HSTU-E703", f"{name} outside 0..{last} {_where(outside, arrays[name])}")
+            problems.add("HSTU-E703", f"{name} outside 0..{last} {where(outside, arrays[name])}")
 
 
-def _check_offsets(offsets: NDArray[Any], num_events: int, problems: _Problems) -> bool:
-    """Whether the offsets can be used to look at sequences."""
-    before = len(problems.found)
-    if offsets.shape[0] < 2:
-        problems.add("HSTU-E702", f"seq_offsets has {offsets.shape[0]} entries; one sequence needs two")
-        return False
-    if offsets[0] != 0:
-        problems.add("HSTU-E702", f"seq_offsets starts at {offsets[0]}, not at 0")
-    descents = np.diff(offsets.astype(np.int64)) < 0
-    if descents.any():
-        first = int(np.flatnonzero(descents)[0])
-        problems.add(
-            "HSTU-E702",
-            f"seq_offsets descends at sequence {first}, from {offsets[first]} to {offsets[first + 1]}"
-            + (f", and at {descents.sum() - 1} more" if descents.sum() > 1 else ""),
-        )
-    if offsets[-1] != num_events:
-        problems.add("HSTU-E702", f"seq_offsets ends at {offsets[-1]}, and there are {num_events} events")
-    return len(problems.found) == before
-
-
-def _check_sizes(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: _Problems) -> None:
+def _check_sizes(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: Faults) -> None:
     lengths = np.diff(arrays["seq_offsets"])
     if lengths.shape[0] > limits.max_batch:
         problems.add("HSTU-E704", f"{lengths.shape[0]} sequences; at most {limits.max_batch} fit")
     long = lengths > limits.max_seq_len
-    for index in np.flatnonzero(long)[:_MOST_NAMED]:
+    for index in np.flatnonzero(long)[:MOST_NAMED]:
         problems.add("HSTU-E704", f"sequence {index} has {lengths[index]} events; at most {limits.max_seq_len} fit")
-    if long.sum() > _MOST_NAMED:
-        problems.add("HSTU-E704", f"{long.sum() - _MOST_NAMED} more sequences are too long")
+    if long.sum() > MOST_NAMED:
+        problems.add("HSTU-E704", f"{long.sum() - MOST_NAMED} more sequences are too long")
 
 
-def _check_times(arrays: Mapping[str, NDArray[Any]], problems: _Problems) -> None:
+def _check_times(arrays: Mapping[str, NDArray[Any]], problems: Faults) -> None:
     """Ascending inside each sequence, and the request not before the last event."""
     times, offsets, asked = arrays["timestamps"], arrays["seq_offsets"], arrays["request_timestamps"]
     num_sequences = offsets.shape[0] - 1
@@ -200,7 +149,7 @@ def _check_times(arrays: Mapping[str, NDArray[Any]], problems: _Problems) -> Non
         starts = offsets[1:-1]
         # The step into a sequence's first event compares two sequences, which have no order.
         backwards[starts[(starts > 0) & (starts < times.size)] - 1] = False
-        for event in np.flatnonzero(backwards)[:_MOST_NAMED]:
+        for event in np.flatnonzero(backwards)[:MOST_NAMED]:
             sequence = int(np.searchsorted(offsets, event, side="right")) - 1
             problems.add(
                 "HSTU-E705",
@@ -213,7 +162,7 @@ def _check_times(arrays: Mapping[str, NDArray[Any]], problems: _Problems) -> Non
     filled = np.flatnonzero(np.diff(offsets) > 0)
     last = times[offsets[filled + 1] - 1]
     early = filled[asked[filled] < last]
-    for sequence in early[:_MOST_NAMED]:
+    for sequence in early[:MOST_NAMED]:
         end = times[offsets[sequence + 1] - 1]
         problems.add("HSTU-E705", f"sequence {sequence} is asked at {asked[sequence]}, before its last event at {end}")
 

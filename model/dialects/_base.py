@@ -65,6 +65,18 @@ class Dialect(abc.ABC):
     def sources(self, config: ModelConfig) -> dict[str, SourceTensor]:
         """Our parameter names to where they come from."""
 
+    def with_external_embeddings(self, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The user's configuration for a model whose inputs are embedding rows.
+
+        Raises:
+            DialectError: if models of the family, or of this configuration, have their tables inside.
+        """
+        raise DialectError(
+            "unsupported",
+            f"--embeddings external: a {self.name} model looks its ids up itself",
+            "leave --embeddings out; ranking models (dlrm_v3) take embedding rows",
+        )
+
     def constants(self, config: ModelConfig) -> dict[str, Tensor]:
         """Tensors that a checkpoint may hold and that must then be exactly these: constants of the family's code."""
         return {}

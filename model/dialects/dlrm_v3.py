@@ -142,6 +142,9 @@ class _DlrmV3(Dialect):
             )
         )
 
+    def with_external_embeddings(self, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        return {**(config or {}), "external_embeddings": True}
+
     def constants(self, config: ModelConfig) -> dict[str, Tensor]:
         assert isinstance(config, RankingConfig)
         constants = {

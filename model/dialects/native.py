@@ -41,6 +41,15 @@ class _Native(Dialect):
             )
         return parsed
 
+    def with_external_embeddings(self, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if not isinstance(config, Mapping) or "tasks" not in config:
+            return super().with_external_embeddings(config)
+        return {**config, "external_embeddings": True}
+
+    def is_ignored(self, key: str) -> bool:
+        # Of a ranking model whose tables stay outside.
+        return key.startswith("tables.")
+
     def sources(self, config: ModelConfig) -> dict[str, SourceTensor]:
         with torch.device("meta"):  # names alone
             names = list(model_from_config(config).state_dict())

@@ -403,16 +403,6 @@ def test_folders_and_files_that_are_no_bundle(tmp_path: Path) -> None:
         load_bundle(tmp_path)
 
 
-def test_a_ranking_bundle_is_not_opened_as_a_retrieval_one(tmp_path: Path) -> None:
-    path = tmp_path / "b.hstu"
-    with BundleWriter(path, False) as writer:
-        writer.commit({**MANIFEST_FACTS, "ranking": {"tasks": ["like"]}})
-    with pytest.raises(BundleError, match="holds a ranking model") as caught:
-        load_bundle(path)
-    assert (caught.value.code, caught.value.exit_code) == ("HSTU-E803", 8)
-    assert "open_ranking_session" in caught.value.fix
-
-
 def test_bundle_closes_a_session_only_if_it_opened_one(tmp_path: Path) -> None:
     files = BundleFiles(tmp_path, {"files": {}})
     with Bundle(files, "onnxruntime") as bundle:

@@ -59,16 +59,17 @@ def test_a_batch_has_the_inputs_of_the_packed_graph_in_range(name: str) -> None:
         assert known // 2 < arrays[ACTIONS].max() <= known
 
 
-def test_a_user_is_asked_at_one_time_after_the_last_event() -> None:
+def test_a_user_is_asked_within_an_hour_after_the_last_event() -> None:
     arrays = ranking_batch("drawn", CONFIGS["everything"], LENGTHS, COUNTS, seed=2).arrays
     events, candidates = arrays["seq_offsets"], arrays["candidate_offsets"]
     for user in range(len(LENGTHS)):
         times = arrays[TIME][events[user] : events[user + 1]]
         asked = arrays[QUERY_TIME][candidates[user] : candidates[user + 1]]
         assert (np.diff(times) >= 0).all()
-        assert len(set(asked.tolist())) == min(1, len(asked))
+        assert asked.size < 2 or len(set(asked.tolist())) > 1
+        assert asked.size == 0 or asked.max() - asked.min() < 3600
         if len(times) and len(asked):
-            assert asked[0] > times[-1]
+            assert asked.min() >= times[-1]
 
 
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another() -> None:
