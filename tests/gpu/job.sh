@@ -17,6 +17,7 @@
 #   TORCH_BACKENDS     of bench-torch (default "triton eager")
 #   HSTU_COMMIT        what the results are results of (default: the commit that the job folder was made from)
 #   PEERS_BUDGET, ENGINES_BUDGET    seconds of the M-FALCON benchmark's two steps
+#   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
 
@@ -81,7 +82,7 @@ ranking() {
     (cd "$library" && with_paths timeout 60 "$python" -m pytest -q -p no:cacheprovider -k gpu \
         --junitxml "$1/resident.xml" tests/unit/test_resident.py)
     in_tensorrt85 timeout 475 python3.10 "$gpu_tests/run_ranking.py" "$job" "$1" --models "$models" \
-        --resident "$1/resident.xml" || status=1
+        --resident "$1/resident.xml" ${RANKING_OPTIONS:-} || status=1
     # Not part of what is shown here: without it the peers' step compiles by itself.
     wait "$compiling" || echo "Meta's kernels were not compiled: compile.txt says why"
     return $status
