@@ -24,10 +24,12 @@ ENV_STAMP := $(VENV)/.made-from
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TREE := build/tree
 SAMPLES := $(wildcard samples/*/)
+# Where mypy finds what the programs import: the package, and the samples, which share the data set's module.
+SAMPLES_PATH := $(TREE):$(subst $() ,:,$(strip $(SAMPLES)))
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: env
 env: ## create .venv with all that the CPU path needs; nothing to do when current
@@ -70,6 +72,10 @@ env: ## create .venv with all that the CPU path needs; nothing to do when curren
 demo: env ## train on MovieLens-100K, build the fp16 bundle, compare the ranking metrics
 	@$(BIN)/python samples/01_movielens_demo/demo.py
 
+.PHONY: demo-ranking
+demo-ranking: env ## train a ranker on MovieLens-100K, build its three graphs, serve with the KV cache, compare
+	@$(BIN)/python samples/02_ranking/ranking_demo.py
+
 .PHONY: test
 test: env lint typecheck ## lint, type check, and every test but the slow ones
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -91,7 +97,7 @@ typecheck: env ## mypy --strict on the package and the samples
 	(cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache --python-executable \
 		../../$(BIN)/python -p hstu_compile)
 	for sample in $(SAMPLES); do
-		MYPYPATH=$(TREE):$$sample $(BIN)/mypy --cache-dir build/.mypy_cache $$sample*.py
+		MYPYPATH=$(SAMPLES_PATH) $(BIN)/mypy --cache-dir build/.mypy_cache $$sample*.py
 	done
 
 .PHONY: bench

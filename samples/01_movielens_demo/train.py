@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hstu_compile.model import AttentionConfig, HstuLayer, LayerConfig, RetrievalConfig, RetrievalModel
+from hstu_compile.model.families import HstuModel
 
 import prepare_data
 
@@ -208,7 +209,7 @@ def train(
     return model.eval(), loss
 
 
-def save_checkpoint(model: RetrievalModel, path: Path) -> None:
+def save_checkpoint(model: HstuModel, path: Path) -> None:
     """Write weights and configuration in one step: the file is whole or it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
