@@ -111,10 +111,8 @@ class RankingModel(nn.Module):
             packed = actions * config.action_embedding_dim
             self.target_action_embedding = nn.Parameter(torch.empty(1, packed).normal_(0, 0.1))
             self.action_mlp = SwishNormMlp(packed, config.hidden_dim, width, final_norm=True)
-        if config.contextual_len:
-            shape = (config.contextual_len, table_dim, width)
-            self.contextual_weight = nn.Parameter(torch.empty(shape).normal_(0, math.sqrt(2.0 / (table_dim + width))))
-            self.contextual_bias = nn.Parameter(torch.zeros(config.contextual_len, width))
+        # One each: a slice of a joint tensor would be a product with something that no builder knows to be constant.
+        self.contextual = nn.ModuleList(Affine(table_dim, width) for _ in range(config.contextual_len))
         self.position_embedding = nn.Parameter(_uniform(config.num_positions, width, config.num_positions))
         self.time_embedding = nn.Parameter(_uniform(config.num_time_buckets + 1, width, config.num_time_buckets))
         thresholds = distance_thresholds(config.largest_time_bucket, config.time_bucket_fn)
@@ -191,7 +189,7 @@ class RankingModel(nn.Module):
             features: holds the contextual inputs, [B * max_length] each; a negative id is absent.
             lengths: [B] int64 -- what min_history_len is compared with. A user below it gets the tokens of absent ids.
         """
-        config, wide = self.config, compute_dtype(self.dtype)
+        config = self.config
         tokens: list[Tensor] = []
         for feature in config.contextual_features:
             values = features[feature.name]
@@ -202,8 +200,7 @@ class RankingModel(nn.Module):
             if feature.min_history_len:
                 rows = rows * (lengths >= feature.min_history_len).to(rows.dtype)[:, None, None]
             for slot in range(feature.max_length):
-                weight, bias = self.contextual_weight[len(tokens)], self.contextual_bias[len(tokens)]
-                tokens.append((rows[:, slot] @ weight).to(wide) + bias.to(wide))
+                tokens.append(self.contextual[len(tokens)](rows[:, slot]))
         return torch.stack(tokens, dim=1).view(-1, config.layer.embedding_dim)
 
     def encode_position(self, rows: Tensor, position: Tensor, distance: Tensor) -> Tensor:

@@ -106,6 +106,11 @@ def _transposed(key: str) -> SourceTensor:
     return SourceTensor(key, lambda tensor: tensor.t().contiguous(), lambda shape: shape[::-1])
 
 
+def _slice_of(key: str, index: int, count: int) -> SourceTensor:
+    """One of `count` tensors that the checkpoint keeps in one."""
+    return SourceTensor(key, lambda tensor: tensor[index], lambda shape: (count, *shape))
+
+
 def _mlp_sources(ours: str, theirs: str, *, final_norm: bool) -> dict[str, SourceTensor]:
     """The four modules of one of the original's nn.Sequential MLPs."""
     sources = {
@@ -538,8 +543,10 @@ class _DlrmV3(Dialect):
             sources |= _mlp_sources(ours, theirs, final_norm=True)
         sources |= _mlp_sources("head", HEAD_KEY, final_norm=False)
         if config.contextual_len:
-            sources["contextual_weight"] = SourceTensor(PREPROCESSOR_KEY + "_batched_contextual_linear_weights")
-            sources["contextual_bias"] = SourceTensor(PREPROCESSOR_KEY + "_batched_contextual_linear_bias")
+            for slot in range(config.contextual_len):
+                for part, name in (("weight", "weights"), ("bias", "bias")):
+                    key = f"{PREPROCESSOR_KEY}_batched_contextual_linear_{name}"
+                    sources[f"contextual.{slot}.{part}"] = _slice_of(key, slot, config.contextual_len)
         if config.postprocessor != "l2_norm":
             for part in ("weight", "bias"):
                 sources[f"user_norm.{part}"] = SourceTensor(f"{POSTPROCESSOR_KEY}_layer_norm.{part}")
