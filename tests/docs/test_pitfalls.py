@@ -1,0 +1,59 @@
+"""What docs/pitfalls.md says of ONNX Runtime on a CPU, so that the page changes when the runtime does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+NAMED_VERSION = "1.31"
+
+requires_named_version = pytest.mark.skipif(
+    not onnxruntime.__version__.startswith(f"{NAMED_VERSION}."),
+    reason=f"docs/pitfalls.md speaks of ONNX Runtime {NAMED_VERSION}; this is {onnxruntime.__version__}",
+)
+
+
+def run(operator: str, x: NDArray[Any], *constants: int) -> NDArray[Any]:
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    names = [f"c{index}" for index in range(len(constants))]
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", *names], ["y"])],
+        "one_node",
+        [helper.make_tensor_value_info("x", kind, [None])],
+        [helper.make_tensor_value_info("y", kind, [None])],
+        [helper.make_tensor(name, kind, [], [value]) for name, value in zip(names, constants, strict=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    [y] = session.run(None, {"x": x})
+    return np.asarray(y)
+
+
+@requires_named_version
+def test_clip_and_max_of_int64_read_the_lower_half():
+    assert f"ONNX Runtime {NAMED_VERSION}" in PAGE
+    values = np.array([2**31, 7], np.int64)
+    assert run("Max", values, 0).tolist() == [0, 7]
+    assert run("Clip", values, 0, 2**40).tolist() == [0, 7]
+    assert "`Max(2147483648, 0)` is 0" in PAGE
+
+
+@requires_named_version
+def test_sigmoid_far_below_zero_is_not_relatively_accurate():
+    x = np.array([-8, -16, -18], np.float32)
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    error = np.abs(run("Sigmoid", x) - exact)
+    assert error.max() < 2**-23
+    near, far, gone = error / exact
+    assert 1e-4 < near < 3e-4
+    assert 0.3 < far < 0.6
+    assert gone == 1
