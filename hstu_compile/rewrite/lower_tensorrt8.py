@@ -745,4 +745,17 @@ def lowered_for_tensorrt8(
     passes[-1].requires(model)  # a foreign opset is refused before any pass reads its operators
     for step in apply_passes(graph, passes):
         graph = step
+    if not native and not has_cublas:
+        _refuse_products(graph.model)
     return graph.model, graph.passes
+
+
+def _refuse_products(model: onnx.ModelProto) -> None:
+    """Refuse what TensorRT 8 without cuBLAS has no implementation for, and would report as a nameless region."""
+    products = [_label(node) for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    if products:
+        raise _refuse(
+            "TensorRT 8 cannot build this graph without cuBLAS",
+            [f"{label} multiplies two computed tensors" for label in products],
+            "put libcublas.so.11 and libcublasLt.so.11 on the library path, or use TensorRT >= 10",
+        )

@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from hstu_compile.errors import RewriteError
+from hstu_compile.export import exported_from_served
+from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
-from tests.exported_models import shipped, small_config
+from hstu_compile.served import served_graphs
+from tests.dlrm_reference import DlrmForm
+from tests.exported_models import ranking_model, shipped, small_config
 from tests.rewrite.attention_graphs import run_onnx
 
 FEEDS = {
@@ -17,6 +23,10 @@ FEEDS = {
     "seq_offsets": np.array([0, 4, 4, 11], np.int32),
     "request_timestamps": np.full(3, 600_000),
 }
+
+
+# Its weights are beyond what the exporter folds.
+WIDE = DlrmForm(width=64, table_dim=64, contextual=(("user_id", 1, 20), ("tags", 2, 0)))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -51,3 +61,26 @@ def test_lowering_for_a_tensorrt8_without_cublas_accepts_the_convolutions():
     assert "MatMul" not in {node.op_type for node in lowered.graph.node}
     kept, _ = lowered_for_tensorrt8(graph.model, "fp16", native=False, has_cublas=True)
     assert "Conv" not in {node.op_type for node in kept.graph.node}
+
+
+def test_a_product_of_two_computed_tensors_is_refused_without_cublas():
+    value = lambda name, shape: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)  # noqa: E731
+    nodes = [onnx.helper.make_node("MatMul", ["a", "b"], ["y"], name="two_inputs")]
+    graph = onnx.helper.make_graph(nodes, "g", [value("a", ["M", 4]), value("b", [4, "N"])], [value("y", ["M", "N"])])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    with pytest.raises(RewriteError, match="MatMul two_inputs multiplies two computed tensors") as caught:
+        lowered_for_tensorrt8(model, "fp32", native=False, has_cublas=False)
+    assert caught.value.code == "HSTU-E302"
+    lowered_for_tensorrt8(model, "fp32", native=False, has_cublas=True)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["packed", "prefill", "score"])
+def test_no_product_of_a_ranking_graph_is_left_to_cublas(index):
+    """With wide tables the contextual weights were a slice at run time, which no builder took for a constant."""
+    served = served_graphs(ranking_model(WIDE, torch.float16), micro_batch=4)[index]
+    selection = RowSelection(served.max_candidates, "candidate_offsets") if served.name == "packed" else None
+    passes = export_passes(served.num_attention, served.taps, selection)
+    *_, graph = apply_passes(exported_from_served(served, "fp16"), passes)
+    lowered, _ = lowered_for_tensorrt8(graph.model, "fp16", native=False, has_cublas=False)
+    assert not {"MatMul", "Gemm"} & {node.op_type for node in lowered.graph.node}
+    assert sum(node.op_type == "Conv" for node in lowered.graph.node) > 10 - 4 * index
