@@ -171,7 +171,7 @@ def finished(case: Case, measured: Row) -> Row:
 
 def extrapolated(case: Case, timing: Row) -> Row:
     """Times of m candidates one at a time, from those of `sample` of them measured one after the other."""
-    if case.sample == case.m:
+    if case.measured == case:
         return timing
     times = {name: value * case.m / case.sample for name, value in timing.items() if name.endswith("_ms")}
     note = f"extrapolated: {case.sample} forwards of one candidate, x {case.m}/{case.sample}"

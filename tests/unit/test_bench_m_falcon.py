@@ -198,8 +198,15 @@ def test_one_at_a_time_says_where_it_was_extrapolated() -> None:
     assert rows.finished(many, timing)["candidates_per_s"] == 1000.0
     assert many.measured == dataclasses.replace(many, m=8)
     assert rows.finished(many.measured, timing) == timing | {"candidates_per_s": 1000.0}
-    packed = dataclasses.replace(many, mode=rows.PACKED)
-    assert packed.measured == packed
+
+
+@pytest.mark.parametrize("mode", [rows.PACKED, rows.COLD, rows.WARM])
+def test_what_was_measured_whole_is_not_multiplied(mode: str) -> None:
+    case = rows.Case(rows.ENGINES, mode, 1024, 1024, 0 if mode == rows.PACKED else 256)
+    timing = {"median_ms": 8.0, "p90_ms": 9.0, "call_median_ms": 16.0, "call_p90_ms": 17.0}
+    assert case.measured == case
+    rates = {"candidates_per_s": 128_000.0, "call_candidates_per_s": 64_000.0}
+    assert rows.finished(case, timing) == timing | rates
 
 
 def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
