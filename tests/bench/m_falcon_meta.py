@@ -1,9 +1,9 @@
 """Meta's DLRM-HSTU as a peer: its own modules and Triton kernels, imported from a checkout of Meta's repository.
 
-Imported unmodified: DlrmHSTU with its transducer, preprocessor, positional encoder, STU layers, postprocessor, item
-tower and head. Two packages that it imports are not needed to serve one user on one GPU, and stand-ins take their place
-where they are absent, both listed below: torchrec (type annotations, and the embedding collection, instead of which
-PyTorch lookups feed the model) and three jagged operators of fbgemm_gpu.
+Imported unmodified but for one switch, `without_tma`: DlrmHSTU with its transducer, preprocessor, positional encoder,
+STU layers, postprocessor, item tower and head. Two packages that it imports are not needed to serve one user on one
+GPU, and stand-ins take their place where they are absent, both listed below: torchrec (type annotations, and the
+embedding collection, instead of which PyTorch lookups feed the model) and three jagged operators of fbgemm_gpu.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ TORCHREC_NAMES = {
     "torchrec.modules.embedding_modules": ("EmbeddingCollection",),
     "torchrec.modules.sorted_index_select": ("maybe_sorted_index_select",),
 }
+#: What the rows say about the switch.
+TMA_NOTE = (
+    "TMA off, as is hstu_mha's default: STULayer turns it on on Hopper, with descriptors of contiguous q, k and v, "
+    "but passes slices of one matrix, and wrong rows are read, in every dtype"
+)
+_FUSED = "generative_recommenders.ops.triton.triton_hstu_preprocess_and_attention"
 _EMBEDDING = "_embedding_collection.embeddings.{}.weight"
 
 
@@ -105,6 +111,23 @@ def provide_torchrec() -> tuple[str, ...]:
         return tuple(TORCHREC_NAMES)
 
 
+def without_tma(fused: Any) -> None:
+    """Let the fused layer-norm, projection and attention load q, k and v through pointers, never through TMA.
+
+    It asks the GPU (compute capability 9) where its caller, STULayer, says nothing. q, k and v are column slices of
+    [L, 2 * H * (dqk + dv)], so their rows lie that far apart, but the tensor descriptors say H * dqk and H * dv.
+
+    Args:
+        fused: Meta's module of that operator.
+
+    Raises:
+        AttributeError: if it does not ask that way: another version, whose TMA path has to be looked at.
+    """
+    if not hasattr(fused, "_should_enable_tma"):
+        raise AttributeError(f"{_FUSED} has no _should_enable_tma: see whether its descriptors have the right strides")
+    fused._should_enable_tma = lambda: False
+
+
 def import_meta(repository: Path) -> types.SimpleNamespace:
     """Meta's modules from a checkout.
 
@@ -116,6 +139,7 @@ def import_meta(repository: Path) -> types.SimpleNamespace:
 
     Raises:
         FileNotFoundError: if it is no such folder.
+        AttributeError: from `without_tma`.
     """
     if not (repository / "generative_recommenders" / "modules" / "dlrm_hstu.py").is_file():
         raise FileNotFoundError(f"{repository} has no generative_recommenders/modules/dlrm_hstu.py")
@@ -125,6 +149,7 @@ def import_meta(repository: Path) -> types.SimpleNamespace:
     names = {"dlrm_hstu": "modules.dlrm_hstu", "multitask": "modules.multitask_module"}
     names |= {"common": "common", "jagged": "ops.jagged_tensors"}
     modules = {key: importlib.import_module(f"generative_recommenders.{name}") for key, name in names.items()}
+    without_tma(importlib.import_module(_FUSED))
     return types.SimpleNamespace(**modules, stand_ins=stand_ins)
 
 
@@ -264,6 +289,11 @@ class MetaModel:
             max_kv_caching_len=cached,
             kv_caching_lengths=lengths,
         )
+
+    def forget(self) -> None:
+        """Drop what `prime` kept."""
+        for layer in self._transducer._stu_module._stu_layers:
+            layer.reset_kv_cache()
 
     def score(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits [T] of all candidates against the primed history, by STULayer.cached_forward."""

@@ -6,9 +6,9 @@
 REPO is a checkout of Meta's generative-recommenders, or what m_falcon_prepare.py took from one. Peers:
 
   torch_eager          plain PyTorch operators, dense attention in chunks of rows
-  meta_triton          Meta's DlrmHSTU, unmodified, its TRITON kernels, launched from Python
-  meta_triton_cached   the same with STULayer's cache: prefill, then cached_forward of all candidates at once
+  meta_triton          Meta's DlrmHSTU, its TRITON kernels, launched from Python; without TMA (m_falcon_meta.py: why)
   meta_triton_graph    meta_triton in a CUDA graph
+  meta_triton_cached   meta_triton with STULayer's cache: prefill, then cached_forward of all candidates at once
   meta_compiled_graph  meta_triton through torch.compile (its Triton kernels stay), in a CUDA graph
 
 float32 logits of plain PyTorch operators come first, without TF32; no result is timed before it agrees with them. Peers
@@ -36,9 +36,9 @@ if str(Path(__file__).parent) not in sys.path:
 import numpy as np
 import torch
 from bench_plugin import status_of
-from device_timing import MEASURE_MS, MOST, WARM_UP_MS, repeats_for, summary_of
+from device_timing import MOST, repeats_for, summary_of
 from m_falcon_eager import EagerModel
-from m_falcon_meta import MetaModel, import_meta
+from m_falcon_meta import TMA_NOTE, MetaModel, import_meta
 from m_falcon_rows import (
     ALONE,
     COLD,
@@ -51,6 +51,7 @@ from m_falcon_rows import (
     finished,
     reference_path,
     show_part,
+    turn,
     write_part,
 )
 from m_falcon_workload import (
@@ -69,6 +70,11 @@ from torch import Tensor
 REFERENCE = "reference"
 #: Last time bucket of Meta's Triton kernel: the table's.
 LAST_BUCKET = 2048
+COMPILED = "meta_compiled_graph"
+#: Backends that share a process: Meta's have one model, and its kernels are loaded and tuned once.
+GROUPS = ((REFERENCE,), ("torch_eager",), tuple(name for name in PEERS if name.startswith("meta_")))
+#: Milliseconds: less than the engines get, for 93 measurements in a few minutes; never fewer than 20 repeats.
+WARM_UP_MS, MEASURE_MS = 30.0, 120.0
 _MIB = 2.0**20
 
 Features = Mapping[str, Tensor]
@@ -229,6 +235,8 @@ def requests_of(case: Case, sizes: Sizes) -> list[Request]:
 
 def run_case(peer: Peer, case: Case, reference: Reference, sizes: Sizes) -> Row:
     """Check, then time: a wrong result gets no time. Candidates forwarded alone are timed together."""
+    if isinstance(peer.model, MetaModel):
+        peer.model.forget()  # another case's keys and values are no memory of this one
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
@@ -262,21 +270,31 @@ def run_case(peer: Peer, case: Case, reference: Reference, sizes: Sizes) -> Row:
     return row | memory | timing
 
 
-def make_peer(backend: str, meta_repo: Path | None, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Peer:
-    """The peer of that name.
+def make_peers(
+    backends: Sequence[str], meta_repo: Path | None, sizes: Sizes, device: torch.device, dtype: torch.dtype
+) -> dict[str, Peer]:
+    """The peers of those names; all of Meta's have one model.
 
     Raises:
-        ValueError: if it is one of Meta's and there is no --meta-repo.
+        ValueError: if one is Meta's and there is no --meta-repo.
     """
-    state = tensors_of(sizes)
-    if backend == "torch_eager":
-        return Peer(EagerModel(state, sizes, device, dtype, LAST_BUCKET))
-    if meta_repo is None:
-        raise ValueError(f"{backend} needs --meta-repo")
-    model = MetaModel(import_meta(meta_repo), state, sizes, device, dtype, "TRITON")
-    if backend.endswith("_graph"):
-        return GraphPeer(model, compiled=backend == "meta_compiled_graph")
-    return Peer(model)
+    state, peers = tensors_of(sizes), dict[str, Peer]()
+    if "torch_eager" in backends:
+        peers["torch_eager"] = Peer(EagerModel(state, sizes, device, dtype, LAST_BUCKET))
+    metas = [name for name in backends if name not in peers]
+    if metas:
+        if meta_repo is None:
+            raise ValueError(f"{', '.join(metas)}: --meta-repo is needed")
+        model = MetaModel(import_meta(meta_repo), state, sizes, device, dtype, "TRITON")
+        for name in metas:
+            peers[name] = GraphPeer(model, compiled=name == COMPILED) if name.endswith("_graph") else Peer(model)
+    return peers
+
+
+def ordered(backends: Sequence[str], lengths: Sequence[int], counts: Sequence[int]) -> list[Case]:
+    """Their cases, each request for all of them before the next one; those that compile for long come last."""
+    cases = [case for backend in backends for case in cases_of(backend, lengths, counts)]
+    return sorted(cases, key=lambda case: (case.backend == COMPILED, turn(case.n, case.m)))
 
 
 def versions() -> str:
@@ -284,6 +302,11 @@ def versions() -> str:
     import triton
 
     return f"torch {torch.__version__}, triton {triton.__version__}, TF32 off"
+
+
+def note_of(case: Case) -> Row:
+    """What a reader of the row has to know about the peer."""
+    return {"note": TMA_NOTE} if case.backend.startswith("meta_") else {}
 
 
 def command_of(case: Case, dtype: str) -> str:
@@ -295,27 +318,28 @@ def command_of(case: Case, dtype: str) -> str:
 
 
 def run_group(arguments: argparse.Namespace) -> None:
-    """All cases of one backend in this process, each written when it is done; or the references."""
+    """All cases of one of `GROUPS` in this process, each written when it is done; or the references."""
     exact_float32()
     device, dtype = torch.device("cuda"), getattr(torch, PRECISIONS[arguments.dtype])
-    backend, parts = arguments.backends[0], arguments.parts
+    parts: Path = arguments.parts
     with torch.inference_mode():
-        if backend == REFERENCE:
+        if REFERENCE in arguments.backends:
             state = tensors_of(DLRM_V3)
             for n in arguments.n:
                 counts = sorted(arguments.m)
                 make_reference(n, counts, DLRM_V3, state, device, dtype).save(reference_path(parts, n, arguments.dtype))
             return
-        peer = make_peer(backend, arguments.meta_repo, DLRM_V3, device, dtype)
+        peers = make_peers(arguments.backends, arguments.meta_repo, DLRM_V3, device, dtype)
         measured: dict[Case, Row] = {}
-        for case in cases_of(backend, arguments.n, arguments.m):
+        for case in ordered(arguments.backends, arguments.n, arguments.m):
             if (parts / case.part_name).exists():
                 continue
             started = time.perf_counter()
             try:
                 reference = Reference.load(reference_path(parts, case.n, arguments.dtype))
                 if case.measured not in measured:
-                    measured[case.measured] = run_case(peer, case.measured, reference, DLRM_V3)
+                    row = run_case(peers[case.backend], case.measured, reference, DLRM_V3)
+                    measured[case.measured] = row | note_of(case)
                 row = finished(case, measured[case.measured])
             except Exception as error:
                 row = {"status": status_of(error)}
@@ -325,31 +349,34 @@ def run_group(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """The references, then each backend in a process of its own, so that one that fails takes no other with it."""
+    """The references, then each group in a process of its own; the last has the time that the others left."""
     parts: Path = arguments.parts.resolve()
     parts.mkdir(parents=True, exist_ok=True)
     started, missing = time.perf_counter(), False
-    for backend in (REFERENCE, *arguments.backends):
-        have = [reference_path(parts, n, arguments.dtype) for n in arguments.n]
-        if backend == REFERENCE and all(path.exists() for path in have):
+    have = [reference_path(parts, n, arguments.dtype) for n in arguments.n]
+    for group in GROUPS:
+        is_reference, is_last = group == (REFERENCE,), group == GROUPS[-1]
+        backends = [name for name in group if is_reference or name in arguments.backends]
+        if not backends or (is_reference and all(path.exists() for path in have)):
             continue
-        cases = [] if backend == REFERENCE else list(cases_of(backend, arguments.n, arguments.m))
+        cases = [] if is_reference else ordered(backends, arguments.n, arguments.m)
         left = arguments.budget - (time.perf_counter() - started)
         failed = f"not run: the time budget of {arguments.budget:g} s was used up"
         if left > 5:
             command = [sys.executable, str(Path(__file__).resolve()), "--parts", str(parts), "--one-group"]
-            command += ["--backends", backend, "--dtype", arguments.dtype]
+            command += ["--backends", *backends, "--dtype", arguments.dtype]
             command += ["--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
             if arguments.meta_repo is not None:
                 command += ["--meta-repo", str(arguments.meta_repo.resolve())]
-            failed = ended(command, min(left, arguments.group_seconds), parts / f"{backend}.log")
+            limit = left if is_last else min(left, arguments.group_seconds)
+            failed = ended(command, limit, parts / f"{backends[0]}.log")
         for case in cases:
             known = {"status": failed, "dtype": arguments.dtype}
             show_part(parts, case, known, command_of(case, arguments.dtype))
-        if backend == REFERENCE and not all(path.exists() for path in have):
+        if is_reference and not all(path.exists() for path in have):
             print(f"no references: {failed}", file=sys.stderr)
             return 1
-        print(f"{backend}: {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{', '.join(backends)}: {time.perf_counter() - started:.0f} s", flush=True)
         missing |= any(json.loads((parts / case.part_name).read_text())["status"] != "ok" for case in cases)
     return int(missing)
 
@@ -408,8 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, nargs="+", default=list(HISTORY_LENGTHS), help="history events")
     parser.add_argument("--m", type=int, nargs="+", default=list(CANDIDATE_COUNTS), help="candidates")
     parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all; later cases are rows 'not run'")
-    parser.add_argument("--group-seconds", type=float, default=200.0, help="limit of one backend")
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds for all; later cases are rows 'not run'")
+    parser.add_argument("--group-seconds", type=float, default=45.0, help="limit of a process but the last")
     parser.add_argument("--compile-kernels", action="store_true", help="only fill Triton's cache")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--slice", type=int, default=-1, help=argparse.SUPPRESS)

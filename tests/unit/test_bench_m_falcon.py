@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import os
 import sys
 import zlib
@@ -209,6 +210,21 @@ def test_what_was_measured_whole_is_not_multiplied(mode: str) -> None:
     assert rows.finished(case, timing) == timing | rates
 
 
+def test_the_most_telling_requests_come_first_and_compilers_last() -> None:
+    backends = peers.GROUPS[-1]
+    cases = peers.ordered(backends, work.HISTORY_LENGTHS, work.CANDIDATE_COUNTS)
+    assert sorted(cases) == sorted(case for backend in backends for case in rows.cases_of(backend))
+    quick = [case for case in cases if case.backend != peers.COMPILED]
+    assert cases[: len(quick)] == quick
+    for part in (quick, cases[len(quick) :]):
+        assert [*dict.fromkeys((case.n, case.m) for case in part)][:3] == [(4096, 256), (4096, 1024), (4096, 1)]
+    assert cases[len(quick)].mode == rows.PACKED
+    assert [case.backend for case in quick[:4:2]] == ["meta_triton", "meta_triton_graph"]
+    ours = list(rows.cases_of(rows.ENGINES))
+    assert {(case.n, case.m) for case in ours[:6]} == {(4096, 256)}
+    assert {name for group in peers.GROUPS for name in group} == {peers.REFERENCE, *rows.PEERS}
+
+
 def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "gpu_name", lambda: "G")
     parts, target = tmp_path / "parts", tmp_path / "m_falcon.csv"
@@ -398,6 +414,27 @@ def test_meta_agrees_packed_and_cached(
             upload(0)
             for _ in range(2):
                 assert float((run() - expected).abs().max() / spread) <= RMS["float32"], mode
+
+
+def test_meta_never_describes_slices_to_tma(meta: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: Any = sys.modules["generative_recommenders.ops.triton.triton_hstu_preprocess_and_attention"]
+    asked: list[Any] = []
+
+    def remember(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(arguments)
+        return torch.empty(0), torch.empty(0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(fused._HSTUPreprocessAndAttentionFunction, "apply", remember)
+    names = list(inspect.signature(fused.triton_hstu_preprocess_and_attention).parameters)
+    fused.triton_hstu_preprocess_and_attention(**dict.fromkeys(names))
+    assert asked[0][names.index("enable_tma")] is False
+
+
+def test_another_version_of_meta_is_not_taken_for_this_one() -> None:
+    with pytest.raises(AttributeError, match="_should_enable_tma"):
+        meta_peer.without_tma(SimpleNamespace())
 
 
 def test_meta_carries_only_what_it_imports(meta_repo: Path) -> None:
