@@ -195,6 +195,13 @@ def test_links_lead_somewhere(page: str):
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{page} links to {link}: no such heading"
 
 
+def test_every_public_name_loads():
+    import hstu_compile
+
+    assert [name for name in hstu_compile.__all__ if not hasattr(hstu_compile, name)] == []
+    assert set(re.findall(r"from hstu_compile import (.+)", README)[1].split(", ")) <= set(hstu_compile.__all__)
+
+
 def test_version_is_stated_once():
     import hstu_compile
 
