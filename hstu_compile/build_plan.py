@@ -12,6 +12,7 @@ from hstu_compile.environment import BackendChoice, choose_backend
 from hstu_compile.errors import UsageError
 from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.plugin_library import installed_tensorrt_version
 from hstu_compile.profiles import ProfileSizes
 
 
@@ -23,11 +24,13 @@ class BuildPlan:
         spec: the checkpoint, its configuration narrowed to the limits.
         limits: of shapes, resolved.
         backend: engine builder and why.
+        prune: compute the last layer only for the rows that are read.
     """
 
     spec: CheckpointSpec
     limits: Limits
     backend: BackendChoice
+    prune: bool = True
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -55,6 +58,7 @@ class BuildPlan:
             "limits": dataclasses.asdict(self.limits),
             "backend": dataclasses.asdict(self.backend),
             "graphs": list(self.graphs),
+            "prune_last_layer": self.prune,
             "attention_nodes": self.spec.config.num_layers,
             "parameters": sum(tensor.numel() for tensor in self.spec.state_dict.values()),
             "ignored_keys": list(self.spec.ignored_keys),
@@ -76,7 +80,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     if isinstance(model, RankingConfig):
         limits = _ranking_limits(config, model)
         narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
-        return BuildPlan(dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend))
+        prune = config.prune is not False
+        return BuildPlan(dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend), prune)
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon": config.micro_batch,
@@ -87,7 +92,15 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     limits = _common_limits(config, model.max_seq_len, "the model's tables")
     _check([(0 <= limits.top_k <= model.num_items, "--top-k", limits.top_k, f"0 to {model.num_items} items")])
     narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
-    return BuildPlan(dataclasses.replace(spec, config=narrowed_retrieval), limits, choose_backend(config.backend))
+    backend = choose_backend(config.backend)
+    prune = _prunes_retrieval(backend) if config.prune is None else config.prune
+    return BuildPlan(dataclasses.replace(spec, config=narrowed_retrieval), limits, backend, prune)
+
+
+def _prunes_retrieval(backend: BackendChoice) -> bool:
+    """Whether this builder survives a retrieval graph whose last layer has one row per sequence."""
+    version = installed_tensorrt_version() if backend.name == "tensorrt" else None
+    return version is None or not version.startswith("8.")
 
 
 def _common_limits(config: BuildConfig, own_limit: int, of_what: str) -> Limits:

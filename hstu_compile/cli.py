@@ -131,6 +131,11 @@ def _micro_batch(context: click.Context, parameter: click.Parameter, value: str 
     "--verify/--no-verify", default=True, show_default=True, help="Compare every artifact with the eager model."
 )
 @click.option(
+    "--prune/--no-prune",
+    default=None,
+    help="Compute the last layer only for the rows that are read (default: yes; retrieval on TensorRT 8: no).",
+)
+@click.option(
     "--plugin/--no-plugin",
     default=None,
     help="Build the TensorRT plugin of this model into the bundle (default: when the backend is tensorrt).",

@@ -31,6 +31,8 @@ class BuildConfig:
         micro_batch: candidates of one scoring pass; builds the graphs prefill and score. None builds packed alone.
             Ranking models only, as is max_candidates.
         embeddings: inside, ids are inputs and tables are weights; external, inputs are embedding rows.
+        prune: compute the last layer only for the rows that are read; None does so except where the builder is known to
+            crash on it (retrieval graphs in TensorRT 8).
         plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
         verify: compare every artifact with the eager model.
         keep_intermediates: folder for the artifact of every stage, or None.
@@ -52,6 +54,7 @@ class BuildConfig:
     max_candidates: int | None = None
     micro_batch: int | None = None
     embeddings: Embeddings = "inside"
+    prune: bool | None = None
     plugin: bool | None = None
     verify: bool = True
     keep_intermediates: Path | None = None

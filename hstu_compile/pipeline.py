@@ -28,7 +28,7 @@ from hstu_compile.engine import engine_from_onnx
 from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import tensor_specs
-from hstu_compile.graph_limits import GraphLimits, write_limits
+from hstu_compile.graph_limits import write_limits
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
@@ -127,12 +127,13 @@ class _Build:
             else:
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    def rewritten(self, graph: OnnxGraph, served: ServedGraph, limits: GraphLimits, folder: str) -> OnnxGraph:
+    def rewritten(self, graph: OnnxGraph, served: ServedGraph, plan: BuildPlan, folder: str) -> OnnxGraph:
         """Apply every export pass, keeping each step, and note the graph's limits in it."""
-        passes = export_passes(served.num_attention, served.taps, _selection(served))
+        selection = _selection(served) if plan.prune else None
+        passes = export_passes(served.num_attention, served.taps, selection)
         for number, graph in enumerate(apply_passes(graph, passes), start=1):  # noqa: B020
             self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph.model)
-        write_limits(graph.model, limits)
+        write_limits(graph.model, plan.graph_limits(served.name))
         return dataclasses.replace(
             graph, inputs=tensor_specs(graph.model.graph.input), outputs=tensor_specs(graph.model.graph.output)
         )
@@ -192,7 +193,7 @@ def compile_checkpoint(
         )
     with build.stage("rewrite") as summarise:
         graphs = [
-            build.rewritten(graph, each, plan.graph_limits(each.name), _intermediate("03_rewritten", each, served))
+            build.rewritten(graph, each, plan, _intermediate("03_rewritten", each, served))
             for each, graph in zip(served, graphs, strict=True)
         ]
         totals = Counter(
@@ -228,7 +229,7 @@ def compile_checkpoint(
         if config.verify:
             progress = build.listener.stage_progress
             references = references_from_spec(
-                spec, config.precision, _batches(plan, config.seed), limits.top_k, limits.micro_batch, progress
+                spec, config.precision, _batches(plan, config.seed), limits, progress, prune=plan.prune
             )
             library = plugin.self_registering if plugin else None
             runs = [

@@ -80,10 +80,10 @@ class ServedGraph:
             for name, value in zip((*self.outputs, *self.taps), values, strict=True)
         }
 
-    def reference(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Like `run`, but the last layer's tap holds only the consumed rows, as it does in the graph that ships."""
+    def reference(self, feeds: Mapping[str, NDArray[Any]], prune: bool = True) -> dict[str, NDArray[Any]]:
+        """Like `run`, but with `prune` the last layer's tap holds only the consumed rows, as in a pruned graph."""
         values = self.run(feeds)
-        if self.consumed != "all":
+        if prune and self.consumed != "all":
             rows = values[self.taps[-1]]
             index = _consumed_rows(self.consumed, feeds, len(rows))
             values[self.taps[-1]] = np.concatenate([rows, np.zeros_like(rows, shape=(1, *rows.shape[1:]))])[index]

@@ -19,6 +19,7 @@ from hstu_compile.artifacts import CheckpointSpec, EngineArtifact, Feed, OnnxGra
 from hstu_compile.calibration.batches import RequestBatch
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
 from hstu_compile.checkpoint import model_from_spec
+from hstu_compile.config import Limits
 from hstu_compile.errors import VerifyError
 from hstu_compile.export import TORCH_DTYPES
 from hstu_compile.model.families import HstuModel
@@ -104,9 +105,10 @@ def references_from_spec(
     spec: CheckpointSpec,
     precision: Precision,
     batches: Sequence[RequestBatch],
-    top_k: int,
-    micro_batch: int | None,
+    limits: Limits,
     progress: Progress,
+    *,
+    prune: bool = True,
 ) -> list[Reference]:
     """Run every graph of the eager model in float64 and in the build's precision on every request.
 
@@ -114,18 +116,20 @@ def references_from_spec(
         spec: the checkpoint.
         precision: of the build.
         batches: requests to the first graph; those to the others are made from them.
-        top_k: see `served_graphs`.
-        micro_batch: see `served_graphs`.
+        limits: of the build; they decide which graphs there are.
         progress: called with (what, done, total).
+        prune: the last tap of the shipped graphs holds only the rows that are read.
 
     Returns:
         One reference per graph, in the order of `served_graphs`.
     """
     exact_model = model_from_spec(spec, torch.float64)
     eager_model = model_from_spec(spec, TORCH_DTYPES[precision])
-    exact_graphs, eager_graphs = (served_graphs(model, top_k, micro_batch) for model in (exact_model, eager_model))
+    exact_graphs, eager_graphs = (
+        served_graphs(model, limits.top_k, limits.micro_batch) for model in (exact_model, eager_model)
+    )
     nudged_graphs = [
-        served_graphs(_nudged(eager_model, seed), top_k, micro_batch)
+        served_graphs(_nudged(eager_model, seed), limits.top_k, limits.micro_batch)
         for seed in (range(_NUDGED_MODELS) if precision == "fp32" else ())
     ]
     # The cache is read in the type of the graph. NumPy has no bfloat16: its numbers come as float32.
@@ -138,9 +142,9 @@ def references_from_spec(
         exact, eager, nudged = [], [], []
         for index, feed in enumerate(feeds):
             progress(f"eager {exact_graph.name}", index, len(feeds))
-            exact.append(exact_graph.reference(feed.arrays))
-            eager.append(eager_graph.reference(feed.arrays))
-            nudged += [(graphs[number].reference(feed.arrays), exact[-1]) for graphs in nudged_graphs]
+            exact.append(exact_graph.reference(feed.arrays, prune))
+            eager.append(eager_graph.reference(feed.arrays, prune))
+            nudged += [(graphs[number].reference(feed.arrays, prune), exact[-1]) for graphs in nudged_graphs]
         progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
         if exact_graph.name == "prefill":
             cached = [{name: outputs[name] for name in exact_graph.outputs} for outputs in eager]

@@ -1,7 +1,7 @@
 """Timestamps as a ranking model reads them: distance buckets, and hour and weekday on a circle. Level 1.
 
 Both come from formulas that the original evaluates in float32. Here they are integer comparisons and table lookups
-that give the same answers on every device, however it rounds a square root.
+that give the same answers on every device, whatever its square root and its float types.
 """
 
 from __future__ import annotations
@@ -45,25 +45,29 @@ def distance_thresholds(largest_bucket: int, function: TimeBucketFn) -> Tensor:
     return high
 
 
-def distance_buckets(seconds: Tensor, thresholds: Tensor, function: TimeBucketFn) -> Tensor:
+def distance_buckets(seconds: Tensor, thresholds: Tensor) -> Tensor:
     """Bucket of each distance: [L] int64 seconds -> [L] int64 in 0..len(thresholds) - 1.
 
-    The device's own float32 formula is at most one bucket off; comparing with the exact thresholds mends it.
+    A binary search on integers: no runtime can round it, nor hold it in a half type (TensorRT 8 clips a float32 that
+    has no upper bound at 65504 in a half-precision engine: eighteen hours).
 
     Args:
         seconds: distances; negative ones count as 0.
         thresholds: from `distance_thresholds`.
-        function: that of the thresholds.
     """
     last = thresholds.shape[0] - 1
-    # Not beyond the last bucket: a larger number would only lose digits in float32. Comparisons and not a clamp:
-    # ONNX Runtime 1.31 on a CPU takes Clip, Min and Max of int64 by their lower halves (2**31 becomes negative).
     inside = torch.where(seconds < 0, 0, seconds)
-    inside = torch.where(inside > thresholds[last], thresholds[last], inside)
-    guess = _buckets_by_formula(inside, function).clamp(max=last)
-    above = (guess < last) & (inside >= thresholds.index_select(0, (guess + 1).clamp(max=last)))
-    below = inside < thresholds.index_select(0, guess)
-    return guess + above.to(torch.int64) - below.to(torch.int64)
+    bucket = torch.zeros_like(inside)
+    step = 1 << last.bit_length() >> 1
+    while step:
+        candidate = bucket + step
+        # A candidate beyond the last bucket reads the last threshold and is turned down. A comparison and no clamp:
+        # ONNX Runtime 1.31 on a CPU takes Clip, Min and Max of int64 by their lower halves.
+        is_bucket = candidate <= last
+        threshold = thresholds.index_select(0, torch.where(is_bucket, candidate, last))
+        bucket = torch.where(is_bucket & (threshold <= inside), candidate, bucket)
+        step >>= 1
+    return bucket
 
 
 def circle_table(units: int) -> Tensor:

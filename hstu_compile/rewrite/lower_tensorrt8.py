@@ -20,6 +20,7 @@ from hstu_compile.errors import RewriteError
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
+from hstu_compile.rewrite.prune_last_layer import ROW_OFFSETS
 from hstu_compile.rewrite.spell_out_sigmoid import SpellOutSigmoid
 
 HIGHEST_OPSET, LOWERED_OPSET, LOWERED_IR = 20, 17, 8
@@ -513,7 +514,8 @@ class LowerToOpset17(Pass):
     1. reductions whose axes became an input: an attribute again.
     2. Shape with start or end: Shape then Slice (the 8.5 parser ignores both attributes without a word).
     3. Squeeze without axes: the axes of the inferred shape.
-    4. Clip of integers: Max and Min.
+    4. Clip: Max and Min. The parser takes none of integers, and to one without an upper bound it gives FLT_MAX, which
+    an engine with half-precision layers rounds to 65504.
     5. ReduceSum of integers: in float32, exact up to 2**24, the largest count a batch can reach here.
     6. CastLike: Cast.
     7. Split with num_outputs: without, where the axis divides evenly.
@@ -642,8 +644,6 @@ class LowerToOpset17(Pass):
         return [node]
 
     def _clip(self, node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto] | None:
-        if graph.elem_type(node.input[0]) not in _INTEGERS:
-            return None
         steps = [(op, bound) for op, bound in zip(("Max", "Min"), node.input[1:], strict=False) if bound]
         if not steps:
             return [helper.make_node("Identity", node.input[:1], node.output, name=node.name)]
@@ -740,6 +740,7 @@ def lowered_for_tensorrt8(
     Raises:
         RewriteError: HSTU-E302, naming what TensorRT 8 cannot take.
     """
+    _refuse_pruned_retrieval(model)
     graph = OnnxGraph("lowered", model, precision, (), ())
     passes = tensorrt8_passes(precision, native=native, has_cublas=has_cublas)
     passes[-1].requires(model)  # a foreign opset is refused before any pass reads its operators
@@ -748,6 +749,16 @@ def lowered_for_tensorrt8(
     if not native and not has_cublas:
         _refuse_products(graph.model)
     return graph.model, graph.passes
+
+
+def _refuse_pruned_retrieval(model: onnx.ModelProto) -> None:
+    """TensorRT 8.5.3.1 dies of a segmentation fault while it builds a graph with one last-layer row per sequence."""
+    if any(name == ROW_OFFSETS for node in model.graph.node for name in node.output):
+        raise _refuse(
+            "TensorRT 8 cannot build this graph",
+            ["its last layer was pruned to one row per sequence, which crashes the builder of TensorRT 8.5"],
+            "build the bundle again with --no-prune",
+        )
 
 
 def _refuse_products(model: onnx.ModelProto) -> None:

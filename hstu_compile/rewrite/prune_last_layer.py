@@ -15,7 +15,8 @@ from hstu_compile.op_schema import attention_contract, is_attention, node_attrib
 from hstu_compile.rewrite._last_layer import PASS_NAME, LastLayer, refuse
 from hstu_compile.rewrite._pass import Pass, PassResult
 
-_ROW_OFFSETS = f"{PASS_NAME}/row_offsets"
+# Query offsets of a layer with one row per sequence; made by this pass alone.
+ROW_OFFSETS = f"{PASS_NAME}/row_offsets"
 
 # Suffix of what is computed once more, for the consumed rows alone.
 _CONSUMED = "/consumed"
@@ -70,7 +71,7 @@ class PruneLastLayer(Pass):
 
     @property
     def _query_offsets(self) -> str:
-        return self._selection.offsets or _ROW_OFFSETS
+        return self._selection.offsets or ROW_OFFSETS
 
     def requires(self, model: onnx.ModelProto) -> None:
         nodes = [node for node in model.graph.node if is_attention(node)]

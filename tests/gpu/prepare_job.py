@@ -52,6 +52,8 @@ M_FALCON_OPTIONS = ("--m-falcon", "micro-batch=2048", "--max-batch", "2", "--opt
 RANKING_GRAPHS = ("model.onnx", "prefill.onnx", "score.onnx")
 #: Files of a bundle that no check reads.
 UNREAD = ("report.html", "report.json", "*onnxruntime_outputs.json")
+#: The builder of TensorRT 8.5 crashes on a retrieval graph whose last layer is pruned.
+UNPRUNED = ("--no-prune",)
 #: Pure-Python packages that the engine stage needs and a bare GPU machine may lack.
 CARRIED_PACKAGES = {"PyYAML": "yaml", "click": "click", "polygraphy": "polygraphy"}
 
@@ -256,12 +258,14 @@ def main() -> int:
         checkpoints.mkdir(exist_ok=True)
         for name in ("ckpt.pt", "config.json"):
             shutil.copyfile(arguments.fixture / name, checkpoints / name)
-        build_bundles(job, checkpoints / "ckpt.pt", checkpoints / "config.json", "research", RESEARCH_PRECISIONS)
+        build_bundles(
+            job, checkpoints / "ckpt.pt", checkpoints / "config.json", "research", RESEARCH_PRECISIONS, UNPRUNED
+        )
         save_leave_one_out(job, arguments.fixture)
     for model, save in (("deep", save_deep_checkpoint), ("cycled", save_cycled_checkpoint)):
         if model in arguments.only:
             save(checkpoints / f"{model}.pt", arguments.fixture)
-            build_bundles(job, checkpoints / f"{model}.pt", None, model, MODELS[model])
+            build_bundles(job, checkpoints / f"{model}.pt", None, model, MODELS[model], UNPRUNED)
     if "dlrm" in arguments.only:
         given = arguments.dlrm_fixture
         build_bundles(job, given / "ckpt.pt", given / "config.json", "dlrm", DLRM_PRECISIONS, DLRM_OPTIONS)

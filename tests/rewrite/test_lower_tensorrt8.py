@@ -222,6 +222,16 @@ CASES: dict[str, tuple[onnx.ModelProto, dict[str, NDArray[Any]], str]] = {
         {"x": np.array([-3, 0, 5, 9], np.int32)},
         "Clip",
     ),
+    "clip without an upper bound": (
+        graph(
+            [helper.make_node("Clip", ["x", "low"], ["y"])],
+            {"x": (TensorProto.FLOAT, ["L"])},
+            {"y": (TensorProto.FLOAT, ["L"])},
+            {"low": np.array(1e-6, np.float32)},
+        ),
+        {"x": np.array([-3.0, 0.0, 5.0, 1e9], np.float32)},
+        "Clip",
+    ),
     "integer sum": (
         graph(
             [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)],

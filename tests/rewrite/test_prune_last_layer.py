@@ -633,17 +633,22 @@ def test_a_selection_that_cannot_be_is_refused(values: dict[str, Any], why: str)
 
 
 @pytest.mark.parametrize("native", [True, False])
+def test_tensorrt8_is_kept_from_a_graph_that_crashes_its_builder(native: bool) -> None:
+    _, model = full_and_pruned("affine norms and every bias")
+    with pytest.raises(RewriteError, match="one row per sequence, which crashes the builder") as caught:
+        lowered_for_tensorrt8(model, "fp32", native=native)
+    assert caught.value.code == "HSTU-E302"
+    assert "--no-prune" in caught.value.fix
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_tensorrt8_takes_the_pruned_graph(precision: Precision, native: bool) -> None:
-    _, model = full_and_pruned("affine norms and every bias", precision)
-    lowered, _ = lowered_for_tensorrt8(model, precision, native=native)
-    if not native:
-        assert [node_attributes(node)["max_query_len"] for node in attention_nodes(lowered)] == [20, 1]
-        return
-    feeds = feeds_of((0, 7, 20, 1))
-    narrow = {name: array.astype(np.int32) for name, array in feeds.items()}
-    before, after = run_onnx(model, feeds)["user_embeddings"], run_onnx(lowered, narrow)["user_embeddings"]
-    assert row_error(after, before.astype(np.float64)).error <= (SAME_FP32 if precision == "fp32" else 2.0**-9)
+def test_tensorrt8_takes_a_pruned_graph_of_candidates(precision: Precision) -> None:
+    model = unpruned_prefix(_candidates("dlrm", precision, 2, True), 2)
+    assert PruneLastLayer(2, SELECTION).call(model).modified
+    lowered, _ = lowered_for_tensorrt8(model, precision, native=False)
+    lengths = [node_attributes(node)["max_query_len"] for node in attention_nodes(lowered)]
+    assert lengths == [20, SELECTION.max_query_len]
+    assert attention_nodes(lowered)[-1].input[3] == SELECTION.offsets
 
 
 def test_both_halves_of_the_projection_become_convolutions() -> None:

@@ -61,7 +61,7 @@ def test_buckets_are_those_of_the_float32_formula(largest: int, function: Any) -
         ]
     )
     expected = original_buckets(seconds, largest, function)
-    assert torch.equal(distance_buckets(seconds, thresholds, function), expected)
+    assert torch.equal(distance_buckets(seconds, thresholds), expected)
     assert int(expected.max()) == min(largest, 38 if function == "log" else largest)
 
 
@@ -70,7 +70,7 @@ def test_buckets_of_an_hour_a_day_a_month_and_a_year(function: Any) -> None:
     hour, day = 3600, 86400
     seconds = torch.tensor([-5, 0, 59, 60, hour, day, 30 * day, 365 * day])
     expected = {"sqrt": [0, 0, 0, 1, 7, 37, 207, 724], "log": [0, 0, 0, 0, 4, 7, 10, 13]}[function]
-    assert distance_buckets(seconds, distance_thresholds(2048, function), function).tolist() == expected
+    assert distance_buckets(seconds, distance_thresholds(2048, function)).tolist() == expected
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -108,7 +108,7 @@ def test_a_device_that_rounds_the_other_way_is_mended(
     right: Callable[[torch.Tensor, Any], torch.Tensor] = time_features._buckets_by_formula
     monkeypatch.setattr(time_features, "_buckets_by_formula", lambda s, f: (right(s, f) + slip).clamp(min=0))
     assert not torch.equal(time_features._buckets_by_formula(seconds.clamp(min=0), function).clamp(max=511), expected)
-    assert torch.equal(distance_buckets(seconds, thresholds, function), expected)
+    assert torch.equal(distance_buckets(seconds, thresholds), expected)
 
 
 # --- Hour and weekday -------------------------------------------------------------------------------------------------
