@@ -81,7 +81,7 @@ def check_packed_request(feeds: Mapping[str, NDArray[Any]], spec: RankingSpec) -
 
 def _check_division(arrays: Mapping[str, NDArray[Any]], spec: RankingSpec, faults: Faults) -> int:
     """Whether every array divides into users; returns their number."""
-    batch = arrays["seq_offsets"].shape[0] - 1
+    batch = int(arrays["seq_offsets"].shape[0]) - 1
     if arrays["candidate_offsets"].shape != arrays["seq_offsets"].shape:
         faults.add(
             "HSTU-E702",

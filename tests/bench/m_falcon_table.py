@@ -95,11 +95,16 @@ def peer_lines(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def problem_lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Rows without a time, with the reason."""
+    """What has no time, with the reason: one line for the cases that share backend, mode and reason."""
+    cases: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
             split = f" b={row['micro_batch']}" if int(row["micro_batch"]) else ""
-            yield f"- {row['backend']} {row['mode']} n={row['n']} m={row['m']}{split}: {row['status']}"
+            key = (row["backend"], row["mode"], row["status"])
+            cases.setdefault(key, []).append(f"n={row['n']} m={row['m']}{split}")
+    for (backend, mode, status), names in cases.items():
+        which = names[0] if len(names) == 1 else f"{len(names)} cases, {names[0]} to {names[-1]}"
+        yield f"- {backend} {mode}, {which}: {status}"
 
 
 def table_text(rows: Sequence[Row]) -> str:

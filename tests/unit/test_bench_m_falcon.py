@@ -258,7 +258,7 @@ def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeyp
     text = table.table_text(list(merged.values()))
     ours = "| 4096 | 256 | 512.0 | 4.000 (8.000) | - | 1.000 b=256 (2.000) | 128.0x | 4.0x |"
     assert f"{ours} 16.000 meta_triton bf16 | 4.0x | 16.0x |" in text
-    assert "meta_triton packed n=4096 m=256: error: gone" in text
+    assert "- meta_triton packed, n=4096 m=256: error: gone" in text
     drawn = table.plot(list(merged.values()))
     assert drawn.startswith("<svg")
     assert drawn.count("<polyline") >= 1
