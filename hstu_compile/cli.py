@@ -348,7 +348,13 @@ def plugin() -> None:
 
 
 @plugin.command(name="build")
-@click.option("--onnx", "model", type=_PATH, help="Build the kernels that this graph needs (default: a common set).")
+@click.option(
+    "--onnx",
+    "models",
+    multiple=True,
+    type=_PATH,
+    help="Build the kernels that this graph needs; may be repeated (default: a common set).",
+)
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Also copy the libraries to DIR.")
 @click.option("--arch", "archs", multiple=True, help="GPU architecture such as 9.0; may be repeated (default: all).")
 @click.option(
@@ -356,7 +362,7 @@ def plugin() -> None:
 )
 @_JSON
 def plugin_build(
-    model: Path | None, output: Path | None, archs: tuple[str, ...], tensorrt_version: str | None, as_json: bool
+    models: tuple[Path, ...], output: Path | None, archs: tuple[str, ...], tensorrt_version: str | None, as_json: bool
 ) -> int:
     """Compile the plugin library, without a GPU.
 
@@ -365,7 +371,7 @@ def plugin_build(
     from hstu_compile import plugin_stage
 
     capabilities = parse_compute_capabilities(",".join(archs)) if archs else ()
-    facts = plugin_stage.run_plugin_stage(model, output, capabilities, tensorrt_version)
+    facts = plugin_stage.run_plugin_stage(models, output, capabilities, tensorrt_version)
     if as_json:
         _print_json(facts)
     else:

@@ -15,12 +15,12 @@ from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
 
 
 def run_plugin_stage(
-    model: Path | None, output: Path | None, capabilities: Sequence[str], tensorrt_version: str | None
+    models: Sequence[Path], output: Path | None, capabilities: Sequence[str], tensorrt_version: str | None
 ) -> dict[str, Any]:
     """Build the libraries, or take them from the cache.
 
     Args:
-        model: graph whose kernels are needed; None builds the default set.
+        models: graphs whose kernels are needed, in one library; none builds the default set.
         output: folder to copy the libraries to, or None.
         capabilities: GPU architectures such as "9.0"; empty means all.
         tensorrt_version: of the TensorRT that will load the library; None is the installed one.
@@ -33,8 +33,8 @@ def run_plugin_stage(
         BundleError: HSTU-E802, if `output` cannot be written.
     """
     request = (
-        plugin_request_of([load_onnx(model)], tensorrt_version or installed_tensorrt_version())
-        if model is not None
+        plugin_request_of([load_onnx(model) for model in models], tensorrt_version or installed_tensorrt_version())
+        if models
         else PluginBuildRequest(runtime_version=tensorrt_version)
     )
     archs = tuple(int(capability.replace(".", "")) for capability in capabilities)

@@ -1,0 +1,51 @@
+"""`hstu-compile plugin build --onnx A --onnx B`: one library for several graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from hstu_compile import plugin_stage
+from hstu_compile.plugin_library import PluginBuildRequest
+from tests.exported_models import shipped, small_config
+
+
+class Requested(Exception):  # noqa: N818 - it ends the stage where the compiler would start
+    """Carries the request that would have been built."""
+
+
+@pytest.fixture
+def graphs(tmp_path: Path) -> list[Path]:
+    paths = []
+    for precision in ("fp32", "fp16"):
+        _, graph = shipped(small_config(num_layers=1), precision)
+        paths.append(tmp_path / f"{precision}.onnx")
+        onnx.save(graph.model, paths[-1])
+    return paths
+
+
+def requested(monkeypatch: pytest.MonkeyPatch, models: list[Path]) -> PluginBuildRequest:
+    def stop(request: PluginBuildRequest) -> Any:
+        raise Requested(request)
+
+    monkeypatch.setattr(plugin_stage, "build_plugin_library", stop)
+    with pytest.raises(Requested) as caught:
+        plugin_stage.run_plugin_stage(models, None, ("9.0",), "10.14.1")
+    request: PluginBuildRequest = caught.value.args[0]
+    return request
+
+
+def test_the_library_holds_the_kernels_of_every_graph(graphs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [set(requested(monkeypatch, [path]).variants) for path in graphs]
+    together = requested(monkeypatch, graphs)
+    assert all(alone)
+    assert not alone[0] & alone[1]
+    assert set(together.variants) == alone[0] | alone[1]
+    assert together.archs == (90,)
+
+
+def test_without_a_graph_the_default_set_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requested(monkeypatch, []).variants == PluginBuildRequest().variants
