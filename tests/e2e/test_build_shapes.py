@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,18 @@ def test_a_request_beyond_the_profile_is_refused(
     assert result.exit_code == 7
     assert problem in result.stderr
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_an_unpruned_build_gives_the_same_answers(build_small: Build, tmp_path: Path) -> None:
+    arrays = retrieval_batch("odd", small_config(), [3, 0, 7, 20], seed=5).arrays
+    answers = []
+    for options in ((), ("--no-prune",)):
+        built = build_small("--backend", "onnx", *options)
+        assert built.result.exit_code == 0, built.result.stderr
+        report = json.loads((built.path / "report.json").read_text())
+        names = [record["name"] for record in report["passes"]]
+        assert ("prune_last_layer" in names) is (not options)
+        (tmp_path / str(len(options))).mkdir()
+        answers.append(run_bundle(built.path, arrays, tmp_path / str(len(options)))["user_embeddings"])
+    assert row_error(answers[0], answers[1].astype(np.float64)).error <= 1e-5
+    assert not answers[0][1].any()

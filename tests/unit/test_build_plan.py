@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from hstu_compile import build_plan
 from hstu_compile.build_plan import BuildPlan, plan_build
 from hstu_compile.config import BuildConfig
+from hstu_compile.environment import BackendChoice
 from hstu_compile.errors import UsageError
 from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
@@ -142,3 +144,36 @@ def test_the_plan_as_json(ranking: dict[str, Path]) -> None:
     assert facts["limits"]["micro_batch"] == 7
     assert facts["attention_nodes"] == 2
     assert facts["parameters"] == sum(weight.numel() for weight in ranking_model(FORM).parameters())
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "asked", "pruned"),
+    [
+        ("tensorrt", "8.5.3.1", None, False),
+        ("tensorrt", "8.5.3.1", True, True),
+        ("tensorrt", "10.14.1", None, True),
+        ("tensorrt-rtx", None, None, True),
+        ("onnx", "8.5.3.1", None, True),
+        ("onnx", None, False, False),
+    ],
+)
+def test_a_retrieval_graph_keeps_its_last_layer_for_the_builder_that_crashes_without(
+    retrieval: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    version: str | None,
+    asked: bool | None,
+    pruned: bool,
+) -> None:
+    monkeypatch.setattr(build_plan, "choose_backend", lambda wanted: BackendChoice(backend, "for this test"))
+    monkeypatch.setattr(build_plan, "installed_tensorrt_version", lambda: version)
+    plan = planned(retrieval, prune=asked)
+    assert plan.prune is pruned
+    assert plan.to_dict()["prune_last_layer"] is pruned
+
+
+def test_a_ranking_graph_is_pruned_for_every_builder(ranking: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_plan, "choose_backend", lambda wanted: BackendChoice("tensorrt", "for this test"))
+    monkeypatch.setattr(build_plan, "installed_tensorrt_version", lambda: "8.5.3.1")
+    assert planned(ranking).prune
+    assert not planned(ranking, prune=False).prune
