@@ -7,6 +7,7 @@ that give the same answers on every device, whatever its square root and its flo
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -48,26 +49,23 @@ def distance_thresholds(largest_bucket: int, function: TimeBucketFn) -> Tensor:
 def distance_buckets(seconds: Tensor, thresholds: Tensor) -> Tensor:
     """Bucket of each distance: [L] int64 seconds -> [L] int64 in 0..len(thresholds) - 1.
 
-    A binary search on integers: no runtime can round it, nor hold it in a half type (TensorRT 8 clips a float32 that
-    has no upper bound at 65504 in a half-precision engine: eighteen hours).
+    Counts thresholds, in integers: no runtime can round them, nor hold them in a half type (TensorRT 8 clips a float32
+    without an upper bound at 65504 in a half-precision engine: eighteen hours). In two steps of about the square root
+    each: counting all of them takes L * 2048 numbers, and a binary search is a chain of dependent selections that
+    TensorRT-RTX does not finish compiling.
 
     Args:
         seconds: distances; negative ones count as 0.
         thresholds: from `distance_thresholds`.
     """
-    last = thresholds.shape[0] - 1
-    inside = torch.where(seconds < 0, 0, seconds)
-    bucket = torch.zeros_like(inside)
-    step = 1 << last.bit_length() >> 1
-    while step:
-        candidate = bucket + step
-        # A candidate beyond the last bucket reads the last threshold and is turned down. A comparison and no clamp:
-        # ONNX Runtime 1.31 on a CPU takes Clip, Min and Max of int64 by their lower halves.
-        is_bucket = candidate <= last
-        threshold = thresholds.index_select(0, torch.where(is_bucket, candidate, last))
-        bucket = torch.where(is_bucket & (threshold <= inside), candidate, bucket)
-        step >>= 1
-    return bucket
+    count = thresholds.shape[0]
+    width = math.isqrt(count - 1) + 1
+    padding = torch.full((width * width - count,), torch.iinfo(torch.int64).max, device=thresholds.device)
+    blocks = torch.cat([thresholds, padding]).view(width, width)
+    inside = torch.where(seconds < 0, 0, seconds)[:, None]
+    block = (blocks[:, 0][None, :] <= inside).to(torch.int64).sum(dim=1) - 1
+    within = (blocks.index_select(0, block) <= inside).to(torch.int64).sum(dim=1) - 1
+    return block * width + within
 
 
 def circle_table(units: int) -> Tensor:
