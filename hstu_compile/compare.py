@@ -94,15 +94,9 @@ def error_bound(eager_error: float, precision: str) -> float:
 
 def bound_rule(precision: str) -> str:
     """The rule of `error_bound` in words, for reports."""
-    # In float32 one run can err little by luck where the model magnifies roundings: see hstu_compile/verify.py.
-    model = (
-        "eager fp32 model, or of copies with weights off by a rounding"
-        if precision == "fp32"
-        else f"eager {precision} model"
-    )
     return (
-        f"per row: max |artifact - float64| / rms(float64 row) <= {EAGER_FACTOR:g} x the same error of the {model} "
-        f"(at least {EAGER_FLOOR[precision]:.2g})"
+        f"per row: max |artifact - float64| / rms(float64 row) <= {EAGER_FACTOR:g} x the same error of the eager "
+        f"{precision} model (at least {EAGER_FLOOR[precision]:.2g})"
     )
 
 

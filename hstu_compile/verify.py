@@ -6,7 +6,6 @@ goes into the bundle, so that the same check can be repeated without the checkpo
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,11 +40,6 @@ from hstu_compile.session_check import (
 # Not compared number by number: a list of items is judged by `top_items_problem`.
 _LISTS = ("top_items", "top_scores")
 _PRIMARY = {"retrieval": "user_embeddings", "packed": "logits", "prefill": "k_0", "score": "logits"}
-
-
-# Models with other roundings whose errors count as eager ones. In float32 a single eager run may err little by luck
-# where the model magnifies roundings (a norm over attention that nearly cancels); in the half types errors are many.
-_NUDGED_MODELS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +85,6 @@ def _feeds(
     ]
 
 
-def _nudged(model: HstuModel, seed: int) -> HstuModel:
-    """The float32 model with every weight moved by at most one unit of roundoff: a run that rounds elsewhere."""
-    copied = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in copied.parameters():
-        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        parameter.data = (parameter.double() * (1 + noise * 2.0**-24)).to(parameter.dtype)
-    return copied
-
-
 def references_from_spec(
     spec: CheckpointSpec,
     precision: Precision,
@@ -128,31 +112,23 @@ def references_from_spec(
     exact_graphs, eager_graphs = (
         served_graphs(model, limits.top_k, limits.micro_batch) for model in (exact_model, eager_model)
     )
-    nudged_graphs = [
-        served_graphs(_nudged(eager_model, seed), limits.top_k, limits.micro_batch)
-        for seed in (range(_NUDGED_MODELS) if precision == "fp32" else ())
-    ]
     # The cache is read in the type of the graph. NumPy has no bfloat16: its numbers come as float32.
     cache_dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
     items = exact_model.item_vectors().numpy() if isinstance(exact_model, RetrievalModel) else None
     references: list[Reference] = []
     cached: list[Outputs] = []
-    for number, (exact_graph, eager_graph) in enumerate(zip(exact_graphs, eager_graphs, strict=True)):
+    for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
         feeds = _feeds(exact_graph, exact_model, batches, cached, cache_dtype)
-        exact, eager, nudged = [], [], []
+        exact, eager = [], []
         for index, feed in enumerate(feeds):
             progress(f"eager {exact_graph.name}", index, len(feeds))
             exact.append(exact_graph.reference(feed.arrays, prune))
             eager.append(eager_graph.reference(feed.arrays, prune))
-            nudged += [(graphs[number].reference(feed.arrays, prune), exact[-1]) for graphs in nudged_graphs]
         progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
         if exact_graph.name == "prefill":
             cached = [{name: outputs[name] for name in exact_graph.outputs} for outputs in eager]
         eager_error = {
-            name: max(
-                tensor_error(name, low[name], high[name]).error
-                for low, high in (*zip(eager, exact, strict=True), *nudged)
-            )
+            name: max(tensor_error(name, low[name], high[name]).error for low, high in zip(eager, exact, strict=True))
             for name in exact[0]
             if name not in _LISTS
         }
