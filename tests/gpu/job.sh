@@ -155,8 +155,10 @@ run_step() {
     code=$?
     printf '{"step": "%s", "exit_code": %d, "commit": "%s", "gpu": "%s", "date": "%s"}\n' "$step" "$code" \
         "$HSTU_COMMIT" "$gpu" "$(date -u +%F)" >"$folder/run.json"
-    # Engines stay for later steps, and are too large to bring back; so are the graphs that they were built from.
-    tar czf "$out/$step.tar.gz" -C "$work" --exclude='*.engine' --exclude='*.onnx' "$step"
+    # Engines stay for later steps, and are too large to bring back; so are the graphs that they were built from, and
+    # the requests and references that Polygraphy read.
+    tar czf "$out/$step.tar.gz" -C "$work" --exclude='*.engine' --exclude='*.onnx' --exclude='feeds.json' \
+        --exclude='eager.json' --exclude='altered.json' "$step"
     {
         echo "== $step: exit $code, $((SECONDS - started)) s"
         if [ -f "$folder/summary.txt" ]; then cat "$folder/summary.txt"; else tail -n 25 "$folder/log.txt"; fi
