@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -92,8 +93,8 @@ def _pipeline_boxes(report: Mapping[str, Any]) -> list[_Box]:
     return [
         box("Checkpoint", _checkpoint_facts(report, stages)),
         box("Eager model", _eager_facts(report)),
-        box("ONNX", *_onnx_facts(report["graph"])),
-        box("Passes", *_pass_facts(report["passes"] or ())),
+        box("ONNX", *_onnx_facts(report["graphs"] or ())),
+        box("Passes", *_pass_facts(report["graphs"] or ())),
         box("Engine", *_engine_facts(report)),
         box("Verification", *_verification_facts(report)),
         box("Bundle", *_bundle_facts(report["files"] or ())),
@@ -118,32 +119,43 @@ def _eager_facts(report: Mapping[str, Any]) -> list[str]:
     return facts
 
 
-def _onnx_facts(graph: Mapping[str, Any] | None) -> tuple[list[str], str]:
-    if graph is None:
+def _onnx_facts(graphs: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    if not graphs:
         return ["not exported"], "absent"
-    attention = sum(count for name, count in (graph["operators"] or {}).items() if name.endswith("HstuAttention"))
-    return [
+    operators = [item for graph in graphs for item in (graph["operators"] or {}).items()]
+    attention = sum(count for name, count in operators if name.endswith("HstuAttention"))
+    facts = [
         f"{number(attention)} HstuAttention",
-        f"{plural(graph['nodes'], 'node')} in all",
-        f"{mebibytes(graph['initializers_bytes'])} MiB weights",
-    ], ""
+        f"{plural(sum(graph['nodes'] for graph in graphs), 'node')} in all",
+        f"{mebibytes(sum(graph['initializers_bytes'] for graph in graphs))} MiB weights",
+    ]
+    return ([plural(len(graphs), "graph"), *facts] if len(graphs) > 1 else facts), ""
 
 
-def _pass_facts(passes: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
-    if not passes:
+def _pass_facts(graphs: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Passes by name, what each counted summed over the graphs."""
+    counted: Counter[str] = Counter()
+    for graph in graphs:
+        for record in graph["passes"] or ():
+            # Not `update`, which forgets a pass that counted nothing.
+            counted[record["name"]] += sum(record["counts"].values())
+    if not counted:
         return ["not run"], "absent"
-    facts = [plural(len(passes), "pass")]
-    facts += [f"{record['name']} {number(sum(record['counts'].values()))}" for record in passes[:3]]
-    return facts + ([f"and {len(passes) - 3} more"] if len(passes) > 3 else []), ""
+    facts = [plural(len(counted), "pass")]
+    facts += [f"{name} {number(count)}" for name, count in list(counted.items())[:3]]
+    return facts + ([f"and {len(counted) - 3} more"] if len(counted) > 3 else []), ""
 
 
 def _engine_facts(report: Mapping[str, Any]) -> tuple[list[str], str]:
-    backend, engine = report["backend"], report["engine"]
-    if engine is None:
+    backend = report["backend"]
+    engines = [graph["engine"] for graph in report["graphs"] or () if graph["engine"] is not None]
+    if not engines:
         return ["not built"] + ([str(backend["reason"])] if backend and backend["reason"] else []), "absent"
     facts = [f"{backend['name']} {backend['version']}"] if backend else []
-    facts.append(f"{mebibytes(engine['bytes'])} MiB")
-    facts.append(plural(len(engine["profiles"] or ()), "profile"))
+    if len(engines) > 1:
+        facts.append(plural(len(engines), "engine"))
+    facts.append(f"{mebibytes(sum(engine['bytes'] for engine in engines))} MiB")
+    facts.append(plural(sum(len(engine["profiles"] or ()) for engine in engines), "profile"))
     if backend and backend["compute_capabilities"]:
         facts.append("for " + ", ".join(str(item) for item in backend["compute_capabilities"]))
     return facts, ""

@@ -17,6 +17,7 @@ from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.plugin_library import PluginLibrary
 from hstu_compile.polygraphy_files import PolygraphyCheck
+from hstu_compile.report import SCHEMA_VERSION
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 from hstu_compile.session_check import Reference, VerifyReport
 from hstu_compile.verify import BuiltGraph
@@ -82,10 +83,8 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
     """report.json, but for the list of files."""
     plan, main = outcome.plan, outcome.main
     spec, engine, verification = plan.spec, main.engine, outcome.verification
-    checks = [graph.polygraphy for graph in outcome.graphs if graph.polygraphy is not None]
-    several = len(outcome.graphs) > 1
     return {
-        "schema": 1,
+        "schema": SCHEMA_VERSION,
         "status": outcome.status,
         "title": spec.path.name,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -104,25 +103,23 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
             "compute_capabilities": list(engine.compute_capabilities) if engine else [],
         },
         "stages": list(outcome.stages),
-        "passes": [
-            {
-                **dataclasses.asdict(record),
-                "name": f"{graph.built.graph.name}: {record.name}" if several else record.name,
-            }
-            for graph in outcome.graphs
-            for record in graph.built.graph.passes
-        ],
-        "graph": _graph_dict(main),
-        "other_graphs": [
-            {"name": graph.built.graph.name, "file": graph.built.onnx_file, **_graph_dict(graph.built)}
-            for graph in outcome.graphs[1:]
-        ],
-        "engine": engine_dict(engine) if engine else None,
+        "graphs": [_graph_dict(graph.built) for graph in outcome.graphs],
         "verification": None
         if verification is None
-        else {**verification.to_dict(), "polygraphy": _worst_check(checks).to_dict() if checks else None},
+        else {
+            **verification.to_dict(),
+            "polygraphy": [
+                {"artifact": graph.built.onnx_file, **graph.polygraphy.to_dict()}
+                for graph in outcome.graphs
+                if graph.polygraphy is not None
+            ],
+        },
         "metrics": None,
-        "timings": [run.timing for run in verification.runs if run.timing] if verification else [],
+        "timings": [
+            {**run.timing, "name": f"{run.artifact}, {run.timing['name']}"} for run in verification.runs if run.timing
+        ]
+        if verification
+        else [],
         "environment": collect_environment(),
         "files": [],
         "commands": [
@@ -140,17 +137,18 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
     }
 
 
-def _worst_check(checks: Sequence[PolygraphyCheck]) -> PolygraphyCheck:
-    """The first that failed, or the first."""
-    return next((check for check in checks if check.exit_code != 0), checks[0])
-
-
 def _graph_dict(built: BuiltGraph) -> dict[str, Any]:
+    """Facts about one graph: of the ONNX file, of what the passes did to it, and of its engine."""
     graph = built.graph
     return {
+        "name": graph.name,
+        "file": built.onnx_file,
+        "bytes": graph.model.ByteSize(),
         **graph_facts(graph.model),
         "inputs": [dataclasses.asdict(i) for i in graph.inputs],
         "outputs": [dataclasses.asdict(o) for o in graph.outputs],
+        "passes": [dataclasses.asdict(record) for record in graph.passes],
+        "engine": {"file": built.engine_file, **engine_dict(built.engine)} if built.engine is not None else None,
     }
 
 
@@ -164,7 +162,7 @@ def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, A
         "created": report["created"],
         "status": report["status"],
         "checkpoint": report["checkpoint"],
-        "precision": {"requested": report["precision"], "built": report["graph"]["precision_counts"]},
+        "precision": {"requested": report["precision"], "built": report["graphs"][0]["precision_counts"]},
         "backend": report["backend"],
         "operator": {
             "name": attention_contract().name,

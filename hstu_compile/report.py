@@ -29,12 +29,12 @@ from hstu_compile._report_text import (
     share_of_bound,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATUSES = ("PASS", "FAIL", "NOT VERIFIED")
 
 _KEYS = (
-    *("schema", "status", "title", "created", "hstu_compile", "checkpoint", "precision", "backend", "stages", "passes"),
-    *("graph", "engine", "verification", "metrics", "timings", "environment", "files", "commands"),
+    *("schema", "status", "title", "created", "hstu_compile", "checkpoint", "precision", "backend", "stages"),
+    *("graphs", "verification", "metrics", "timings", "environment", "files", "commands"),
 )
 
 #: Nothing is loaded and nothing runs, even if an escape were missing somewhere.
@@ -72,7 +72,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     """The report as one HTML page.
 
     Args:
-        report: the content of report.json, schema 1.
+        report: the content of report.json.
 
     Returns:
         The page, to be written as UTF-8.
@@ -87,9 +87,9 @@ def render_report(report: Mapping[str, Any]) -> str:
         ("verification", "Verification", _verification(report)),
         ("metrics", "Ranking metrics", _metrics(report["metrics"])),
         ("timings", "Timings", _timings(report["timings"] or ())),
-        ("graph", "Graph and precision", _graph(report)),
-        ("passes", "Graph passes", _passes(report["passes"] or ())),
-        ("engine", "Engine and profiles", _engine(report)),
+        ("graph", "Graphs and precision", _graphs(report["graphs"] or ())),
+        ("passes", "Graph passes", _passes(report["graphs"] or ())),
+        ("engine", "Engines and profiles", _engines(report)),
         ("configuration", "Checkpoint and configuration", _checkpoint(report["checkpoint"])),
         (
             "environment",
@@ -126,7 +126,7 @@ def render_summary(report: Mapping[str, Any]) -> str:
     """The closing table for a terminal: verdict, one line for each runtime, ranking metrics, total time.
 
     Args:
-        report: the content of report.json, schema 1.
+        report: the content of report.json.
 
     Returns:
         Plain text, ending in a newline, without control characters.
@@ -177,9 +177,11 @@ def _check(report: Mapping[str, Any]) -> None:
         raise ValueError("report status is PASS, and nothing was compared")
     against = [item.where for item in comparisons if item.failed]
     against += [f"{run['runtime']} ({run['artifact']})" for run in _runs(report) if run["status"] == "FAIL"]
-    polygraphy = report["verification"]["polygraphy"]
-    if polygraphy is not None and polygraphy["exit_code"] != 0:
-        against.append(f"polygraphy exited with {polygraphy['exit_code']}")
+    against += [
+        f"polygraphy exited with {check['exit_code']} ({check['artifact']})"
+        for check in report["verification"]["polygraphy"] or ()
+        if check["exit_code"] != 0
+    ]
     if against:
         raise ValueError(f"report status is PASS, and these failed: {'; '.join(against)}")
 
@@ -332,7 +334,7 @@ def _verification(report: Mapping[str, Any]) -> Html:
     parts.append(_errors(runs) if runs else note("Not run: no runtime was tried."))
     parts.append(element("div", _feeds(verification["feeds"] or ()), _agreement(runs), class_="columns"))
     parts.append(_layers(runs))
-    parts.append(_polygraphy(verification["polygraphy"]))
+    parts.append(_polygraphy(verification["polygraphy"] or ()))
     return joined(parts)
 
 
@@ -447,14 +449,18 @@ def _agreement(runs: Sequence[Mapping[str, Any]]) -> Html:
     return simple_table("Agreement of the ranking with the eager model's; 1 is the same ranking", columns, rows)
 
 
-def _polygraphy(polygraphy: Mapping[str, Any] | None) -> Html:
+def _polygraphy(checks: Sequence[Mapping[str, Any]]) -> Html:
     heading = element("h3", "The same check by Polygraphy")
-    if polygraphy is None:
+    if not checks:
         return joined((heading, note("Not run.")))
-    exit_code = polygraphy["exit_code"]
-    result = element("p", status_mark("PASS" if exit_code == 0 else "FAIL"), f", exit code {exact(exit_code)}")
-    output = element("pre", polygraphy["output_tail"]) if polygraphy["output_tail"] else note("It printed nothing.")
-    return joined((heading, element("pre", polygraphy["command"]), result, output))
+    parts: list[object] = [heading]
+    for check in checks:
+        exit_code = check["exit_code"]
+        mark = status_mark("PASS" if exit_code == 0 else "FAIL")
+        parts.append(element("p", code(check["artifact"]), ": ", mark, f", exit code {exact(exit_code)}"))
+        parts.append(element("pre", check["command"]))
+        parts.append(element("pre", check["output_tail"]) if check["output_tail"] else note("It printed nothing."))
+    return joined(parts)
 
 
 def _metrics(metrics: Mapping[str, Any] | None) -> Html:
@@ -501,21 +507,34 @@ def _timings(timings: Sequence[Mapping[str, Any]]) -> Html:
     return simple_table("Latency of one batch", columns, rows)
 
 
-def _graph(report: Mapping[str, Any]) -> Html:
-    graph = report["graph"]
-    if graph is None:
+def _graphs(graphs: Sequence[Mapping[str, Any]]) -> Html:
+    if not graphs:
         return note("Not applicable: this build has no graph.")
-    size = element("p", f"{plural(graph['nodes'], 'node')}; weights of {_size(graph['initializers_bytes'])}.")
+    return joined(_graph(graph) for graph in graphs)
+
+
+def _heading(graph: Mapping[str, Any]) -> Html:
+    return element("h3", f"{graph['name']}: ", code(graph["file"]))
+
+
+def _graph(graph: Mapping[str, Any]) -> Html:
+    name = graph["name"]
+    size = element(
+        "p",
+        f"File of {_size(graph['bytes'])}: {plural(graph['nodes'], 'node')}, weights of "
+        f"{_size(graph['initializers_bytes'])}.",
+    )
     tensors = (Column("name"), Column("type"), Column("shape"))
     ports = [
-        Group(name, [(code(port["name"]), port["dtype"], code(shape(port["shape"]))) for port in graph[name] or ()])
-        for name in ("inputs", "outputs")
+        Group(kind, [(code(port["name"]), port["dtype"], code(shape(port["shape"]))) for port in graph[kind] or ()])
+        for kind in ("inputs", "outputs")
     ]
     counts = (
-        _counted("Operators", "operator", graph["operators"] or {}),
-        _counted("Types, as counted in the graph", "operator and type", graph["precision_counts"] or {}),
+        _counted(f"Operators of {name}", "operator", graph["operators"] or {}),
+        _counted(f"Types, as counted in {name}", "operator and type", graph["precision_counts"] or {}),
     )
-    return joined((size, element("div", *counts, table("Interface", tensors, ports), class_="columns")))
+    interface = table(f"Interface of {name}", tensors, ports)
+    return joined((_heading(graph), size, element("div", *counts, interface, class_="columns")))
 
 
 def _counted(caption: str, kind: str, counts: Mapping[str, int]) -> Html:
@@ -528,12 +547,18 @@ def _counted(caption: str, kind: str, counts: Mapping[str, int]) -> Html:
     )
 
 
-def _passes(passes: Sequence[Mapping[str, Any]]) -> Html:
-    if not passes:
+def _passes(graphs: Sequence[Mapping[str, Any]]) -> Html:
+    if not graphs:
         return note("Not run: the graph is as exported.")
+    return joined(_passes_of(graph) for graph in graphs)
+
+
+def _passes_of(graph: Mapping[str, Any]) -> Html:
+    if not graph["passes"]:
+        return note(f"Not run: the graph {graph['name']} is as exported.")
     columns = (Column("pass"), Column("counted"), Column("count", numeric=True), Column("time, s", numeric=True))
     groups = []
-    for record in passes:
+    for record in graph["passes"]:
         counts = list(record["counts"].items()) or [("nothing counted", None)]
         rows = [
             (
@@ -545,43 +570,54 @@ def _passes(passes: Sequence[Mapping[str, Any]]) -> Html:
             for place, (kind, count) in enumerate(counts)
         ]
         groups.append(Group(None, rows))
-    return table("Passes over the graph in order, and what each counted", columns, groups)
+    return table(f"Passes over {graph['name']} in order, and what each counted", columns, groups)
 
 
-def _engine(report: Mapping[str, Any]) -> Html:
-    engine, backend = report["engine"], report["backend"]
-    if engine is None:
+def _engines(report: Mapping[str, Any]) -> Html:
+    graphs, backend = report["graphs"] or (), report["backend"]
+    if not any(graph["engine"] for graph in graphs):
         if backend is None:
             return note("Not applicable: no backend was chosen and no engine was built.")
         return note(
             f"Not applicable: no engine was built. Backend {backend['name']}: ", _reason(backend["reason"]), "."
         )
+    return joined(_engine(graph) for graph in graphs)
+
+
+def _engine(graph: Mapping[str, Any]) -> Html:
+    name, engine = graph["name"], graph["engine"]
+    if engine is None:
+        return note(f"Not applicable: no engine was built for {name}.")
+    heading = element("h3", f"{name}: ", code(engine["file"]))
     size = element("p", f"{_size(engine['bytes'])}, built in {number(engine['seconds'])} s.")
-    layers = _settings("Layers, by the inspector", engine["layers"], "The backend does not show the engine's layers.")
-    facts = element("div", _profiles(engine["profiles"] or ()), layers, class_="columns")
-    heading = element("h3", "Messages of the builder")
+    layers = _settings(
+        f"Layers of {name}, by the inspector", engine["layers"], "The backend does not show the engine's layers."
+    )
+    facts = element("div", _profiles(name, engine["profiles"] or ()), layers, class_="columns")
     messages = engine["messages"] or ()
     said = (
-        element("pre", "\n".join(str(line) for line in messages)) if messages else note("The builder gave no warnings.")
+        joined((element("p", "Messages of the builder:"), element("pre", "\n".join(str(line) for line in messages))))
+        if messages
+        else note("The builder gave no warnings.")
     )
-    return joined((size, facts, heading, said))
+    return joined((heading, size, facts, said))
 
 
-def _profiles(profiles: Sequence[Mapping[str, Any]]) -> Html:
+def _profiles(name: str, profiles: Sequence[Mapping[str, Any]]) -> Html:
     if not profiles:
-        return note("The engine has no optimisation profile.")
+        return note(f"The engine of {name} has no optimisation profile.")
     columns = (Column("input"), Column("min"), Column("opt"), Column("max"))
     groups = [
         Group(
             f"profile {profile['name']}",
             [
-                (code(name), *(code(shape(profile[bound].get(name))) for bound in ("min", "opt", "max")))
-                for name in profile["opt"]
+                (code(port), *(code(shape(profile[bound].get(port))) for bound in ("min", "opt", "max")))
+                for port in profile["opt"]
             ],
         )
         for profile in profiles
     ]
-    return table("Shapes that the engine accepts", columns, groups)
+    return table(f"Shapes that the engine of {name} accepts", columns, groups)
 
 
 def _checkpoint(checkpoint: Mapping[str, Any] | None) -> Html:

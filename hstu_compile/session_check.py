@@ -110,7 +110,7 @@ class VerifyReport:
         rule: the bound in words.
         worst_error: error of the tensor nearest to, or farthest beyond, its bound.
         worst_bound: that bound.
-        worst_where: tensor, feed and runtime.
+        worst_where: tensor, feed, runtime and artifact.
         eager_error: of the eager model's primary output in the build's precision.
         feeds: name and size of every feed.
         runs: one per artifact and runtime.
@@ -310,7 +310,7 @@ def report_of(checked: Sequence[tuple[Reference, Sequence[RuntimeCheck]]], preci
         rule=bound_rule(precision),
         worst_error=worst.error,
         worst_bound=worst.bound,
-        worst_where=f"{worst.tensor} of '{worst.feed}' on {where.runtime}",
+        worst_where=f"{worst.tensor} of '{worst.feed}' on {where.runtime} ({where.artifact})",
         eager_error=first.eager_error[first.primary],
         feeds=feeds,
         runs=tuple(every_run),

@@ -291,12 +291,30 @@ def test_a_label_in_a_request_is_refused(build_ranking_fixture: Build, ranking_g
 
 def test_the_report_counts_what_pruning_the_last_layer_left_out(build_ranking_fixture: Build) -> None:
     report = json.loads((built_golden(build_ranking_fixture) / "report.json").read_text())
-    pruned = {each["name"]: each["counts"] for each in report["passes"] if "prune" in each["name"]}
-    assert pruned == {"packed: prune_last_layer": {"attention": 1, "projections": 1}}
-    assert [graph["name"] for graph in report["other_graphs"]] == ["prefill", "score"]
-    assert report["graph"]["operators"]["HstuAttention"] == 3
+    counted = {(graph["name"], each["name"]): each["counts"] for graph in report["graphs"] for each in graph["passes"]}
+    assert {graph: counts for (graph, name), counts in counted.items() if name == "prune_last_layer"} == {
+        "packed": {"attention": 1, "projections": 1}
+    }
     # Behind the last layer's keys and values a history is read by nothing.
-    assert [graph["operators"]["HstuAttention"] for graph in report["other_graphs"]] == [2, 3]
+    assert {graph["name"]: graph["operators"]["HstuAttention"] for graph in report["graphs"]} == {
+        "packed": 3,
+        "prefill": 2,
+        "score": 3,
+    }
+
+
+def test_the_report_of_a_ranking_bundle_shows_every_graph(build_ranking_fixture: Build) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    report, files = json.loads((bundle / "report.json").read_text()), manifest_of(bundle)["files"]
+    page = (bundle / "report.html").read_text()
+    for graph in report["graphs"]:
+        assert graph["bytes"] == files[graph["file"]]["bytes"] == (bundle / graph["file"]).stat().st_size
+        assert f"<h3>{graph['name']}: <code>{graph['file']}</code></h3>" in page
+        assert f"File of {graph['bytes']:,} bytes" in page
+        assert f"Passes over {graph['name']} in order" in page
+    assert [check["artifact"] for check in report["verification"]["polygraphy"]] == [
+        graph["file"] for graph in report["graphs"]
+    ]
 
 
 # --- Small models of the family, against their reference --------------------------------------------------------------

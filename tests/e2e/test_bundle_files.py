@@ -112,7 +112,7 @@ def test_the_recorded_polygraphy_command_passes_and_fails_on_an_altered_output(
 ) -> None:
     built = build_small(precision, "--top-k", 10)
     report = json.loads((built.path / "report.json").read_text())
-    recorded = report["verification"]["polygraphy"]
+    (recorded,) = report["verification"]["polygraphy"]
     (graph,) = manifest_of(built.path)["graphs"]
     arguments = graph["verification"]["polygraphy_arguments"]
     assert recorded["command"] == "polygraphy " + " ".join(arguments)

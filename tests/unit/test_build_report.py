@@ -20,6 +20,7 @@ from hstu_compile.config import Limits
 from hstu_compile.environment import BackendChoice
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.polygraphy_files import PolygraphyCheck
+from hstu_compile.report import render_report
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from hstu_compile.session_check import PREDICTIONS, Reference, TensorCheck, VerifyReport
 from hstu_compile.session_check import RuntimeCheck as Run
@@ -92,7 +93,10 @@ def test_a_build_passes_if_every_check_did() -> None:
         failed = PolygraphyCheck(("run", f"{name}.onnx"), 1, "failed")
         refused = outcome_of(*GRAPHS, checks={name: failed})
         assert refused.status == "FAIL"
-        assert build_report(refused, "b.hstu")["verification"]["polygraphy"]["command"] == failed.command
+        recorded = build_report(refused, "b.hstu")["verification"]["polygraphy"]
+        assert [(each["artifact"], each["exit_code"]) for each in recorded] == [
+            (model_files(graph)[0], int(graph == name)) for graph in GRAPHS
+        ]
     assert outcome_of(*GRAPHS, status="FAIL").status == "FAIL"
     unverified = dataclasses.replace(outcome, verification=None)
     assert unverified.status == "NOT VERIFIED"
@@ -101,19 +105,53 @@ def test_a_build_passes_if_every_check_did() -> None:
 
 def test_the_report_tells_the_graphs_apart() -> None:
     report = build_report(outcome_of(*GRAPHS), "b.hstu")
-    assert [each["name"] for each in report["passes"]] == [f"{name}: prune_last_layer" for name in GRAPHS]
-    assert [each["counts"] for each in report["passes"]] == [{"attention": 1}, {"attention": 0}, {"attention": 0}]
-    assert report["graph"]["operators"] == {"Mul": 2}
-    assert [(each["name"], each["file"]) for each in report["other_graphs"]] == [
+    assert [(each["name"], each["file"]) for each in report["graphs"]] == [
+        ("packed", "model.onnx"),
         ("prefill", "prefill.onnx"),
         ("score", "score.onnx"),
     ]
+    assert [[(p["name"], p["counts"]) for p in each["passes"]] for each in report["graphs"]] == [
+        [("prune_last_layer", {"attention": 1})],
+        [("prune_last_layer", {"attention": 0})],
+        [("prune_last_layer", {"attention": 0})],
+    ]
+    assert [each["operators"] for each in report["graphs"]] == [{"Mul": 2}, {"Mul": 1}, {"Mul": 2}]
+    assert all(each["bytes"] > 50 for each in report["graphs"])
     purposes = [each["purpose"] for each in report["commands"]]
     for file in ("model.onnx", "prefill.onnx", "score.onnx"):
         assert f"repeat the check of {file} without hstu-compile" in purposes
     alone = build_report(outcome_of("packed"), "b.hstu")
-    assert [each["name"] for each in alone["passes"]] == ["prune_last_layer"]
-    assert alone["other_graphs"] == []
+    assert [each["name"] for each in alone["graphs"]] == ["packed"]
+
+
+def test_the_report_has_every_engine_and_its_page_shows_it() -> None:
+    profile = Profile("named by us", {"x": (1, 2)}, {"x": (4, 2)}, {"x": (8, 2)})
+    engine = EngineArtifact(b"plan", "tensorrt", "10.0", ("9.0",), (profile,), {"fp16": 3}, (), 1.0)
+    report = build_report(outcome_of(*GRAPHS, engine=engine), "b.hstu")
+    assert [(each["engine"]["file"], each["engine"]["bytes"]) for each in report["graphs"]] == [
+        ("model.engine", 4),
+        ("prefill.engine", 4),
+        ("score.engine", 4),
+    ]
+    page = render_report(report)
+    for name in GRAPHS:
+        assert f"Shapes that the engine of {name} accepts" in page
+
+
+def test_timings_say_which_artifact_was_timed() -> None:
+    outcome = outcome_of(*GRAPHS)
+    assert outcome.verification is not None
+    (run,) = outcome.verification.runs
+    timing = {"name": "onnxruntime", "batch": 2, "events": 9, "median_ms": 1.0, "p90_ms": 2.0, "note": ""}
+    runs = tuple(dataclasses.replace(run, artifact=model_files(name)[0], timing=timing) for name in GRAPHS)
+    report = build_report(
+        dataclasses.replace(outcome, verification=dataclasses.replace(outcome.verification, runs=runs)), "b.hstu"
+    )
+    assert [each["name"] for each in report["timings"]] == [
+        "model.onnx, onnxruntime",
+        "prefill.onnx, onnxruntime",
+        "score.onnx, onnxruntime",
+    ]
 
 
 def test_the_manifest_lists_every_graph_with_what_verifies_it() -> None:

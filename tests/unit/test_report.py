@@ -15,7 +15,7 @@ import pytest
 
 from hstu_compile._report_html import Column, Group, element, table
 from hstu_compile._report_text import decimal4, exact, number, printable, scientific
-from hstu_compile.report import render_report, render_summary
+from hstu_compile.report import SCHEMA_VERSION, render_report, render_summary
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[2J\u202egpj.\udcff"
 VOID_ELEMENTS = {"meta"}
@@ -79,7 +79,7 @@ def passing(num_layers: int = 2) -> dict[str, Any]:
     """A report with a number of its own in every place that holds one."""
     layers = [{"layer": i, "error": 1.13e-3 * (i + 1), "eager_error": 1.07e-3 * (i + 1)} for i in range(num_layers)]
     return {
-        "schema": 1,
+        "schema": SCHEMA_VERSION,
         "status": "PASS",
         "title": "ml100k, fp16",
         "created": "2026-11-23T10:41:07+00:00",
@@ -102,27 +102,38 @@ def passing(num_layers: int = 2) -> dict[str, Any]:
             {"name": "export", "seconds": 6.31, "summary": "opset 20"},
             {"name": "verify", "seconds": 9.46, "summary": "in bounds"},
         ],
-        "passes": [
-            {"name": "fuse_uvqk", "counts": {"uvqk fused": 17, "left": 4}, "seconds": 0.0413},
-            {"name": "eliminate_dead", "counts": {}, "seconds": 0.0222},
+        "graphs": [
+            {
+                "name": "retrieval",
+                "file": "model.onnx",
+                "bytes": 431_201,
+                "nodes": 143,
+                "initializers_bytes": 412_344,
+                "operators": {"Gemm": 41, "HstuAttention": 2},
+                "precision_counts": {"MatMul fp16": 38},
+                "inputs": [{"name": "item_ids", "dtype": "int32", "shape": ["L"]}],
+                "outputs": [{"name": "user_embeddings", "dtype": "float16", "shape": ["B", 51]}],
+                "passes": [
+                    {"name": "fuse_uvqk", "counts": {"uvqk fused": 17, "left": 4}, "seconds": 0.0413},
+                    {"name": "eliminate_dead", "counts": {}, "seconds": 0.0222},
+                ],
+                "engine": {
+                    "file": "model.engine",
+                    "bytes": 641_024,
+                    "seconds": 3.97,
+                    "layers": {"fp16": 47, "fp32": 9},
+                    "messages": ["tactic 77 skipped"],
+                    "profiles": [
+                        {
+                            "name": "default",
+                            "min": {"item_ids": [1]},
+                            "opt": {"item_ids": [811]},
+                            "max": {"item_ids": [12853]},
+                        }
+                    ],
+                },
+            },
         ],
-        "graph": {
-            "nodes": 143,
-            "initializers_bytes": 412_344,
-            "operators": {"Gemm": 41, "HstuAttention": 2},
-            "precision_counts": {"MatMul fp16": 38},
-            "inputs": [{"name": "item_ids", "dtype": "int32", "shape": ["L"]}],
-            "outputs": [{"name": "user_embeddings", "dtype": "float16", "shape": ["B", 51]}],
-        },
-        "engine": {
-            "bytes": 641_024,
-            "seconds": 3.97,
-            "layers": {"fp16": 47, "fp32": 9},
-            "messages": ["tactic 77 skipped"],
-            "profiles": [
-                {"name": "default", "min": {"item_ids": [1]}, "opt": {"item_ids": [811]}, "max": {"item_ids": [12853]}}
-            ],
-        },
         "verification": {
             "bound_rule": "at most twice the error of eager in the same precision",
             "worst_error": 1.91e-3,
@@ -151,11 +162,14 @@ def passing(num_layers: int = 2) -> dict[str, Any]:
                     "ranking": None,
                 },
             ],
-            "polygraphy": {
-                "command": "polygraphy run model.onnx --onnxrt",
-                "exit_code": 0,
-                "output_tail": "PASSED in 2.112 s",
-            },
+            "polygraphy": [
+                {
+                    "artifact": "model.onnx",
+                    "command": "polygraphy run model.onnx --onnxrt",
+                    "exit_code": 0,
+                    "output_tail": "PASSED in 2.112 s",
+                },
+            ],
         },
         "metrics": {
             "columns": ["HR@10", "MRR"],
@@ -183,10 +197,34 @@ def failing() -> dict[str, Any]:
     return report
 
 
+def several() -> dict[str, Any]:
+    """A report of three graphs, each with numbers, engine, rows and a check of its own."""
+    report = passing()
+    verification = report["verification"]
+    (first,), (run, _), (check,) = report["graphs"], verification["runs"], verification["polygraphy"]
+    run["artifact"] = "model.onnx"
+    report["graphs"], verification["runs"], verification["polygraphy"] = [], [], []
+    for place, name in enumerate(("packed", "prefill", "score")):
+        stem = "model" if name == "packed" else name
+        graph = copy.deepcopy(first)
+        graph |= {"name": name, "file": f"{stem}.onnx", "nodes": 143 + 11 * place, "bytes": 431_201 + 1009 * place}
+        graph |= {"initializers_bytes": 412_344 + 1013 * place, "operators": {"Gemm": 51 + place, "HstuAttention": 2}}
+        graph["inputs"] = [{"name": f"of_{name}", "dtype": "int32", "shape": [f"L{place}"]}]
+        graph["passes"][0]["counts"] = {"uvqk fused": 17 + place, "left": 4}
+        graph["engine"] |= {"file": f"{stem}.engine", "bytes": 641_024 + 2003 * place, "seconds": 3.97 + place}
+        graph["engine"] |= {"messages": [f"{name} skipped a tactic"], "layers": {"fp16": 61 + place}}
+        report["graphs"].append(graph)
+        for artifact in (f"{stem}.onnx", f"{stem}.engine"):
+            tensors = [tensor("logits", f"{name} feed", (1.64 + place / 10) * 1e-3, 2.22e-3)]
+            verification["runs"].append({**run, "artifact": artifact, "tensors": tensors})
+        verification["polygraphy"].append({**check, "artifact": f"{stem}.onnx", "command": f"polygraphy run {stem}"})
+    return report
+
+
 def empty(status: str = "NOT VERIFIED") -> dict[str, Any]:
     """Every value that may be None is None."""
     kept = {
-        "schema": 1,
+        "schema": SCHEMA_VERSION,
         "status": status,
         "title": "nothing",
         "created": "2026-11-23",
@@ -216,8 +254,9 @@ def with_leaf(report: dict[str, Any], path: tuple[str | int, ...], value: object
     return changed
 
 
-def test_every_leaf_of_the_dict_is_on_the_page() -> None:
-    report = passing()
+@pytest.mark.parametrize("make", [passing, several])
+def test_every_leaf_of_the_dict_is_on_the_page(make: Callable[[], dict[str, Any]]) -> None:
+    report = make()
     text = Page(render_report(report)).text
     for path, value in leaves(report):
         if path == ("schema",) or value is None:
@@ -233,8 +272,9 @@ def test_every_leaf_of_the_dict_is_on_the_page() -> None:
         assert re.search(rf"(?<![\w.]){re.escape(shown)}(?![\w])", text), (path, shown)
 
 
-def test_changing_any_number_changes_the_page() -> None:
-    report = passing()
+@pytest.mark.parametrize("make", [passing, several])
+def test_changing_any_number_changes_the_page(make: Callable[[], dict[str, Any]]) -> None:
+    report = make()
     before = render_report(report)
     for path, value in leaves(report):
         if path == ("schema",) or isinstance(value, (str, type(None))):
@@ -245,7 +285,7 @@ def test_changing_any_number_changes_the_page() -> None:
         assert render_report(changed) != before, path
 
 
-@pytest.mark.parametrize("make", [passing, failing, empty])
+@pytest.mark.parametrize("make", [passing, several, failing, empty])
 def test_page_is_self_contained_balanced_and_accessible(make: Callable[[], dict[str, Any]]) -> None:
     page = Page(render_report(make()))
     names = {name for name, _ in page.elements}
@@ -310,9 +350,10 @@ def test_hostile_text_in_any_place_stays_text() -> None:
 def test_hostile_keys_stay_text() -> None:
     report = passing()
     report["environment"] = {HOSTILE: {HOSTILE: 1}}
-    report["graph"]["operators"] = {HOSTILE: 3}
-    report["passes"][0]["counts"] = {HOSTILE: 2}
-    report["engine"]["layers"] = {HOSTILE: 5}
+    (graph,) = report["graphs"]
+    graph["operators"] = {HOSTILE: 3}
+    graph["passes"][0]["counts"] = {HOSTILE: 2}
+    graph["engine"]["layers"] = {HOSTILE: 5}
     source = render_report(report)
     assert not Page(source).all("script")
     assert source.count("&lt;script&gt;") >= 5
@@ -394,7 +435,7 @@ def test_what_is_absent_is_said(sentence: str) -> None:
 
 def test_absent_engine_gives_the_backends_reason() -> None:
     report = passing()
-    report["engine"] = None
+    report["graphs"][0]["engine"] = None
     page = Page(render_report(report))
     assert "Not applicable: no engine was built. Backend tensorrt-rtx: no GPU is visible." in page.text
     assert page.all("rect", "box absent")
@@ -502,6 +543,51 @@ def test_pipeline_shows_the_seven_boxes_with_their_facts() -> None:
     assert max(len(html.unescape(line)) for line in lines) <= 20
 
 
+def test_every_graph_has_its_facts_passes_and_engine_under_its_name() -> None:
+    source = render_report(several())
+    for section, facts in {
+        "graph": ["154 nodes", "432,210 bytes", "413,357 bytes", "of_prefill", "L1"],
+        "passes": ["Passes over prefill", "18"],
+        "engine": ["prefill.engine", "643,027 bytes", "4.97 s", "prefill skipped a tactic", "62"],
+        "verification": ["prefill.onnx", "prefill.engine", "prefill feed", "polygraphy run prefill"],
+    }.items():
+        text = Page(section_of(source, section)).text
+        for fact in facts:
+            assert fact in text, (section, fact)
+    # Each graph's facts stand behind its name and before the next one's.
+    graphs = Page(section_of(source, "graph")).text
+    order = [graphs.index(each) for each in ("model.onnx", "of_packed", "prefill.onnx", "of_prefill", "score.onnx")]
+    assert order == sorted(order)
+
+
+def section_of(source: str, ident: str) -> str:
+    """One section of the page."""
+    return source[source.index(f'<section id="{ident}"') :].split("</section>")[0] + "</section>"
+
+
+def test_a_graph_without_an_engine_among_others_is_said() -> None:
+    report = several()
+    report["graphs"][1]["engine"] = None
+    assert "no engine was built for prefill" in Page(render_report(report)).text
+
+
+def test_pipeline_sums_over_the_graphs() -> None:
+    source = render_report(several())
+    picture = source[source.index('<svg class="pipeline"') : source.index("</svg>")]
+    for fact in ("3 graphs", "6 HstuAttention", "462 nodes in all", "2 passes", "fuse_uvqk 66", "3 engines"):
+        assert f">{fact}</text>" in picture, fact
+    assert "1.84 MiB" in picture
+
+
+def test_a_failing_check_of_a_later_graph_contradicts_a_pass() -> None:
+    report = several()
+    report["verification"]["polygraphy"][2]["exit_code"] = 1
+    with pytest.raises(ValueError, match=r"polygraphy exited with 1 \(score.onnx\)"):
+        render_report(report)
+    report["status"] = "FAIL"
+    assert Page(render_report(report)).all("span", "status fail")
+
+
 def test_summary_is_aligned_and_complete() -> None:
     assert render_summary(passing()) == (
         "PASS  ml100k, fp16\n"
@@ -540,7 +626,7 @@ def contradiction_status(report: dict[str, Any]) -> None:
 
 
 def contradiction_polygraphy(report: dict[str, Any]) -> None:
-    report["verification"]["polygraphy"]["exit_code"] = 1
+    report["verification"]["polygraphy"][0]["exit_code"] = 1
 
 
 def contradiction_nothing(report: dict[str, Any]) -> None:
@@ -557,7 +643,7 @@ def contradiction_off(report: dict[str, Any]) -> None:
         (contradiction_row, "status is PASS, and these failed: user_embeddings, feed ragged"),
         (contradiction_nan, "status is PASS, and these failed: user_embeddings, feed ragged"),
         (contradiction_status, r"these failed: onnxruntime 1.31.1 CPU \(model.onnx\)"),
-        (contradiction_polygraphy, "polygraphy exited with 1"),
+        (contradiction_polygraphy, r"polygraphy exited with 1 \(model.onnx\)"),
         (contradiction_nothing, "nothing was compared"),
         (contradiction_off, "nothing was compared"),
     ],
@@ -573,11 +659,11 @@ def test_pass_that_contradicts_its_numbers_is_refused(
 
 
 def test_other_schema_missing_keys_and_unknown_status_are_refused() -> None:
-    with pytest.raises(ValueError, match="schema is 2, this hstu-compile renders 1"):
-        render_report({**passing(), "schema": 2})
+    with pytest.raises(ValueError, match="schema is 1, this hstu-compile renders 2"):
+        render_report({**passing(), "schema": 1})
     incomplete = passing()
-    del incomplete["files"], incomplete["graph"]
-    with pytest.raises(ValueError, match="lacks the keys graph, files"):
+    del incomplete["files"], incomplete["graphs"]
+    with pytest.raises(ValueError, match="lacks the keys graphs, files"):
         render_report(incomplete)
     with pytest.raises(ValueError, match="status is 'OK', legal are PASS, FAIL, NOT VERIFIED"):
         render_report({**passing(), "status": "OK"})
