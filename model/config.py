@@ -19,6 +19,7 @@ NormKind = Literal["layer", "group"]
 Preprocessor = Literal["positional", "rated"]
 Postprocessor = Literal["l2_norm", "layer_norm"]
 HourEncoding = Literal["none", "additive"]
+RetrievalCacheRule = Literal["request", "prefix"]
 
 MAX_HEAD_DIM = 256
 
@@ -203,6 +204,33 @@ class RetrievalConfig:
     def has_ratings(self) -> bool:
         """Whether requests carry a rating per event."""
         return self.preprocessor == "rated"
+
+    @property
+    def has_time_bias(self) -> bool:
+        """Whether attention reads the time between events."""
+        return self.layer.attention.time_bias != "none"
+
+    @property
+    def later_rows_matter(self) -> str | None:
+        """Why an event's keys and values depend on events behind the next one; None where they do not."""
+        attention = self.layer.attention
+        if attention.contextual_seq_len:
+            return f"the first {attention.contextual_seq_len} rows see the whole history"
+        if attention.max_attn_len and attention.min_full_attn_seq_len:
+            return f"the last {attention.min_full_attn_seq_len} rows of a history see beyond the window"
+        return None
+
+    @property
+    def cache_rule(self) -> RetrievalCacheRule:
+        """What a history's keys and values may be used for, whatever is asked when.
+
+        "prefix": any history that begins with the same events. Attention is causal, positions count from the oldest
+        event, and a row knows no later time than the next event's; so all rows but the last stay as they are when
+        events are added. The last row saw the request's time in place of the next event's: from the second layer on
+        its keys and values are computed again. Dropping the oldest event moves every position: nothing stays.
+        "request": the same history alone, because of `later_rows_matter`.
+        """
+        return "prefix" if self.later_rows_matter is None else "request"
 
     def with_max_seq_len(self, max_seq_len: int) -> RetrievalConfig:
         """The same model limited to shorter histories. The divisor and the tables stay: only bounds change."""

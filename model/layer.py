@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hstu_compile.model.attention import AttentionAttrs, compute_dtype, hstu_attention
 from hstu_compile.model.config import LayerConfig
+from hstu_compile.model.jagged import sequence_index
 from hstu_compile.model.ops import hstu_attention_op
 from hstu_compile.model.rab import time_bucket_thresholds
 
@@ -37,6 +38,31 @@ class CachedRows:
     key_offsets: Tensor
     key_rows: Tensor
     max_query_len: int
+
+    @classmethod
+    def before(
+        cls, seq_offsets: Tensor, cache_offsets: Tensor, num_new: int, num_cached: int, max_query_len: int
+    ) -> CachedRows:
+        """Put each sequence's cached rows in front of its new ones.
+
+        Args:
+            seq_offsets: [B + 1] int32 -- bounds of the new rows.
+            cache_offsets: [B + 1] int32 -- bounds of the cached rows.
+            num_new: rows of the batch.
+            num_cached: rows of the cache.
+            max_query_len: most new rows of one sequence.
+        """
+        key_offsets = cache_offsets + seq_offsets
+        owner = sequence_index(key_offsets, num_cached + num_new)
+        rows = torch.arange(num_cached + num_new, device=key_offsets.device)
+        index = rows - key_offsets.to(torch.int64).index_select(0, owner)
+        cached_len = (cache_offsets[1:] - cache_offsets[:-1]).to(torch.int64).index_select(0, owner)
+        key_rows = torch.where(
+            index < cached_len,
+            cache_offsets.to(torch.int64).index_select(0, owner) + index,
+            num_cached + seq_offsets.to(torch.int64).index_select(0, owner) + index - cached_len,
+        ).clamp(0, num_cached + num_new - 1)
+        return cls(key_offsets, key_rows, max_query_len)
 
 
 class KeyValue(NamedTuple):

@@ -402,14 +402,7 @@ class RankingModel(nn.Module):
         candidates = _sequences(candidate_offsets, num_candidates)
 
         most = config.max_candidates if micro_batch is None else micro_batch
-        key_offsets = cache_offsets + candidate_offsets
-        keys = _sequences(key_offsets, num_cached + num_candidates)
-        cached_len = _lengths(cache_offsets).index_select(0, keys.owner)
-        key_rows = torch.where(
-            keys.index < cached_len,
-            cache_offsets.to(torch.int64).index_select(0, keys.owner) + keys.index,
-            num_cached + candidate_offsets.to(torch.int64).index_select(0, keys.owner) + keys.index - cached_len,
-        ).clamp(0, num_cached + num_candidates - 1)
+        cache = CachedRows.before(candidate_offsets, cache_offsets, num_candidates, num_cached, most)
 
         candidate_rows = {name: self.lookup(features[name], table) for name, table in config.candidate_ids.items()}
         ids = [candidate_rows[feature.candidate] for feature in config.sequence_features]
@@ -426,7 +419,7 @@ class RankingModel(nn.Module):
             num_targets=candidate_offsets[1:] - candidate_offsets[:-1],
             scaling_seq_lens=features[SCALING_SEQ_LENS] if config.scaling == "batch" else None,
             max_seq_len=context + config.max_history_len + most,
-            cache=CachedRows(key_offsets, key_rows, most),
+            cache=cache,
         )
         activations = [x]
         for layer, cached in zip(self.layers, key_values, strict=True):

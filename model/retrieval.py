@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from hstu_compile.model.attention import compute_dtype
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.jagged import sequence_index, with_zero_row
-from hstu_compile.model.layer import HstuLayer, JaggedBatch
+from hstu_compile.model.layer import CachedRows, HstuLayer, JaggedBatch, KeyValue
 
 HOURS_PER_DAY = 24
 SECONDS_PER_HOUR = 3600
@@ -27,6 +28,13 @@ class TopItems(NamedTuple):
 
     ids: Tensor
     scores: Tensor
+
+
+class EncodedRows(NamedTuple):
+    """Keys and values of every layer, and the residual stream before the first layer and after each one."""
+
+    key_values: tuple[KeyValue, ...]
+    activations: tuple[Tensor, ...]
 
 
 def hour_of_day_table(embedding_dim: int) -> Tensor:
@@ -77,6 +85,11 @@ class RetrievalModel(nn.Module):
         if config.hour_encoding == "additive":
             self.register_buffer("hour_table", hour_of_day_table(width), persistent=False)
         self.layers = nn.ModuleList(HstuLayer(config.layer) for _ in range(config.num_layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return self.item_embedding.weight.dtype
 
     def cast(self, dtype: torch.dtype) -> RetrievalModel:
         """Cast weights and activations to `dtype` in place; bias tables stay at least float32."""
@@ -170,6 +183,73 @@ class RetrievalModel(nn.Module):
         for layer in self.layers:
             activations.append(layer(activations[-1], batch))
         return activations
+
+    def prefill(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        seq_offsets: Tensor,
+        request_timestamps: Tensor,
+        ratings: Tensor | None = None,
+    ) -> EncodedRows:
+        """Encode whole histories, keeping what `append` reads: arguments as for `forward`, rows as the events.
+
+        From the second layer on, the keys and values of each history's last row hold for this request alone.
+        """
+        batch, position = self.batch(timestamps, seq_offsets, request_timestamps)
+        return self._encode(self.embed(item_ids, timestamps, position, ratings), batch, [None] * len(self.layers))
+
+    def append(
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor,
+        seq_offsets: Tensor,
+        request_timestamps: Tensor,
+        cache_offsets: Tensor,
+        key_values: Sequence[KeyValue],
+        cached_timestamps: Tensor | None = None,
+        ratings: Tensor | None = None,
+        max_new: int | None = None,
+    ) -> EncodedRows:
+        """Encode the last events of histories whose earlier events are encoded already.
+
+        The rows are those that `prefill` gives the same events of the whole history, as long as the cached rows are
+        right: none of them may be the last row of the history that it was computed for.
+
+        Args:
+            item_ids: [L] int32 -- the last events of each history.
+            timestamps: [L] int64 seconds.
+            seq_offsets: [B + 1] int32 -- bounds of these events.
+            request_timestamps: [B] int64 seconds.
+            cache_offsets: [B + 1] int32 -- bounds of the cached rows, the earlier events of each history.
+            key_values: of every layer, [Lc, H, attention_dim] and [Lc, H, linear_dim].
+            cached_timestamps: [Lc] int64 seconds -- of the earlier events; only for models with a time bias.
+            ratings: [L] int32 -- only for models with a rating table.
+            max_new: most events of one history here; None is max_seq_len.
+
+        Raises:
+            ValueError: if a model with a time bias gets no cached timestamps.
+        """
+        config, num_new, num_cached = self.config, timestamps.shape[0], key_values[0].k.shape[0]
+        batch, position = self.batch(timestamps, seq_offsets, request_timestamps)
+        cache = CachedRows.before(seq_offsets, cache_offsets, num_new, num_cached, max_new or config.max_seq_len)
+        key_timestamps = None
+        if config.has_time_bias:
+            if cached_timestamps is None:
+                raise ValueError("this model has a time bias; cached_timestamps [Lc] are missing")
+            key_timestamps = torch.cat([cached_timestamps, timestamps]).index_select(0, cache.key_rows)
+        cached_len = (cache_offsets[1:] - cache_offsets[:-1]).to(torch.int64)
+        position = position + cached_len.index_select(0, sequence_index(seq_offsets, num_new))
+        joined = dataclasses.replace(batch, col_timestamps=key_timestamps, cache=cache)
+        return self._encode(self.embed(item_ids, timestamps, position, ratings), joined, key_values)
+
+    def _encode(self, x: Tensor, batch: JaggedBatch, cached: Sequence[KeyValue | None]) -> EncodedRows:
+        activations, key_values = [x], []
+        for layer, before in zip(cast(Iterable[HstuLayer], self.layers), cached, strict=True):
+            uvqk = layer.project_uvqk(activations[-1])
+            key_values.append(layer.key_value(uvqk))
+            activations.append(layer.output(activations[-1], uvqk.u, layer.attend(uvqk, batch, before)))
+        return EncodedRows(tuple(key_values), tuple(activations))
 
     def user_embeddings(self, last_activation: Tensor, seq_offsets: Tensor) -> Tensor:
         """[L, D] -> [B, item_embedding_dim] float32: the normalised last row of each sequence, zeros if it is empty."""
