@@ -75,6 +75,12 @@ class Workload:
         return float((self.lengths.astype(np.float64) ** 2).sum() * NUM_HEADS * 2 * self.dim)
 
 
+def session_times(rng: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """[count] int64 ascending seconds of a user's events: within sessions, now and then hours to a day apart."""
+    gaps = np.where(rng.random(count) < 0.1, rng.integers(3600, 90_000, count), rng.integers(0, 90, count))
+    return np.asarray(1_000_000_000 + np.cumsum(gaps), np.int64)
+
+
 def workload(max_len: int, dim: int, has_bias: bool) -> Workload:
     """Draw a case; the same arguments give the same bits."""
     rng = np.random.default_rng([max_len, dim])
@@ -93,11 +99,7 @@ def workload(max_len: int, dim: int, has_bias: bool) -> Workload:
     q, k, v = drawn(0.0), drawn(dim**-0.5), drawn(1.0)
     rows, cols = [], []
     for length in lengths:
-        # Sessions: seconds between events, now and then hours to a day.
-        gaps = np.where(
-            rng.random(length + 1) < 0.1, rng.integers(3600, 90_000, length + 1), rng.integers(0, 90, length + 1)
-        )
-        times = 1_000_000_000 + np.cumsum(gaps)
+        times = session_times(rng, length + 1)
         rows.append(times[1:])
         cols.append(times[:-1])
     pos_table = 0.5 * rng.standard_normal((1, 2 * max_len - 1)).astype(np.float32)

@@ -376,12 +376,7 @@ def merge(parts: Path, target: Path) -> int:
         print(f"error: {parts} holds no parts; measure first, with --parts", file=sys.stderr)
         return 1
     rows = {(row["case"], row["backend"]): row for row in [*read_rows(target), *fresh]}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows.values(), key=order):
-            writer.writerow({name: _rounded(row.get(name, "")) for name in COLUMNS})
+    write_rows(target, COLUMNS, sorted(rows.values(), key=order))
     print(f"{target}: {len(rows)} rows, {len(fresh)} of them new")
     return 0
 
@@ -394,8 +389,15 @@ def read_rows(source: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def _rounded(value: Any) -> Any:
-    return f"{value:.5g}" if isinstance(value, float) else value
+def write_rows(target: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write a CSV with these columns; of a float five digits, of an absent value nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {name: row.get(name, "") for name in columns}
+            writer.writerow({name: f"{cell:.5g}" if isinstance(cell, float) else cell for name, cell in cells.items()})
 
 
 def table_lines(rows: Iterable[Row]) -> list[str]:

@@ -5,7 +5,6 @@ NumPy and the standard library alone: used by both Pythons of the GPU machine an
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_plugin import commit_of, gpu_name, read_rows, today
+from bench_plugin import commit_of, gpu_name, read_rows, today, write_rows
 from m_falcon_workload import ALONE_SAMPLE, CANDIDATE_COUNTS, HISTORY_LENGTHS, MICRO_BATCHES
 from numpy.typing import NDArray
 
@@ -218,16 +217,6 @@ def merge(parts: Path, target: Path) -> int:
         case, dtype = key
         return case.n, BACKENDS.index(case.backend), dtype, MODES.index(case.mode), case.m, case.micro_batch
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for key in sorted(rows, key=order):
-            row = rows[key]
-            writer.writerow({name: _rounded(row.get(name, "")) for name in COLUMNS})
+    write_rows(target, COLUMNS, [rows[key] for key in sorted(rows, key=order)])
     print(f"{target}: {len(rows)} rows, {len(fresh)} of them new")
     return 0
-
-
-def _rounded(value: Any) -> Any:
-    return f"{value:.5g}" if isinstance(value, float) else value

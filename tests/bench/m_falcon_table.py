@@ -8,7 +8,6 @@ Ratios are of device times on the same GPU: above 1, ours is faster. Standard li
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ if str(Path(__file__).parent) not in sys.path:
 from bench_plugin import put_between, read_rows
 from m_falcon_rows import ALONE, BACKENDS, COLD, ENGINES, MODES, PACKED, PEERS, RESULTS, WARM
 from m_falcon_workload import ALONE_SAMPLE
+from svg_panel import COLOURS, GAP, MARGIN, PANEL, Panel, drawing, legend
 
 BEGIN, END = "<!-- m-falcon benchmark: begin -->", "<!-- m-falcon benchmark: end -->"
 
@@ -130,58 +130,6 @@ def table_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines + (["", "Without a time:", "", *problems] if problems else [])) + "\n"
 
 
-_PANEL, _MARGIN, _GAP = (360, 240), 60, 90
-_COLOURS = ("#1b6ca8", "#c8553d", "#2a9d5c", "#8a5a9e", "#8c8c2f", "#555555", "#0f8b8d", "#b5446e")
-
-
-class _Panel:
-    """One plot with two logarithmic axes, at a place of the drawing."""
-
-    def __init__(self, left: float, top: float, points: Sequence[tuple[float, float]]) -> None:
-        self._left, self._top = left, top
-        (width, height) = _PANEL
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        self._x = _scale(xs, left, left + width)
-        self._y = _scale(ys, top + height, top)
-        self._ticks = {axis: _powers(min(values), max(values)) for axis, values in (("x", xs), ("y", ys))}
-
-    def frame(self, title: str, unit: str) -> Iterator[str]:
-        """Border, ticks and labels."""
-        width, height = _PANEL
-        left, top = self._left, self._top
-        yield f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>'
-        yield _text(left, top - 12, title, size=13)
-        yield _text(left + width / 2, top + height + 36, "candidates m", anchor="middle")
-        yield _text(left - 46, top - 12, unit)
-        for value in self._ticks["x"]:
-            yield _text(self._x(value), top + height + 16, f"{value:g}", anchor="middle")
-        for value in self._ticks["y"]:
-            y = self._y(value)
-            yield f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>'
-            yield _text(left - 6, y + 4, f"{value:g}", anchor="end")
-
-    def line(self, points: Sequence[tuple[float, float]], colour: str) -> str:
-        """One series."""
-        shown = " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in sorted(points))
-        return f'<polyline points="{shown}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-
-
-def _scale(values: Sequence[float], start: float, end: float) -> Callable[[float], float]:
-    low, high = math.log(min(values)) - 0.1, math.log(max(values)) + 0.1
-    return lambda value: start + (end - start) * (math.log(value) - low) / (high - low)
-
-
-def _powers(low: float, high: float) -> list[float]:
-    inside = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    kept = [value for value in inside if low * 0.9 <= value <= high * 1.1]
-    return kept if len(kept) > 1 else sorted({low, high})
-
-
-def _text(x: float, y: float, content: str, *, anchor: str = "start", size: int = 11) -> str:
-    escaped = content.replace("&", "&amp;").replace("<", "&lt;")
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="#333">{escaped}</text>'
-
-
 def _series(rows: Sequence[Row], n: int, column: str) -> dict[str, list[tuple[float, float]]]:
     """Points by name: every backend and mode, each of our micro-batches apart."""
     series: dict[str, list[tuple[float, float]]] = {}
@@ -197,28 +145,23 @@ def _series(rows: Sequence[Row], n: int, column: str) -> dict[str, list[tuple[fl
 def plot(rows: Sequence[Row]) -> str:
     """SVG: for each history length, device time and memory over the number of candidates, both logarithmic."""
     body: list[str] = []
-    top, width = float(_MARGIN), 2 * (_PANEL[0] + _GAP) + 330
+    top, width = float(MARGIN), 2 * (PANEL[0] + GAP) + 330
     for n in sorted({int(row["n"]) for row in rows}):
-        legend: dict[str, str] = {}
+        colours: dict[str, str] = {}
         panels = (("median_ms", "device time", "ms"), ("used_mib", "device memory", "MiB"))
         for index, (column, title, unit) in enumerate(panels):
             series = _series(rows, n, column)
             if not series:
                 continue
-            panel = _Panel(
-                _MARGIN + index * (_PANEL[0] + _GAP), top, [point for points in series.values() for point in points]
-            )
-            body += panel.frame(f"{title}, n = {n}", unit)
+            points = [point for points in series.values() for point in points]
+            panel = Panel(MARGIN + index * (PANEL[0] + GAP), top, points)
+            body += panel.frame(f"{title}, n = {n}", unit, "candidates m")
             for name, points in series.items():
-                colour = legend.setdefault(name, _COLOURS[len(legend) % len(_COLOURS)])
+                colour = colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
                 body.append(panel.line(points, colour))
-        for line, (name, colour) in enumerate(legend.items()):
-            x, y = _MARGIN + 2 * (_PANEL[0] + _GAP) - 60, top + 10 + 15 * line
-            body.append(f'<line x1="{x}" x2="{x + 18}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3"/>')
-            body.append(_text(x + 24, y, name))
-        top += max(_PANEL[1] + _GAP, 15 * len(legend) + 40)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top:.0f}" font-family="sans-serif">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>"]) + "\n"
+        body += legend(MARGIN + 2 * (PANEL[0] + GAP) - 60, top + 10, colours)
+        top += max(PANEL[1] + GAP, 15 * len(colours) + 40)
+    return drawing(width, top, body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
