@@ -36,14 +36,15 @@ class BuildPlan:
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs, the one that answers a request by itself first."""
         if not isinstance(self.spec.config, RankingConfig):
-            return ("retrieval",)
+            return ("retrieval",) if self.limits.max_append is None else ("retrieval", "prefill", "append")
         return ("packed",) if self.limits.micro_batch is None else ("packed", "prefill", "score")
 
     def graph_limits(self, graph: str) -> GraphLimits:
         """What one graph is exported for."""
         limits = self.limits
         candidates = {"packed": limits.max_candidates, "score": limits.micro_batch or 0}.get(graph, 0)
-        return GraphLimits(graph, limits.max_seq_len, candidates, limits.contextual_len)
+        max_append = (limits.max_append or 0) if graph == "append" else 0
+        return GraphLimits(graph, limits.max_seq_len, candidates, limits.contextual_len, max_append)
 
     def sizes(self, graph: str) -> ProfileSizes:
         """Numbers behind the profile of one graph."""
@@ -78,6 +79,14 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect, external_embeddings=external)
     model = spec.config
     if isinstance(model, RankingConfig):
+        if config.max_append is not None:
+            raise _not_incremental(
+                config.max_append,
+                spec.dialect,
+                "positions count back from the query and time buckets are anchored at it, so a new event changes the "
+                "keys and values of every older one",
+                "leave --incremental out; --m-falcon micro-batch=N reuses a history among one request's candidates",
+            )
         limits = _ranking_limits(config, model)
         narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
         prune = config.prune is not False
@@ -89,8 +98,19 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     for option, value in given.items():
         if value is not None:
             raise _unusable(option, value, "ranking models alone; this checkpoint is a retrieval model")
-    limits = _common_limits(config, model.max_seq_len, "the model's tables")
-    _check([(0 <= limits.top_k <= model.num_items, "--top-k", limits.top_k, f"0 to {model.num_items} items")])
+    if config.max_append is not None and model.later_rows_matter is not None:
+        raise _not_incremental(config.max_append, spec.dialect, model.later_rows_matter, "leave --incremental out")
+    limits = dataclasses.replace(
+        _common_limits(config, model.max_seq_len, "the model's tables"), max_append=config.max_append
+    )
+    longest = limits.max_seq_len - 1
+    append = config.max_append
+    _check(
+        [
+            (0 <= limits.top_k <= model.num_items, "--top-k", limits.top_k, f"0 to {model.num_items} items"),
+            (append is None or 1 <= append <= longest, "--incremental max-append", append, f"1 to {longest} events"),
+        ]
+    )
     narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
     backend = choose_backend(config.backend)
     prune = _prunes_retrieval(backend) if config.prune is None else config.prune
@@ -146,6 +166,16 @@ def _check(rules: list[tuple[bool, str, object, str]]) -> None:
     for legal, option, value, allowed in rules:
         if not legal:
             raise _unusable(option, value, allowed)
+
+
+def _not_incremental(max_append: int, dialect: str, why: str, fix: str) -> UsageError:
+    return UsageError(
+        "HSTU-E904",
+        f"--incremental max-append={max_append} cannot be used with this {dialect} model",
+        why,
+        fix,
+        {"max_append": max_append, "dialect": dialect},
+    )
 
 
 def _unusable(option: str, value: object, allowed: str) -> UsageError:

@@ -29,6 +29,8 @@ class BuildConfig:
         top_k: also output the K best unseen items; 0 leaves them out. Retrieval models only.
         max_candidates: most candidates of a user in one packed forward; None is the model's own limit.
         micro_batch: candidates of one scoring pass; builds the graphs prefill and score. None builds packed alone.
+        max_append: most new events of one cached history in a pass; builds the graphs prefill and append. None builds
+            retrieval alone.
             Ranking models only, as is max_candidates.
         embeddings: inside, ids are inputs and tables are weights; external, inputs are embedding rows.
         prune: compute the last layer only for the rows that are read; None does so except where the builder is known to
@@ -53,6 +55,7 @@ class BuildConfig:
     top_k: int = 0
     max_candidates: int | None = None
     micro_batch: int | None = None
+    max_append: int | None = None
     embeddings: Embeddings = "inside"
     prune: bool | None = None
     plugin: bool | None = None
@@ -80,6 +83,7 @@ class Limits:
         max_candidates: most candidates of one sequence in a packed forward; 0 in a retrieval model.
         micro_batch: most candidates of a scoring pass; None without the graphs prefill and score.
         contextual_len: rows in front of every history.
+        max_append: most new events of one cached history in a pass; None without the graphs prefill and append.
     """
 
     max_batch: int
@@ -90,3 +94,4 @@ class Limits:
     max_candidates: int = 0
     micro_batch: int | None = None
     contextual_len: int = 0
+    max_append: int | None = None

@@ -316,6 +316,12 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "For instance two precisions, or an opt shape outside min and max.",
     ),
     "HSTU-E902": ErrorCode("Unknown error code", "`hstu-compile explain` without a code lists all of them."),
+    "HSTU-E904": ErrorCode(
+        "The model's history cannot be encoded in parts",
+        "--incremental keeps the keys and values of a history and encodes only new events later. That is exact where a "
+        "row depends on nothing behind the next event: in the research family, and in native retrieval models whose "
+        "rows do not see the whole history. Elsewhere it would be an approximation, and is refused.",
+    ),
     "HSTU-E903": ErrorCode(
         "A package that this command needs is not installed",
         "The base installation serves and builds engines. Reading checkpoints and exporting need "

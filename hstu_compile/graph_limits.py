@@ -17,16 +17,18 @@ class GraphLimits:
     """Shape limits of one graph.
 
     Attributes:
-        graph: retrieval, packed, prefill or score.
+        graph: retrieval, packed, prefill, score or append.
         max_seq_len: longest history in events.
         max_candidates: packed: most candidates of one sequence; score: most candidates of a pass; otherwise 0.
         contextual_len: rows in front of every history.
+        max_append: append: most new events of one sequence; otherwise 0.
     """
 
     graph: str
     max_seq_len: int
     max_candidates: int = 0
     contextual_len: int = 0
+    max_append: int = 0
 
     def sizes(
         self, max_batch: int, opt_batch: int | None, max_seq_len: int | None, opt_seq_len: int | None
@@ -43,6 +45,7 @@ class GraphLimits:
             max_candidates=self.max_candidates * (max_batch if per_sequence else 1),
             opt_candidates=max(1, self.max_candidates * typical // 2) if per_sequence else None,
             contextual_len=self.contextual_len,
+            max_append=self.max_append,
         )
 
 
@@ -55,8 +58,11 @@ def write_limits(model: onnx.ModelProto, limits: GraphLimits) -> None:
 def read_limits(model: onnx.ModelProto) -> GraphLimits | None:
     """The limits in a model's metadata; those of its attention nodes where it has none of ours; None without either."""
     stored = {prop.key.removeprefix(_PREFIX): prop.value for prop in model.metadata_props}
-    fields = {field.name: field for field in dataclasses.fields(GraphLimits)}
-    if set(fields) <= set(stored):
-        return GraphLimits(stored["graph"], *(int(stored[name]) for name in fields if name != "graph"))
+    fields = dataclasses.fields(GraphLimits)
+    if all(field.name in stored for field in fields if field.default is dataclasses.MISSING):
+        sizes = {
+            field.name: int(stored[field.name]) for field in fields if field.name in stored and field.type == "int"
+        }
+        return GraphLimits(stored["graph"], **sizes)
     lengths = [node_attributes(node)["max_seq_len"] for node in model.graph.node if is_attention(node)]
     return GraphLimits("retrieval", min(lengths)) if lengths else None

@@ -1,7 +1,8 @@
 """Shape ranges of the graph inputs: the only place that knows them. Level 2, no torch.
 
 Every dynamic axis has a name that says what it counts, so that a profile follows from the names alone: L events,
-T candidates, Lc rows of a KV cache, B sequences, B_plus_1 offsets, B_times_k values of a feature with k per sequence.
+T candidates, A last events of histories whose others are cached, Lc rows of a KV cache, B sequences, B_plus_1 offsets,
+B_times_k values of a feature with k per sequence.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class ProfileSizes:
         max_candidates: most candidates of all sequences together; 0 in a graph without candidates.
         opt_candidates: candidates that the engine is tuned for; None means half of max_candidates, rounded up.
         contextual_len: rows of a KV cache in front of every history.
+        max_append: most new events of one sequence in a graph that extends cached ones; each comes after one that is
+            computed again. 0 in other graphs.
     """
 
     max_batch: int
@@ -43,6 +46,7 @@ class ProfileSizes:
     max_candidates: int = 0
     opt_candidates: int | None = None
     contextual_len: int = 0
+    max_append: int = 0
 
     def __post_init__(self) -> None:
         opt_batch, opt_seq_len = self.typical()
@@ -99,6 +103,9 @@ class ProfileSizes:
         }
         if self.max_candidates:
             ranges["T"] = (1, self._typical_candidates(), self.max_candidates)
+        if self.max_append:
+            most = self.max_append + 1
+            ranges["A"] = (1, opt_batch * ((most + 1) // 2), self.max_batch * most)
         return ranges.get(name)
 
 
@@ -122,8 +129,8 @@ def graph_profiles(name: str, inputs: Sequence[TensorSpec], sizes: ProfileSizes)
         raise EngineError(
             "HSTU-E405",
             "the sizes do not give shapes for this graph's inputs",
-            f"{', '.join(unknown)}: an axis is none of L, T, Lc, B, B_plus_1, B_times_k, or it counts candidates and "
-            "their number is not given",
+            f"{', '.join(unknown)}: an axis is none of L, T, A, Lc, B, B_plus_1, B_times_k, or it counts candidates "
+            "or new events and their number is not given",
             "give the shapes themselves with --minShapes, --optShapes and --maxShapes",
             {"inputs": [each.name for each in inputs]},
         )

@@ -1,7 +1,8 @@
 """The graphs that a model is served as: module, inputs, outputs, taps. Level 2.
 
-A retrieval model is one graph. A ranking model is one (`packed`), or three (`packed`, `prefill`, `score`) of the
-same weights. Export, verification and profiles read all they need to know of a graph from here.
+A retrieval model is one graph (`retrieval`), or three (`retrieval`, `prefill`, `append`) of the same weights; a ranking
+model is one (`packed`), or three (`packed`, `prefill`, `score`). Export, verification and profiles read all they need
+to know of a graph from here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hstu_compile.artifacts import ITEM_EMBEDDINGS_TAP, TAP_PREFIX, USER_EMBEDDINGS_TAP
+from hstu_compile.model.config import AttentionConfig
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.layer import KeyValue
 from hstu_compile.model.ranking import (
@@ -36,6 +38,10 @@ Consumed = Literal["all", "last_of_sequence", "candidates"]
 _HISTORY_LENGTHS = (5, 3, 4)
 _CANDIDATE_COUNTS = (2, 3, 2)
 
+# Inputs of `append` beside keys and values: facts about the cached events.
+CACHED_TIMESTAMPS = "cached_timestamps"
+CACHED_ITEM_IDS = "cached_item_ids"
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphInput:
@@ -51,7 +57,7 @@ class ServedGraph:
     """One graph of a model.
 
     Attributes:
-        name: retrieval, packed, prefill or score.
+        name: retrieval, packed, prefill, score or append.
         module: takes the inputs in order, gives the outputs and then the taps.
         inputs: in order.
         outputs: names of what is served.
@@ -104,8 +110,8 @@ def _consumed_rows(consumed: Consumed, feeds: Mapping[str, NDArray[Any]], num_ro
     return rows
 
 
-class _Retrieval(nn.Module):
-    """User embeddings and, on request, the best unseen items; then the residual stream."""
+class _Recommender(nn.Module):
+    """What the graphs of a retrieval model have in common: user embeddings and, on request, the best unseen items."""
 
     item_vectors: Tensor
 
@@ -116,16 +122,52 @@ class _Retrieval(nn.Module):
             # Normalised once here: in the graph it would be work per request on the whole table.
             self.register_buffer("item_vectors", model.item_vectors().clone())
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        features = dict(zip(self.names, values, strict=True))
-        activations = self.model.layer_activations(**features)
-        user_embeddings = self.model.user_embeddings(activations[-1], features[SEQ_OFFSETS])
+    def answers(self, last_activation: Tensor, seq_offsets: Tensor, seen: Tensor, seen_offsets: Tensor) -> list[Tensor]:
+        """The outputs for rows of the last layer; `seen` are the items of the histories, [S] int32."""
+        user_embeddings = self.model.user_embeddings(last_activation, seq_offsets)
         outputs = [user_embeddings]
         if self.top_k:
-            outputs += self.model.top_items(
-                user_embeddings, self.item_vectors, features["item_ids"], features[SEQ_OFFSETS], self.top_k
-            )
-        return (*outputs, *activations)
+            outputs += self.model.top_items(user_embeddings, self.item_vectors, seen, seen_offsets, self.top_k)
+        return outputs
+
+
+class _Retrieval(_Recommender):
+    """The answers, then the residual stream."""
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        features = dict(zip(self.names, values, strict=True))
+        activations, offsets = self.model.layer_activations(**features), features[SEQ_OFFSETS]
+        return (*self.answers(activations[-1], offsets, features["item_ids"], offsets), *activations)
+
+
+class _RetrievalPrefill(_Recommender):
+    """The answers, keys and values of every layer, then the residual stream."""
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        features = dict(zip(self.names, values, strict=True))
+        output, offsets = self.model.prefill(**features), features[SEQ_OFFSETS]
+        answers = self.answers(output.activations[-1], offsets, features["item_ids"], offsets)
+        return (*answers, *(part for pair in output.key_values for part in pair), *output.activations)
+
+
+class _Append(_Recommender):
+    """The answers, keys and values of the new rows, then their residual stream."""
+
+    def __init__(self, model: RetrievalModel, top_k: int, names: tuple[str, ...], max_new: int) -> None:
+        super().__init__(model, top_k, names)
+        self.max_new = max_new
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        features = dict(zip(self.names, values, strict=True))
+        cached = _key_values(features, self.model.config.num_layers, self.model.dtype)
+        seen = features.pop(CACHED_ITEM_IDS, None)
+        output = self.model.append(**features, key_values=cached, max_new=self.max_new)
+        assert output.cache is not None
+        ids = features["item_ids"]
+        if seen is not None:
+            ids = torch.cat([seen, ids]).index_select(0, output.cache.key_rows)
+        answers = self.answers(output.activations[-1], features[SEQ_OFFSETS], ids, output.cache.key_offsets)
+        return (*answers, *(part for pair in output.key_values for part in pair), *output.activations)
 
 
 class _Packed(nn.Module):
@@ -161,13 +203,21 @@ class _Score(nn.Module):
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         features = dict(zip(self.names, values, strict=True))
-        # Engines keep the type of the cache; a float64 reference reads the same stored numbers.
-        pairs = [
-            KeyValue(features[f"k_{i}"].to(self.model.dtype), features[f"v_{i}"].to(self.model.dtype))
-            for i in range(self.model.config.num_layers)
-        ]
+        pairs = _key_values(features, self.model.config.num_layers, self.model.dtype)
         output = self.model.score(features, pairs, self.micro_batch)
         return (output.preds, output.logits, output.user_embeddings, output.item_embeddings, *output.activations)
+
+
+def _key_values(features: dict[str, Tensor], num_layers: int, dtype: torch.dtype) -> list[KeyValue]:
+    """Take the cached keys and values of every layer out of the features.
+
+    Engines keep the type of the cache; a float64 reference reads the same stored numbers.
+    """
+    return [KeyValue(features.pop(f"k_{i}").to(dtype), features.pop(f"v_{i}").to(dtype)) for i in range(num_layers)]
+
+
+def _cached_names(num_layers: int) -> tuple[str, ...]:
+    return tuple(f"{part}_{layer}" for layer in range(num_layers) for part in ("k", "v"))
 
 
 def _layer_taps(count: int) -> tuple[str, ...]:
@@ -185,24 +235,79 @@ def retrieval_graph(model: RetrievalModel, top_k: int = 0) -> ServedGraph:
         model: in evaluation mode, cast to the precision of the graph.
         top_k: also output the K best unseen items; 0 leaves them out.
     """
-    total, config = sum(_HISTORY_LENGTHS), model.config
-    inputs = [
-        GraphInput("item_ids", "L", torch.ones(total, dtype=torch.int32)),
-        GraphInput("timestamps", "L", torch.arange(total)),
-        GraphInput(SEQ_OFFSETS, "B_plus_1", _offsets(_HISTORY_LENGTHS)),
-        GraphInput(REQUEST_TIMESTAMPS, "B", torch.full((len(_HISTORY_LENGTHS),), total)),
-    ]
-    if config.has_ratings:
-        inputs.append(GraphInput("ratings", "L", torch.zeros(total, dtype=torch.int32)))
+    inputs = _retrieval_inputs(model, "L", _HISTORY_LENGTHS)
     return ServedGraph(
         name="retrieval",
-        module=_Retrieval(model, top_k, tuple(each.name for each in inputs)).eval(),
+        module=_Retrieval(model, top_k, _names(inputs)).eval(),
         inputs=tuple(inputs),
-        outputs=("user_embeddings", *(("top_items", "top_scores") if top_k else ())),
-        taps=_layer_taps(config.num_layers + 1),
-        num_attention=config.num_layers,
+        outputs=_recommended(top_k),
+        taps=_layer_taps(model.config.num_layers + 1),
+        num_attention=model.config.num_layers,
         consumed="last_of_sequence",
     )
+
+
+def retrieval_prefill_graph(model: RetrievalModel, top_k: int = 0) -> ServedGraph:
+    """Histories to the answers of `retrieval_graph`, and to the keys and values that `append_graph` reads."""
+    inputs, layers = _retrieval_inputs(model, "L", _HISTORY_LENGTHS), model.config.num_layers
+    return ServedGraph(
+        name="prefill",
+        module=_RetrievalPrefill(model, top_k, _names(inputs)).eval(),
+        inputs=tuple(inputs),
+        outputs=(*_recommended(top_k), *_cached_names(layers)),
+        taps=_layer_taps(layers + 1),
+        num_attention=layers,
+        consumed="last_of_sequence",
+    )
+
+
+def append_graph(model: RetrievalModel, max_append: int, top_k: int = 0) -> ServedGraph:
+    """The last events of histories, at most `max_append` new ones each and the one before them, against cached rows."""
+    config, layers = model.config, model.config.num_layers
+    inputs = _retrieval_inputs(model, "A", _CANDIDATE_COUNTS)
+    inputs.append(GraphInput(CACHE_OFFSETS, "B_plus_1", _offsets(_HISTORY_LENGTHS)))
+    cached = sum(_HISTORY_LENGTHS)
+    if config.has_time_bias:
+        inputs.append(GraphInput(CACHED_TIMESTAMPS, "Lc", torch.arange(cached)))
+    if top_k:
+        inputs.append(GraphInput(CACHED_ITEM_IDS, "Lc", torch.ones(cached, dtype=torch.int32)))
+    inputs += _cache_inputs(config.layer.attention, layers, cached, model.dtype)
+    return ServedGraph(
+        name="append",
+        module=_Append(model, top_k, _names(inputs), min(max_append + 1, config.max_seq_len)).eval(),
+        inputs=tuple(inputs),
+        outputs=(*_recommended(top_k), *(f"new_{name}" for name in _cached_names(layers))),
+        taps=_layer_taps(layers + 1),
+        num_attention=layers,
+        consumed="all",
+    )
+
+
+def _recommended(top_k: int) -> tuple[str, ...]:
+    return ("user_embeddings", *(("top_items", "top_scores") if top_k else ()))
+
+
+def _retrieval_inputs(model: RetrievalModel, axis: str, lengths: tuple[int, ...]) -> list[GraphInput]:
+    """Events of that many sequences, and when the next one of each is asked for."""
+    total = sum(lengths)
+    inputs = [
+        GraphInput("item_ids", axis, torch.ones(total, dtype=torch.int32)),
+        GraphInput("timestamps", axis, torch.arange(total)),
+        GraphInput(SEQ_OFFSETS, "B_plus_1", _offsets(lengths)),
+        GraphInput(REQUEST_TIMESTAMPS, "B", torch.full((len(lengths),), total)),
+    ]
+    if model.config.has_ratings:
+        inputs.append(GraphInput("ratings", axis, torch.zeros(total, dtype=torch.int32)))
+    return inputs
+
+
+def _cache_inputs(attention: AttentionConfig, num_layers: int, rows: int, dtype: torch.dtype) -> list[GraphInput]:
+    """Keys and values of every layer."""
+    widths = {"k": attention.attention_dim, "v": attention.linear_dim}
+    return [
+        GraphInput(name, "Lc", torch.zeros((rows, attention.num_heads, widths[name[0]]), dtype=dtype))
+        for name in _cached_names(num_layers)
+    ]
 
 
 class _RankingInputs:
@@ -251,15 +356,12 @@ class _RankingInputs:
 
     def cache(self, dtype: torch.dtype) -> list[GraphInput]:
         """Keys and values in front of the candidates."""
-        attention = self._config.layer.attention
-        rows = sum(_HISTORY_LENGTHS) + len(_HISTORY_LENGTHS) * self._config.contextual_len
-        offsets = _offsets(tuple(length + self._config.contextual_len for length in _HISTORY_LENGTHS))
-        inputs = [GraphInput(CACHE_OFFSETS, "B_plus_1", offsets)]
-        for layer in range(self._config.num_layers):
-            for name, width in (("k", attention.attention_dim), ("v", attention.linear_dim)):
-                example = torch.zeros((rows, attention.num_heads, width), dtype=dtype)
-                inputs.append(GraphInput(f"{name}_{layer}", "Lc", example))
-        return inputs
+        config, rows = self._config, sum(_HISTORY_LENGTHS) + len(_HISTORY_LENGTHS) * self._config.contextual_len
+        offsets = _offsets(tuple(length + config.contextual_len for length in _HISTORY_LENGTHS))
+        return [
+            GraphInput(CACHE_OFFSETS, "B_plus_1", offsets),
+            *_cache_inputs(config.layer.attention, config.num_layers, rows, dtype),
+        ]
 
 
 def _names(inputs: list[GraphInput]) -> tuple[str, ...]:
@@ -301,7 +403,7 @@ def prefill_graph(model: RankingModel) -> ServedGraph:
         name="prefill",
         module=_Prefill(model, _names(inputs)).eval(),
         inputs=tuple(inputs),
-        outputs=tuple(f"{part}_{layer}" for layer in range(layers) for part in ("k", "v")),
+        outputs=_cached_names(layers),
         taps=_layer_taps(layers),
         num_attention=layers - 1,
         consumed="all",
@@ -329,16 +431,25 @@ def score_graph(model: RankingModel, micro_batch: int) -> ServedGraph:
     )
 
 
-def served_graphs(model: HstuModel, top_k: int = 0, micro_batch: int | None = None) -> tuple[ServedGraph, ...]:
+def served_graphs(
+    model: HstuModel, top_k: int = 0, micro_batch: int | None = None, max_append: int | None = None
+) -> tuple[ServedGraph, ...]:
     """Every graph of a model; the first is the one that answers a request by itself.
 
     Args:
         model: in evaluation mode, cast to the precision of the graphs.
         top_k: of a retrieval model: also output the K best unseen items.
         micro_batch: of a ranking model: candidates of one scoring pass; None leaves prefill and score out.
+        max_append: of a retrieval model: most new events of one history in a pass; None leaves prefill and append out.
     """
     if isinstance(model, RetrievalModel):
-        return (retrieval_graph(model, top_k),)
+        if max_append is None:
+            return (retrieval_graph(model, top_k),)
+        return (
+            retrieval_graph(model, top_k),
+            retrieval_prefill_graph(model, top_k),
+            append_graph(model, max_append, top_k),
+        )
     if micro_batch is None:
         return (packed_graph(model),)
     return packed_graph(model), prefill_graph(model), score_graph(model, micro_batch)

@@ -31,10 +31,17 @@ class TopItems(NamedTuple):
 
 
 class EncodedRows(NamedTuple):
-    """Keys and values of every layer, and the residual stream before the first layer and after each one."""
+    """Encoded events.
+
+    Attributes:
+        key_values: of every layer.
+        activations: residual stream before the first layer and after each one.
+        cache: how these rows follow the cached ones; None where there are no others.
+    """
 
     key_values: tuple[KeyValue, ...]
     activations: tuple[Tensor, ...]
+    cache: CachedRows | None
 
 
 def hour_of_day_table(embedding_dim: int) -> Tensor:
@@ -249,7 +256,7 @@ class RetrievalModel(nn.Module):
             uvqk = layer.project_uvqk(activations[-1])
             key_values.append(layer.key_value(uvqk))
             activations.append(layer.output(activations[-1], uvqk.u, layer.attend(uvqk, batch, before)))
-        return EncodedRows(tuple(key_values), tuple(activations))
+        return EncodedRows(tuple(key_values), tuple(activations), batch.cache)
 
     def user_embeddings(self, last_activation: Tensor, seq_offsets: Tensor) -> Tensor:
         """[L, D] -> [B, item_embedding_dim] float32: the normalised last row of each sequence, zeros if it is empty."""

@@ -96,6 +96,48 @@ def test_a_retrieval_model_has_one_graph(retrieval: dict[str, Path]) -> None:
     assert plan.sizes("retrieval").axis("L") == (1, 8 * 6, 64 * 12)
 
 
+def test_incremental_adds_two_graphs_to_a_retrieval_model(retrieval: dict[str, Path]) -> None:
+    plan = planned(retrieval, max_append=4, max_batch=16, opt_batch=2)
+    assert plan.graphs == ("retrieval", "prefill", "append")
+    assert [plan.graph_limits(name) for name in plan.graphs] == [
+        GraphLimits("retrieval", 20),
+        GraphLimits("prefill", 20),
+        GraphLimits("append", 20, max_append=4),
+    ]
+    assert plan.sizes("append").axis("A") == (1, 2 * 3, 16 * 5)
+    assert plan.sizes("retrieval").axis("A") is None
+    assert plan.to_dict()["limits"]["max_append"] == 4
+
+
+@pytest.mark.parametrize(
+    ("attention", "why"),
+    [
+        ({"contextual_seq_len": 2}, "the first 2 rows see the whole history"),
+        ({"max_attn_len": 4, "min_full_attn_seq_len": 3}, "the last 3 rows of a history see beyond the window"),
+    ],
+    ids=["context", "full tail"],
+)
+def test_a_retrieval_model_whose_rows_see_later_events_is_not_built_incrementally(
+    tmp_path: Path, attention: dict[str, Any], why: str
+) -> None:
+    config = small_config(1, attention)
+    state = small_model(config).state_dict()
+    torch.save({"format": "hstu-compile/1", "config": config.to_dict(), "state_dict": state}, tmp_path / "ckpt.pt")
+    assert planned({"checkpoint": tmp_path / "ckpt.pt"}).graphs == ("retrieval",)
+    with pytest.raises(UsageError) as caught:
+        planned({"checkpoint": tmp_path / "ckpt.pt"}, max_append=4)
+    assert (caught.value.code, caught.value.why) == ("HSTU-E904", why)
+    assert caught.value.what == "--incremental max-append=4 cannot be used with this native model"
+
+
+def test_a_ranking_model_is_not_built_incrementally(ranking: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="positions count back from the query") as caught:
+        planned(ranking, max_append=4)
+    assert (caught.value.code, caught.value.exit_code) == ("HSTU-E904", 2)
+    assert caught.value.what == "--incremental max-append=4 cannot be used with this dlrm_v3 model"
+    assert "--m-falcon" in caught.value.fix
+
+
 RANKING_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 1}, "--top-k 1 cannot be used"),
     ({"micro_batch": 0}, "--m-falcon 0 cannot be used"),
@@ -111,6 +153,8 @@ RETRIEVAL_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"micro_batch": 256}, "--m-falcon 256 cannot be used"),
     ({"max_candidates": 10}, "--max-candidates 10 cannot be used"),
     ({"max_seq_len": -1}, "--max-seq-len -1 cannot be used"),
+    ({"max_append": 0}, "--incremental max-append 0 cannot be used"),
+    ({"max_append": 12, "max_seq_len": 12}, "--incremental max-append 12 cannot be used"),
 ]
 
 

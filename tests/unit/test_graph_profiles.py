@@ -14,7 +14,7 @@ from hstu_compile.graph_limits import GraphLimits, read_limits, write_limits
 from hstu_compile.profiles import ProfileSizes, graph_profiles
 from hstu_compile.served import ServedGraph, served_graphs
 from tests.dlrm_reference import ACTIONS, CANDIDATE, HISTORY, QUERY_TIME, TIME, DlrmForm
-from tests.exported_models import exported_graph, ranking_model
+from tests.exported_models import exported_graph, ranking_model, small_config, small_model
 
 FORM = DlrmForm(contextual=(("user_id", 1, 20), ("genres", 3, 5)))
 LIMITS = {
@@ -22,6 +22,7 @@ LIMITS = {
     "prefill": GraphLimits("prefill", 48, 0, 4),
     "score": GraphLimits("score", 48, 16, 4),
 }
+APPEND = GraphLimits("append", 20, max_append=4)
 
 
 def specs_of(graph: ServedGraph) -> list[TensorSpec]:
@@ -81,6 +82,16 @@ def test_score_takes_one_micro_batch_of_all_users_and_their_cached_rows() -> Non
     assert found["v_0"] == found["v_1"] == tuple((rows, 2, 7) for rows in cached)
 
 
+def test_append_takes_new_events_the_one_before_them_and_cached_rows() -> None:
+    *_, graph = served_graphs(small_model(small_config()), top_k=3, max_append=4)
+    (profile,) = graph_profiles("append", specs_of(graph), APPEND.sizes(8, 2, None, 10))
+    found, new, cached, users = ranges(profile), ((1,), (6,), (40,)), ((1,), (20,), (160,)), ((2,), (3,), (9,))
+    assert found["item_ids"] == found["timestamps"] == new
+    assert found["cached_timestamps"] == found["cached_item_ids"] == cached
+    assert found["seq_offsets"] == found["cache_offsets"] == users
+    assert found["k_1"] == tuple((rows, 2, 25) for (rows,) in cached)
+
+
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_profile_of_one_user_is_legal(name: str) -> None:
     profile = profile_of(name, 1, 1, opt_seq_len=None)
@@ -96,7 +107,13 @@ def test_a_shorter_history_narrows_events_and_cached_rows_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "sizes"), [("T", ProfileSizes(4, 10)), ("rows", ProfileSizes(4, 10, max_candidates=3)), ("B_times_", None)]
+    ("axis", "sizes"),
+    [
+        ("T", ProfileSizes(4, 10)),
+        ("A", ProfileSizes(4, 10)),
+        ("rows", ProfileSizes(4, 10, max_candidates=3)),
+        ("B_times_", None),
+    ],
 )
 def test_an_axis_that_nothing_explains_is_named(axis: str, sizes: ProfileSizes | None) -> None:
     with pytest.raises(EngineError, match=rf"strange \['{axis}'\]") as caught:
@@ -123,13 +140,22 @@ def empty_model() -> onnx.ModelProto:
     return helper.make_model(graph)
 
 
-@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("limits", [*LIMITS.values(), APPEND], ids=lambda limits: limits.graph)
 def test_limits_survive_in_the_file(limits: GraphLimits) -> None:
     model = empty_model()
     write_limits(model, limits)
     assert read_limits(onnx.load_from_string(model.SerializeToString())) == limits
     write_limits(model, dataclasses.replace(limits, max_seq_len=7))
     assert read_limits(model) == dataclasses.replace(limits, max_seq_len=7)
+
+
+def test_a_file_from_before_append_has_no_limit_for_it() -> None:
+    model = empty_model()
+    write_limits(model, APPEND)
+    kept = [prop for prop in model.metadata_props if prop.key != "hstu.max_append"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    assert read_limits(model) == dataclasses.replace(APPEND, max_append=0)
 
 
 def test_a_graph_of_somebody_else_has_the_limits_of_its_attention_nodes() -> None:

@@ -110,7 +110,7 @@ def graph_of(form: str, name: str) -> ServedGraph:
 
 def every_graph() -> list[ServedGraph]:
     ranking = [graph for model in MODELS.values() for graph in served_graphs(model, micro_batch=5)]
-    return [retrieval_graph(RETRIEVAL), retrieval_graph(RETRIEVAL, 7), *ranking]
+    return [*served_graphs(RETRIEVAL, max_append=4), *served_graphs(RETRIEVAL, 7, max_append=4), *ranking]
 
 
 @pytest.mark.parametrize(("form", "name"), EXPECTED_INPUTS)
@@ -139,6 +139,38 @@ def test_a_retrieval_graph_has_these_inputs_in_this_order(rated: bool) -> None:
     assert (graph.name, graph.consumed, graph.max_candidates) == ("retrieval", "last_of_sequence", 0)
     assert graph.outputs == ("user_embeddings", "top_items", "top_scores")
     assert served_graphs(model)[0].outputs == ("user_embeddings",)
+
+
+@pytest.mark.parametrize("rated", [False, True])
+@pytest.mark.parametrize("time_bias", ["none", "next"])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_graphs_of_an_incremental_retrieval_model(rated: bool, time_bias: str, top_k: int) -> None:
+    changes: dict[str, Any] = {"preprocessor": "rated", "item_embedding_dim": 24, "num_ratings": 5} if rated else {}
+    timeless = {} if time_bias == "next" else {"time_bias": "none", "num_time_buckets": 0, "time_bucket_divisor": 1.0}
+    model = small_model(small_config(2, timeless, **changes))
+    retrieval, prefill, append = served_graphs(model, top_k, max_append=4)
+    answers = ("user_embeddings", "top_items", "top_scores")[: 3 if top_k else 1]
+    cached = ("k_0", "v_0", "k_1", "v_1")
+    assert [graph.name for graph in (retrieval, prefill, append)] == ["retrieval", "prefill", "append"]
+    assert [(e.name, e.axis) for e in prefill.inputs] == [(e.name, e.axis) for e in retrieval.inputs]
+    assert retrieval.outputs == answers
+    assert prefill.outputs == (*answers, *cached)
+    assert append.outputs == (*answers, *(f"new_{name}" for name in cached))
+    assert {each.name: (each.axis, each.example.dtype) for each in append.inputs} == {
+        "item_ids": ("A", torch.int32),
+        "timestamps": ("A", torch.int64),
+        "seq_offsets": ("B_plus_1", torch.int32),
+        "request_timestamps": ("B", torch.int64),
+        **({"ratings": ("A", torch.int32)} if rated else {}),
+        "cache_offsets": ("B_plus_1", torch.int32),
+        **({"cached_timestamps": ("Lc", torch.int64)} if time_bias == "next" else {}),
+        **({"cached_item_ids": ("Lc", torch.int32)} if top_k else {}),
+        **dict.fromkeys(cached, ("Lc", torch.float32)),
+    }
+    layers = ("layer_0", "layer_1", "layer_2")
+    assert [graph.taps for graph in (prefill, append)] == [layers, layers]
+    assert [graph.consumed for graph in (prefill, append)] == ["last_of_sequence", "all"]
+    assert [graph.num_attention for graph in (prefill, append)] == [2, 2]
 
 
 def test_the_graphs_of_a_ranking_model() -> None:
