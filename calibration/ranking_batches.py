@@ -112,6 +112,22 @@ def ranking_batches(
     ]
 
 
+def single_user_arrays(config: RankingConfig, packed: Mapping[str, NDArray[Any]]) -> list[Arrays]:
+    """A `packed` batch taken apart: inputs of the `packed` graph for each user who has candidates, in order."""
+    events, candidates = packed[SEQ_OFFSETS], packed[CANDIDATE_OFFSETS]
+    users = []
+    for user in np.flatnonzero(np.diff(candidates)):
+        own = {name: slice(events[user], events[user + 1]) for name in config.history_features}
+        own |= {name: slice(candidates[user], candidates[user + 1]) for name in config.candidate_features}
+        for context in config.contextual_features:
+            own[context.name] = slice(user * context.max_length, (user + 1) * context.max_length)
+        arrays = {name: packed[name][part] for name, part in own.items()}
+        arrays[SEQ_OFFSETS] = _offsets([events[user + 1] - events[user]])
+        arrays[CANDIDATE_OFFSETS] = _offsets([candidates[user + 1] - candidates[user]])
+        users.append(arrays)
+    return users
+
+
 def prefill_arrays(config: RankingConfig, packed: Mapping[str, NDArray[Any]]) -> Arrays:
     """Inputs of the `prefill` graph for the requests of a `packed` batch."""
     names = [*config.history_features, *config.contextual_names, SEQ_OFFSETS]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import hstu_compile
-from hstu_compile.artifacts import EngineArtifact
+from hstu_compile.artifacts import EngineArtifact, Precision
 from hstu_compile.build_plan import BuildPlan
 from hstu_compile.environment import collect_environment
 from hstu_compile.graph_facts import graph_facts
@@ -50,6 +50,7 @@ class BuildOutcome:
         plugin: the plugin library, or None.
         verification: of all graphs; None if it was not wanted.
         stages: name, seconds and summary of each.
+        session: what the graphs were compared with as a ranking session; None without such a comparison.
     """
 
     plan: BuildPlan
@@ -57,6 +58,7 @@ class BuildOutcome:
     plugin: PluginLibrary | None
     verification: VerifyReport | None
     stages: Sequence[dict[str, Any]]
+    session: Reference | None = None
 
     @property
     def status(self) -> str:
@@ -175,11 +177,17 @@ def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, A
         "limits": _limits(plan),
         "profiles": main["profiles"],
         "graphs": [_graph_entry(graph) for graph in outcome.graphs],
-        "ranking": _ranking_spec(outcome).to_dict() if isinstance(config, RankingConfig) else None,
+        "ranking": ranking_spec(plan, outcome.main.graph.precision, _model_version(outcome)).to_dict()
+        if isinstance(config, RankingConfig)
+        else None,
         "versions": report["environment"].get("packages", {}),
         "verification": None
         if verification is None
-        else {"worst_error": verification["worst_error"], "worst_bound": verification["worst_bound"]},
+        else {
+            "worst_error": verification["worst_error"],
+            "worst_bound": verification["worst_bound"],
+            "session": None if outcome.session is None else {"eager_error": outcome.session.eager_error},
+        },
         "plugin": _plugin_dict(outcome.plugin),
     }
 
@@ -216,15 +224,26 @@ def _limits(plan: BuildPlan) -> dict[str, Any]:
     return {"num_items": config.num_items, "num_ratings": config.num_ratings, **common}
 
 
-def _ranking_spec(outcome: BuildOutcome) -> RankingSpec:
-    config, limits = outcome.plan.spec.config, outcome.plan.limits
+def _model_version(outcome: BuildOutcome) -> str:
+    model = hashlib.sha256()
+    for graph in outcome.graphs:
+        model.update(graph.built.graph.model.SerializeToString(deterministic=True))
+    return model.hexdigest()
+
+
+def ranking_spec(plan: BuildPlan, precision: Precision, model_version: str) -> RankingSpec:
+    """What the ranking runtime is told of the graphs.
+
+    Args:
+        plan: of a ranking model's build.
+        precision: of the graphs.
+        model_version: sha256 by which cached keys and values are told from those of other weights.
+    """
+    config, limits = plan.spec.config, plan.limits
     assert isinstance(config, RankingConfig)
     rows = {table.name: table.num_rows for table in config.tables}
     external = config.table_dim if config.external_embeddings else None
     attention = config.layer.attention
-    model = hashlib.sha256()
-    for graph in outcome.graphs:
-        model.update(graph.built.graph.model.SerializeToString(deterministic=True))
     return RankingSpec(
         history_ids=tuple(IdFeature(name, rows[table], external) for name, table in config.history_ids.items()),
         history_time=config.history_time_feature,
@@ -248,9 +267,9 @@ def _ranking_spec(outcome: BuildOutcome) -> RankingSpec:
         attention_dim=attention.attention_dim,
         linear_dim=attention.linear_dim,
         row_dtype="float32",
-        kv_dtype=_KV_DTYPES[outcome.main.graph.precision],  # type: ignore[arg-type]
+        kv_dtype=_KV_DTYPES[precision],  # type: ignore[arg-type]
         cache_rule=config.cache_rule,
-        model_version=model.hexdigest(),
+        model_version=model_version,
     )
 
 

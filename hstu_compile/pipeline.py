@@ -17,9 +17,16 @@ from typing import Any, Protocol
 import onnx
 
 from hstu_compile import bundle as bundles
-from hstu_compile.artifacts import EngineArtifact, OnnxGraph
+from hstu_compile.artifacts import EngineArtifact, OnnxGraph, Precision
 from hstu_compile.build_plan import BuildPlan, plan_build
-from hstu_compile.build_report import BuildOutcome, GraphOutcome, build_manifest, build_report, engine_dict
+from hstu_compile.build_report import (
+    BuildOutcome,
+    GraphOutcome,
+    build_manifest,
+    build_report,
+    engine_dict,
+    ranking_spec,
+)
 from hstu_compile.calibration.batches import RequestBatch, retrieval_batches
 from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.checkpoint import model_from_spec
@@ -30,6 +37,7 @@ from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import write_limits
 from hstu_compile.graph_plugin import plugin_request_of
+from hstu_compile.m_falcon_check import check_m_falcon
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.plugin_library import PluginLibrary, build_plugin_library, installed_tensorrt_version
@@ -37,11 +45,20 @@ from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_
 from hstu_compile.profiles import graph_profiles
 from hstu_compile.report import render_report
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
-from hstu_compile.runtime.session import open_session
+from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.served import ServedGraph, served_graphs
-from hstu_compile.session_check import PREDICTIONS, Outputs, Reference, RuntimeCheck, VerifyReport, report_of
+from hstu_compile.session_check import (
+    PREDICTIONS,
+    SESSION,
+    Outputs,
+    Progress,
+    Reference,
+    RuntimeCheck,
+    VerifyReport,
+    report_of,
+)
 from hstu_compile.trt_options import EngineOptions
-from hstu_compile.verify import BuiltGraph, references_from_spec, verify_artifacts
+from hstu_compile.verify import BuiltGraph, References, open_built, references_from_spec, verify_artifacts
 
 STAGES = ("checkpoint", "model", "export", "rewrite", "engine", "verify", "bundle")
 
@@ -222,7 +239,7 @@ def compile_checkpoint(
                 name = "04_engine" if len(built) == 1 else f"04_engine_{each_built.graph.name}"
                 build.keep(f"{name}.json", json.dumps(engine_dict(each_built.engine), indent=1))
         summarise(_engines_in_words(plan, built))
-    references: list[Reference] = []
+    references: References | None = None
     verification: VerifyReport | None = None
     runs: list[list[RuntimeCheck]] = []
     with build.stage("verify") as summarise:
@@ -234,9 +251,13 @@ def compile_checkpoint(
             library = plugin.self_registering if plugin else None
             runs = [
                 verify_artifacts(each_built, reference, library, progress)
-                for each_built, reference in zip(built, references, strict=True)
+                for each_built, reference in zip(built, references.graphs, strict=True)
             ]
-            verification = report_of(list(zip(references, runs, strict=True)), config.precision)
+            checked = list(zip(references.graphs, runs, strict=True))
+            if references.session is not None:
+                sessions = _verify_session(plan, built, references.session, library, config.precision, progress)
+                checked.append((references.session, sessions))
+            verification = report_of(checked, config.precision)
             build.keep("05_verify.json", json.dumps(verification.to_dict(), indent=1))
             ran = ", ".join(f"{run.artifact} on {run.runtime} {run.status}" for run in verification.runs)
             summarise(f"{ran}; worst error {verification.worst_error:.3g} of {verification.worst_bound:.3g} allowed")
@@ -244,13 +265,40 @@ def compile_checkpoint(
             summarise("not verified (--no-verify)")
     with build.stage("bundle") as summarise:
         outcomes = [GraphOutcome(each_built) for each_built in built]
-        if references:
+        if references is not None:
             outcomes = [
-                GraphOutcome(each_built, reference) for each_built, reference in zip(built, references, strict=True)
+                GraphOutcome(each_built, reference)
+                for each_built, reference in zip(built, references.graphs, strict=True)
             ]
-        result = _write_bundle(build, plan, outcomes, runs, plugin, verification)
+        session = references.session if references is not None else None
+        result = _write_bundle(build, plan, outcomes, runs, plugin, verification, session)
         summarise(str(result.path))
     return result
+
+
+def _verify_session(
+    plan: BuildPlan,
+    built: Sequence[BuiltGraph],
+    reference: Reference,
+    plugin_library: Path | None,
+    precision: Precision,
+    progress: Progress,
+) -> list[RuntimeCheck]:
+    """The graphs as one ranking session: in ONNX Runtime, and their engines where those can run."""
+    graphs = {each.graph.name: each for each in built}
+    # Cached keys and values live as long as this check: any version is as good as another.
+    spec = ranking_spec(plan, precision, plan.spec.sha256)
+    files = {"onnxruntime": {name: each.onnx_file for name, each in graphs.items()}}
+    if all(each.engine is not None for each in built):
+        files[plan.backend.name] = {name: each.engine_file for name, each in graphs.items()}
+
+    def opener(runtime: str) -> Callable[[str], Session]:
+        return lambda graph: open_built(graphs[graph], runtime, reference.feeds, plugin_library)
+
+    return [
+        check_m_falcon(runtime, opener(runtime), names, spec, reference, precision, progress)
+        for runtime, names in files.items()
+    ]
 
 
 def _intermediate(name: str, graph: ServedGraph, graphs: Sequence[ServedGraph]) -> str:
@@ -360,6 +408,7 @@ def _write_bundle(
     runs: Sequence[Sequence[RuntimeCheck]],
     plugin: PluginLibrary | None,
     verification: VerifyReport | None,
+    session: Reference | None,
 ) -> BuildResult:
     config = build.config
     with bundles.BundleWriter(config.bundle_path, config.force) as writer:
@@ -376,8 +425,11 @@ def _write_bundle(
                 dataclasses.replace(graph, polygraphy=_write_reference(writer, graph, graph_runs))
                 for graph, graph_runs in zip(graphs, runs, strict=True)
             ]
+        if session is not None:
+            with writer.writing() as folder:
+                save_outputs(folder / bundles.reference_files(SESSION).exact, "eager-float64", session.exact)
         stages = [dataclasses.asdict(stage) for stage in build.stages]
-        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages)
+        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session)
         report = build_report(outcome, config.bundle_path.name)
         report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
         writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")

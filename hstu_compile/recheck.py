@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import onnx
 from hstu_compile import bundle as bundles
 from hstu_compile.artifacts import Feed
 from hstu_compile.errors import BundleError
+from hstu_compile.m_falcon_check import check_m_falcon
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_feeds, load_outputs, run_polygraphy
 from hstu_compile.rewrite import affordable
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.session_check import (
+    SESSION,
     Progress,
     Reference,
     RuntimeCheck,
@@ -47,8 +49,9 @@ class Recheck:
 def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     """Run the stored feeds again and compare with the stored float64 outputs, under the rule of the build.
 
-    Every graph runs in ONNX Runtime, its engine on its backend where that can run; then the stored Polygraphy commands
-    are repeated, which also cover top-k scores.
+    Every graph runs in ONNX Runtime, its engine on its backend where that can run; the graphs of a model built with
+    --m-falcon also run together, as a session. Then the stored Polygraphy commands are repeated, which also cover top-k
+    scores.
 
     Args:
         files: an existing bundle whose hashes were checked.
@@ -71,6 +74,11 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
         runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if graph["engine"] else [])]
         checked.append((reference, [_check(files, graph, name, reference, progress) for name in runtimes]))
         commands.append(run_polygraphy(files.path, graph["verification"]["polygraphy_arguments"]))
+    if files.manifest["verification"]["session"] is not None:
+        reference = _stored_session_reference(files)
+        engines = all(graph["engine"] for graph in files.manifest["graphs"])
+        runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if engines else [])]
+        checked.append((reference, [_check_session_of(files, name, reference, progress) for name in runtimes]))
     verification = report_of(checked, files.manifest["precision"]["requested"])
     passed = verification.status == "PASS" and all(command.exit_code == 0 for command in commands)
     return Recheck("PASS" if passed else "FAIL", verification, tuple(commands))
@@ -91,6 +99,44 @@ def stored_reference(folder: Path, graph: Mapping[str, Any]) -> Reference:
     )
 
 
+def _stored_session_reference(files: bundles.BundleFiles) -> Reference:
+    """What a bundle holds to compare its graphs with as one session: the requests are those of its first graph."""
+    (packed, *_), stored = files.manifest["graphs"], files.manifest["verification"]["session"]
+    requests = stored_reference(files.path, packed)
+    exact = tuple(load_outputs(files.path / bundles.reference_files(SESSION).exact))
+    return dataclasses.replace(
+        requests, graph=SESSION, exact=exact, eager=exact, eager_error=dict(stored["eager_error"])
+    )
+
+
+def _check_session_of(
+    files: bundles.BundleFiles, runtime: str, reference: Reference, progress: Progress
+) -> RuntimeCheck:
+    assert files.ranking is not None  # only a ranking model's build checks a session
+    graphs = {graph["name"]: graph for graph in files.manifest["graphs"]}
+    kind = "onnx" if runtime == "onnxruntime" else "engine"
+    return check_m_falcon(
+        runtime,
+        lambda graph: _open(files, graphs[graph], runtime, reference.feeds),
+        {name: graph[kind] for name, graph in graphs.items()},
+        files.ranking,
+        reference,
+        files.manifest["precision"]["requested"],
+        progress,
+    )
+
+
+def _open(files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, feeds: Sequence[Feed]) -> Session:
+    arrays = [feed.arrays for feed in feeds]
+    return open_session(
+        runtime,
+        onnx=affordable(onnx.load(files.path / graph["onnx"]), arrays, files.contextual_len),
+        engine=files.path / graph["engine"] if graph["engine"] else None,
+        plugin_library=files.plugin_library if runtime == "tensorrt" else None,
+        allow_tf32=files.manifest["precision"]["requested"] != "fp32",
+    )
+
+
 def _check(
     files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, reference: Reference, progress: Progress
 ) -> RuntimeCheck:
@@ -100,17 +146,4 @@ def _check(
     def check(session: Session) -> RuntimeCheck:
         return check_session(session, artifact, reference, precision, progress)
 
-    return guarded_check(
-        runtime,
-        artifact,
-        lambda: open_session(
-            runtime,
-            onnx=affordable(
-                onnx.load(files.path / graph["onnx"]), [feed.arrays for feed in reference.feeds], files.contextual_len
-            ),
-            engine=files.path / graph["engine"] if graph["engine"] else None,
-            plugin_library=files.plugin_library if runtime == "tensorrt" else None,
-            allow_tf32=precision != "fp32",
-        ),
-        check,
-    )
+    return guarded_check(runtime, artifact, lambda: _open(files, graph, runtime, reference.feeds), check)

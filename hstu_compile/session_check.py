@@ -10,7 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,11 @@ Progress = Callable[[str, int, int], None]
 
 # Outputs with one number per candidate and task: [T, tasks].
 PREDICTIONS = ("preds", "logits")
+
+# Stands for a graph's name where graphs are checked together, as a ranking session runs them.
+SESSION = "session"
+
+_Opened = TypeVar("_Opened", bound=AbstractContextManager[Any])
 
 _TOP = 10
 _TIMED_RUNS = 7
@@ -262,7 +268,7 @@ def check_session(
 
 
 def guarded_check(
-    runtime: str, artifact: str, open_it: Callable[[], Session], check: Callable[[Session], RuntimeCheck]
+    runtime: str, artifact: str, open_it: Callable[[], _Opened], check: Callable[[_Opened], RuntimeCheck]
 ) -> RuntimeCheck:
     """A runtime that is absent or cannot take the artifact is reported with its reason, never left out."""
     try:

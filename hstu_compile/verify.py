@@ -16,18 +16,21 @@ import torch
 
 from hstu_compile.artifacts import CheckpointSpec, EngineArtifact, Feed, OnnxGraph, Precision, is_tap
 from hstu_compile.calibration.batches import RequestBatch
-from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
+from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays, single_user_arrays
 from hstu_compile.checkpoint import model_from_spec
 from hstu_compile.config import Limits
 from hstu_compile.errors import VerifyError
 from hstu_compile.export import TORCH_DTYPES
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.ranking import RankingModel
+from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.rewrite import affordable
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
+    PREDICTIONS,
+    SESSION,
     Outputs,
     Progress,
     Reference,
@@ -40,6 +43,19 @@ from hstu_compile.session_check import (
 # Not compared number by number: a list of items is judged by `top_items_problem`.
 _LISTS = ("top_items", "top_scores")
 _PRIMARY = {"retrieval": "user_embeddings", "packed": "logits", "prefill": "k_0", "score": "logits"}
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+    """What the eager model answers to the verification's requests.
+
+    Attributes:
+        graphs: one per graph, in the order of `served_graphs`.
+        session: for every candidate, what an M-FALCON session has to answer; None without the graphs for one.
+    """
+
+    graphs: tuple[Reference, ...]
+    session: Reference | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +109,7 @@ def references_from_spec(
     progress: Progress,
     *,
     prune: bool = True,
-) -> list[Reference]:
+) -> References:
     """Run every graph of the eager model in float64 and in the build's precision on every request.
 
     Args:
@@ -104,8 +120,6 @@ def references_from_spec(
         progress: called with (what, done, total).
         prune: the last tap of the shipped graphs holds only the rows that are read.
 
-    Returns:
-        One reference per graph, in the order of `served_graphs`.
     """
     exact_model = model_from_spec(spec, torch.float64)
     eager_model = model_from_spec(spec, TORCH_DTYPES[precision])
@@ -127,11 +141,6 @@ def references_from_spec(
         progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
         if exact_graph.name == "prefill":
             cached = [{name: outputs[name] for name in exact_graph.outputs} for outputs in eager]
-        eager_error = {
-            name: max(tensor_error(name, low[name], high[name]).error for low, high in zip(eager, exact, strict=True))
-            for name in exact[0]
-            if name not in _LISTS
-        }
         references.append(
             Reference(
                 exact_graph.name,
@@ -139,11 +148,70 @@ def references_from_spec(
                 tuple(feeds),
                 tuple(exact),
                 tuple(eager),
-                eager_error,
+                _eager_error(exact, eager),
                 items,
             )
         )
-    return references
+    session = None
+    if isinstance(exact_model, RankingModel) and cached:
+        session = _session_reference(exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress)
+    return References(tuple(references), session)
+
+
+def _eager_error(exact: Sequence[Outputs], eager: Sequence[Outputs]) -> dict[str, float]:
+    """Largest row error of each eager tensor over all feeds."""
+    return {
+        name: max(tensor_error(name, low[name], high[name]).error for low, high in zip(eager, exact, strict=True))
+        for name in exact[0]
+        if name not in _LISTS
+    }
+
+
+def _session_reference(
+    config: RankingConfig, packed: Reference, exact_graph: ServedGraph, eager_graph: ServedGraph, progress: Progress
+) -> Reference:
+    """What a session answers to the requests of `packed`.
+
+    A session takes every request for a batch of its own. That is the packed forward's answer too, unless its divisor
+    counts the longest of the batch: then every user is run alone.
+    """
+
+    def answers(graph: ServedGraph, known: Sequence[Outputs]) -> tuple[Outputs, ...]:
+        if config.scaling != "batch":
+            return tuple({name: each[name] for name in PREDICTIONS} for each in known)
+        found = []
+        for index, feed in enumerate(packed.feeds):
+            progress("eager users alone", index, len(packed.feeds))
+            users = [graph.run(arrays) for arrays in single_user_arrays(config, feed.arrays)]
+            found.append({name: np.concatenate([user[name] for user in users]) for name in PREDICTIONS})
+        progress("eager users alone", len(packed.feeds), len(packed.feeds))
+        return tuple(found)
+
+    exact, eager = answers(exact_graph, packed.exact), answers(eager_graph, packed.eager)
+    return Reference(SESSION, packed.primary, packed.feeds, exact, eager, _eager_error(exact, eager), None)
+
+
+def open_built(
+    built: BuiltGraph, runtime: str, feeds: Sequence[Feed], plugin_library: Path | None, taps: Sequence[str] = ()
+) -> Session:
+    """Open one shipped graph in ONNX Runtime, or its engine on its backend.
+
+    Args:
+        built: the graph and its engine.
+        runtime: "onnxruntime", or the engine's backend.
+        feeds: the largest requests that it has to take.
+        plugin_library: plugin that the engine needs, or None.
+        taps: intermediate values to give as well; ONNX Runtime only.
+    """
+    if runtime == "onnxruntime":
+        return open_session(runtime, onnx=built.affordable(feeds), taps=taps)
+    assert built.engine is not None
+    return open_session(
+        runtime,
+        engine=built.engine.plan,
+        plugin_library=plugin_library if runtime == "tensorrt" else None,
+        allow_tf32=built.graph.precision != "fp32",
+    )
 
 
 def verify_artifacts(
@@ -170,7 +238,7 @@ def verify_artifacts(
         guarded_check(
             "onnxruntime",
             built.onnx_file,
-            lambda: open_session("onnxruntime", onnx=built.affordable(reference.feeds), taps=taps),
+            lambda: open_built(built, "onnxruntime", reference.feeds, plugin_library, taps),
             check(built.onnx_file),
         )
     ]
@@ -186,12 +254,7 @@ def verify_artifacts(
             guarded_check(
                 engine.backend,
                 built.engine_file,
-                lambda: open_session(
-                    engine.backend,
-                    engine=engine.plan,
-                    plugin_library=plugin_library if engine.backend == "tensorrt" else None,
-                    allow_tf32=precision != "fp32",
-                ),
+                lambda: open_built(built, engine.backend, reference.feeds, plugin_library),
                 check(built.engine_file),
             )
         )

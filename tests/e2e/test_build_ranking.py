@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 
-from hstu_compile import recheck
+from hstu_compile import pipeline, recheck, verify
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.compare import EAGER_FLOOR, error_bound, row_error
@@ -25,6 +25,7 @@ from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_outputs, save_outputs
 from hstu_compile.ranking_bundle import open_ranking_session
+from hstu_compile.runtime import ranking
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.session import open_session
@@ -54,6 +55,7 @@ M_FALCON = ("--m-falcon", "micro-batch=16")
 TAPS = ("candidates_user_embeddings", "candidates_item_embeddings")
 INPUTS = [HISTORY, TIME, ACTIONS, "user_id", CANDIDATE, QUERY_TIME, "seq_offsets", "candidate_offsets"]
 KV_BUDGET = 1 << 20
+SESSION_OF_ONNX = "session of model.onnx, prefill.onnx, score.onnx"
 
 # Every kind of feature at once, and a divisor that does not depend on the batch.
 FORM = DlrmForm(
@@ -223,8 +225,10 @@ def test_tensorrt_rtx_engines_of_all_three_graphs_are_built_without_a_gpu(build_
     assert score["max"][CANDIDATE] == [16]
     assert score["max"]["k_0"] == [64 * (245 + 1), 2, 32]
     rows = json.loads((bundle / "report.json").read_text())["verification"]["runs"]
+    files = ("model", "prefill", "score")
     assert [row["artifact"] for row in rows] == [
-        f"{n}.{k}" for n in ("model", "prefill", "score") for k in ("onnx", "engine")
+        *(f"{name}.{kind}" for name in files for kind in ("onnx", "engine")),
+        *(f"session of {', '.join(f'{name}.{kind}' for name in files)}" for kind in ("onnx", "engine")),
     ]
     assert all(row["reason"] for row in rows if row["status"] == "NOT RUN")
 
@@ -518,8 +522,11 @@ def test_verify_repeats_the_check_of_every_graph(build_ranking: Build) -> None:
     assert result.exit_code == 0, result.stdout + result.stderr
     facts = json.loads(result.stdout)
     assert facts["status"] == "PASS"
-    assert [run["artifact"] for run in facts["verification"]["runs"]] == ["model.onnx", "prefill.onnx", "score.onnx"]
-    checked = {check["tensor"] for run in facts["verification"]["runs"] for check in run["tensors"]}
+    runs = facts["verification"]["runs"]
+    assert [run["artifact"] for run in runs] == ["model.onnx", "prefill.onnx", "score.onnx", SESSION_OF_ONNX]
+    assert {check["tensor"] for check in runs[-1]["tensors"]} == {"preds", "logits"}
+    assert len(runs[-1]["tensors"]) == 2 * 3 * 4
+    checked = {check["tensor"] for run in runs for check in run["tensors"]}
     assert checked == {"preds", "logits", "k_0", "v_0", "k_1", "v_1"}
     assert [command["exit_code"] for command in facts["polygraphy"]] == [0, 0, 0]
 
@@ -542,12 +549,16 @@ def rehash(bundle: Path) -> None:
 def change_a_weight(path: Path) -> None:
     """Two columns of the first layer's projection change places."""
     model = onnx.load(path)
-    shape = [FORM.width, 2 * FORM.num_heads * (FORM.linear_dim + FORM.attention_dim)]
+    swap_columns(model, FORM)
+    onnx.save(model, path)
+
+
+def swap_columns(model: onnx.ModelProto, form: DlrmForm) -> None:
+    shape = [form.width, 2 * form.num_heads * (form.linear_dim + form.attention_dim)]
     weight = next(each for each in model.graph.initializer if list(each.dims) == shape)
     values = onnx.numpy_helper.to_array(weight).copy()
     values[:, [0, 1]] = values[:, [1, 0]]
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    onnx.save(model, path)
 
 
 def change_an_output(path: Path) -> None:
@@ -591,6 +602,90 @@ def test_verify_notices_a_changed_file_of_any_graph(
     result = hstu_compile("verify", bundle)
     assert result.exit_code == 6, result.stdout + result.stderr
     assert "FAIL" in result.stdout.splitlines()[-1]
+    # As a session all graphs are run, so that it notices each of them; what a graph alone should give it does not read.
+    session = next(line for line in result.stdout.splitlines() if line.startswith(SESSION_OF_ONNX))
+    assert session.endswith("FAIL" if name.endswith(".onnx") else "PASS")
+
+
+def test_verify_notices_a_changed_reference_of_the_session(
+    build_ranking: Build, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_of(built_small(build_ranking, FORM, *SMALL))
+    change_an_output(bundle / "session_reference_outputs.json")
+    rehash(bundle)
+    monkeypatch.setattr(recheck, "run_polygraphy", no_polygraphy)
+    result = hstu_compile("verify", bundle)
+    assert result.exit_code == 6, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if " on onnxruntime " in line]
+    assert [line.rsplit(" ", 1)[1] for line in lines] == ["PASS", "PASS", "PASS", "FAIL"]
+
+
+def rows_of_the_session(bundle: Path) -> list[dict[str, Any]]:
+    report = json.loads((bundle / "report.json").read_text())
+    runs = {run["artifact"]: run for run in report["verification"]["runs"]}
+    rows: list[dict[str, Any]] = runs[SESSION_OF_ONNX]["tensors"]
+    return rows
+
+
+def test_a_build_checks_the_graphs_as_one_session(build_ranking_fixture: Build) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    rows = rows_of_the_session(bundle)
+    assert {row["status"] for row in rows} == {"PASS"}
+    feeds = [row["feed"] for row in rows if row["tensor"] == "logits"]
+    # 64 candidates each: 4 passes of 16 a user; without the cache one a user, because the divisor is the request's own.
+    assert [feed for feed in feeds if feed.startswith("245 events")] == [
+        "245 events, 64 candidates, packed, passes: 2",
+        "245 events, 64 candidates, cold cache, passes: 8",
+        "245 events, 64 candidates, warm cache, passes: 8",
+    ]
+    page = (bundle / "report.html").read_text()
+    assert SESSION_OF_ONNX in page
+    assert "245 events, 64 candidates, warm cache, passes: 8" in page
+
+
+def wrong_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph is right; the session tells the scoring graph another moment than the history was encoded for."""
+    right = ranking.score_feeds
+
+    def late(*arguments: Any) -> dict[str, Any]:
+        feeds = right(*arguments)
+        return {**feeds, "request_timestamps": feeds["request_timestamps"] + 10**6}
+
+    monkeypatch.setattr(ranking, "score_feeds", late)
+
+
+def wrong_score_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two columns of the scoring graph's first projection change places behind all checks of graphs alone."""
+    right = verify.open_built
+
+    def opened(built: verify.BuiltGraph, *arguments: Any) -> Any:
+        if built.graph.name == "score":
+            model = onnx.ModelProto()
+            model.CopyFrom(built.graph.model)
+            swap_columns(model, BARE)
+            built = dataclasses.replace(built, graph=dataclasses.replace(built.graph, model=model))
+        return right(built, *arguments)
+
+    monkeypatch.setattr(pipeline, "open_built", opened)
+
+
+@pytest.mark.parametrize("fault", [wrong_moment, wrong_score_graph])
+def test_a_build_whose_session_is_wrong_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    checkpoint, config = save_ranking_checkpoint(tmp_path, BARE)
+    fault(monkeypatch)
+    bundle = tmp_path / "b.hstu"
+    command = ("build", checkpoint, "--config", config, "-o", bundle, "--backend", "onnx")
+    result = hstu_compile(*command, "--m-falcon", "micro-batch=5", "--max-batch", 8)
+    assert result.exit_code == 6, result.stdout + result.stderr
+    assert manifest_of(bundle)["status"] == "FAIL"
+    report = json.loads((bundle / "report.json").read_text())
+    statuses = {run["artifact"]: run["status"] for run in report["verification"]["runs"]}
+    assert statuses == {"model.onnx": "PASS", "prefill.onnx": "PASS", "score.onnx": "PASS", SESSION_OF_ONNX: "FAIL"}
+    assert SESSION_OF_ONNX in report["verification"]["worst_where"]
+    failed = {row["feed"].split(", ")[-2] for row in rows_of_the_session(bundle) if row["status"] == "FAIL"}
+    assert failed == {"cold cache", "warm cache"}
 
 
 def test_the_recorded_polygraphy_commands_notice_a_changed_eager_output(

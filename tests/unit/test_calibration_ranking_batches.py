@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu_compile.calibration.ranking_batches import prefill_arrays, ranking_batch, ranking_batches, score_arrays
+from hstu_compile.calibration.ranking_batches import (
+    prefill_arrays,
+    ranking_batch,
+    ranking_batches,
+    score_arrays,
+    single_user_arrays,
+)
 from hstu_compile.compare import row_error
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.served import packed_graph, prefill_graph, score_graph
@@ -70,6 +76,26 @@ def test_a_user_is_asked_within_an_hour_after_the_last_event() -> None:
         assert asked.size == 0 or asked.max() - asked.min() < 3600
         if len(times) and len(asked):
             assert asked.min() >= times[-1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_taken_apart_is_its_users_with_candidates(name: str) -> None:
+    config = CONFIGS[name]
+    packed = ranking_batch("drawn", config, LENGTHS, COUNTS, seed=3).arrays
+    users = single_user_arrays(config, packed)
+    sizes = [(length, count) for length, count in zip(LENGTHS, COUNTS, strict=True) if count]
+    assert [(int(u["seq_offsets"][-1]), int(u["candidate_offsets"][-1])) for u in users] == sizes
+    assert all(set(user) == set(packed) for user in users)
+    for feature in config.candidate_features:
+        np.testing.assert_array_equal(np.concatenate([user[feature] for user in users]), packed[feature])
+    for context in config.contextual_features:
+        rows = packed[context.name].reshape(len(LENGTHS), context.max_length)[np.array(COUNTS) > 0]
+        np.testing.assert_array_equal(np.stack([user[context.name] for user in users]), rows)
+    # The model agrees, where the divisor does not depend on who else is in the batch.
+    if config.scaling != "batch":
+        graph = packed_graph(MODELS[name])
+        alone = np.concatenate([graph.run(user)["logits"] for user in users])
+        np.testing.assert_allclose(alone, graph.run(packed)["logits"], rtol=1e-9, atol=1e-12)
 
 
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another() -> None:
