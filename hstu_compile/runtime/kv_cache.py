@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, overload
 
@@ -18,7 +18,7 @@ from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._free_list import aligned
 from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor
 
-Outcome = Literal["hit", "miss", "stale"]
+Outcome = Literal["hit", "miss", "stale", "extended"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,9 @@ class KvWant:
     Attributes:
         key: the user.
         rows: cached rows: contextual tokens and history; may be 0.
-        validity: digest of everything that the keys and values depend on. An entry with another one is of no use.
+        validity: digest of everything that the keys and values depend on. An entry with another one is of no use,
+            unless `extends` says otherwise.
+        extends: of an entry's rows and validity, whether it is what this one begins with. None: no entry is.
 
     Raises:
         ValueError: for a negative number of rows.
@@ -82,10 +84,15 @@ class KvWant:
     key: Hashable
     rows: int
     validity: bytes
+    extends: Callable[[int, bytes], bool] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rows < 0:
             raise ValueError(f"an entry of {self.rows} rows")
+
+    def begins_with(self, other: KvWant) -> bool:
+        """Whether the other's entry is this one, or the beginning of it."""
+        return self == other or (self.extends is not None and self.extends(other.rows, other.validity))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,7 @@ class KvStats:
         entries: entries that hold memory now, also those being filled or dropped while a lease still holds them.
         used_bytes: of the budget, by these entries.
         capacity_bytes: the budget.
+        extended: leased entries of which the beginning was published, and replaces it.
     """
 
     hits: int
@@ -109,6 +117,7 @@ class KvStats:
     entries: int
     used_bytes: int
     capacity_bytes: int
+    extended: int = 0
 
 
 class KvEntry:
@@ -119,12 +128,13 @@ class KvEntry:
         rows: cached rows.
         validity: what the content depends on.
         tensors: `k_0`, `v_0`, `k_1`, ...: [rows, H, attention_dim] and [rows, H, linear_dim].
-        outcome: "hit": the content is there, and must not be written. "miss", "stale": the lease's holder fills the
-            tensors and calls `KvLease.publish`.
+        outcome: "hit": the content is there, and must not be written. "miss", "stale", "extended": the lease's holder
+            fills the tensors and calls `KvLease.publish`.
+        base: of an extended entry, the one that it begins with, in the same lease; None otherwise.
     """
 
-    def __init__(self, slot: _Slot, outcome: Outcome) -> None:
-        self._slot = slot
+    def __init__(self, slot: _Slot, outcome: Outcome, base: KvEntry | None = None) -> None:
+        self._slot, self.base = slot, base
         self.key, self.rows, self.validity = slot.want.key, slot.want.rows, slot.want.validity
         self.tensors, self.outcome = slot.tensors, outcome
 
@@ -234,6 +244,9 @@ class KvCache:
         for memory or because another thread is filling the same entry, and before a key's second appearance. Only the
         first want waits; for the same entry until it is published (then it is a hit) or given up (then it is a miss).
 
+        A want that `extends` the user's published entry gets a new one, and the old one as its `base`: it is replaced,
+        and stays in place until the lease is closed. Where the two do not fit together, the old one is stale.
+
         Waiting cannot deadlock, because whoever waits holds nothing: a thread may hold one lease at a time. Those who
         wait for memory get it in the order in which they came.
 
@@ -285,7 +298,7 @@ class KvCache:
         """Pin and return the entries of the longest prefix that needs no waiting; empty if the first has to wait."""
         # Room for one want must not be made by evicting what a later one is about to hit.
         for want in wants:
-            if (slot := self._index.get(want.key)) and slot.want == want:
+            if (slot := self._index.get(want.key)) and want.begins_with(slot.want):
                 self._index.move_to_end(want.key)
         entries: dict[Hashable, KvEntry] = {}
         try:
@@ -295,40 +308,53 @@ class KvCache:
                 entries[want.key] = entry
         except BaseException:
             for entry in entries.values():
-                self._unpin(entry._slot)
+                self._let_go(entry)
             raise
         return list(entries.values())
 
     def _granted_one(self, want: KvWant, ticket: object) -> KvEntry | None:
         slot = self._index.get(want.key)
-        if slot is not None and slot.want == want:
+        base = None
+        if slot is not None and want.begins_with(slot.want):
             if not slot.ready:  # another lease fills it; whoever waits for that needs no memory of its own
                 self._leave_queue(ticket)
                 return None
-            return self._pinned(slot, "hit")
+            if slot.want == want:
+                return self._pinned(slot, "hit")
+            base = slot
         size = self._layout.entry_bytes(want.rows)
+        if base is not None and not self._can_fit(size, beside=base):
+            base = None
         must_queue = bool(self._queue) and self._queue[0] is not ticket
         if must_queue or not self._can_fit(size):
             if ticket not in self._queue:  # `checkout` leaves the queue again if an earlier want was granted
                 self._queue.append(ticket)
             return None
+        known = None if base is None else self._pinned(base, "hit")
         if slot is not None:
             self._drop(slot)
         region = self._make_room(size)
         new = _Slot(want, region, self._layout.tensors(self._pool, region, want.rows))
         self._index[want.key] = new
         self._slots.add(new)
-        return self._pinned(new, "miss" if slot is None else "stale")
+        return self._pinned(new, "miss" if slot is None else "stale" if known is None else "extended", known)
 
-    def _pinned(self, slot: _Slot, outcome: Outcome) -> KvEntry:
+    def _pinned(self, slot: _Slot, outcome: Outcome, base: KvEntry | None = None) -> KvEntry:
         slot.pins += 1
-        return KvEntry(slot, outcome)
+        return KvEntry(slot, outcome, base)
 
-    def _can_fit(self, size: int) -> bool:
-        """Whether `size` bytes in one piece would be free if every entry that no lease holds were evicted."""
+    def _let_go(self, entry: KvEntry) -> None:
+        self._unpin(entry._slot)
+        if entry.base is not None:
+            self._unpin(entry.base._slot)
+
+    def _can_fit(self, size: int, beside: _Slot | None = None) -> bool:
+        """Whether `size` bytes in one piece would be free if all that no lease holds, but `beside`, were evicted."""
         end = 0
         for start, stop in sorted(
-            (slot.region.offset, slot.region.offset + slot.region.nbytes) for slot in self._slots if slot.pins
+            (slot.region.offset, slot.region.offset + slot.region.nbytes)
+            for slot in self._slots
+            if slot.pins or slot is beside
         ):
             if start - end >= size:
                 return True
@@ -385,7 +411,7 @@ class KvCache:
                 return
             lease._closed = True
             for entry in lease._entries:
-                self._unpin(entry._slot)
+                self._let_go(entry)
             self._holders.discard(lease._thread)
             self._changed.notify_all()
 
@@ -417,4 +443,5 @@ class KvCache:
                 entries=len(self._slots),
                 used_bytes=sum(slot.region.nbytes for slot in self._slots),
                 capacity_bytes=self._pool.capacity_bytes,
+                extended=self._counts["extended"],
             )

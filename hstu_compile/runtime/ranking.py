@@ -369,6 +369,7 @@ class RankingSession:
                 joint[piece.sequence].put(outputs, start, slice(piece.start, piece.stop))
                 start += piece.num_candidates
         for group, entry, rows in zip(groups, lease, joint, strict=True):
+            assert entry.outcome != "extended"  # no request here extends an entry
             start = 0
             for place, (index, request) in enumerate(zip(group.indices, group.requests, strict=True)):
                 # Only the group's first request found the entry as it was; the others found what that one left.

@@ -92,12 +92,18 @@ def workers(count: int) -> Iterator[list[concurrent.futures.ThreadPoolExecutor]]
         yield [stack.enter_context(concurrent.futures.ThreadPoolExecutor(1)) for _ in range(count)]
 
 
+def growing(key: Any, rows: int, validity: bytes) -> KvWant:
+    """A want that extends shorter entries of the same validity."""
+    return KvWant(key, rows, validity, lambda known, of: known < rows and of == validity)
+
+
 @dataclasses.dataclass(eq=False)
 class ModelEntry:
     want: KvWant
     start: int
     units: int
     number: int
+    base: ModelEntry | None = None
     pins: set[int] = dataclasses.field(default_factory=set)
     is_ready: bool = False
     is_indexed: bool = True
@@ -109,7 +115,7 @@ class Model:
     def __init__(self, units: int) -> None:
         self.owner: list[ModelEntry | None] = [None] * units
         self.recent: list[ModelEntry] = []  # indexed entries, least recently asked for first
-        self.counts = {"hit": 0, "miss": 0, "stale": 0, "eviction": 0}
+        self.counts = {"hit": 0, "miss": 0, "stale": 0, "extended": 0, "eviction": 0}
         self.made = 0
 
     def live(self) -> list[ModelEntry]:
@@ -135,32 +141,45 @@ class Model:
         self.recent.remove(entry)
         self.recent.append(entry)
 
+    @staticmethod
+    def is_beginning(entry: ModelEntry, each: KvWant) -> bool:
+        return entry.want == each or (
+            each.extends is not None and entry.want.rows < each.rows and entry.want.validity == each.validity
+        )
+
     def checkout(self, worker: int, wants: list[KvWant]) -> list[tuple[str, ModelEntry]]:
         for each in wants:
             entry = self.find(each.key)
-            if entry is not None and entry.want == each:
+            if entry is not None and self.is_beginning(entry, each):
                 self.touch(entry)
         granted: list[tuple[str, ModelEntry]] = []
         for each in wants:
             if any(each.key == entry.want.key for _, entry in granted):
                 break
             found = self.find(each.key)
-            if found is not None and found.want == each:
-                if not found.is_ready:
-                    break
+            related = found is not None and self.is_beginning(found, each)
+            if related and not found.is_ready:
+                break
+            if related and found.want == each:
                 outcome, entry = "hit", found
             else:
                 units = LAYOUT.entry_bytes(each.rows) // UNIT
                 if self.run_of(units, lambda owner: owner is None or not owner.pins) is None:
                     break
-                outcome = "miss" if found is None else "stale"
+                outcome, base = "miss" if found is None else "stale", None
+                if (
+                    related
+                    and self.run_of(units, lambda o, kept=found: o is None or not (o.pins or o is kept)) is not None
+                ):
+                    outcome, base = "extended", found
+                    base.pins.add(worker)
                 if found is not None:
                     self.drop(found)
                 while (start := self.run_of(units, lambda owner: owner is None)) is None:
                     self.drop(next(entry for entry in self.recent if not entry.pins))
                     self.counts["eviction"] += 1
                 self.made += 1
-                entry = ModelEntry(each, start, units, self.made)
+                entry = ModelEntry(each, start, units, self.made, base)
                 self.owner[start : start + units] = [entry] * units
                 self.recent.append(entry)
             entry.pins.add(worker)
@@ -179,7 +198,13 @@ class Model:
                     self.free_if_unused(entry)
 
 
-WANTS = st.builds(want, st.integers(0, 5), st.sampled_from([0, 10, 25, 26, 45, 60]), st.sampled_from([b"a", b"b"]))
+WANTS = st.builds(
+    lambda make, *parts: make(*parts),
+    st.sampled_from([want, growing]),
+    st.integers(0, 5),
+    st.sampled_from([0, 10, 25, 26, 45, 60]),
+    st.sampled_from([b"a", b"b"]),
+)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -214,6 +239,7 @@ class CacheMachine(RuleBasedStateMachine):
             if modelled.want.rows:
                 assert entry.tensors["k_0"].address - self.base == modelled.start * UNIT
             assert entry.tensors["v_1"].shape == (modelled.want.rows, 1, 5)
+            assert (entry.base is None) == (outcome != "extended")
             if outcome != "hit":
                 fill(self.pool, entry, modelled.number)
 
@@ -284,6 +310,10 @@ class CacheMachine(RuleBasedStateMachine):
         for lease, expected in self.leases.values():
             for entry, (_, modelled) in zip(lease, expected, strict=True):
                 assert_filled(self.pool, entry, modelled.number)
+                if entry.base is not None:
+                    assert modelled.base is not None
+                    assert (entry.base.rows, entry.base.validity) == (modelled.base.want.rows, entry.validity)
+                    assert_filled(self.pool, entry.base, modelled.base.number)
 
     @invariant()
     def the_figures_add_up(self) -> None:
@@ -292,7 +322,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.used_bytes <= stats.capacity_bytes == self.UNITS * UNIT
         assert stats.entries == len(live)
         found = {"hit": stats.hits, "miss": stats.misses, "stale": stats.stale, "eviction": stats.evictions}
-        assert found == self.model.counts
+        assert {**found, "extended": stats.extended} == self.model.counts
 
     def teardown(self) -> None:
         while self.leases:
@@ -622,3 +652,60 @@ def test_threads_hammer_a_small_cache(on_device: bool) -> None:
     if on_device:
         assert cuda.allocations == 1
     pool.close()
+
+
+# --- Entries that begin with another ----------------------------------------------------------------------------------
+
+
+def test_a_longer_entry_keeps_the_shorter_one_until_the_lease_ends() -> None:
+    pool, cache = small_cache(12)
+    with cache.checkout([growing("u", 10, b"a")], VERSION) as lease:
+        assert (lease[0].outcome, lease[0].base) == ("miss", None)
+        fill(pool, lease[0], 1)
+        lease.publish(lease[0])
+    with cache.checkout([growing("u", 25, b"a")], VERSION) as lease:
+        base = lease[0].base
+        assert (lease[0].outcome, lease[0].rows) == ("extended", 25)
+        assert base is not None
+        assert (base.rows, base.outcome) == (10, "hit")
+        fill(pool, lease[0], 2)
+        assert_filled(pool, base, 1)
+        with pytest.raises(ValueError, match="belongs to another lease"):
+            lease.publish(base)
+        lease.publish(lease[0])
+        assert cache.stats.used_bytes == 8 * UNIT
+    assert cache.stats.used_bytes == 4 * UNIT
+    assert outcomes(cache, growing("u", 25, b"a"), growing("u", 45, b"b"), want("u", 10, b"a")) == [
+        "hit",
+        "stale",
+        "stale",
+    ]
+    assert (cache.stats.extended, cache.stats.stale, cache.stats.misses) == (1, 2, 1)
+
+
+def test_two_entries_of_a_user_that_do_not_fit_together_are_not_joined() -> None:
+    _, cache = small_cache(7)
+    assert outcomes(cache, growing("u", 10, b"a"), growing("u", 25, b"a")) == ["miss", "stale"]
+    with cache.checkout([growing("u", 26, b"a")], VERSION) as lease:
+        assert (lease[0].outcome, lease[0].base) == ("stale", None)
+
+
+def test_an_extension_waits_for_its_beginning_to_be_published() -> None:
+    _, cache = small_cache(12)
+    spy = spied(cache)
+    with workers(1) as (other,):
+        lease = cache.checkout([growing("u", 10, b"a")], VERSION)
+        future = other.submit(cache.checkout, [growing("u", 25, b"a")], VERSION)
+        spy.await_sleeper()
+        lease.publish(lease[0])
+        extended = future.result(PATIENCE_S)
+        assert extended[0].outcome == "extended"
+        lease.close()
+        extended.close()
+    assert cache.stats.entries == 0  # given up: what it replaced is gone as well
+
+
+def test_room_is_not_made_by_evicting_a_beginning() -> None:
+    _, cache = small_cache(16)
+    assert outcomes(cache, growing("old", 10, b"a"), want("b"), want("c"), want("d")) == ["miss"] * 4
+    assert outcomes(cache, want("e"), growing("old", 25, b"a")) == ["miss", "extended"]
