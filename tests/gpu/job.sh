@@ -10,6 +10,7 @@
 #        trt85-accuracy                       where float32 engines of TensorRT 8.5 lose accuracy, layer by layer
 #        timing                               device times of the engines that trt85 and rtx left in WORK
 #        bench-plugin bench-rtx bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
+#        bench-attention                      tests/bench/bench_attention.py; alone on the GPU
 # Environment:
 #   TENSORRT85, RTX16  folders with an env.sh that puts TensorRT 8.5 (python3.10) or TensorRT-RTX on the paths
 #   WORK               scratch folder that later calls find again (default JOB/work)
@@ -18,6 +19,9 @@
 #   HSTU_COMMIT        what the results are results of (default: the commit that the job folder was made from)
 #   PEERS_BUDGET, ENGINES_BUDGET    seconds of the M-FALCON benchmark's two steps
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
+#   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
+#   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
+#   ATTENTION_BUDGET   its seconds
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
 
@@ -147,6 +151,22 @@ bench-native() {
     [ -n "$(grep -l '"status": "ok"' "$1"/parts/native_padded-*.json)" ]
 }
 
+bench-attention() {
+    local options=(--parts "$1/parts" --budget "${ATTENTION_BUDGET:-280}") name
+    for name in meta nvidia; do
+        [ -e "${PEERS:-}/lib${name}_hstu.so" ] && options+=("--$name-library" "$PEERS/lib${name}_hstu.so")
+    done
+    [ -d "$job/meta" ] && options+=(--meta-repo "$job/meta")
+    # One word per option.
+    set -f
+    # shellcheck disable=SC2086
+    with_paths timeout 590 "$python" "$library/tests/bench/bench_attention.py" "${options[@]}" ${ATTENTION_OPTIONS:-}
+    set +f
+    # What others cannot do is a row; ours has to be right, and something has to be measured.
+    [ -z "$(find "$1/parts" -name '*-ours*.json' -exec grep -l '"status": "\(wrong\|error\)' {} +)" ] &&
+        [ -n "$(grep -rl '"status": "ok"' "$1/parts")" ]
+}
+
 run_step() {
     local step=$1 folder=$work/$1 started=$SECONDS code
     mkdir -p "$folder"
@@ -176,7 +196,7 @@ for step in "$@"; do
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
         kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | bench-plugin | \
-            bench-rtx | bench-torch | bench-native | bench-m-falcon-peers | bench-m-falcon-engines) run_step "$step" || failed=$((failed + 1)) ;;
+            bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done

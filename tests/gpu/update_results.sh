@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon}.csv, the
-# plot of the latter, both tables of plugins/README.md and the M-FALCON table where a document has its marks. What the run lacks stays as it is.
+# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon,attention}.csv,
+# the plots of the last two, both tables of plugins/README.md, and the M-FALCON and attention tables where a document has
+# their marks. What the run lacks stays as it is.
 #
 # Usage: update_results.sh RUN        (RUN: folder with job.sh's STEP.tar.gz files, at any depth)
 set -euo pipefail
@@ -32,12 +33,17 @@ for step in bench-m-falcon-peers bench-m-falcon-engines; do
         measured=1
     fi
 done
-if [ "$measured" -eq 1 ]; then
-    "$python" "$bench/m_falcon_table.py" --svg "$bench/results/m_falcon.svg" >/dev/null
-    # Wherever the documentation has a place for it.
+# NAME MARK: the plot of a benchmark, and its table wherever the documentation has a place for it.
+show() {
+    "$python" "$bench/$1_table.py" --svg "$bench/results/$1.svg" >/dev/null
     while IFS= read -r document; do
-        "$python" "$bench/m_falcon_table.py" --into "$repository/$document" >/dev/null
-    done < <(git -C "$repository" grep -l '<!-- m-falcon benchmark: begin -->' -- '*.md')
+        "$python" "$bench/$1_table.py" --into "$repository/$document" >/dev/null
+    done < <(git -C "$repository" grep -l "<!-- $2 benchmark: begin -->" -- '*.md')
+}
+[ "$measured" -eq 0 ] || show m_falcon m-falcon
+if [ -n "$(find "$unpacked/bench-attention" -path '*/parts/*.json' -print -quit 2>/dev/null)" ]; then
+    "$python" "$bench/bench_attention.py" --merge "$unpacked/bench-attention/parts"
+    show attention attention
 fi
 steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json ranking.json ranking-soak.json)
 for file in "${steps[@]}"; do
