@@ -18,6 +18,9 @@ _MAX_SPAN = 2**31 - 7 * 86400 - _EPOCH
 _LOG10_GAP_RANGE = (0.0, 7.5)
 
 
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class RequestBatch:
     """One batch by graph input name: see `RetrievalModel.forward` for shapes and units."""
@@ -80,7 +83,12 @@ def stratified_lengths(count: int, longest: int, seed: int) -> list[int]:
 
 
 def retrieval_batches(
-    config: RetrievalConfig, max_batch: int, opt_batch: int, max_scores: int, seed: int = 0
+    config: RetrievalConfig,
+    max_batch: int,
+    opt_batch: int,
+    max_scores: int,
+    seed: int = 0,
+    max_rows: int | None = None,
 ) -> list[RequestBatch]:
     """Batches that exercise the edges of a profile: the shortest, the longest, the most, an empty one, and a mix.
 
@@ -91,15 +99,27 @@ def retrieval_batches(
         max_scores: largest B * H * N * N for which a padded attention is affordable here; batches are made smaller,
             never left out.
         seed: of the generator.
+        max_rows: most events of a batch, where they cost more than a forward pass: then the longest history is no
+            longer than this, and its name says how long. None is no limit.
     """
     longest, heads = config.max_seq_len, config.layer.attention.num_heads
+    longest = longest if max_rows is None else min(longest, max_rows)
     affordable = max(1, max_scores // (heads * longest * longest))
+    short = min(longest, 8)
+    most = affordable
+    if max_rows is not None:
+        affordable, most = min(affordable, max_rows // longest), min(affordable, max_rows // short)
     mixed = stratified_lengths(max(1, min(opt_batch, affordable) - 1), longest, seed)
-    many = stratified_lengths(min(max_batch, affordable), min(longest, 8), seed + 1)
+    many = stratified_lengths(min(max_batch, most), short, seed + 1)
     with_empty = [*mixed[:1], 0, *mixed[1:]] if max_batch > 1 else mixed
     return [
         retrieval_batch("one event", config, [1], seed),
         retrieval_batch("mixed lengths", config, with_empty[:max_batch], seed + 1),
-        retrieval_batch("longest", config, [longest] * min(2, max_batch, affordable), seed + 2),
+        retrieval_batch(
+            "longest" if longest == config.max_seq_len else f"{longest} events",
+            config,
+            [longest] * min(2, max_batch, affordable),
+            seed + 2,
+        ),
         retrieval_batch("most sequences", config, many, seed + 3),
     ]

@@ -77,15 +77,24 @@ def _one_precision(fp32: bool, fp16: bool, bf16: bool) -> Any:
 
 def _micro_batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """The number in `micro-batch=N`."""
+    return _named_number("--m-falcon", "micro-batch", value, "the number of candidates of one pass", 256)
+
+
+def _max_append(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """The number in `max-append=N`."""
+    return _named_number("--incremental", "max-append", value, "the most new events of one history in a pass", 16)
+
+
+def _named_number(option: str, wanted: str, value: str | None, what: str, example: int) -> int | None:
     if value is None:
         return None
     name, _, number = value.partition("=")
-    if name != "micro-batch" or not number.isdecimal():
+    if name != wanted or not number.isdecimal():
         raise UsageError(
             "HSTU-E901",
-            f"--m-falcon {value} cannot be used",
-            "it takes the number of candidates of one pass",
-            "write --m-falcon micro-batch=256",
+            f"{option} {value} cannot be used",
+            f"it takes {what}",
+            f"write {option} {wanted}={example}",
         )
     return int(number)
 
@@ -119,6 +128,13 @@ def _micro_batch(context: click.Context, parameter: click.Parameter, value: str 
     metavar="micro-batch=N",
     callback=_micro_batch,
     help="Also build the graphs prefill and score, N candidates a pass (ranking models).",
+)
+@click.option(
+    "--incremental",
+    "max_append",
+    metavar="max-append=N",
+    callback=_max_append,
+    help="Also build the graphs prefill and append, N new events of a history a pass (retrieval models).",
 )
 @click.option(
     "--embeddings",
@@ -195,6 +211,7 @@ def _print_plan(plan: BuildPlan, precision: str) -> None:
         f"{limits.max_seq_len} events "
         f"(typical {limits.opt_seq_len})"
         + (f", up to {limits.max_candidates} candidates each" if limits.max_candidates else "")
+        + (f", up to {limits.max_append} new events each" if limits.max_append else "")
     )
     click.echo(f"backend     {plan.backend.name}: {plan.backend.reason}")
 

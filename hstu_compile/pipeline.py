@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import onnx
 
 from hstu_compile import bundle as bundles
-from hstu_compile.artifacts import EngineArtifact, OnnxGraph, Precision
+from hstu_compile.artifacts import EngineArtifact, OnnxGraph, Precision, is_tap
 from hstu_compile.build_plan import BuildPlan, plan_build
 from hstu_compile.build_report import (
     BuildOutcome,
@@ -27,6 +27,7 @@ from hstu_compile.build_report import (
     engine_dict,
     ranking_spec,
 )
+from hstu_compile.calibration.append_batches import most_cached_rows
 from hstu_compile.calibration.batches import RequestBatch, retrieval_batches
 from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.checkpoint import model_from_spec
@@ -192,7 +193,7 @@ def compile_checkpoint(
         build.keep("01_checkpoint.json", json.dumps(plan.to_dict(), indent=1))
     with build.stage("model") as summarise:
         model = model_from_spec(spec, TORCH_DTYPES[config.precision])
-        served = served_graphs(model, limits.top_k, limits.micro_batch)
+        served = served_graphs(model, limits.top_k, limits.micro_batch, limits.max_append)
         summarise(f"{sum(p.numel() for p in model.parameters())} parameters in {config.precision}")
     with build.stage("export") as summarise:
         graphs = []
@@ -322,7 +323,8 @@ def _batches(plan: BuildPlan, seed: int) -> list[RequestBatch]:
     config, limits = plan.spec.config, plan.limits
     if isinstance(config, RankingConfig):
         return ranking_batches(config, limits.max_batch, limits.opt_batch, _MAX_VERIFY_SCORES, seed)
-    return retrieval_batches(config, limits.max_batch, limits.opt_batch, _MAX_VERIFY_SCORES, seed)
+    max_rows = None if limits.max_append is None else most_cached_rows(config)
+    return retrieval_batches(config, limits.max_batch, limits.opt_batch, _MAX_VERIFY_SCORES, seed, max_rows)
 
 
 def _plugin(
@@ -393,12 +395,7 @@ def _largest_row(name: str, outputs: Outputs) -> float:
 
 def _polygraphy_outputs(reference: Reference) -> list[str]:
     """Outputs that can be compared number by number; a list of items cannot."""
-    outputs: tuple[str, ...] = PREDICTIONS
-    if reference.graph == "retrieval":
-        outputs = ("user_embeddings", "top_scores")
-    elif reference.graph == "prefill":
-        outputs = tuple(name for name in reference.eager[0] if name[0] in "kv")
-    return [name for name in outputs if name in reference.eager[0]]
+    return [name for name in reference.eager[0] if name != "top_items" and not is_tap(name)]
 
 
 def _write_bundle(

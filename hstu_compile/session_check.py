@@ -159,6 +159,9 @@ def _seen(feed: Feed, num_items: int) -> Array:
     owner = np.repeat(np.arange(len(feed.lengths)), feed.lengths)
     seen = np.zeros((len(feed.lengths), num_items + 1), bool)
     seen[owner, feed.arrays["item_ids"].clip(0, num_items)] = True
+    if "cached_item_ids" in feed.arrays:
+        owner = np.repeat(np.arange(len(feed.lengths)), np.diff(feed.arrays["cache_offsets"]))
+        seen[owner, feed.arrays["cached_item_ids"].clip(0, num_items)] = True
     return seen[:, 1:]
 
 

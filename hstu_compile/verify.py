@@ -15,6 +15,7 @@ import onnx
 import torch
 
 from hstu_compile.artifacts import CheckpointSpec, EngineArtifact, Feed, OnnxGraph, Precision, is_tap
+from hstu_compile.calibration.append_batches import append_arrays
 from hstu_compile.calibration.batches import RequestBatch
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays, single_user_arrays
 from hstu_compile.checkpoint import model_from_spec
@@ -42,7 +43,13 @@ from hstu_compile.session_check import (
 
 # Not compared number by number: a list of items is judged by `top_items_problem`.
 _LISTS = ("top_items", "top_scores")
-_PRIMARY = {"retrieval": "user_embeddings", "packed": "logits", "prefill": "k_0", "score": "logits"}
+_PRIMARY = {
+    "retrieval": "user_embeddings",
+    "packed": "logits",
+    "prefill": "k_0",
+    "score": "logits",
+    "append": "user_embeddings",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +89,23 @@ class BuiltGraph:
 
 
 def _feeds(
-    served: ServedGraph, model: HstuModel, batches: Sequence[RequestBatch], cached: Sequence[Outputs], dtype: np.dtype
+    served: ServedGraph, model: HstuModel, batches: Sequence[RequestBatch], cached: Sequence[Outputs], limits: Limits
 ) -> list[Feed]:
-    """The requests as one graph takes them; `cached` are the prefill's outputs for them."""
+    """The requests as one graph takes them; `cached` are the keys and values of the prefill for them."""
     if served.name in ("retrieval", "packed"):
         return [Feed(batch.name, batch.arrays) for batch in batches]
-    assert isinstance(model, RankingModel)
+    if isinstance(model, RetrievalModel):
+        if served.name == "prefill":
+            return [Feed(batch.name, batch.arrays) for batch in batches]
+        assert limits.max_append is not None  # there is no such graph otherwise
+        return [
+            Feed(batch.name, append_arrays(model.config, batch.arrays, rows, limits.max_append, limits.top_k))
+            for batch, rows in zip(batches, cached, strict=True)
+        ]
     if served.name == "prefill":
         return [Feed(batch.name, prefill_arrays(model.config, batch.arrays)) for batch in batches]
     return [
-        Feed(
-            batch.name,
-            score_arrays(
-                model.config, batch.arrays, {n: a.astype(dtype) for n, a in rows.items()}, served.max_candidates
-            ),
-        )
+        Feed(batch.name, score_arrays(model.config, batch.arrays, rows, served.max_candidates))
         for batch, rows in zip(batches, cached, strict=True)
     ]
 
@@ -124,7 +133,8 @@ def references_from_spec(
     exact_model = model_from_spec(spec, torch.float64)
     eager_model = model_from_spec(spec, TORCH_DTYPES[precision])
     exact_graphs, eager_graphs = (
-        served_graphs(model, limits.top_k, limits.micro_batch) for model in (exact_model, eager_model)
+        served_graphs(model, limits.top_k, limits.micro_batch, limits.max_append)
+        for model in (exact_model, eager_model)
     )
     # The cache is read in the type of the graph. NumPy has no bfloat16: its numbers come as float32.
     cache_dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
@@ -132,7 +142,7 @@ def references_from_spec(
     references: list[Reference] = []
     cached: list[Outputs] = []
     for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
-        feeds = _feeds(exact_graph, exact_model, batches, cached, cache_dtype)
+        feeds = _feeds(exact_graph, exact_model, batches, cached, limits)
         exact, eager = [], []
         for index, feed in enumerate(feeds):
             progress(f"eager {exact_graph.name}", index, len(feeds))
@@ -140,7 +150,7 @@ def references_from_spec(
             eager.append(eager_graph.reference(feed.arrays, prune))
         progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
         if exact_graph.name == "prefill":
-            cached = [{name: outputs[name] for name in exact_graph.outputs} for outputs in eager]
+            cached = [_key_values(exact_graph, outputs, cache_dtype) for outputs in eager]
         references.append(
             Reference(
                 exact_graph.name,
@@ -156,6 +166,10 @@ def references_from_spec(
     if isinstance(exact_model, RankingModel) and cached:
         session = _session_reference(exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress)
     return References(tuple(references), session)
+
+
+def _key_values(prefill: ServedGraph, outputs: Outputs, dtype: np.dtype) -> Outputs:
+    return {name: outputs[name].astype(dtype) for name in prefill.outputs if name.startswith(("k_", "v_"))}
 
 
 def _eager_error(exact: Sequence[Outputs], eager: Sequence[Outputs]) -> dict[str, float]:
