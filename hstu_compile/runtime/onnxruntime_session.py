@@ -32,13 +32,17 @@ _DTYPES = {
 }
 _ERRORS_ONLY = 3
 
+#: Behind the name of a session that holds bfloat16 in float32: what ran is not quite what ships.
+WIDENED = "bf16 widened to float32"
+
 
 class OnnxRuntimeSession:
     """A graph in ONNX Runtime, on CPU unless `use_gpu`.
 
-    bfloat16 graphs are run by `WidenBf16`, because the CPU kernels have no bfloat16: `inputs` and `outputs` say float32
-    where the graph says bfloat16, and `run` takes and gives float32. Resident tensors keep the graph's type, so that a
-    cached row takes as many bytes here as in an engine; they are widened and narrowed on the way, which is exact.
+    bfloat16 graphs are run by `WidenBf16`, because the CPU kernels have no bfloat16: the session's name says so,
+    `inputs` and `outputs` say float32 where the graph says bfloat16, and `run` takes and gives float32. Resident
+    tensors keep the graph's type, so that a cached row takes as many bytes here as in an engine; they are widened and
+    narrowed on the way, which is exact.
 
     Args:
         model: graph or file.
@@ -72,7 +76,7 @@ class OnnxRuntimeSession:
         options.use_deterministic_compute = True
         options.log_severity_level = _ERRORS_ONLY
         try:
-            prepared, bfloat16_names = _prepared(model, taps)
+            prepared, bfloat16_names, widened = _prepared(model, taps)
             self._session: Any = onnxruntime.InferenceSession(prepared, options, providers=[provider])
         except EngineError:
             raise
@@ -91,7 +95,7 @@ class OnnxRuntimeSession:
                 "check CUDA and cuDNN with `hstu-compile env`, or leave the GPU out",
             )
         self._lock = threading.Lock()
-        self.name = f"onnxruntime {onnxruntime.__version__}"
+        self.name = f"onnxruntime {onnxruntime.__version__}" + (f" ({WIDENED})" if widened else "")
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._resident_inputs = tuple(_declared(spec, bfloat16_names) for spec in self.inputs)
@@ -169,8 +173,8 @@ def _narrowed(name: str, values: NDArray[Any]) -> NDArray[np.uint16]:
     return bits
 
 
-def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes, frozenset[str]]:
-    """The graph as it is run, a copy with taps as outputs, bfloat16 widened; and what was bfloat16 at its ends."""
+def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes, frozenset[str], bool]:
+    """A copy with taps as outputs and bfloat16 widened; what was bfloat16 at its ends; whether anything in it was."""
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.load(str(model)) if isinstance(model, Path) else model)
     present = {value.name for value in copy.graph.output}
@@ -192,5 +196,5 @@ def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes
         for value in [*copy.graph.input, *copy.graph.output]
         if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
     )
-    WidenBf16().call(copy)
-    return bytes(copy.SerializeToString()), narrow
+    widened = WidenBf16().call(copy).modified
+    return bytes(copy.SerializeToString()), narrow, widened

@@ -187,19 +187,85 @@ def test_the_session_scores_metas_users_as_the_packed_graph_does(
 def test_the_float16_artifact_errs_at_most_twice_as_much_as_eager_float16(
     build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
 ) -> None:
-    bundle = built_half(build_ranking_fixture)
-    feeds = golden_feeds(ranking_golden, batch)
+    check_against_eager_half(built_half(build_ranking_fixture), ranking_golden, batch, torch.float16, 0.05)
+
+
+def check_against_eager_half(
+    bundle: Path, golden: dict[str, Any], batch: str, dtype: torch.dtype, largest: float
+) -> None:
+    """The original's answers are the truth; `largest` is what the eager model in `dtype` may err by them."""
+    feeds = golden_feeds(golden, batch)
     spec = spec_from_checkpoint(RANKING_FIXTURE / "ckpt.pt", config_from_file(RANKING_FIXTURE / "config.json"))
-    half = model_from_spec(spec, torch.float16)
+    half = model_from_spec(spec, dtype)
     assert isinstance(half, RankingModel)
     plain = packed_graph(half).run(feeds)
     outputs = run_onnx_file(bundle / "model.onnx", feeds, TAPS)
     assert outputs["preds"].dtype == np.float32
-    expected = {"preds": ranking_golden[f"{batch}.preds"].T, **{tap: ranking_golden[f"{batch}.{tap}"] for tap in TAPS}}
+    expected = {"preds": golden[f"{batch}.preds"].T, **{tap: golden[f"{batch}.{tap}"] for tap in TAPS}}
     for name, value in expected.items():
         own = tensor_error(name, plain[name], value.astype(np.float64)).error
-        assert 1e-5 < own < 0.05, name
+        assert 1e-5 < own < largest, name
         assert tensor_error(name, outputs[name], value.astype(np.float64)).error <= 2 * own, name
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+
+def built_bf16(build: Build) -> Path:
+    built = build("--bf16", *M_FALCON, "--backend", "onnx")
+    assert built.result.exit_code == 0, built.result.stderr
+    return built.path
+
+
+def test_a_bfloat16_build_says_on_what_it_was_verified(build_ranking_fixture: Build) -> None:
+    """ONNX Runtime has no bfloat16 on a CPU: what ran is a copy, which every place that names the runtime says."""
+    built = build_ranking_fixture("--bf16", *M_FALCON, "--backend", "onnx")
+    bundle = built_bf16(build_ranking_fixture)
+    (line,) = [line for line in built.result.stderr.splitlines() if line.startswith("[6/7] verify")]
+    assert line.count("(bf16 widened to float32) PASS") == 4
+    report = json.loads((bundle / "report.json").read_text())
+    runs = report["verification"]["runs"]
+    assert [run["artifact"] for run in runs] == ["model.onnx", "prefill.onnx", "score.onnx", SESSION_OF_ONNX]
+    assert all(run["runtime"].endswith(" (bf16 widened to float32)") for run in runs)
+    assert (bundle / "report.html").read_text().count("(bf16 widened to float32), ") >= 4
+    # A bound that a prediction of 0, or of 0.9 of the right one, would not keep.
+    assert all(EAGER_FLOOR["bf16"] < row["bound"] < 0.1 for run in runs for row in run["tensors"])
+    assert report["precision"] == "bf16"
+    for graph in report["graphs"]:
+        # Norms are float32 whatever the precision.
+        assert graph["precision_counts"]["MatMul bf16"] >= 5
+        kinds = {each["name"]: each["dtype"] for each in (*graph["inputs"], *graph["outputs"])}
+        assert {dtype for name, dtype in kinds.items() if name[:2] in ("k_", "v_")} <= {"bfloat16"}
+    assert manifest_of(bundle)["ranking"]["kv_dtype"] == "bfloat16"
+    again = hstu_compile("verify", bundle)
+    assert again.exit_code == 0, again.stdout + again.stderr
+    assert again.stdout.count("(bf16 widened to float32): PASS") == 4
+
+
+@pytest.mark.parametrize("batch", ["a", "b"])
+def test_the_bfloat16_artifact_errs_at_most_twice_as_much_as_eager_bfloat16(
+    build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
+) -> None:
+    check_against_eager_half(built_bf16(build_ranking_fixture), ranking_golden, batch, torch.bfloat16, 0.2)
+
+
+def test_a_bfloat16_session_keeps_half_the_bytes_and_scores_as_packed_does(
+    build_ranking_fixture: Build, ranking_golden: dict[str, Any]
+) -> None:
+    requests = golden_requests(ranking_golden, "c")
+    with open_ranking_session(built_golden(build_ranking_fixture), kv_budget_bytes=1 << 23) as wide:
+        expected, wide_bytes = wide.score(requests), wide.entry_bytes(200)
+    with open_ranking_session(built_bf16(build_ranking_fixture), kv_budget_bytes=1 << 23) as session:
+        assert session.entry_bytes(200) == pytest.approx(wide_bytes / 2, rel=0.01)
+        first, again, packed = session.score(requests), session.score(requests), session.score_packed(requests)
+    assert {each.cache for each in again} == {"hit"}
+    for one, other, alone, exact in zip(first, again, packed, expected, strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+        for answer in (one, alone):
+            assert 1e-4 < tensor_error("logits", answer.logits, exact.logits.astype(np.float64)).error < 0.05
+
+
+# --- Engines ----------------------------------------------------------------------------------------------------------
 
 
 def built_half(build: Build) -> Path:

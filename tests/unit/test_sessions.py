@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from hstu_compile.artifacts import Precision
 from hstu_compile.errors import EngineError, PluginError, RequestError, UsageError
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers
 from hstu_compile.runtime.session import open_session
@@ -42,6 +43,12 @@ def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> N
         rms = np.sqrt(np.mean(np.square(reference))) if reference.size else 0.0
         assert (rms > 0) == bool(sum(lengths))
         assert np.abs(outputs[name] - reference).max(initial=0.0) <= 10 * COMPONENTWISE["float32"] * rms
+
+
+@pytest.mark.parametrize(("precision", "widened"), [("fp32", False), ("fp16", False), ("bf16", True)])
+def test_the_name_says_that_bfloat16_was_widened(precision: Precision, widened: bool) -> None:
+    with open_session("onnxruntime", onnx=exported_graph(precision)) as session:
+        assert session.name.endswith(" (bf16 widened to float32)") == widened
 
 
 def test_safe_conversions_and_refusals() -> None:
