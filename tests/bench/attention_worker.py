@@ -7,6 +7,7 @@ worker: nothing after an illegal access would run.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import statistics
@@ -30,8 +31,8 @@ from torch import Tensor
 
 #: Larger than any GPU's L2 cache, and what it takes to write it is longer than the host takes to enqueue a call.
 FLUSH_BYTES = 256 * 2**20
-#: Cycles that the GPU sleeps before each round: about a millisecond, in which the host enqueues the round.
-HEAD_START = 2_000_000
+#: Cycles that the GPU sleeps before each round: about 1.5 ms, in which the host enqueues the round.
+HEAD_START = 3_000_000
 ROUND_BUDGET_MS, FEWEST_ROUNDS, MOST_ROUNDS, WARM_UP_ROUNDS = 800.0, 20, 100, 3
 GRAPH_CALLS = 20
 _MIB = 2.0**20
@@ -47,6 +48,7 @@ class Entry:
     backend: str
     form: Form
     row: Row
+    check: Callable[[Tensor], tuple[float, float, str]]
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
@@ -139,8 +141,8 @@ class Clock:
         return statistics.median(times)
 
 
-def captured(run: Run) -> Run:
-    """A replay of GRAPH_CALLS calls in one CUDA graph."""
+def captured(run: Run) -> tuple[Run, Any]:
+    """A replay of GRAPH_CALLS calls in one CUDA graph, and what the last of them writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -150,9 +152,8 @@ def captured(run: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
-            run()
-    replay: Run = graph.replay
-    return replay
+            output = run()
+    return graph.replay, output
 
 
 def clocks() -> str:
@@ -225,6 +226,10 @@ class Worker:
         """Forms of a backend that are right; without one, the row that says why."""
         refused: Row = {"status": "not offered"}
         entries = []
+
+        def check(output: Tensor) -> tuple[float, float, str]:
+            return judge(output, sample, right.get(function))
+
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -240,7 +245,7 @@ class Worker:
                     output = form.rows(form.run())
                     torch.cuda.synchronize()
                     peak = (torch.cuda.max_memory_allocated() - held) / _MIB
-                    worst, bound, wrong = judge(output, sample, right.get(function))
+                    worst, bound, wrong = check(output)
             except NotOfferedError as reason:
                 if len(forms) == 1:
                     refused = {"status": f"not offered: {reason}"}
@@ -257,7 +262,7 @@ class Worker:
                 right[function] = (backend, output.clone())
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            entries.append(Entry(backend, form, row | {"status": "ok", "peak_mib": peak}))
+            entries.append(Entry(backend, form, row | {"status": "ok", "peak_mib": peak}, check))
         return entries, refused
 
     def _failure(self, error: Exception) -> Row:
@@ -300,9 +305,19 @@ class Worker:
         for name, entry in named.items():
             self._note(case, entry.backend)
             try:
-                runs[name] = captured(entry.form.run)
+                replay, output = captured(entry.form.run)
+                output.fill_(torch.nan)
+                replay()
+                torch.cuda.synchronize()
+                worst, _, wrong = entry.check(entry.form.rows(output))
             except Exception as error:
                 self._finish(case, entry.backend, entry.row | self._failure(error))
+                continue
+            if wrong:
+                self._finish(case, entry.backend, entry.row | {"status": f"wrong result in a graph: {wrong}"})
+            else:
+                entry.row["max_err"] = worst
+                runs[name] = replay
         self._note(case, TIMING, [named[name].backend for name in runs])
         return runs
 
@@ -317,5 +332,6 @@ def work(parts: Path, libraries: dict[str, Path], meta_repo: Path | None) -> int
     worker = Worker(parts, Backends(libraries, meta_repo), Clock(torch.device("cuda")))
     for name, backends in plan.items():
         worker.run(cases[name], backends)
+        gc.collect()
         torch.cuda.empty_cache()
     return 0

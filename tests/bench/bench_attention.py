@@ -21,6 +21,7 @@ goes on. Without --parts or --merge nothing is measured: the results that are co
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -87,10 +88,17 @@ def write_part(parts: Path, case: str, backend: str, row: Row) -> None:
     aside.replace(path)
 
 
+@functools.cache
+def _origin() -> tuple[str, str, str]:
+    """GPU, commit and date: asked of other programs once, as each row would pay for it."""
+    return gpu_name(), commit_of(), today()
+
+
 def common_facts(case: str, backend: str) -> Row:
     """Columns that every row has, measured or not."""
     command = f"bench_attention.py --parts DIR --cases {case} --backends {backend}"
-    return {"gpu": gpu_name(), "commit": commit_of(), "date": today(), "command": command}
+    gpu, commit, date = _origin()
+    return {"gpu": gpu, "commit": commit, "date": date, "command": command}
 
 
 def pending_of(parts: Path, cases: Sequence[Case], backends: Sequence[str]) -> Pending:
