@@ -158,10 +158,14 @@ def worker_command(arguments: argparse.Namespace) -> list[str]:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Measure every case and backend asked for that has no part yet; always leaves a row of each."""
+    """Measure every case and backend asked for, or with --resume those without a part; always leaves a row of each."""
     parts: Path = arguments.parts.resolve()
     parts.mkdir(parents=True, exist_ok=True)
     cases = chosen_cases(arguments.cases)
+    if not arguments.resume:
+        for case in cases:
+            for name in arguments.backends:
+                part_path(parts, case.name, name).unlink(missing_ok=True)
     deadline = time.monotonic() + arguments.budget
     command = worker_command(arguments)
     while pending := pending_of(parts, cases, arguments.backends):
@@ -232,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--meta-repo", type=Path, metavar="REPO", help="checkout of Meta's generative-recommenders")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds; later cases are rows 'not run'")
     parser.add_argument("--step-seconds", type=float, default=90.0, help="limit of checking one backend in one case")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that DIR has")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--merge", type=Path, metavar="DIR", help="write the CSV from the parts under DIR")
     parser.add_argument("--csv", type=Path, default=RESULTS)

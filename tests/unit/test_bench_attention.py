@@ -621,6 +621,12 @@ def test_cases_beyond_the_budget_are_rows(measured: Callable[..., dict[tuple[str
     assert rows["N1024", "nvidia_cutlass"] == "not run: the time budget was used up"
 
 
+def test_rows_are_measured_again_unless_told_to_resume(measured: Callable[..., dict[tuple[str, str], str]]) -> None:
+    measured("no start")
+    assert all("torch finds no GPU" in status for status in measured("runs", "--resume").values())
+    assert set(measured("runs").values()) == {"ok"}
+
+
 def test_the_worker_is_told_where_everything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr(worker, "work", lambda *arguments: told.append(arguments) or 0)
