@@ -13,7 +13,7 @@ from hstu_compile.errors import UsageError
 from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.plugin_library import installed_tensorrt_version
-from hstu_compile.profiles import ProfileSizes
+from hstu_compile.profiles import ProfileSizes, check_counts, option_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         UsageError: HSTU-E901, if a limit contradicts the model or another limit.
         EngineError: HSTU-E401, if the requested backend is absent.
     """
+    _check_numbers(config)
     user_config = config_from_file(config.config_file) if config.config_file is not None else None
     external = config.embeddings == "external"
     spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect, external_embeddings=external)
@@ -93,7 +94,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         return BuildPlan(dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend), prune)
     given = {
         "--max-candidates": config.max_candidates,
-        "--m-falcon": config.micro_batch,
+        "--m-falcon micro-batch=": config.micro_batch,
     }
     for option, value in given.items():
         if value is not None:
@@ -107,8 +108,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     append = config.max_append
     _check(
         [
-            (0 <= limits.top_k <= model.num_items, "--top-k", limits.top_k, f"0 to {model.num_items} items"),
-            (append is None or 1 <= append <= longest, "--incremental max-append", append, f"1 to {longest} events"),
+            (limits.top_k <= model.num_items, "--top-k", limits.top_k, f"0 to {model.num_items} items"),
+            (append is None or append <= longest, "--incremental max-append=", append, f"1 to {longest} events"),
         ]
     )
     narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
@@ -124,20 +125,19 @@ def _prunes_retrieval(backend: BackendChoice) -> bool:
 
 
 def _common_limits(config: BuildConfig, own_limit: int, of_what: str) -> Limits:
-    max_seq_len = config.max_seq_len or own_limit
+    max_seq_len = config.max_seq_len if config.max_seq_len is not None else own_limit
     limits = Limits(
         max_batch=config.max_batch,
-        opt_batch=config.opt_batch or max(1, config.max_batch // 8),
+        opt_batch=config.opt_batch if config.opt_batch is not None else max(1, config.max_batch // 8),
         max_seq_len=max_seq_len,
-        opt_seq_len=config.opt_seq_len or max(1, max_seq_len // 2),
+        opt_seq_len=config.opt_seq_len if config.opt_seq_len is not None else max(1, max_seq_len // 2),
         top_k=config.top_k,
     )
     _check(
         [
-            (1 <= max_seq_len <= own_limit, "--max-seq-len", max_seq_len, f"1 to {own_limit}, {of_what}"),
-            (1 <= limits.opt_seq_len <= max_seq_len, "--opt-seq-len", limits.opt_seq_len, f"1 to {max_seq_len}"),
-            (limits.max_batch >= 1, "--max-batch", limits.max_batch, "at least 1"),
-            (1 <= limits.opt_batch <= limits.max_batch, "--opt-batch", limits.opt_batch, f"1 to {limits.max_batch}"),
+            (max_seq_len <= own_limit, "--max-seq-len", max_seq_len, f"1 to {own_limit}, {of_what}"),
+            (limits.opt_seq_len <= max_seq_len, "--opt-seq-len", limits.opt_seq_len, f"1 to {max_seq_len}"),
+            (limits.opt_batch <= limits.max_batch, "--opt-batch", limits.opt_batch, f"1 to {limits.max_batch}"),
         ]
     )
     return limits
@@ -154,12 +154,25 @@ def _ranking_limits(config: BuildConfig, model: RankingConfig) -> Limits:
     )
     _check(
         [
-            (limits.max_candidates >= 1, "--max-candidates", limits.max_candidates, "at least 1"),
-            (limits.micro_batch is None or limits.micro_batch >= 1, "--m-falcon", limits.micro_batch, "at least 1"),
             (limits.top_k == 0, "--top-k", limits.top_k, "0; a ranking model scores the candidates it is given"),
         ]
     )
     return limits
+
+
+def _check_numbers(config: BuildConfig) -> None:
+    """Before a checkpoint is read, which may take minutes: a number that no model could have is not the default."""
+    counts = {
+        "--max-batch": config.max_batch,
+        "--opt-batch": config.opt_batch,
+        "--max-seq-len": config.max_seq_len,
+        "--opt-seq-len": config.opt_seq_len,
+        "--max-candidates": config.max_candidates,
+        "--m-falcon micro-batch=": config.micro_batch,
+        "--incremental max-append=": config.max_append,
+    }
+    check_counts(counts)
+    check_counts({"--top-k": config.top_k, "--seed": config.seed}, lowest=0)
 
 
 def _check(rules: list[tuple[bool, str, object, str]]) -> None:
@@ -179,4 +192,9 @@ def _not_incremental(max_append: int, dialect: str, why: str, fix: str) -> Usage
 
 
 def _unusable(option: str, value: object, allowed: str) -> UsageError:
-    return UsageError("HSTU-E901", f"{option} {value} cannot be used", f"allowed: {allowed}", f"change {option}")
+    return UsageError(
+        "HSTU-E901",
+        f"{option_text(option, value)} cannot be used",
+        f"allowed: {allowed}",
+        f"pass {option_text(option, 'N')} with an allowed N, or leave it out",
+    )

@@ -15,7 +15,7 @@ from hstu_compile.errors import EngineError
 from hstu_compile.files import write_whole
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import read_limits
-from hstu_compile.profiles import graph_profiles
+from hstu_compile.profiles import check_counts, graph_profiles
 from hstu_compile.trt_options import EngineOptions
 
 
@@ -65,8 +65,17 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
     """Shape ranges of the request.
 
     Raises:
+        UsageError: HSTU-E901, if a number is below 1.
         EngineError: HSTU-E405, if they contradict each other or what the graph was exported for.
     """
+    check_counts(
+        {
+            "--max-batch": request.max_batch,
+            "--opt-batch": request.opt_batch,
+            "--max-seq-len": request.max_seq_len,
+            "--opt-seq-len": request.opt_seq_len,
+        }
+    )
     explicit = request.options.explicit_profile()
     if explicit is not None:
         return (explicit,)

@@ -9,15 +9,59 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hstu_compile.artifacts import Profile, TensorSpec
-from hstu_compile.errors import EngineError
+from hstu_compile.errors import EngineError, UsageError
 
 _INT32_MAX = 2**31 - 1
 _PER_SEQUENCE = re.compile(r"B_times_(\d+)")
 
 AxisRange = tuple[int, int, int]
+
+# What each option that counts something stands for when it is left out. An option's name ends where its value begins.
+_LEFT_OUT = {
+    "--max-batch": "64 sequences",
+    "--opt-batch": "an eighth of --max-batch",
+    "--max-seq-len": "the longest history that the model was made for",
+    "--opt-seq-len": "half of --max-seq-len",
+    "--max-candidates": "as many as the model was made for",
+    "--m-falcon micro-batch=": "a build without the graphs prefill and score",
+    "--incremental max-append=": "a build without the graphs prefill and append",
+    "--top-k": "no list of items",
+    "--seed": "seed 0",
+}
+
+
+def option_text(option: str, value: object) -> str:
+    """An option as it was typed.
+
+    >>> option_text("--max-batch", 0), option_text("--m-falcon micro-batch=", 0)
+    ('--max-batch 0', '--m-falcon micro-batch=0')
+    """
+    return f"{option}{value}" if option.endswith("=") else f"{option} {value}"
+
+
+def check_counts(counts: Mapping[str, int | None], lowest: int = 1) -> None:
+    """Refuse options whose number is too small to count anything.
+
+    Args:
+        counts: option to the number it was given; None for an option that was left out.
+        lowest: least legal number.
+
+    Raises:
+        UsageError: HSTU-E901, naming every one of them.
+    """
+    wrong = {option: value for option, value in counts.items() if value is not None and value < lowest}
+    if not wrong:
+        return
+    raise UsageError(
+        "HSTU-E901",
+        f"{', '.join(option_text(*each) for each in wrong.items())} cannot be used",
+        f"allowed: {lowest} or more",
+        "; ".join(f"pass {option_text(option, 'N')}, or leave it out for {_LEFT_OUT[option]}" for option in wrong),
+        {option.lstrip("-"): value for option, value in wrong.items()},
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -814,7 +814,7 @@ def test_a_dry_run_says_what_would_be_built(ranking_checkpoint: tuple[Path, Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--m-falcon", "micro-batch=0"), r"--m-falcon 0 cannot be used"),
+        (("--m-falcon", "micro-batch=0"), r"--m-falcon micro-batch=0 cannot be used"),
         (("--m-falcon", "micro-batch=abc"), r"--m-falcon micro-batch=abc cannot be used"),
         (("--m-falcon", "micro-batch=-4"), r"--m-falcon micro-batch=-4 cannot be used"),
         (("--m-falcon", "256"), r"--m-falcon 256 cannot be used"),
@@ -822,6 +822,11 @@ def test_a_dry_run_says_what_would_be_built(ranking_checkpoint: tuple[Path, Path
         (("--m-falcon", "micro-batch="), r"--m-falcon micro-batch= cannot be used"),
         (("--max-candidates", "0"), r"--max-candidates 0 cannot be used"),
         (("--max-candidates", "-3"), r"--max-candidates -3 cannot be used"),
+        (("--max-seq-len", "0"), r"--max-seq-len 0 cannot be used.*1 or more.*pass --max-seq-len N, or leave it out"),
+        (("--max-batch", "0"), r"--max-batch 0 cannot be used.*1 or more.*pass --max-batch N, or leave it out for 64"),
+        (("--opt-batch", "0"), r"--opt-batch 0 cannot be used"),
+        (("--opt-seq-len", "-1"), r"--opt-seq-len -1 cannot be used"),
+        (("--seed", "-1"), r"--seed -1 cannot be used.*0 or more"),
         (("--top-k", "10"), r"--top-k 10 cannot be used.*a ranking model scores the candidates it is given"),
         (("--opt-batch", "9", "--max-batch", "8"), r"--opt-batch 9 cannot be used.*1 to 8"),
     ],
@@ -839,7 +844,10 @@ def test_an_option_that_a_ranking_model_cannot_have_is_named(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--m-falcon", "micro-batch=256"), r"--m-falcon 256 cannot be used.*this checkpoint is a retrieval model"),
+        (
+            ("--m-falcon", "micro-batch=256"),
+            r"--m-falcon micro-batch=256 cannot be used.*this checkpoint is a retrieval model",
+        ),
         (("--max-candidates", "10"), r"--max-candidates 10 cannot be used.*ranking models"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

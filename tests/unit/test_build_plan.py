@@ -16,6 +16,7 @@ from hstu_compile.environment import BackendChoice
 from hstu_compile.errors import UsageError
 from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.profiles import check_counts
 from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 from tests.exported_models import ranking_model, small_config, small_model
 
@@ -140,21 +141,14 @@ def test_a_ranking_model_is_not_built_incrementally(ranking: dict[str, Path]) ->
 
 RANKING_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 1}, "--top-k 1 cannot be used"),
-    ({"micro_batch": 0}, "--m-falcon 0 cannot be used"),
-    ({"max_candidates": 0}, "--max-candidates 0 cannot be used"),
-    ({"max_seq_len": -1}, "--max-seq-len -1 cannot be used"),
     ({"max_seq_len": 10, "opt_seq_len": 11}, "--opt-seq-len 11 cannot be used"),
-    ({"max_batch": 0, "opt_batch": 1}, "--max-batch 0 cannot be used"),
     ({"max_batch": 4, "opt_batch": 5}, "--opt-batch 5 cannot be used"),
 ]
 RETRIEVAL_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 41}, "--top-k 41 cannot be used"),
-    ({"top_k": -1}, "--top-k -1 cannot be used"),
-    ({"micro_batch": 256}, "--m-falcon 256 cannot be used"),
+    ({"micro_batch": 256}, "--m-falcon micro-batch=256 cannot be used"),
     ({"max_candidates": 10}, "--max-candidates 10 cannot be used"),
-    ({"max_seq_len": -1}, "--max-seq-len -1 cannot be used"),
-    ({"max_append": 0}, "--incremental max-append 0 cannot be used"),
-    ({"max_append": 12, "max_seq_len": 12}, "--incremental max-append 12 cannot be used"),
+    ({"max_append": 12, "max_seq_len": 12}, "--incremental max-append=12 cannot be used"),
 ]
 
 
@@ -170,6 +164,52 @@ def test_each_limit_that_a_retrieval_model_cannot_have(
     retrieval: dict[str, Path], settings: dict[str, Any], message: str
 ) -> None:
     check_refused(retrieval, settings, message)
+
+
+COUNTS = {
+    "max_batch": "--max-batch ",
+    "opt_batch": "--opt-batch ",
+    "max_seq_len": "--max-seq-len ",
+    "opt_seq_len": "--opt-seq-len ",
+    "max_candidates": "--max-candidates ",
+    "micro_batch": "--m-falcon micro-batch=",
+    "max_append": "--incremental max-append=",
+}
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("field", COUNTS)
+def test_a_count_below_one_is_not_taken_for_the_default(
+    ranking: dict[str, Path], retrieval: dict[str, Path], field: str, value: int
+) -> None:
+    for files in (ranking, retrieval):
+        check_refused(files, {field: value}, f"{COUNTS[field]}{value} cannot be used")
+
+
+@pytest.mark.parametrize(("field", "option"), [("top_k", "--top-k"), ("seed", "--seed")])
+def test_a_number_below_zero_is_refused(
+    ranking: dict[str, Path], retrieval: dict[str, Path], field: str, option: str
+) -> None:
+    for files in (ranking, retrieval):
+        check_refused(files, {field: -1}, f"{option} -1 cannot be used")
+        assert planned(files, **{field: 0})
+
+
+def test_every_wrong_number_is_named_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        planned({"checkpoint": tmp_path / "absent.pt"}, max_batch=0, max_seq_len=-3, micro_batch=0)
+    assert caught.value.what == "--max-batch 0, --max-seq-len -3, --m-falcon micro-batch=0 cannot be used"
+    assert caught.value.why == "allowed: 1 or more"
+    assert (
+        "pass --max-seq-len N, or leave it out for the longest history that the model was made for" in caught.value.fix
+    )
+    assert "pass --m-falcon micro-batch=N, or leave it out" in caught.value.fix
+
+
+def test_every_option_that_counts_has_words_for_its_absence() -> None:
+    for option in [*(each.rstrip() for each in COUNTS.values()), "--top-k", "--seed"]:
+        with pytest.raises(UsageError, match=r"leave it out for [a-z0-9]"):
+            check_counts({option: -1})
 
 
 def check_refused(files: dict[str, Path], settings: dict[str, Any], message: str) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from hstu_compile.artifacts import Profile, TensorSpec
-from hstu_compile.errors import EngineError
+from hstu_compile.engine_stage import EngineRequest, profiles_of
+from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.graph_limits import GraphLimits, read_limits, write_limits
 from hstu_compile.profiles import ProfileSizes, graph_profiles
 from hstu_compile.served import ServedGraph, served_graphs
+from hstu_compile.trt_options import EngineOptions
 from tests.dlrm_reference import ACTIONS, CANDIDATE, HISTORY, QUERY_TIME, TIME, DlrmForm
 from tests.exported_models import exported_graph, ranking_model, small_config, small_model
 
@@ -161,3 +165,17 @@ def test_a_file_from_before_append_has_no_limit_for_it() -> None:
 def test_a_graph_of_somebody_else_has_the_limits_of_its_attention_nodes() -> None:
     assert read_limits(exported_graph("fp32")) == GraphLimits("retrieval", 24)
     assert read_limits(empty_model()) is None
+
+
+@pytest.mark.parametrize("value", [0, -8])
+@pytest.mark.parametrize("option", ["--max-batch", "--opt-batch", "--max-seq-len", "--opt-seq-len"])
+def test_the_engine_command_refuses_a_count_below_one_before_it_reads_the_graph(
+    tmp_path: Path, option: str, value: int
+) -> None:
+    given = {"max_batch": 8, "opt_batch": 1, "max_seq_len": None, "opt_seq_len": None}
+    counts: dict[str, Any] = {**given, option.removeprefix("--").replace("-", "_"): value}
+    request = EngineRequest(tmp_path / "absent.onnx", tmp_path / "x.engine", "auto", options=EngineOptions(), **counts)
+    with pytest.raises(UsageError, match=f"{option} {value} cannot be used") as caught:
+        profiles_of(request)
+    assert caught.value.why == "allowed: 1 or more"
+    assert option in caught.value.fix
