@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from attention_backends import Backends, Form
-from attention_grid import DENSE_RAB, ELEMENT_BYTES, OURS, SOFTMAX, Case, all_cases
-from attention_peers import NotOfferedError
+from attention_grid import DENSE_RAB, ELEMENT_BYTES, META_TRITON, OURS, SOFTMAX, Case, all_cases, why_not
+from attention_peers import NotOfferedError, meta_triton_module
 from attention_reference import DTYPES, HSTU, Inputs, Sample, draw, judge, make_sample
 from attention_reference import SOFTMAX as SOFTMAX_FUNCTION
 from bench_attention import PLAN, PROGRESS, TIMING, common_facts, write_part
@@ -335,3 +335,20 @@ def work(parts: Path, libraries: dict[str, Path], meta_repo: Path | None) -> int
         gc.collect()
         torch.cuda.empty_cache()
     return 0
+
+
+def compile_slice(cases: Sequence[Case], meta_repo: Path, index: int, slices: int) -> None:
+    """Run Meta's Triton kernels with every `slices`-th candidate: compiles those into Triton's cache."""
+    from m_falcon_meta import thin_autotuners
+
+    meta_triton_module(meta_repo)
+    thin_autotuners(index, slices)
+    backends = Backends({}, meta_repo)
+    device = torch.device("cuda")
+    for case in cases:
+        inputs = draw(case, device)
+        for name in META_TRITON:
+            if why_not(name, case) is None:
+                with torch.inference_mode():
+                    backends.forms(name, inputs)[0].run()
+    torch.cuda.synchronize()

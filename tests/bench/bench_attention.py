@@ -2,6 +2,7 @@
 
   bench_attention.py --parts DIR [--cases PATTERN...] [--backends NAME...] [--meta-library LIB] [--nvidia-library LIB]
                      [--meta-repo REPO] [--budget SECONDS]     (measure; one JSON per case and backend)
+  bench_attention.py --compile-kernels --meta-repo REPO [--cases PATTERN...]     (fill Triton's cache, in parallel)
   bench_attention.py --merge DIR [--csv FILE]                   (anywhere; rows that DIR lacks stay in the CSV)
 
 Cases and how operations are counted: attention_grid.py. Libraries: attention_peers.py. The table: attention_table.py.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -189,6 +191,19 @@ def measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compile_kernels(arguments: argparse.Namespace) -> int:
+    """Meta's Triton kernels, in several processes at once: an autotuner compiles one candidate at a time."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--compile-kernels"]
+    command += ["--meta-repo", str(arguments.meta_repo.resolve()), "--workers", str(arguments.workers)]
+    if arguments.cases:
+        command += ["--cases", *arguments.cases]
+    started = time.monotonic()
+    running = [subprocess.Popen([*command, "--slice", str(index)]) for index in range(arguments.workers)]
+    codes = [process.wait() for process in running]
+    print(f"Meta's kernels compiled in {time.monotonic() - started:.0f} s, exit codes {codes}")
+    return int(any(codes))
+
+
 def rows_of(parts: Path) -> Iterator[Row]:
     """Every row below a folder."""
     backends = tuple(f"-{name}.json" for name in BACKENDS)
@@ -238,6 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step-seconds", type=float, default=90.0, help="limit of checking one backend in one case")
     parser.add_argument("--resume", action="store_true", help="keep the rows that DIR has")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compile-kernels", action="store_true", help="only fill Triton's cache with Meta's kernels")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="of --compile-kernels")
+    parser.add_argument("--slice", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--merge", type=Path, metavar="DIR", help="write the CSV from the parts under DIR")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
@@ -247,6 +265,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         libraries = {"meta_cutlass": arguments.meta_library, "nvidia_cutlass": arguments.nvidia_library}
         libraries[DENSE_RAB] = arguments.nvidia_library
         return work(arguments.parts, {name: path for name, path in libraries.items() if path}, arguments.meta_repo)
+    if arguments.compile_kernels:
+        if arguments.meta_repo is None:
+            parser.error("--compile-kernels needs --meta-repo")
+        if arguments.slice < 0:
+            return compile_kernels(arguments)
+        from attention_worker import compile_slice
+
+        compile_slice(chosen_cases(arguments.cases), arguments.meta_repo, arguments.slice, arguments.workers)
+        return 0
     if arguments.parts is not None:
         return measure(arguments)
     if arguments.merge is not None:

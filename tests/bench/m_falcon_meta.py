@@ -128,6 +128,19 @@ def without_tma(fused: Any) -> None:
     fused._should_enable_tma = lambda: False
 
 
+def thin_autotuners(index: int, slices: int) -> None:
+    """Leave every `slices`-th candidate, from `index` on, to each autotuner of the Triton modules that are imported.
+
+    Processes with an index each fill Triton's cache together; the tuners of one compile one candidate at a time.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    for module in [each for name, each in sys.modules.items() if name.startswith("generative_recommenders.ops.triton")]:
+        for tuner in vars(module).values():
+            if isinstance(tuner, Autotuner):
+                tuner.configs = tuner.configs[index::slices] or tuner.configs[:1]
+
+
 def import_meta(repository: Path) -> types.SimpleNamespace:
     """Meta's modules from a checkout.
 

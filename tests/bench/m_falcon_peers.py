@@ -38,7 +38,7 @@ import torch
 from bench_plugin import status_of
 from device_timing import MOST, repeats_for, summary_of
 from m_falcon_eager import EagerModel
-from m_falcon_meta import TMA_NOTE, MetaModel, import_meta
+from m_falcon_meta import TMA_NOTE, MetaModel, import_meta, thin_autotuners
 from m_falcon_rows import (
     ALONE,
     COLD,
@@ -396,13 +396,8 @@ def ended(command: Sequence[str], limit: float, log: Path) -> str:
 
 def compile_slice(meta_repo: Path, dtype: str, index: int, slices: int) -> None:
     """Run Meta's forwards with every `slices`-th candidate of each autotuner: compiles those into Triton's cache."""
-    from triton.runtime.autotuner import Autotuner
-
     meta = import_meta(meta_repo)
-    for module in [each for name, each in sys.modules.items() if name.startswith("generative_recommenders.ops.triton")]:
-        for tuner in vars(module).values():
-            if isinstance(tuner, Autotuner):
-                tuner.configs = tuner.configs[index::slices] or tuner.configs[:1]
+    thin_autotuners(index, slices)
     exact_float32()
     device = torch.device("cuda")
     with torch.inference_mode():

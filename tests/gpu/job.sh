@@ -22,6 +22,7 @@
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
 #   ATTENTION_BUDGET   its seconds
+#   ATTENTION_COMPILE  cases whose kernels of Meta's are compiled first, in parallel (default "bf16_*")
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
 
@@ -159,6 +160,11 @@ bench-attention() {
     [ -d "$job/meta" ] && options+=(--meta-repo "$job/meta")
     # One word per option.
     set -f
+    # Else each of an autotuner's candidates is compiled after the other, while the GPU waits.
+    case " ${ATTENTION_OPTIONS:-} " in *" meta_triton"*)
+        with_paths timeout 280 "$python" "$library/tests/bench/bench_attention.py" --compile-kernels \
+            --meta-repo "$job/meta" --cases ${ATTENTION_COMPILE:-bf16_*} ;;
+    esac
     # shellcheck disable=SC2086
     with_paths timeout 590 "$python" "$library/tests/bench/bench_attention.py" "${options[@]}" ${ATTENTION_OPTIONS:-}
     set +f

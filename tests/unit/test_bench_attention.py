@@ -621,6 +621,29 @@ def test_cases_beyond_the_budget_are_rows(measured: Callable[..., dict[tuple[str
     assert rows["N1024", "nvidia_cutlass"] == "not run: the time budget was used up"
 
 
+def test_kernels_are_compiled_in_as_many_slices_as_there_are_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    told: list[Any] = []
+
+    def popen(command: list[str]) -> Any:
+        started.append(command)
+        return argparse.Namespace(wait=lambda: 0)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(worker, "compile_slice", lambda *arguments: told.append(arguments))
+    options = ["--compile-kernels", "--meta-repo", str(tmp_path), "--cases", "bf16_D64_N256", "--workers", "3"]
+    assert bench.main(options) == 0
+    for command in started:
+        assert bench.main(command[2:]) == 0
+    assert [[case.name for case in cases] for cases, *_ in told] == [["bf16_D64_N256"]] * 3
+    assert [arguments[1:] for arguments in told] == [(tmp_path, index, 3) for index in range(3)]
+    with pytest.raises(SystemExit):
+        bench.main(["--compile-kernels"])
+    assert "needs --meta-repo" in capsys.readouterr().err
+
+
 def test_rows_are_measured_again_unless_told_to_resume(measured: Callable[..., dict[tuple[str, str], str]]) -> None:
     measured("no start")
     assert all("torch finds no GPU" in status for status in measured("runs", "--resume").values())
