@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from hstu_compile.errors import HstuCompileError
     from hstu_compile.pipeline import BuildResult, compile_checkpoint
     from hstu_compile.ranking_bundle import open_ranking_session
+    from hstu_compile.retrieval_bundle import open_retrieval_session
     from hstu_compile.runtime.ranking import RankingSession
     from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult
+    from hstu_compile.runtime.retrieval import RetrievalSession
+    from hstu_compile.runtime.retrieval_request import RetrievalRequest, RetrievalResult
 
 _HOMES = {
     "BuildConfig": "config",
@@ -28,9 +31,13 @@ _HOMES = {
     "RankingRequest": "runtime.ranking_request",
     "RankingResult": "runtime.ranking_request",
     "RankingSession": "runtime.ranking",
+    "RetrievalRequest": "runtime.retrieval_request",
+    "RetrievalResult": "runtime.retrieval_request",
+    "RetrievalSession": "runtime.retrieval",
     "compile_checkpoint": "pipeline",
     "load_bundle": "bundle",
     "open_ranking_session": "ranking_bundle",
+    "open_retrieval_session": "retrieval_bundle",
 }
 
 __all__ = [
@@ -42,10 +49,14 @@ __all__ = [
     "RankingRequest",
     "RankingResult",
     "RankingSession",
+    "RetrievalRequest",
+    "RetrievalResult",
+    "RetrievalSession",
     "__version__",
     "compile_checkpoint",
     "load_bundle",
     "open_ranking_session",
+    "open_retrieval_session",
 ]
 
 

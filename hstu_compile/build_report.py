@@ -13,12 +13,14 @@ from hstu_compile.artifacts import EngineArtifact, Precision
 from hstu_compile.build_plan import BuildPlan
 from hstu_compile.environment import collect_environment
 from hstu_compile.graph_facts import graph_facts
+from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.plugin_library import PluginLibrary
 from hstu_compile.polygraphy_files import PolygraphyCheck
 from hstu_compile.report import SCHEMA_VERSION
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
+from hstu_compile.runtime.retrieval_spec import RetrievalSpec
 from hstu_compile.session_check import Reference, VerifyReport
 from hstu_compile.verify import BuiltGraph
 
@@ -180,6 +182,9 @@ def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, A
         "ranking": ranking_spec(plan, outcome.main.graph.precision, _model_version(outcome)).to_dict()
         if isinstance(config, RankingConfig)
         else None,
+        "retrieval": None
+        if plan.limits.max_append is None
+        else retrieval_spec(plan, outcome.main.graph.precision, _model_version(outcome)).to_dict(),
         "versions": report["environment"].get("packages", {}),
         "verification": None
         if verification is None
@@ -267,6 +272,36 @@ def ranking_spec(plan: BuildPlan, precision: Precision, model_version: str) -> R
         attention_dim=attention.attention_dim,
         linear_dim=attention.linear_dim,
         row_dtype="float32",
+        kv_dtype=_KV_DTYPES[precision],  # type: ignore[arg-type]
+        cache_rule=config.cache_rule,
+        model_version=model_version,
+    )
+
+
+def retrieval_spec(plan: BuildPlan, precision: Precision, model_version: str) -> RetrievalSpec:
+    """What the retrieval runtime is told of the graphs of a model built with --incremental.
+
+    Args:
+        plan: of the build.
+        precision: of the graphs.
+        model_version: sha256 by which cached keys and values are told from those of other weights.
+    """
+    config, limits = plan.spec.config, plan.limits
+    assert isinstance(config, RetrievalConfig)
+    assert limits.max_append is not None
+    attention = config.layer.attention
+    return RetrievalSpec(
+        num_items=config.num_items,
+        num_ratings=config.num_ratings,
+        top_k=limits.top_k,
+        max_seq_len=limits.max_seq_len,
+        max_batch=limits.max_batch,
+        max_append=limits.max_append,
+        has_time_bias=config.has_time_bias,
+        num_layers=config.num_layers,
+        num_heads=attention.num_heads,
+        attention_dim=attention.attention_dim,
+        linear_dim=attention.linear_dim,
         kv_dtype=_KV_DTYPES[precision],  # type: ignore[arg-type]
         cache_rule=config.cache_rule,
         model_version=model_version,

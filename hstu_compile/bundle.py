@@ -25,12 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
-from hstu_compile.errors import BundleError
+from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.files import writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
 from hstu_compile.runtime.packed_request import check_packed_request
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from hstu_compile.runtime.request import RequestLimits, check_request
+from hstu_compile.runtime.retrieval_spec import RetrievalSpec
 from hstu_compile.runtime.session import Session, open_session
 
 FORMAT_VERSION = 1
@@ -243,6 +244,12 @@ class BundleFiles:
         entry = self.manifest.get("ranking")
         return RankingSpec.from_manifest(entry) if entry is not None else None
 
+    @functools.cached_property
+    def retrieval(self) -> RetrievalSpec | None:
+        """What a retrieval model built with --incremental takes; None for every other."""
+        entry = self.manifest.get("retrieval")
+        return RetrievalSpec.from_manifest(entry) if entry is not None else None
+
     @property
     def has_engine(self) -> bool:
         """Whether an engine was built."""
@@ -308,6 +315,42 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
     return BundleFiles(path, manifest)
 
 
+def open_graph(
+    files: BundleFiles, graph: str, runtime: str, plugin_library: Path | None = None, use_gpu: bool = False
+) -> Session:
+    """Open one graph of a bundle.
+
+    Args:
+        files: the bundle.
+        graph: retrieval, packed, prefill, score or append.
+        runtime: onnxruntime, tensorrt or tensorrt-rtx.
+        plugin_library: plugin that the engine needs (tensorrt only); None takes the bundle's own.
+        use_gpu: ONNX Runtime's CUDA provider.
+
+    Raises:
+        EngineError: HSTU-E401 or E404 if the runtime cannot be used.
+        UsageError: HSTU-E901 for a plugin where there are none, or without an engine for the runtime.
+    """
+    if plugin_library is not None and runtime != "tensorrt":
+        raise UsageError(
+            "HSTU-E901",
+            f"{runtime} takes no plugins",
+            f"{plugin_library} was given",
+            "leave the plugin out, or use the runtime tensorrt",
+        )
+    onnx, engine = model_files(graph)
+    arguments: dict[str, Any] = {"use_gpu": use_gpu} if runtime == "onnxruntime" else {}
+    if runtime == "tensorrt":
+        arguments["plugin_library"] = plugin_library or files.plugin_library
+    return open_session(
+        runtime,
+        onnx=files.path / onnx,
+        engine=files.path / engine if engine in files.manifest["files"] else None,
+        allow_tf32=files.manifest["precision"]["requested"] != "fp32",
+        **arguments,
+    )
+
+
 class Bundle:
     """A bundle that can be run. Close it, or use it as a context manager, to free the runtime's memory."""
 
@@ -330,7 +373,7 @@ class Bundle:
 
         Args:
             feeds: input name to array; `files.inputs` lists names, dtypes and shapes. A ranking bundle runs the graph
-                `packed`; for cached histories see `open_ranking_session`.
+                `packed`; for cached histories see `open_ranking_session` and `open_retrieval_session`.
 
         Returns:
             Output name to array.

@@ -45,6 +45,7 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
             "path": str(path),
             "format_version": manifest["format_version"],
             **{key: manifest[key] for key in keys},
+            "retrieval": manifest.get("retrieval"),
             "verification": manifest["verification"],
             "files": manifest["files"],
         }

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
-from hstu_compile.bundle import BundleFiles, model_files, read_bundle
-from hstu_compile.errors import BundleError, UsageError
+from hstu_compile.bundle import model_files, open_graph, read_bundle
+from hstu_compile.errors import BundleError
 from hstu_compile.runtime.ranking import OverBudget, RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy
 from hstu_compile.runtime.ranking_spec import RankingSpec
-from hstu_compile.runtime.session import Session, open_session
 
 _GRAPHS = ("packed", "prefill", "score")
 
@@ -47,13 +45,6 @@ def open_ranking_session(
         EngineError: HSTU-E401 or E404 if the runtime cannot be used.
         UsageError: HSTU-E901 for arguments that do not go together.
     """
-    if plugin_library is not None and runtime != "tensorrt":
-        raise UsageError(
-            "HSTU-E901",
-            f"{runtime} takes no plugins",
-            f"{plugin_library} was given",
-            "leave the plugin out, or use the runtime tensorrt",
-        )
     files = read_bundle(Path(path))
     entry = files.manifest.get("ranking")
     if entry is None:
@@ -66,7 +57,7 @@ def open_ranking_session(
     spec = RankingSpec.from_manifest(entry)
     with contextlib.ExitStack() as opened:
         graphs = {
-            graph: opened.enter_context(_open(files, graph, runtime, plugin_library, use_gpu))
+            graph: opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu))
             for graph in _GRAPHS
             if graph == "packed" or model_files(graph)[0] in files.manifest["files"]
         }
@@ -80,17 +71,3 @@ def open_ranking_session(
         )
         opened.pop_all()
         return session
-
-
-def _open(files: BundleFiles, graph: str, runtime: str, plugin_library: Path | None, use_gpu: bool) -> Session:
-    onnx, engine = model_files(graph)
-    arguments: dict[str, Any] = {"use_gpu": use_gpu} if runtime == "onnxruntime" else {}
-    if runtime == "tensorrt":
-        arguments["plugin_library"] = plugin_library or files.plugin_library
-    return open_session(
-        runtime,
-        onnx=files.path / onnx,
-        engine=files.path / engine if engine in files.manifest["files"] else None,
-        allow_tf32=files.manifest["precision"]["requested"] != "fp32",
-        **arguments,
-    )

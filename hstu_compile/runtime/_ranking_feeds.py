@@ -9,20 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hstu_compile.runtime._jagged import joined, offsets_of
 from hstu_compile.runtime.ranking_request import Arrays, CheckedRequest
 from hstu_compile.runtime.ranking_spec import RankingSpec
 
 Feeds = dict[str, NDArray[Any]]
-
-
-def offsets_of(lengths: Sequence[int]) -> NDArray[np.int32]:
-    """[n + 1]: the cumulative sum with a 0 in front."""
-    return np.cumsum([0, *lengths], dtype=np.int32)
-
-
-def joined(parts: Sequence[Arrays], names: Sequence[str]) -> Feeds:
-    """Each feature's values of all parts, one after the other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def rows_of(request: CheckedRequest, spec: RankingSpec) -> int:

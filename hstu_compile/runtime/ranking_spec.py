@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from hstu_compile.errors import BundleError
+from hstu_compile.runtime._manifest_entry import is_count, is_sha256, with_names
 
 CacheRule = Literal["request", "prefix"]
 KvDtype = Literal["float32", "float16", "bfloat16"]
 RowDtype = Literal["float32", "float16"]
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CACHED = re.compile(r"[kv]_\d+")
 _SIZES = (
     *("max_history_len", "max_candidates", "max_batch", "micro_batch"),
@@ -136,9 +136,11 @@ class RankingSpec:
             if feature.external_dim is not None:
                 sizes[f"external_dim of {feature.name}"] = feature.external_dim
         sizes |= {f"max_length of {feature.name}": feature.max_length for feature in self.contextual}
-        problems += [f"{name} is {size!r}, not a positive integer" for name, size in sizes.items() if not _count(size)]
+        problems += [
+            f"{name} is {size!r}, not a positive integer" for name, size in sizes.items() if not is_count(size)
+        ]
         for feature in self.contextual:
-            if feature.min_history_len != 0 and not _count(feature.min_history_len):
+            if feature.min_history_len != 0 and not is_count(feature.min_history_len):
                 problems.append(
                     f"min_history_len of {feature.name} is {feature.min_history_len!r}, not an integer >= 0"
                 )
@@ -148,7 +150,7 @@ class RankingSpec:
             allowed = get_args(choices)
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} is {getattr(self, name)!r}, not one of {', '.join(allowed)}")
-        if not _SHA256.fullmatch(self.model_version):
+        if not is_sha256(self.model_version):
             problems.append(f"model_version is {self.model_version!r}, not a sha256 in hexadecimal")
         return problems
 
@@ -194,7 +196,7 @@ class RankingSpec:
             BundleError: HSTU-E803, naming everything that is absent, unknown or illegal.
         """
         try:
-            values = _with_names(entry, cls)
+            values = with_names(entry, cls)
             return cls(
                 **{
                     **values,
@@ -213,24 +215,9 @@ class RankingSpec:
             ) from error
 
 
-def _count(size: object) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size > 0
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _features(entries: Any, kind: Any) -> tuple[Any, ...]:
-    return tuple(kind(**_with_names(entry, kind)) for entry in entries)
-
-
-def _with_names(entry: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    """The entry's values, if it has exactly the fields of the dataclass `kind` (those with defaults may be absent)."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-    if lacking := sorted(needed - set(entry)):
-        raise ValueError(f"{kind.__name__} lacks {', '.join(lacking)}")
-    if unknown := sorted(set(entry) - set(fields)):
-        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}")
-    return dict(entry)
+    return tuple(kind(**with_names(entry, kind)) for entry in entries)

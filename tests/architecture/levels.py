@@ -54,6 +54,7 @@ LEVELS: dict[str, int] = {
     "inspection": 5,
     "recheck": 5,
     "ranking_bundle": 5,
+    "retrieval_bundle": 5,
     "build_report": 5,
     "pipeline": 5,
     # The command line.

@@ -134,9 +134,9 @@ sys.meta_path.insert(0, Blocker())
 TRAINING = ("torch", "onnxscript", "tensorrt", "tensorrt_rtx", "triton", "onnxruntime")
 SERVING = (
     "bundle", "cli", "doctor", "engine", "engine_stage", "environment", "graph_plugin", "inspection", "plugin_library",
-    "plugin_stage", "polygraphy_files", "ranking_bundle", "recheck", "report", "runtime", "runtime.kv_cache",
-    "runtime.onnxruntime_session", "runtime.ranking", "runtime.request", "runtime.session",
-    "runtime.tensorrt_session", "session_check",
+    "plugin_stage", "polygraphy_files", "ranking_bundle", "recheck", "report", "retrieval_bundle", "runtime",
+    "runtime.kv_cache", "runtime.onnxruntime_session", "runtime.ranking", "runtime.request", "runtime.retrieval",
+    "runtime.session", "runtime.tensorrt_session", "session_check",
 )  # fmt: skip
 
 

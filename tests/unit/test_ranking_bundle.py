@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hstu_compile import ranking_bundle
+from hstu_compile import bundle
 from hstu_compile.bundle import BundleWriter
 from hstu_compile.errors import BundleError, EngineError, UsageError
 from hstu_compile.ranking_bundle import open_ranking_session
@@ -60,7 +60,7 @@ class Opener:
 @pytest.fixture
 def opener(monkeypatch: pytest.MonkeyPatch) -> Opener:
     opener = Opener()
-    monkeypatch.setattr(ranking_bundle, "open_session", opener)
+    monkeypatch.setattr(bundle, "open_session", opener)
     return opener
 
 

@@ -1,0 +1,66 @@
+"""Open a retrieval bundle that was built with --incremental as a `RetrievalSession`. Level 5; no torch."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from hstu_compile.bundle import open_graph, read_bundle
+from hstu_compile.errors import BundleError
+from hstu_compile.runtime.retrieval import OverBudget, RetrievalSession
+from hstu_compile.runtime.retrieval_request import Truncation
+
+_GRAPHS = ("retrieval", "prefill", "append")
+
+
+def open_retrieval_session(
+    path: str | Path,
+    runtime: str = "onnxruntime",
+    *,
+    kv_budget_bytes: int,
+    staging_rows: int | None = None,
+    truncation: Truncation = "refuse",
+    over_budget: OverBudget = "refuse",
+    plugin_library: Path | None = None,
+    use_gpu: bool = False,
+) -> RetrievalSession:
+    """Open a retrieval bundle for histories that grow.
+
+    Args:
+        path: folder that `hstu-compile build --incremental max-append=N` wrote.
+        runtime: onnxruntime, tensorrt or tensorrt-rtx.
+        kv_budget_bytes: memory for cached keys and values.
+        staging_rows: see `RetrievalSession`.
+        truncation: what to do with histories over the limit.
+        over_budget: what to do with a user that the budget cannot hold.
+        plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
+        use_gpu: ONNX Runtime's CUDA provider.
+
+    Returns:
+        A session that owns the graphs; close it.
+
+    Raises:
+        BundleError: HSTU-E803 if it is no bundle, was altered, or has not the graphs for this.
+        EngineError: HSTU-E401 or E404 if the runtime cannot be used.
+        UsageError: HSTU-E901 for arguments that do not go together.
+    """
+    files = read_bundle(Path(path))
+    if files.retrieval is None:
+        raise BundleError(
+            "HSTU-E803",
+            f"{files.path} cannot encode histories in parts",
+            "its manifest has no retrieval entry",
+            "build a retrieval model with --incremental max-append=N; hstu_compile.load_bundle runs this one as it is",
+        )
+    with contextlib.ExitStack() as opened:
+        graphs = [opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu)) for graph in _GRAPHS]
+        session = RetrievalSession(
+            files.retrieval,
+            *graphs,
+            kv_budget_bytes=kv_budget_bytes,
+            staging_rows=staging_rows,
+            truncation=truncation,
+            over_budget=over_budget,
+        )
+        opened.pop_all()
+        return session
