@@ -62,9 +62,21 @@ def sums_engine(*, int64: bool = True) -> FakeEngine:
 
 
 def fake_tensorrt(
-    engine: FakeEngine, cuda: FakeCuda, *, loads: bool = True, log: str = "", int64: bool = True, runs: bool = True
+    engine: FakeEngine,
+    cuda: FakeCuda,
+    *,
+    loads: bool = True,
+    log: str = "",
+    int64: bool = True,
+    runs: bool = True,
+    captures: bool = True,
+    stateful: bool = False,
 ) -> types.SimpleNamespace:
-    """The module `tensorrt`, whose runtime loads `engine`, or nothing after writing `log`."""
+    """The module `tensorrt`, whose runtime loads `engine`, or nothing after writing `log`.
+
+    Without `captures`, enqueueing fails while the stream is being recorded. With `stateful`, an engine reads its shapes
+    from the context when it runs, also from a graph.
+    """
     kind = types.SimpleNamespace
     types_of = {name: each[0] for name, each in (*engine.inputs.items(), *engine.outputs.items())}
 
@@ -88,29 +100,34 @@ def fake_tensorrt(
         def get_tensor_shape(self, name: str) -> Shape:
             return engine.infer(self.shapes)[name]
 
-        def at(self, name: str, shape: Shape) -> NDArray[Any]:
+        def at(self, addresses: dict[str, int], name: str, shape: Shape) -> NDArray[Any]:
             stored = storage_dtype(_NAMES[types_of[name]])
             nbytes = math.prod(shape) * stored.itemsize
             if not nbytes:
                 return np.empty(shape, stored)
-            cuda.require_device(self.addresses[name], nbytes)
-            raw = (ctypes.c_uint8 * nbytes).from_address(self.addresses[name])
+            cuda.require_device(addresses[name], nbytes)
+            raw = (ctypes.c_uint8 * nbytes).from_address(addresses[name])
             return np.frombuffer(raw, stored).reshape(shape)
 
         def execute_async_v3(self, stream: int) -> bool:
             assert set(self.addresses) == set(types_of), "an address is missing"
 
+            # A kernel's arguments are those of its launch, also in a graph that is launched much later.
+            launched, addresses = dict(self.shapes), dict(self.addresses)
+
             def work() -> None:
-                given = {name: self.at(name, shape).copy() for name, shape in self.shapes.items()}
+                shapes_used = self.shapes if stateful else launched
+                given = {name: self.at(addresses, name, shape).copy() for name, shape in shapes_used.items()}
                 given = {n: values_of_bits(a) if types_of[n] == "BF16" else a for n, a in given.items()}
-                shapes = engine.infer(self.shapes)
+                shapes = engine.infer(shapes_used)
                 for name, result in engine.compute(given).items():
                     assert result.shape == shapes[name], f"{name} is {result.shape}, inferred {shapes[name]}"
-                    target = self.at(name, result.shape)
+                    target = self.at(addresses, name, result.shape)
                     target[...] = bits_of_values(result) if types_of[name] == "BF16" else result
 
+            recording = stream in cuda.recording
             cuda.enqueue(stream, work)
-            return runs
+            return runs and (captures or not recording)
 
     class Engine:
         num_io_tensors = len(types_of)
@@ -155,8 +172,10 @@ def fake_tensorrt(
     )
 
 
-def open_fake(cuda: FakeCuda, engine: FakeEngine | None = None, **settings: Any) -> TensorRtSession:
+def open_fake(
+    cuda: FakeCuda, engine: FakeEngine | None = None, *, cuda_graphs: int = 0, **settings: Any
+) -> TensorRtSession:
     """A session on such a module; `settings` are those of `fake_tensorrt`."""
     engine = engine or sums_engine(int64=settings.get("int64", True))
     module: Any = fake_tensorrt(engine, cuda, **settings)
-    return TensorRtSession(TensorRtApi("tensorrt", module), b"plan", driver=CudaDriver(cuda))
+    return TensorRtSession(TensorRtApi("tensorrt", module), b"plan", driver=CudaDriver(cuda), cuda_graphs=cuda_graphs)

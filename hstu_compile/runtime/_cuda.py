@@ -45,18 +45,33 @@ class CudaDriver:
             ("cuDeviceGet", (ctypes.byref(self._device), device)),
             ("cuDevicePrimaryCtxRetain", (ctypes.byref(self._context), self._device)),
         ):
-            if status := getattr(self._lib, call)(*arguments):
+            if status := self.status(call, *arguments):
                 raise _no_gpu(f"{call}: {self._message(status)}")
         with self.current():
-            self._call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING_STREAM)
+            self.call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING_STREAM)
 
     def _message(self, status: int) -> str:
         text = ctypes.c_char_p()
         known = self._lib.cuGetErrorString(status, ctypes.byref(text)) == 0 and text.value
         return f"{text.value.decode()} ({status})" if known and text.value else f"CUDA error {status}"
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        if status := getattr(self._lib, name)(*arguments):
+    def status(self, name: str, *arguments: Any) -> int:
+        """Call the driver; its status, 0 for success, as it is."""
+        return int(getattr(self._lib, name)(*arguments))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call the driver, whose context is current.
+
+        Raises:
+            EngineError: HSTU-E404 with the driver's words if it does not return success, or has no such call.
+        """
+        try:
+            status = self.status(name, *arguments)
+        except AttributeError as error:
+            raise EngineError(
+                "HSTU-E404", f"the driver has no CUDA call {name}", str(error), "update the driver", {"call": name}
+            ) from error
+        if status:
             raise EngineError(
                 "HSTU-E404",
                 f"the CUDA call {name} failed",
@@ -68,11 +83,16 @@ class CudaDriver:
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make the context current on this thread; TensorRT and every method below need it."""
-        self._call("cuCtxPushCurrent_v2", self._context)
+        self.call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
         finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    @property
+    def stream_handle(self) -> ctypes.c_void_p:
+        """Handle of the stream, as `call` takes it."""
+        return self._stream
 
     @property
     def stream(self) -> int:
@@ -82,30 +102,36 @@ class CudaDriver:
     def allocate(self, size_bytes: int) -> int:
         """Device memory; an address aligned to at least 256 bytes. Freed by `free`."""
         address = ctypes.c_uint64()
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
         return int(address.value)
 
     def free(self, address: int) -> None:
         """Give memory of `allocate` back."""
-        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+        self.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def allocate_pinned(self, size_bytes: int) -> int:
+        """Page-locked host memory, which copies reach without a stop on the way. Freed by `free_pinned`."""
+        address = ctypes.c_void_p()
+        self.call("cuMemAllocHost_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        return int(address.value or 0)
+
+    def free_pinned(self, address: int) -> None:
+        """Give memory of `allocate_pinned` back."""
+        self.call("cuMemFreeHost", ctypes.c_void_p(address))
 
     def upload(self, array: NDArray[Any], address: int) -> None:
         """Copy a contiguous array to the device, ordered on the stream; keep it alive until `synchronise`."""
         source = ctypes.c_void_p(array.ctypes.data)
-        self._call(
-            "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(array.nbytes), self._stream
-        )
+        self.call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(array.nbytes), self._stream)
 
     def download(self, address: int, array: NDArray[Any]) -> None:
         """Copy from the device into a contiguous array; complete after `synchronise`."""
         target = ctypes.c_void_p(array.ctypes.data)
-        self._call(
-            "cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes), self._stream
-        )
+        self.call("cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes), self._stream)
 
     def copy(self, source: int, target: int, size_bytes: int) -> None:
         """Copy within the device, ordered on the stream."""
-        self._call(
+        self.call(
             "cuMemcpyDtoDAsync_v2",
             ctypes.c_uint64(target),
             ctypes.c_uint64(source),
@@ -113,9 +139,19 @@ class CudaDriver:
             self._stream,
         )
 
+    def fill(self, address: int, value: int, size_bytes: int) -> None:
+        """Set bytes of device memory, ordered on the stream."""
+        self.call(
+            "cuMemsetD8Async",
+            ctypes.c_uint64(address),
+            ctypes.c_ubyte(value),
+            ctypes.c_size_t(size_bytes),
+            self._stream,
+        )
+
     def synchronise(self) -> None:
         """Wait for the stream."""
-        self._call("cuStreamSynchronize", self._stream)
+        self.call("cuStreamSynchronize", self._stream)
 
     @contextlib.contextmanager
     def synchronised(self) -> Iterator[None]:
@@ -137,9 +173,9 @@ class CudaDriver:
         """Destroy the stream and release the context."""
         if self._stream.value:
             with self.current():
-                self._call("cuStreamDestroy_v2", self._stream)
+                self.call("cuStreamDestroy_v2", self._stream)
             self._stream = ctypes.c_void_p()
-            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+            self.call("cuDevicePrimaryCtxRelease_v2", self._device)
 
 
 class DeviceBuffers:

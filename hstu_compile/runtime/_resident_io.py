@@ -13,6 +13,8 @@ from hstu_compile.errors import RequestError
 from hstu_compile.runtime.resident import ResidentTensor
 
 Feeds = Mapping[str, NDArray[Any] | ResidentTensor]
+#: (source, target) pairs.
+Copies = Sequence[tuple[ResidentTensor, ResidentTensor]]
 
 
 def split_feeds(feeds: Feeds) -> tuple[dict[str, NDArray[Any]], dict[str, ResidentTensor]]:
@@ -70,6 +72,21 @@ def check_target(name: str, shape: tuple[int, ...], target: ResidentTensor, outp
     """
     if target.shape != shape:
         raise mismatch([f"{name} is {list(shape)} for these feeds, and its target {list(target.shape)}"], outputs)
+
+
+def check_copies(copies: Copies, kind: type[ResidentTensor]) -> None:
+    """Refuse copies that a session cannot make.
+
+    Raises:
+        ValueError: if a pair differs in shape or type, or is not of the session's memory.
+    """
+    for source, target in copies:
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise ValueError(
+                f"{source.dtype} {list(source.shape)} cannot be copied to {target.dtype} {list(target.shape)}"
+            )
+        if not (isinstance(source, kind) and isinstance(target, kind)):
+            raise ValueError(f"only a {kind.__name__} can be copied here")
 
 
 def mismatch(problems: Sequence[str], specs: Sequence[TensorSpec]) -> RequestError:

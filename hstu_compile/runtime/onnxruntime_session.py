@@ -18,7 +18,7 @@ from hstu_compile.errors import EngineError, InternalError
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
 from hstu_compile.runtime._bfloat16 import bits_of_values, values_of_bits
 from hstu_compile.runtime._feeds import matched_feeds
-from hstu_compile.runtime._resident_io import Feeds, check_residents, check_target, split_feeds
+from hstu_compile.runtime._resident_io import Copies, Feeds, check_copies, check_residents, check_target, split_feeds
 from hstu_compile.runtime.resident import HostPool, HostTensor, ResidentTensor
 
 _DTYPES = {
@@ -105,8 +105,17 @@ class OnnxRuntimeSession:
         """See `Session.run`."""
         return self._execute(matched_feeds(feeds, self.inputs))
 
-    def run_resident(self, feeds: Feeds, outputs: Mapping[str, ResidentTensor]) -> dict[str, NDArray[Any]]:
+    def run_resident(
+        self,
+        feeds: Feeds,
+        outputs: Mapping[str, ResidentTensor],
+        *,
+        before: Copies = (),
+        after: Copies = (),
+    ) -> dict[str, NDArray[Any]]:
         """See `Session.run_resident`. Outputs are copied to their targets once all are known to fit."""
+        check_copies((*before, *after), HostTensor)
+        _copy(before)
         arrays, residents = split_feeds(feeds)
         check_residents(
             residents, outputs, inputs=self._resident_inputs, outputs=self._resident_outputs, kind=HostTensor
@@ -121,7 +130,12 @@ class OnnxRuntimeSession:
             assert isinstance(target, HostTensor)  # as above
             result = results.pop(name)
             target.array[...] = _narrowed(name, result) if target.dtype == "bfloat16" else result
+        _copy(after)
         return results
+
+    @property
+    def graph_stats(self) -> None:
+        """See `Session.graph_stats`."""
 
     def memory_pool(self, capacity_bytes: int) -> HostPool:
         """See `Session.memory_pool`. Host memory, also with `use_gpu`: feeds of ONNX Runtime are host arrays here."""
@@ -154,6 +168,13 @@ class OnnxRuntimeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _copy(copies: Copies) -> None:
+    for source, target in copies:
+        assert isinstance(source, HostTensor)  # check_copies saw to that
+        assert isinstance(target, HostTensor)
+        target.array[...] = source.array
 
 
 def _spec(value: Any) -> TensorSpec:

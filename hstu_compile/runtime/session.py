@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError, UsageError
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.resident import MemoryPool, ResidentTensor
 
 if TYPE_CHECKING:
@@ -45,7 +46,12 @@ class Session(Protocol):
         """
 
     def run_resident(
-        self, feeds: Mapping[str, NDArray[Any] | ResidentTensor], outputs: Mapping[str, ResidentTensor]
+        self,
+        feeds: Mapping[str, NDArray[Any] | ResidentTensor],
+        outputs: Mapping[str, ResidentTensor],
+        *,
+        before: Sequence[tuple[ResidentTensor, ResidentTensor]] = (),
+        after: Sequence[tuple[ResidentTensor, ResidentTensor]] = (),
     ) -> dict[str, NDArray[Any]]:
         """Run one request batch on tensors that stay where the session computes.
 
@@ -55,12 +61,23 @@ class Session(Protocol):
             feeds: as for `run`; resident tensors have the input's dtype and are read in place.
             outputs: where to write outputs: tensors of the output's dtype and of exactly the shape that the feeds give
                 it. They overlap neither each other nor a resident feed. Their content is undefined after an error.
+            before: (source, target) of copies that are made first, so that the feeds may read the targets.
+            after: likewise of copies that are made last, so that their sources may be outputs.
 
         Returns:
             One new array per output that is not in `outputs`.
 
         Raises:
             RequestError: HSTU-E701 if feeds or outputs do not match the model.
+            ValueError: if a copy is not of the session's memory, or its two sides differ.
+        """
+
+    @property
+    def graph_stats(self) -> GraphStats | None:
+        """Counters of the session's CUDA graphs; None where it records none.
+
+        A session with graphs replays a pass whose shapes and resident addresses are those of an earlier one, so it pays
+        to keep addresses the same by copies `before` and `after`.
         """
 
     def memory_pool(self, capacity_bytes: int) -> MemoryPool:
@@ -91,6 +108,7 @@ def open_session(
     taps: Sequence[str] = (),
     use_gpu: bool = False,
     allow_tf32: bool = True,
+    cuda_graphs: int = 0,
 ) -> Session:
     """Load a model.
 
@@ -103,12 +121,21 @@ def open_session(
         use_gpu: use ONNX Runtime's CUDA provider; the engines always use the GPU.
         allow_tf32: False for engines that were built without TF32: float32 ones, and those of --noTF32 (TensorRT-RTX
             only; see `tf32_override_off`).
+        cuda_graphs: most CUDA graphs that are kept (tensorrt only; see `TensorRtSession`). None by default: who runs
+            each shape once or twice, as a verification does, would pay for graphs and never launch one.
 
     Raises:
         EngineError: HSTU-E401 if the runtime is absent or has no GPU; E404 if the model cannot be loaded.
         PluginError: HSTU-E503 if the engine asks for a plugin that no loaded library has.
         UsageError: HSTU-E901 for arguments that do not belong together.
     """
+    if cuda_graphs and runtime == "onnxruntime":
+        raise UsageError(
+            "HSTU-E901",
+            f"{runtime} keeps no CUDA graphs",
+            f"cuda_graphs is {cuda_graphs}",
+            "pass cuda_graphs=0, or use the runtime tensorrt",
+        )
     if runtime == "onnxruntime":
         if onnx is None:
             raise _lacks(runtime, "a graph (model.onnx)")
@@ -134,7 +161,13 @@ def open_session(
     from hstu_compile.runtime.tensorrt_session import TensorRtSession
     from hstu_compile.tensorrt_api import tensorrt_api
 
-    return TensorRtSession(tensorrt_api(runtime), _engine_bytes(engine), plugin_library, allow_tf32=allow_tf32)
+    return TensorRtSession(
+        tensorrt_api(runtime),
+        _engine_bytes(engine),
+        plugin_library,
+        allow_tf32=allow_tf32,
+        cuda_graphs=cuda_graphs,
+    )
 
 
 def _lacks(runtime: str, what: str) -> UsageError:

@@ -1,11 +1,14 @@
-"""Session on TensorRT 8.5 to 11 and TensorRT-RTX: one context, one stream, buffers that only grow. Level 3."""
+"""Session on TensorRT 8.5 to 11 and TensorRT-RTX: one context, one stream, CUDA graphs of what recurs. Level 3."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,9 +19,19 @@ from numpy.typing import NDArray
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError, PluginError, RequestError, UsageError
 from hstu_compile.runtime._bfloat16 import storage_dtype, values_of_bits
-from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers, host_array
+from hstu_compile.runtime._cuda import CudaDriver
+from hstu_compile.runtime._cuda_graph import CudaGraph
 from hstu_compile.runtime._feeds import matched_feeds
-from hstu_compile.runtime._resident_io import Feeds, check_residents, check_target, split_feeds
+from hstu_compile.runtime._mirrored import Layout, MirroredBuffer
+from hstu_compile.runtime._resident_io import (
+    Copies,
+    Feeds,
+    check_copies,
+    check_residents,
+    check_target,
+    split_feeds,
+)
+from hstu_compile.runtime.graph_cache import GraphCache, GraphStats
 from hstu_compile.runtime.resident import DevicePool, DeviceTensor, ResidentTensor
 from hstu_compile.tensorrt_api import PluginKey, TensorRtApi, tf32_override_off
 
@@ -48,6 +61,58 @@ class _OutputShape(NamedTuple):
     asked: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """How a pass of certain shapes lies in memory.
+
+    Attributes:
+        shapes: of the inputs.
+        shape_key: the same, hashable.
+        computed: of every output.
+        incoming: places of the inputs that come from the host.
+        outgoing: places of the outputs that are not written straight to their targets.
+        fetched: of the outputs that go to the host: offset, shape, storage type.
+        fetched_bytes: they lie in the first that many bytes.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    shape_key: Hashable
+    computed: dict[str, _OutputShape]
+    incoming: Layout
+    outgoing: Layout
+    fetched: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]]
+    fetched_bytes: int
+
+
+class _Memory(NamedTuple):
+    """What one request reads and writes."""
+
+    arrays: Mapping[str, NDArray[Any]]
+    residents: Mapping[str, ResidentTensor]
+    targets: Mapping[str, ResidentTensor]
+    before: Copies
+    after: Copies
+
+
+class _Replay:
+    """A recorded pass.
+
+    Attributes:
+        graph: the recording.
+        plan: of the pass.
+        proven: whether the context had served other shapes meanwhile, for each case that was compared with TensorRT's
+            own enqueueing.
+    """
+
+    def __init__(self, graph: CudaGraph, plan: _Plan) -> None:
+        self.graph, self.plan = graph, plan
+        self.proven: set[bool] = set()
+
+    def close(self) -> None:
+        """Free the graph."""
+        self.graph.close()
+
+
 class TensorRtSession:
     """An engine, ready to run.
 
@@ -59,14 +124,22 @@ class TensorRtSession:
     last; outputs lose the rows that it added. A batch without sequences stays refused: its offsets have 1 entry, and
     the profile starts at 2.
 
+    With `cuda_graphs`, a pass whose shapes and addresses come a second time is run and then recorded, and from the
+    third time on it is one launch instead of several hundred. Inputs from the host are copied into a buffer of the
+    session before the launch, outside the graph and on its stream, and so are the copies `before` and `after` a pass.
+    Resident tensors are read and written at their own addresses; whoever wants replays keeps these the same.
+
     Args:
         api: the backend.
         plan: serialised engine.
         plugin_library: library with the plugin, or None.
         driver: CUDA; None opens device 0.
         allow_tf32: False for a TensorRT-RTX engine that was built without TF32.
+        cuda_graphs: graphs that are kept, the least recently used goes first; 0 records none.
 
     Raises:
+        UsageError: HSTU-E901 for a negative number of graphs, or graphs of TensorRT-RTX, which compiles kernels for new
+            shapes while it runs and has CUDA graphs of its own.
         EngineError: HSTU-E401 without a GPU, E404 if the engine cannot be loaded.
         PluginError: HSTU-E503 if the engine asks for a plugin that is not registered.
     """
@@ -79,7 +152,15 @@ class TensorRtSession:
         driver: CudaDriver | None = None,
         *,
         allow_tf32: bool = True,
+        cuda_graphs: int = 0,
     ) -> None:
+        if cuda_graphs < 0 or (cuda_graphs and api.is_rtx):
+            raise UsageError(
+                "HSTU-E901",
+                f"{api.backend} cannot keep {cuda_graphs} CUDA graphs",
+                "TensorRT-RTX compiles kernels while it runs" if api.is_rtx else "the number is negative",
+                "pass cuda_graphs=0",
+            )
         if api.is_rtx and plugin_library is not None:
             raise UsageError(
                 "HSTU-E901",
@@ -90,7 +171,12 @@ class TensorRtSession:
         self.name = f"{api.backend} {api.version}"
         self._api, self._lock, self._closed = api, threading.Lock(), False
         self._driver = driver or CudaDriver()
-        self._buffers = DeviceBuffers(self._driver)
+        self._incoming, self._outgoing = MirroredBuffer(self._driver), MirroredBuffer(self._driver)
+        self._graphs: GraphCache[_Replay] | None = GraphCache(cuda_graphs) if cuda_graphs else None
+        # Shapes of the last pass that the context itself enqueued; None while they are being changed.
+        self._context_shapes: Hashable = None
+        self._all_bound = False
+        self._warned: set[str] = set()
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
@@ -163,7 +249,14 @@ class TensorRtSession:
         """
         return self.run_resident(feeds, {})
 
-    def run_resident(self, feeds: Feeds, outputs: Mapping[str, ResidentTensor]) -> dict[str, NDArray[Any]]:
+    def run_resident(
+        self,
+        feeds: Feeds,
+        outputs: Mapping[str, ResidentTensor],
+        *,
+        before: Copies = (),
+        after: Copies = (),
+    ) -> dict[str, NDArray[Any]]:
         """See `Session.run_resident`. The engine reads and writes resident tensors at their own addresses.
 
         The session waits for its stream before it returns, so that sessions and pools on other streams see the result.
@@ -172,6 +265,7 @@ class TensorRtSession:
             RequestError: HSTU-E701 or E704, before anything is enqueued.
             EngineError: HSTU-E404 if TensorRT or CUDA fails.
         """
+        check_copies((*before, *after), DeviceTensor)
         arrays, residents = split_feeds(feeds)
         check_residents(
             residents,
@@ -190,15 +284,23 @@ class TensorRtSession:
             arrays[name] = np.zeros(shapes[name], storage_dtype(self._dtypes[name]))
             residents.pop(name, None)
         self._require_profile(shapes)
+        key = self._key(shapes, empty, residents, outputs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the session is closed")
             with self._driver.current(), self._api.capture() as log:
-                computed = self._output_shapes(shapes, empty, log)
+                replay = self._replayable(key)
+                plan = self._planned(arrays, outputs, shapes, empty, log) if replay is None else replay.plan
                 for name, target in outputs.items():
-                    check_target(name, computed[name].asked, target, self.outputs)
+                    check_target(name, plan.computed[name].asked, target, self.outputs)
+                if replay is None:
+                    self._reserve(plan)
+                memory = _Memory(arrays, residents, outputs, before, after)
                 with self._driver.synchronised():
-                    results = self._enqueue(arrays, residents, outputs, computed, log)
+                    self._enqueue(plan, memory, replay, key, log)
+                results = {name: self._outgoing.taken(*place) for name, place in plan.fetched.items()}
+                if replay is None and self._graphs is not None and self._graphs.is_due(key):
+                    self._capture(self._graphs, key, plan, log)
         return {name: _readable(array, self._dtypes[name]) for name, array in results.items()}
 
     def _require_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -236,9 +338,7 @@ class TensorRtSession:
 
     def _inferred(self, shapes: Mapping[str, tuple[int, ...]], log: Any) -> dict[str, tuple[int, ...]]:
         """Set the input shapes; the shape of every output."""
-        for name, shape in shapes.items():
-            if not self._context.set_input_shape(name, shape):
-                raise self._failed(f"it refused {name} of shape {list(shape)}", log)
+        self._set_shapes(shapes, log)
         inferred = {}
         for spec in self.outputs:
             shape = tuple(int(size) for size in self._context.get_tensor_shape(spec.name))
@@ -247,50 +347,197 @@ class TensorRtSession:
             inferred[spec.name] = shape
         return inferred
 
-    def _enqueue(
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]], log: Any) -> None:
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise self._failed(f"it refused {name} of shape {list(shape)}", log)
+
+    def _key(
         self,
-        arrays: Mapping[str, NDArray[Any]],
+        shapes: Mapping[str, tuple[int, ...]],
+        empty: Sequence[str],
         residents: Mapping[str, ResidentTensor],
         targets: Mapping[str, ResidentTensor],
-        computed: Mapping[str, _OutputShape],
+    ) -> Hashable:
+        """All that a recorded pass depends on, beside where the session's own buffers lie."""
+        return (
+            self._shape_key(shapes),
+            tuple(empty),
+            tuple(sorted((name, tensor.address) for name, tensor in residents.items())),
+            tuple(sorted((name, tensor.address, tensor.shape) for name, tensor in targets.items())),
+        )
+
+    def _shape_key(self, shapes: Mapping[str, tuple[int, ...]]) -> Hashable:
+        return tuple(shapes[spec.name] for spec in self.inputs)
+
+    def _replayable(self, key: Hashable) -> _Replay | None:
+        """The graph of a pass, unless it may only be launched while the context is at its shapes, and it is not."""
+        replay = None if self._graphs is None else self._graphs.find(key)
+        if replay is not None and replay.plan.shape_key != self._context_shapes and self._bound(replay):
+            return None
+        return replay
+
+    def _bound(self, replay: _Replay) -> bool:
+        return self._all_bound or bool(replay.graph.bound_by)
+
+    def _planned(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        targets: Mapping[str, ResidentTensor],
+        shapes: dict[str, tuple[int, ...]],
+        empty: Sequence[str],
         log: Any,
-    ) -> dict[str, NDArray[Any]]:
-        """Run the engine; arrays for the outputs without a target, which hold their content after `synchronise`."""
-        driver = self._driver
-        for name, array in arrays.items():
-            address = self._buffers.address(name, array.nbytes)
-            if array.nbytes:
-                driver.upload(array, address)
-            self._bind(name, address, log)
-        for name, tensor in residents.items():
-            self._bind(name, tensor.address, log)
-        results = {}
-        fetched: list[tuple[int, NDArray[Any] | ResidentTensor]] = []
-        for name, shape in computed.items():
-            target = targets.get(name)
-            if target is not None and target.nbytes and shape.written == shape.asked:
-                self._bind(name, target.address, log)
-                continue
-            written_bytes = math.prod(shape.written) * storage_dtype(self._dtypes[name]).itemsize
-            address = self._buffers.address(name, written_bytes)
-            self._bind(name, address, log)
-            if target is None:
-                results[name] = host_array(shape.asked, self._dtypes[name])
-            wanted = results[name] if target is None else target
-            if wanted.nbytes:
-                fetched.append((address, wanted))
-        if not self._context.execute_async_v3(driver.stream):
-            raise self._failed("enqueueing failed", log)
-        for address, wanted in fetched:
-            if isinstance(wanted, ResidentTensor):
-                driver.copy(address, wanted.address, wanted.nbytes)
+    ) -> _Plan:
+        """What the pass writes, and where its tensors lie in the session's buffers."""
+        # From here to the end of the enqueueing, nobody knows what the context is set to.
+        self._context_shapes = None
+        computed = self._output_shapes(shapes, empty, log)
+        sizes = {
+            name: math.prod(shape.written) * storage_dtype(self._dtypes[name]).itemsize
+            for name, shape in computed.items()
+        }
+        direct = [name for name, target in targets.items() if target.nbytes and computed[name].written == target.shape]
+        # What goes to the host comes first, so that one copy brings it.
+        order = [name for name in computed if name not in targets]
+        fetched_bytes = Layout({name: sizes[name] for name in order}).nbytes
+        order += [name for name in targets if name not in direct]
+        outgoing = Layout({name: sizes[name] for name in order})
+        return _Plan(
+            shapes=dict(shapes),
+            shape_key=self._shape_key(shapes),
+            computed=computed,
+            incoming=Layout({spec.name: arrays[spec.name].nbytes for spec in self.inputs if spec.name in arrays}),
+            outgoing=outgoing,
+            fetched={
+                name: (outgoing.offsets[name], computed[name].asked, storage_dtype(self._dtypes[name]))
+                for name in computed
+                if name not in targets
+            },
+            fetched_bytes=fetched_bytes,
+        )
+
+    def _reserve(self, plan: _Plan) -> None:
+        """Make room for a pass. If a buffer moves, every graph goes, because it knows the old place."""
+        needs = ((self._incoming, plan.incoming.nbytes), (self._outgoing, plan.outgoing.nbytes))
+        if all(buffer.holds(size) for buffer, size in needs):
+            return
+        if self._graphs is not None:
+            self._graphs.clear()
+        for buffer, size in needs:
+            buffer.reserve(size)
+
+    def _enqueue(self, plan: _Plan, memory: _Memory, replay: _Replay | None, key: Hashable, log: Any) -> None:
+        """Everything of one pass, on one stream and without a wait; complete after `synchronise`."""
+        for name, array in memory.arrays.items():
+            self._incoming.place(plan.incoming.offsets[name], array)
+        self._incoming.upload(plan.incoming.nbytes)
+        self._copy(memory.before)
+        if replay is None:
+            self._run_context(plan, memory, log)
+        elif self._graphs is not None:
+            if (plan.shape_key != self._context_shapes) in replay.proven:
+                replay.graph.launch()
+                self._graphs.replayed()
             else:
-                driver.download(address, wanted)
-        return results
+                self._prove(self._graphs, key, replay, memory, log)
+        for name, target in memory.targets.items():
+            if name in plan.outgoing.offsets and target.nbytes:
+                self._driver.copy(self._outgoing.address + plan.outgoing.offsets[name], target.address, target.nbytes)
+        self._copy(memory.after)
+        self._outgoing.download(plan.fetched_bytes)
+
+    def _copy(self, copies: Copies) -> None:
+        for source, target in copies:
+            if source.nbytes:
+                self._driver.copy(source.address, target.address, source.nbytes)
+
+    def _run_context(self, plan: _Plan, memory: _Memory, log: Any) -> None:
+        """Bind every tensor and let TensorRT enqueue; the context's shapes are set."""
+        for name, offset in plan.incoming.offsets.items():
+            self._bind(name, self._incoming.address + offset, log)
+        for name, tensor in memory.residents.items():
+            self._bind(name, tensor.address, log)
+        for name in plan.computed:
+            held = plan.outgoing.offsets.get(name)
+            address = memory.targets[name].address if held is None else self._outgoing.address + held
+            self._bind(name, address, log)
+        self._execute(log)
+        self._context_shapes = plan.shape_key
+
+    def _execute(self, log: Any) -> None:
+        if not self._context.execute_async_v3(self._driver.stream):
+            raise self._failed("enqueueing failed", log)
+
+    def _capture(self, graphs: GraphCache[_Replay], key: Hashable, plan: _Plan, log: Any) -> None:
+        """Record the pass that was just run, for the next one of its key. Its answer is already fetched."""
+        try:
+            graph = CudaGraph(self._driver, lambda: self._execute(log))
+        except EngineError as error:
+            graphs.refuse(key)
+            # What a failed recording left behind in TensorRT must not fail the next request.
+            with contextlib.suppress(EngineError), self._driver.synchronised():
+                self._execute(log)
+            self._warn(f"a pass of {self.name} stays without a CUDA graph: {error.what}: {error.why}")
+            return
+        graphs.keep(key, _Replay(graph, plan))
+
+    def _prove(self, graphs: GraphCache[_Replay], key: Hashable, replay: _Replay, memory: _Memory, log: Any) -> None:
+        """Launch a graph, run the pass without it, and compare all that they wrote; what the latter wrote stays.
+
+        Done when a graph is first launched, and when it is first launched although the context has served other shapes
+        since it was recorded, which TensorRT gives no promise for.
+        """
+        foreign = replay.plan.shape_key != self._context_shapes
+        replayed = self._written_by(replay.plan, memory, replay.graph.launch)
+        self._context_shapes = None
+        self._set_shapes(replay.plan.shapes, log)
+        plain = self._written_by(replay.plan, memory, lambda: self._run_context(replay.plan, memory, log))
+        if all(np.array_equal(one, other) for one, other in zip(replayed, plain, strict=True)):
+            replay.proven.add(foreign)
+            graphs.replayed()
+        elif foreign:
+            self._all_bound = True
+            graphs.failed()
+            self._warn(
+                f"CUDA graphs of {self.name} are replayed only while the same shapes follow one another: a graph gave "
+                "another answer after other shapes had been served"
+            )
+        else:
+            graphs.refuse(key)
+            self._warn(f"a pass of {self.name} stays without a CUDA graph: the graph gave another answer")
+
+    def _written_by(self, plan: _Plan, memory: _Memory, run: Callable[[], None]) -> list[NDArray[np.uint8]]:
+        """The bytes of every output after `run`; what it did not write is 0xFF."""
+        spans = [(self._outgoing.address, plan.outgoing.nbytes)]
+        spans += [
+            (target.address, target.nbytes)
+            for name, target in memory.targets.items()
+            if name not in plan.outgoing.offsets
+        ]
+        written = [np.empty(size, np.uint8) for _, size in spans if size]
+        places = [address for address, size in spans if size]
+        with self._driver.synchronised():
+            for address, array in zip(places, written, strict=True):
+                self._driver.fill(address, 0xFF, array.nbytes)
+            run()
+            for address, array in zip(places, written, strict=True):
+                self._driver.download(address, array)
+        return written
+
+    def _warn(self, text: str) -> None:
+        """Once for each text."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _bind(self, name: str, address: int, log: Any) -> None:
         if not self._context.set_tensor_address(name, address):
             raise self._failed(f"it refused the address {address:#x} of {name}", log)
+
+    @property
+    def graph_stats(self) -> GraphStats | None:
+        """See `Session.graph_stats`."""
+        return None if self._graphs is None else self._graphs.stats
 
     def memory_pool(self, capacity_bytes: int) -> DevicePool:
         """See `Session.memory_pool`. Memory of the session's GPU, with a stream of its own."""
@@ -311,11 +558,14 @@ class TensorRtSession:
                 return
             self._closed = True
             with self._driver.current():
+                if self._graphs is not None:
+                    self._graphs.clear()
                 # Their order matters: a context must not outlive its engine, nor an engine its runtime.
                 self._context = None
                 self._engine = None
                 self._runtime = None
-                self._buffers.close()
+                self._incoming.close()
+                self._outgoing.close()
             self._driver.close()
 
     def __enter__(self) -> TensorRtSession:
