@@ -52,7 +52,7 @@ class BuildOutcome:
         plugin: the plugin library, or None.
         verification: of all graphs; None if it was not wanted.
         stages: name, seconds and summary of each.
-        session: what the graphs were compared with as a ranking session; None without such a comparison.
+        session: what the graphs were compared with as a session; None without such a comparison.
     """
 
     plan: BuildPlan

@@ -26,6 +26,7 @@ from hstu_compile.build_report import (
     build_report,
     engine_dict,
     ranking_spec,
+    retrieval_spec,
 )
 from hstu_compile.calibration.append_batches import most_cached_rows
 from hstu_compile.calibration.batches import RequestBatch, retrieval_batches
@@ -38,6 +39,7 @@ from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import write_limits
 from hstu_compile.graph_plugin import plugin_request_of
+from hstu_compile.incremental_check import check_incremental
 from hstu_compile.m_falcon_check import check_m_falcon
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
@@ -285,10 +287,8 @@ def _verify_session(
     precision: Precision,
     progress: Progress,
 ) -> list[RuntimeCheck]:
-    """The graphs as one ranking session: in ONNX Runtime, and their engines where those can run."""
+    """The graphs as one session: in ONNX Runtime, and their engines where those can run."""
     graphs = {each.graph.name: each for each in built}
-    # Cached keys and values live as long as this check: any version is as good as another.
-    spec = ranking_spec(plan, precision, plan.spec.sha256)
     files = {"onnxruntime": {name: each.onnx_file for name, each in graphs.items()}}
     if all(each.engine is not None for each in built):
         files[plan.backend.name] = {name: each.engine_file for name, each in graphs.items()}
@@ -296,10 +296,16 @@ def _verify_session(
     def opener(runtime: str) -> Callable[[str], Session]:
         return lambda graph: open_built(graphs[graph], runtime, reference.feeds, plugin_library)
 
-    return [
-        check_m_falcon(runtime, opener(runtime), names, spec, reference, precision, progress)
-        for runtime, names in files.items()
-    ]
+    # Cached keys and values live as long as this check: any version is as good as another.
+    version, found = plan.spec.sha256, []
+    for runtime, names in files.items():
+        if isinstance(plan.spec.config, RankingConfig):
+            ranking = ranking_spec(plan, precision, version)
+            found.append(check_m_falcon(runtime, opener(runtime), names, ranking, reference, precision, progress))
+        else:
+            retrieval = retrieval_spec(plan, precision, version)
+            found.append(check_incremental(runtime, opener(runtime), names, retrieval, reference, precision, progress))
+    return found
 
 
 def _intermediate(name: str, graph: ServedGraph, graphs: Sequence[ServedGraph]) -> str:

@@ -12,6 +12,7 @@ import onnx
 from hstu_compile import bundle as bundles
 from hstu_compile.artifacts import Feed
 from hstu_compile.errors import BundleError
+from hstu_compile.incremental_check import check_incremental
 from hstu_compile.m_falcon_check import check_m_falcon
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_feeds, load_outputs, run_polygraphy
 from hstu_compile.rewrite import affordable
@@ -50,8 +51,8 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     """Run the stored feeds again and compare with the stored float64 outputs, under the rule of the build.
 
     Every graph runs in ONNX Runtime, its engine on its backend where that can run; the graphs of a model built with
-    --m-falcon also run together, as a session. Then the stored Polygraphy commands are repeated, which also cover top-k
-    scores.
+    --m-falcon or --incremental also run together, as a session. Then the stored Polygraphy commands are repeated, which
+    also cover top-k scores.
 
     Args:
         files: an existing bundle whose hashes were checked.
@@ -112,18 +113,18 @@ def _stored_session_reference(files: bundles.BundleFiles) -> Reference:
 def _check_session_of(
     files: bundles.BundleFiles, runtime: str, reference: Reference, progress: Progress
 ) -> RuntimeCheck:
-    assert files.ranking is not None  # only a ranking model's build checks a session
     graphs = {graph["name"]: graph for graph in files.manifest["graphs"]}
     kind = "onnx" if runtime == "onnxruntime" else "engine"
-    return check_m_falcon(
-        runtime,
-        lambda graph: _open(files, graphs[graph], runtime, reference.feeds),
-        {name: graph[kind] for name, graph in graphs.items()},
-        files.ranking,
-        reference,
-        files.manifest["precision"]["requested"],
-        progress,
-    )
+    names = {name: graph[kind] for name, graph in graphs.items()}
+    precision = files.manifest["precision"]["requested"]
+
+    def open_it(graph: str) -> Session:
+        return _open(files, graphs[graph], runtime, reference.feeds)
+
+    if files.ranking is not None:
+        return check_m_falcon(runtime, open_it, names, files.ranking, reference, precision, progress)
+    assert files.retrieval is not None  # builds of these two kinds alone check a session
+    return check_incremental(runtime, open_it, names, files.retrieval, reference, precision, progress)
 
 
 def _open(files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, feeds: Sequence[Feed]) -> Session:

@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 # Outputs with one number per candidate and task: [T, tasks].
 PREDICTIONS = ("preds", "logits")
 
-# Stands for a graph's name where graphs are checked together, as a ranking session runs them.
+# Stands for a graph's name where graphs are checked together, as a session runs them.
 SESSION = "session"
 
 _Opened = TypeVar("_Opened", bound=AbstractContextManager[Any])

@@ -58,7 +58,8 @@ class References:
 
     Attributes:
         graphs: one per graph, in the order of `served_graphs`.
-        session: for every candidate, what an M-FALCON session has to answer; None without the graphs for one.
+        session: what a session has to answer: for every candidate, or for every history; None without the graphs for
+            one.
     """
 
     graphs: tuple[Reference, ...]
@@ -165,6 +166,8 @@ def references_from_spec(
     session = None
     if isinstance(exact_model, RankingModel) and cached:
         session = _session_reference(exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress)
+    elif cached:
+        session = _incremental_reference(references[0])
     return References(tuple(references), session)
 
 
@@ -203,6 +206,16 @@ def _session_reference(
 
     exact, eager = answers(exact_graph, packed.exact), answers(eager_graph, packed.eager)
     return Reference(SESSION, packed.primary, packed.feeds, exact, eager, _eager_error(exact, eager), None)
+
+
+def _incremental_reference(whole: Reference) -> Reference:
+    """What a session answers to histories that grow in it: the same as to whole ones."""
+
+    def answers(known: Sequence[Outputs]) -> tuple[Outputs, ...]:
+        return tuple({whole.primary: each[whole.primary]} for each in known)
+
+    exact, eager = answers(whole.exact), answers(whole.eager)
+    return Reference(SESSION, whole.primary, whole.feeds, exact, eager, _eager_error(exact, eager), None)
 
 
 def open_built(

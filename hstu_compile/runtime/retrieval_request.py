@@ -178,7 +178,7 @@ class _Check:
         return arrays
 
     def _asked(self) -> int:
-        time = self._request.request_timestamp
+        time: Any = self._request.request_timestamp
         if isinstance(time, bool) or not isinstance(time, numbers.Integral):
             self._add("HSTU-E701", f"request_timestamp is a {type(time).__name__}, not an int")
             return 0

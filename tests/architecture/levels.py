@@ -48,6 +48,7 @@ LEVELS: dict[str, int] = {
     "polygraphy_files": 4,
     "build_plan": 4,
     "m_falcon_check": 4,
+    "incremental_check": 4,
     # The order of the stages.
     "engine_stage": 5,
     "plugin_stage": 5,
