@@ -316,7 +316,12 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
 
 
 def open_graph(
-    files: BundleFiles, graph: str, runtime: str, plugin_library: Path | None = None, use_gpu: bool = False
+    files: BundleFiles,
+    graph: str,
+    runtime: str,
+    plugin_library: Path | None = None,
+    use_gpu: bool = False,
+    cuda_graphs: int = 0,
 ) -> Session:
     """Open one graph of a bundle.
 
@@ -326,10 +331,11 @@ def open_graph(
         runtime: onnxruntime, tensorrt or tensorrt-rtx.
         plugin_library: plugin that the engine needs (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
+        cuda_graphs: see `open_session`.
 
     Raises:
         EngineError: HSTU-E401 or E404 if the runtime cannot be used.
-        UsageError: HSTU-E901 for a plugin where there are none, or without an engine for the runtime.
+        UsageError: HSTU-E901 for a plugin or CUDA graphs where there are none, or without an engine for the runtime.
     """
     if plugin_library is not None and runtime != "tensorrt":
         raise UsageError(
@@ -342,6 +348,8 @@ def open_graph(
     arguments: dict[str, Any] = {"use_gpu": use_gpu} if runtime == "onnxruntime" else {}
     if runtime == "tensorrt":
         arguments["plugin_library"] = plugin_library or files.plugin_library
+    if cuda_graphs:
+        arguments["cuda_graphs"] = cuda_graphs
     return open_session(
         runtime,
         onnx=files.path / onnx,

@@ -12,6 +12,9 @@ from hstu_compile.runtime.ranking_request import RankingPolicy
 from hstu_compile.runtime.ranking_spec import RankingSpec
 
 _GRAPHS = ("packed", "prefill", "score")
+#: Graphs per engine by default: the shapes that come again are few (full micro-batches after a history of the greatest
+#: length, a service's usual numbers of candidates), while each graph holds the arguments of several hundred kernels.
+CUDA_GRAPHS = 16
 
 
 def open_ranking_session(
@@ -24,6 +27,7 @@ def open_ranking_session(
     over_budget: OverBudget = "refuse",
     plugin_library: Path | None = None,
     use_gpu: bool = False,
+    cuda_graphs: int | None = None,
 ) -> RankingSession:
     """Open a ranking bundle for scoring.
 
@@ -36,6 +40,8 @@ def open_ranking_session(
         over_budget: what to do with a user that the budget cannot hold.
         plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
+        cuda_graphs: most CUDA graphs that each engine keeps (tensorrt only); 0 records none. None means
+            `CUDA_GRAPHS` with tensorrt, and none elsewhere.
 
     Returns:
         A session that owns the graphs; close it.
@@ -55,9 +61,11 @@ def open_ranking_session(
             "open a retrieval bundle with hstu_compile.load_bundle",
         )
     spec = RankingSpec.from_manifest(entry)
+    if cuda_graphs is None:
+        cuda_graphs = CUDA_GRAPHS if runtime == "tensorrt" else 0
     with contextlib.ExitStack() as opened:
         graphs = {
-            graph: opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu))
+            graph: opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs))
             for graph in _GRAPHS
             if graph == "packed" or model_files(graph)[0] in files.manifest["files"]
         }

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import RequestError
 from hstu_compile.runtime._feeds import matched_feeds
+from hstu_compile.runtime._resident_io import Copies
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 from hstu_compile.runtime.resident import HostPool, HostTensor
 
@@ -214,13 +216,18 @@ class FakeGraph:
     Attributes:
         calls: of every run, the candidates or events in it and the sequences.
         addresses: of every resident run, where the keys of the first layer were.
+        copied: of every resident run, how many copies came before and how many after it.
         failure: raised by every run while it is set.
+        graph_stats: as of a session without CUDA graphs; a test may say otherwise.
     """
+
+    graph_stats: GraphStats | None = None
 
     def __init__(self, model: FakeModel, role: Role) -> None:
         self.model, self.role, self.name = model, role, f"fake {role}"
         self.calls: list[tuple[int, int]] = []
         self.addresses: list[int] = []
+        self.copied: list[int] = []
         self.failure: Exception | None = None
         self.closed = False
         spec = model.spec
@@ -253,13 +260,24 @@ class FakeGraph:
             raise self.failure
         return getattr(self, f"_{self.role}")(arrays)
 
-    def run_resident(self, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Array]:
+    def run_resident(
+        self, feeds: Mapping[str, Any], outputs: Mapping[str, Any], *, before: Copies = (), after: Copies = ()
+    ) -> dict[str, Array]:
+        self._copy(before)
         arrays = {n: feed.array if isinstance(feed, HostTensor) else feed for n, feed in feeds.items()}
         self.addresses += [tensor["k_0"].address for tensor in (feeds, outputs) if "k_0" in tensor]
         results = self.run(arrays)
         for name, target in outputs.items():
             np.copyto(target.array, results.pop(name), casting="no")
+        self._copy(after)
         return results
+
+    def _copy(self, copies: Copies) -> None:
+        self.copied.append(len(copies))
+        for source, target in copies:
+            assert isinstance(source, HostTensor)
+            assert isinstance(target, HostTensor)
+            np.copyto(target.array, source.array, casting="no")
 
     def memory_pool(self, capacity_bytes: int) -> HostPool:
         return HostPool(capacity_bytes)

@@ -76,8 +76,8 @@ class Altered:
         self._change(outputs)
         return outputs
 
-    def run_resident(self, feeds: Any, outputs: Any) -> dict[str, Any]:
-        results = self._session.run_resident(feeds, outputs)
+    def run_resident(self, feeds: Any, outputs: Any, **copies: Any) -> dict[str, Any]:
+        results = self._session.run_resident(feeds, outputs, **copies)
         self._change(results)
         return results
 

@@ -58,6 +58,8 @@ def reference(state: dict[str, torch.Tensor]) -> rows.Reference:
 class TorchGraph:
     """One of the eager model's served graphs behind the session protocol, in host memory."""
 
+    graph_stats = None
+
     def __init__(self, graph: ServedGraph) -> None:
         self._graph, self.name = graph, graph.name
         names = {np.dtype("int32"): "int32", np.dtype("int64"): "int64", np.dtype("float32"): "float32"}
@@ -70,10 +72,16 @@ class TorchGraph:
         values = self._graph.run(matched_feeds(feeds, self.inputs))
         return {name: values[name] for name in self._graph.outputs}
 
-    def run_resident(self, feeds: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    def run_resident(
+        self, feeds: dict[str, Any], outputs: dict[str, Any], *, before: Any = (), after: Any = ()
+    ) -> dict[str, Any]:
+        for source, target in before:
+            np.copyto(target.array, source.array, casting="no")
         results = self.run({name: getattr(value, "array", value) for name, value in feeds.items()})
         for name, target in outputs.items():
             np.copyto(target.array, results.pop(name), casting="no")
+        for source, target in after:
+            np.copyto(target.array, source.array, casting="no")
         return results
 
     def memory_pool(self, capacity_bytes: int) -> HostPool:

@@ -99,6 +99,25 @@ def test_engines_get_their_files_and_the_plugin(
     assert all("use_gpu" not in each for each in opener.asked)
 
 
+@pytest.mark.parametrize(
+    ("runtime", "asked", "expected"),
+    [
+        ("tensorrt", None, 16),
+        ("tensorrt", 3, 3),
+        ("tensorrt", 0, 0),
+        ("tensorrt-rtx", None, 0),
+        ("onnxruntime", None, 0),
+        ("onnxruntime", 5, 5),
+    ],
+)
+def test_cuda_graphs_are_tensorrts_unless_asked_for(
+    tmp_path: Path, opener: Opener, runtime: str, asked: int | None, expected: int
+) -> None:
+    path = written(tmp_path / "b.hstu", THREE + ENGINES)
+    open_ranking_session(path, runtime, kv_budget_bytes=1, cuda_graphs=asked).close()
+    assert [each.get("cuda_graphs", 0) for each in opener.asked] == [expected] * 3
+
+
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("fp16", True)])
 def test_float32_engines_are_loaded_without_tf32(tmp_path: Path, opener: Opener, precision: str, allowed: bool) -> None:
     path = written(tmp_path / "b.hstu", THREE + ENGINES, precision={"requested": precision})

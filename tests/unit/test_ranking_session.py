@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from hstu_compile.errors import BundleError, RequestError, UsageError
 from hstu_compile.runtime._ranking_feeds import validity_of
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult, checked_requests
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
@@ -352,6 +353,54 @@ class TestPasses:
         after = served.session.stats()
         assert before.cache.capacity_bytes == after.cache.capacity_bytes == 2 * served.user_bytes
         assert before.staging_bytes == after.staging_bytes == served.user_bytes
+
+
+class TestCudaGraphs:
+    """With graphs, equal shapes read and write at equal addresses."""
+
+    @staticmethod
+    def served(**options: Any) -> Served:
+        served = Served(SPEC, **options)
+        for graph in served.graphs.values():
+            graph.graph_stats = GraphStats(captures=1, replays=2, kept=1)
+        return served
+
+    def test_users_of_equal_lengths_share_an_address_and_keep_their_answers(self) -> None:
+        served = self.served()
+        batch = [request_of(SPEC, user, 12, 3, seed=user) for user in range(3)]
+        for request in (*batch, *reversed(batch)):
+            assert_same(served.one(request), in_one_pass(SPEC, request))
+        assert len(set(served.graphs["prefill"].addresses + served.graphs["score"].addresses)) == 1
+        assert len(served.graphs["score"].addresses) == 6
+        assert len(served.graphs["prefill"].addresses) == 3
+
+    def test_without_graphs_every_user_is_read_where_it_lies(self) -> None:
+        served = Served(SPEC)
+        for user in range(3):
+            served.one(request_of(SPEC, user, 12, 3))
+        assert len(set(served.graphs["score"].addresses)) == 3
+        assert served.graphs["score"].copied == [0] * 6
+
+    def test_the_micro_batches_of_one_user_are_staged_once(self) -> None:
+        served = self.served(staging_rows=100)
+        blocks = 2 * SPEC.num_layers
+        batch = [request_of(SPEC, user, 5, 9, seed=user) for user in range(2)]
+        for request, result in zip(batch, served.session.score(batch), strict=True):
+            assert_same(result, in_one_pass(SPEC, request))
+        # Two full micro-batches of each user, then what is left of both: (before, after) of each pass.
+        assert served.calls("score") == [(4, 1), (4, 1), (4, 1), (4, 1), (2, 2)]
+        assert served.graphs["score"].copied == [blocks, 0, 0, 0, blocks, 0, 0, 0, 2 * blocks, 0]
+
+    def test_a_user_that_the_staging_memory_cannot_hold_is_read_where_it_lies(self) -> None:
+        served = self.served(staging_rows=7)
+        batch = [request_of(SPEC, user, 12, 3, seed=user) for user in range(2)]
+        for request in (*batch, *batch):
+            assert_same(served.one(request), in_one_pass(SPEC, request))
+        assert len(set(served.graphs["score"].addresses)) == 2
+
+    def test_the_counters_of_the_three_sessions_are_added(self) -> None:
+        assert self.served().session.stats().graphs == GraphStats(captures=3, replays=6, kept=3)
+        assert Served(SPEC).session.stats().graphs == GraphStats()
 
 
 class TestPackedSplits:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from tests.bench.soak_ranking import SoakPlan, SoakReport, soak
@@ -37,8 +38,13 @@ def expected(spec: RankingSpec, request: RankingRequest) -> RankingResult:
 
 @pytest.mark.parametrize("spec", [spec_of(scaling="batch"), spec_of("prefix")], ids=["meta", "prefix"])
 @pytest.mark.parametrize("users_in_cache", [1, 6.5])
-def test_soak_with_a_cache_smaller_than_its_users(spec: RankingSpec, users_in_cache: float) -> None:
+@pytest.mark.parametrize("graphs", [None, GraphStats()], ids=["in-place", "staged"])
+def test_soak_with_a_cache_smaller_than_its_users(
+    spec: RankingSpec, users_in_cache: float, graphs: GraphStats | None
+) -> None:
     served = Served(spec, users_in_cache=users_in_cache, staging_rows=30)
+    for graph in served.graphs.values():
+        graph.graph_stats = graphs
     report = soak(served.session, PLAN)
     assert report.failures(PLAN, max_growth_mib=32) == []
     assert report.users_seen > users_in_cache * 2
