@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from hstu_compile.graph_names import is_reserved
 from hstu_compile.model._validation import from_mapping, require, require_choices
 from hstu_compile.model.config import LayerConfig
 
@@ -18,16 +18,6 @@ TimeFeaturePrecision = Literal["float32", "exact"]
 ScalingSeqLen = Literal["fixed", "batch"]
 MinHistoryCounts = Literal["history_and_candidates", "history"]
 CacheRule = Literal["request"]
-
-# Inputs and outputs of the graphs themselves, as are k_0, v_0, ...
-RESERVED_NAMES = frozenset(
-    {
-        *("seq_offsets", "candidate_offsets", "cache_offsets"),
-        *("request_timestamps", "num_candidates", "scaling_seq_lens"),
-        *("preds", "logits"),
-    }
-)
-_CACHED = re.compile(r"[kv]_\d+")
 
 # Bits of an action bitmask: int32 inputs.
 MAX_ACTION_BITS = 30
@@ -258,7 +248,7 @@ class RankingConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"two inputs are named {', '.join(twice)}")
         require(all(names), "an input has an empty name")
-        taken = sorted(name for name in names if name in RESERVED_NAMES or _CACHED.fullmatch(name))
+        taken = sorted(name for name in names if is_reserved(name))
         require(not taken, f"{', '.join(taken)} cannot name a feature: it is an input or output of every graph")
 
     @property

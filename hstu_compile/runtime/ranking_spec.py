@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from hstu_compile.errors import BundleError
+from hstu_compile.graph_names import is_reserved
 from hstu_compile.runtime._manifest_entry import is_count, is_sha256, with_names
 
 CacheRule = Literal["request", "prefix"]
 KvDtype = Literal["float32", "float16", "bfloat16"]
 RowDtype = Literal["float32", "float16"]
 
-_CACHED = re.compile(r"[kv]_\d+")
 _SIZES = (
     *("max_history_len", "max_candidates", "max_batch", "micro_batch"),
     *("num_layers", "num_heads", "attention_dim", "linear_dim"),
-)
-#: Graph inputs of our own, which a model's feature must not be named after.
-RESERVED_NAMES = frozenset(
-    {
-        "seq_offsets",
-        "candidate_offsets",
-        "cache_offsets",
-        "request_timestamps",
-        "num_candidates",
-        "scaling_seq_lens",
-        "preds",
-        "logits",
-    }
 )
 
 
@@ -128,7 +114,7 @@ class RankingSpec:
         names = [*self.history_names, *self.contextual_names, *self.candidate_names]
         if len(set(names)) != len(names) or not all(names):
             problems.append(f"feature names {names} must be different and not empty")
-        if clash := sorted(name for name in names if name in RESERVED_NAMES or _CACHED.fullmatch(name)):
+        if clash := sorted(name for name in names if is_reserved(name)):
             problems.append(f"{', '.join(clash)} cannot name a feature: it names an input or output of every graph")
         sizes = {name: getattr(self, name) for name in _SIZES}
         for feature in (*self.history_ids, *self.contextual, *self.candidate_ids):

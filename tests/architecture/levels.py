@@ -12,6 +12,7 @@ LEVELS: dict[str, int] = {
     "config": 0,
     "environment": 0,
     "_report_text": 0,
+    "graph_names": 0,
     # One noun each.
     "files": 1,
     "compare": 1,

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu_compile import graph_names
+from hstu_compile.graph_names import RESERVED_NAMES
 from hstu_compile.model import ranking
 from hstu_compile.model.dialects import DLRM_V3
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import (
     MAX_LENGTH,
-    RESERVED_NAMES,
     ContextualFeature,
     EmbeddingTable,
     ItemFeature,
@@ -23,6 +24,7 @@ from hstu_compile.model.ranking_config import (
     SequenceFeature,
 )
 from tests.dlrm_reference import DlrmForm, dlrm_state_dict
+from tests.ranking_fakes import spec_of
 
 FORM = DlrmForm(
     contextual=(("user_id", 1, 20), ("genres", 3, 0)),
@@ -164,6 +166,16 @@ def test_names_of_the_graph_cannot_be_features() -> None:
             dataclasses.replace(CONFIG, action_feature=name)
     for name in ("k_", "k_x", "kv_0", "seq_offset"):
         assert name in dataclasses.replace(CONFIG, action_feature=name).history_features
+
+
+def test_a_configuration_and_a_manifest_read_the_names_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataclasses.replace(CONFIG, action_feature="invented")
+    spec_of(history_action="invented")
+    monkeypatch.setattr(graph_names, "RESERVED_NAMES", RESERVED_NAMES | {"invented"})
+    with pytest.raises(ValueError, match="invented cannot name a feature"):
+        dataclasses.replace(CONFIG, action_feature="invented")
+    with pytest.raises(ValueError, match="invented cannot name a feature"):
+        spec_of(history_action="invented")
 
 
 def test_what_follows_from_the_configuration() -> None:
