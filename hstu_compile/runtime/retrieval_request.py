@@ -178,14 +178,15 @@ class _Check:
         return arrays
 
     def _asked(self) -> int:
-        time: Any = self._request.request_timestamp
-        if isinstance(time, bool) or not isinstance(time, numbers.Integral):
-            self._add("HSTU-E701", f"request_timestamp is a {type(time).__name__}, not an int")
+        given: object = self._request.request_timestamp
+        if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+            self._add("HSTU-E701", f"request_timestamp is a {type(given).__name__}, not an int")
             return 0
+        time = int(given)
         if not -(2**63) <= time < 2**63:
             self._add("HSTU-E701", f"request_timestamp is {time}; int64 cannot hold it")
             return 0
-        return int(time)
+        return time
 
     def _check_times(self, times: NDArray[Any], asked: int) -> None:
         backwards = np.flatnonzero(times[1:] < times[:-1])

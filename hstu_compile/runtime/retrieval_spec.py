@@ -65,8 +65,9 @@ class RetrievalSpec:
                 problems.append(f"{name} is {getattr(self, name)!r}, not an integer >= 0")
         if not problems and self.max_append >= self.max_seq_len:
             problems.append(f"max_append {self.max_append} leaves no cached event of {self.max_seq_len}")
-        if type(self.has_time_bias) is not bool:
-            problems.append(f"has_time_bias is {self.has_time_bias!r}, neither true nor false")
+        flag: object = self.has_time_bias
+        if not isinstance(flag, bool):
+            problems.append(f"has_time_bias is {flag!r}, neither true nor false")
         if self.kv_dtype not in get_args(KvDtype):
             problems.append(f"kv_dtype is {self.kv_dtype!r}, not one of {', '.join(get_args(KvDtype))}")
         if self.cache_rule != "prefix":
