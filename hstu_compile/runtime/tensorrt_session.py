@@ -534,6 +534,12 @@ class TensorRtSession:
         if not self._context.set_tensor_address(name, address):
             raise self._failed(f"it refused the address {address:#x} of {name}", log)
 
+    def poison_outputs(self) -> None:
+        """Fill the session's output buffer with 0xFF, so that a check sees what a pass does not write."""
+        with self._lock, self._driver.current(), self._driver.synchronised():
+            if self._outgoing.address:
+                self._driver.fill(self._outgoing.address, 0xFF, self._outgoing.host.size)
+
     @property
     def graph_stats(self) -> GraphStats | None:
         """See `Session.graph_stats`."""

@@ -10,8 +10,10 @@ Two Pythons take part, so each run writes parts, and a last step merges them:
 The bundle gives the manifest's ranking entry; beside it, or in --engines DIR, lie model.engine (packed), prefill.engine
 and score.engine, which serves every micro-batch up to the one it was built for. median_ms is the engines' time on the
 device, by events around each enqueue; call_median_ms is the whole `RankingSession` call, from host arrays to host
-arrays, schedule and cache included. Every answer is compared with the float32 references before it is timed. Warm L2
-cache. Without --parts or --merge nothing is run.
+arrays, schedule and cache included. Every pass is one CUDA graph, and the note says of how many nodes; cached rows have
+the copies of keys and values between cache and staging memory in median_ms as well. Backend hstu_compile_no_graph is
+the same without graphs. Every answer is compared with the float32 references before it is timed, with graphs that of a
+replay over outputs of NaN. Warm L2 cache. Without --parts or --merge nothing is run.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from m_falcon_rows import (
     ALONE,
     COLD,
     ENGINES,
+    OURS,
     PACKED,
     RESULTS,
     WARM,
@@ -55,12 +58,15 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from device_timing import EngineRunner
 
-    from hstu_compile.runtime.ranking import RankingSession
+    from hstu_compile.runtime.ranking import RankingSession, RankingStats
     from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
     from hstu_compile.runtime.ranking_spec import RankingSpec
+    from hstu_compile.runtime.tensorrt_session import TensorRtSession
     from hstu_compile.tensorrt_api import TensorRtApi
 
 ROLES = {"packed": "model.engine", "prefill": "prefill.engine", "score": "score.engine"}
+#: More than the cases of one group need, whose shapes come one after the other.
+CUDA_GRAPHS = 8
 _MIB = 2.0**20
 
 
@@ -93,21 +99,27 @@ class Bundle:
         spec = RankingSpec.from_manifest(manifest["ranking"])
         return cls(tensorrt_api("tensorrt"), spec, plans, plugin_library, manifest["precision"]["requested"])
 
-    def session(self, micro_batch: int, most_events: int) -> RankingSession:
-        """A session whose cache holds one user with that many events, twice.
+    def sessions(self, cuda_graphs: int) -> list[TensorRtSession]:
+        """A session per engine."""
+        from hstu_compile.runtime.tensorrt_session import TensorRtSession
+
+        return [
+            TensorRtSession(self.api, self.plans[role], self.plugin_library, cuda_graphs=cuda_graphs) for role in ROLES
+        ]
+
+    def ranking(self, sessions: Sequence[TensorRtSession], micro_batch: int, most_events: int) -> RankingSession:
+        """A ranking session, which owns the sessions, whose cache holds one user with that many events, twice.
 
         Raises:
             ValueError: if the score engine takes fewer candidates than a micro-batch.
         """
         from hstu_compile.runtime.kv_cache import KvLayout
         from hstu_compile.runtime.ranking import RankingSession
-        from hstu_compile.runtime.tensorrt_session import TensorRtSession
 
         if micro_batch > self.spec.micro_batch:
             raise ValueError(f"the score engine takes {self.spec.micro_batch} candidates, not {micro_batch}")
         spec = dataclasses.replace(self.spec, micro_batch=micro_batch)
         layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
-        sessions = [TensorRtSession(self.api, self.plans[role], self.plugin_library) for role in ROLES]
         budget = 2 * layout.entry_bytes(spec.contextual_len + most_events)
         return RankingSession(spec, *sessions, kv_budget_bytes=budget)
 
@@ -156,10 +168,16 @@ def passes_of(case: Case) -> tuple[int, int]:
 
 
 class DeviceClock:
-    """Times of a bundle's engines on the device, each loaded once; what several cases share is timed once."""
+    """Times of a bundle's engines on the device, each loaded once; what several cases share is timed once.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
+    Args:
+        bundle: the engines.
+        graphs: time CUDA graphs of them, and the copies that these need; a replay has to equal a plain run to the bit.
+    """
+
+    def __init__(self, bundle: Bundle, graphs: bool) -> None:
+        self._bundle, self._graphs = bundle, graphs
+        self._copies: dict[int, Row] = {}
         self._runners: dict[str, EngineRunner] = {}
         self._prefills: dict[int, tuple[Row, dict[str, NDArray[Any]]]] = {}
         self._scores: dict[tuple[int, int], Row] = {}
@@ -173,7 +191,13 @@ class DeviceClock:
         runner = self._runners[role]
         runner.set_inputs(feeds)
         outputs = {name: values.copy() for name, values in runner.run().items()}
-        return {**runner.time(), "peak_mib": runner.memory()["peak_mib"]}, outputs
+        facts: Row = {}
+        if self._graphs:
+            facts["nodes"] = runner.record()
+            for name, values in runner.run().items():
+                if values.tobytes() != outputs[name].tobytes():
+                    raise RuntimeError(f"{name} of a replay of {role} differs from that of a plain run")
+        return {**facts, **runner.time(), "peak_mib": runner.memory()["peak_mib"]}, outputs
 
     def timing(self, case: Case) -> Row:
         """The packed engine, or as many score passes as there are, with a prefill before them where it is cold."""
@@ -181,18 +205,26 @@ class DeviceClock:
         if case.mode == ALONE:
             single, _ = self._timed("packed", whole.only(0, 1).features)
             scaled = {name: value * case.sample for name, value in single.items() if name.endswith("_ms")}
-            return single | scaled | {"note": "device: one forward, times the candidates"}
+            return self._noted(single | scaled, "one forward, times the candidates")
         if case.mode == PACKED:
-            return self._timed("packed", whole.features)[0]
+            return self._noted(self._timed("packed", whole.features)[0], "one forward")
         count, size = passes_of(case)
         prefill, score = self._passes(case.n, size)
-        row = score | {name: count * score[name] for name in ("median_ms", "p90_ms")}
-        row["note"] = f"device: {count} x one score pass of {size}"
+        row, what = score | {name: count * score[name] for name in ("median_ms", "p90_ms")}, ""
         if case.mode == COLD:
             row |= {name: row[name] + prefill[name] for name in ("median_ms", "p90_ms")}
             row |= {name: max(prefill[name], score[name]) for name in ("cv", "peak_mib")}
-            row["note"] = f"device: one prefill and {count} x one score pass of {size}"
-        return row
+            what = "one prefill and "
+        if self._graphs:
+            # From the staging memory to the cache after a prefill, and back once for all score passes.
+            times, copies = 1 + (case.mode == COLD), self._copies[case.n]
+            row |= {name: row[name] + times * copies[name] for name in ("median_ms", "p90_ms")}
+            what += f"{times} x {copies['median_ms']:.3f} ms of copying keys and values and "
+        return self._noted(row, f"{what}{count} x one score pass of {size}")
+
+    def _noted(self, row: Row, what: str) -> Row:
+        nodes = row.pop("nodes", None)
+        return row | {"note": f"device: {what}" + (f"; a CUDA graph of {nodes} nodes" if nodes else "")}
 
     def _passes(self, n: int, size: int) -> tuple[Row, Row]:
         """One prefill of n events, and one score pass of `size` candidates against it."""
@@ -208,6 +240,8 @@ class DeviceClock:
         if (n, size) not in self._scores:
             feeds = score_feeds([checked], [checked.candidates], spec) | key_values
             self._scores[n, size] = self._timed("score", feeds)[0]
+            if self._graphs and n not in self._copies:
+                self._copies[n] = self._runners["score"].time_copies(list(key_values))
         return prefill, self._scores[n, size]
 
     def close(self) -> None:
@@ -249,14 +283,34 @@ def call_timing(call: Callable[[], Any]) -> Row:
     return {"call_median_ms": summary["median_ms"], "call_p90_ms": summary["p90_ms"]}
 
 
-def run_call(session: RankingSession, free_before: int, case: Case, reference: Reference) -> Row:
-    """Check, then time whole calls: a wrong answer gets no time."""
+def run_call(
+    session: RankingSession, engines: Sequence[TensorRtSession], free_before: int, case: Case, reference: Reference
+) -> Row:
+    """Check, then time whole calls: a wrong answer gets no time, nor does one that was to be replayed and was not."""
     call = calls_of(session, case)
+    if case.backend == ENGINES:
+        # A plain run, one that is recorded, and a replay that the session compares with a plain run.
+        for _ in range(3):
+            call()
+    for engine in engines:
+        engine.poison_outputs()
+    before = session.stats()
     logits = np.concatenate([result.logits[:, 0] for result in call()])
     row = reference.judged(case, logits)
     if "status" in row:
         return row
+    if case.backend == ENGINES and (problem := unreplayed(before, session.stats())):
+        return row | {"status": problem}
     return row | call_timing(call) | {"used_mib": (free_before - free_bytes()) / _MIB}
+
+
+def unreplayed(before: RankingStats, after: RankingStats) -> str:
+    """What of the passes between two looks was no replay; "" if every one was."""
+    passes = sum(
+        getattr(after, name) - getattr(before, name) for name in ("prefill_passes", "score_passes", "packed_passes")
+    )
+    replays = after.graphs.replays - before.graphs.replays
+    return "" if passes == replays else f"error: {replays} of {passes} passes were replays of a CUDA graph"
 
 
 def command_of(case: Case) -> str:
@@ -264,33 +318,52 @@ def command_of(case: Case) -> str:
     split = f" --micro-batches {case.micro_batch}" if case.micro_batch else ""
     return (
         f"bench_m_falcon.py --parts DIR --bundle DIR --plugin-library LIB --n {case.n} --m {case.m} "
-        f"--modes {case.mode}{split}"
+        f"--backends {case.backend} --modes {case.mode}{split}"
     )
 
 
 def selected(arguments: argparse.Namespace, group: int | None = None) -> Iterator[Case]:
     """The cases that were asked for; with `group`, those of one micro-batch (0: without the cache)."""
-    for case in cases_of(ENGINES, arguments.n, arguments.m, arguments.micro_batches):
-        if case.mode in arguments.modes and group in (None, case.micro_batch):
-            yield case
+    for backend in arguments.backends:
+        for case in cases_of(backend, arguments.n, arguments.m, arguments.micro_batches):
+            if case.mode in arguments.modes and group in (None, case.micro_batch):
+                yield case
 
 
 def run_group(arguments: argparse.Namespace) -> None:
     """All cases of one micro-batch in this process: whole calls first, as memory is then one session's."""
-    parts, micro_batch = arguments.parts, arguments.micro_batches[0] if arguments.cached else 0
+    parts, micro_batch = arguments.parts, arguments.one_group
     free_before = free_bytes()
     bundle = Bundle.open(arguments.bundle, arguments.engines, arguments.plugin_library)
     facts = {"dtype": bundle.precision, "versions": f"TensorRT {bundle.api.version}"}
-    cases = [case for case in selected(arguments, micro_batch) if not (parts / case.part_name).exists()]
+    for backend in arguments.backends:
+        cases = [case for case in selected(arguments, micro_batch) if case.backend == backend]
+        cases = [case for case in cases if not (parts / case.part_name).exists()]
+        if cases:
+            run_cases(arguments, bundle, cases, micro_batch, free_before, facts)
+
+
+def run_cases(
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    cases: Sequence[Case],
+    micro_batch: int,
+    free_before: int,
+    facts: Row,
+) -> None:
+    """Cases of one backend and one micro-batch."""
+    parts, graphs = arguments.parts, cases[0].backend == ENGINES
     rows: dict[Case, Row] = {}
-    with bundle.session(micro_batch or bundle.spec.micro_batch, max(arguments.n)) as session:
+    size = micro_batch or bundle.spec.micro_batch
+    engines = bundle.sessions(CUDA_GRAPHS if graphs else 0)
+    with bundle.ranking(engines, size, max(arguments.n)) as session:
         for case in dict.fromkeys(case.measured for case in cases):
             try:
                 reference = Reference.load(reference_path(arguments.references or parts, case.n, bundle.precision))
-                rows[case] = run_call(session, free_before, case, reference)
+                rows[case] = run_call(session, engines, free_before, case, reference)
             except Exception as error:
                 rows[case] = {"status": status_of(error)}
-    clock = DeviceClock(bundle)
+    clock = DeviceClock(bundle, graphs)
     try:
         for case, row in rows.items():
             if "status" not in row:
@@ -318,10 +391,10 @@ def measure(arguments: argparse.Namespace) -> int:
         left = arguments.budget - (time.perf_counter() - started)
         failed = f"not run: the time budget of {arguments.budget:g} s was used up"
         if left > 5:
-            command = [sys.executable, str(Path(__file__).resolve()), "--parts", str(parts), "--one-group"]
+            command = [sys.executable, str(Path(__file__).resolve()), "--parts", str(parts), "--one-group", str(group)]
             command += ["--bundle", str(arguments.bundle.resolve()), "--modes", *arguments.modes]
-            command += ["--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
-            command += ["--micro-batches", str(group), "--cached"] if group else []
+            command += ["--backends", *arguments.backends, "--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
+            command += ["--micro-batches", *map(str, arguments.micro_batches)]
             for option in ("engines", "plugin_library", "references"):
                 if getattr(arguments, option) is not None:
                     command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option).resolve())]
@@ -353,12 +426,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--m", type=int, nargs="+", default=list(CANDIDATE_COUNTS), help="candidates")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(MICRO_BATCHES))
     parser.add_argument("--modes", nargs="+", choices=(ALONE, PACKED, COLD, WARM), default=[ALONE, PACKED, COLD, WARM])
+    parser.add_argument("--backends", nargs="+", choices=OURS, default=list(OURS), help="with and without CUDA graphs")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for all; later cases are rows 'not run'")
     parser.add_argument("--group-seconds", type=float, default=180.0, help="limit of one micro-batch")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="write the CSV from the parts under DIR")
     parser.add_argument("--csv", type=Path, default=RESULTS)
-    parser.add_argument("--one-group", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one-group", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.merge is not None:
         return merge(arguments.merge, arguments.csv)
@@ -367,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.bundle is None:
         parser.error("--parts needs --bundle")
-    if arguments.one_group:
+    if arguments.one_group is not None:
         run_group(arguments)
         return 0
     return measure(arguments)

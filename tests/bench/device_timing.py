@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers, host_array
+from hstu_compile.runtime._cuda_graph import CudaGraph
 from hstu_compile.runtime._feeds import matched_feeds
 from hstu_compile.runtime.tensorrt_session import TensorRtSession
 from hstu_compile.tensorrt_api import TensorRtApi
@@ -59,6 +60,8 @@ class EngineRunner:
         self._driver = CudaDriver()
         self._buffers = DeviceBuffers(self._driver)
         self._hosts: dict[str, NDArray[Any]] = {}
+        self._sizes: dict[str, int] = {}
+        self._graph: CudaGraph | None = None
         with self._driver.current(), api.capture() as log:
             self._free_before = self._free_bytes()
             self._runtime = api.trt.Runtime(api.logger)
@@ -80,7 +83,9 @@ class EngineRunner:
     def set_inputs(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         """Upload one request and give every output a buffer of NaN bits, so that an unwritten element shows."""
         with self._driver.current(), self._api.capture() as log:
+            self._drop_graph()
             for name, array in matched_feeds(feeds, self._inputs).items():
+                self._sizes[name] = array.nbytes
                 address = self._buffers.address(name, array.nbytes)
                 self._driver.upload(array, address)
                 taken = self._context.set_input_shape(name, array.shape)
@@ -99,15 +104,44 @@ class EngineRunner:
                     raise RuntimeError(f"TensorRT refused the buffer of {spec.name}: {log.tail()}")
                 self._hosts[spec.name] = host
 
-    def _enqueue(self) -> None:
+    def _execute(self) -> None:
         if not self._context.execute_async_v3(self._driver.stream):
             raise RuntimeError("TensorRT could not enqueue the engine")
 
+    def _enqueue(self) -> None:
+        if self._graph is None:
+            self._execute()
+        else:
+            self._graph.launch()
+
+    def record(self) -> int:
+        """Run and time a CUDA graph from now on, until other inputs are set; how many nodes it has.
+
+        Raises:
+            EngineError: if the engine cannot be recorded.
+        """
+        with self._driver.current(), self._api.capture():
+            self._drop_graph()
+            self._execute()
+            self._driver.synchronise()
+            self._graph = CudaGraph(self._driver, self._execute)
+            return self._graph.num_nodes
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            graph, self._graph = self._graph, None
+            graph.close()
+
     def run(self) -> dict[str, NDArray[Any]]:
-        """Run once and copy the outputs back."""
+        """Fill the outputs with NaN bits, run once and copy them back."""
         with self._driver.current(), self._api.capture() as log:
-            if not self._context.execute_async_v3(self._driver.stream):
-                raise RuntimeError(f"TensorRT could not enqueue the engine: {log.tail()}")
+            for name, host in self._hosts.items():
+                if host.nbytes:
+                    self._driver.fill(self._buffers.address(name, host.nbytes), 0xFF, host.nbytes)
+            try:
+                self._enqueue()
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}: {log.tail()}") from error
             for name, host in self._hosts.items():
                 if host.nbytes:
                     self._driver.download(self._buffers.address(name, host.nbytes), host)
@@ -116,12 +150,32 @@ class EngineRunner:
 
     def time(self) -> dict[str, Any]:
         """Device time of one run (median_ms, p90_ms, cv, repeats): events around each enqueue, no wait between them."""
-        with self._driver.current():
-            single = statistics.median(self._samples(5))
-            self._samples(repeats_for(single, WARM_UP_MS))
-            return summary_of(self._samples(repeats_for(single, MEASURE_MS)))
+        return self._timed(self._enqueue)
 
-    def _samples(self, count: int) -> list[float]:
+    def time_copies(self, names: Sequence[str]) -> dict[str, Any]:
+        """Device time of copying these inputs within the device, one copy each, as `time` gives it."""
+        with self._driver.current():
+            pairs = [(name, self._buffers.address(f"copy of {name}", self._sizes[name])) for name in names]
+
+        def enqueue() -> None:
+            for name, source in pairs:
+                size = self._sizes[name]
+                self._driver.copy(source, self._buffers.address(name, size), size)
+
+        with self._driver.current():
+            # The copies write over the inputs, so the sources have to hold the same.
+            for name, source in pairs:
+                self._driver.copy(self._buffers.address(name, self._sizes[name]), source, self._sizes[name])
+            self._driver.synchronise()
+        return self._timed(enqueue)
+
+    def _timed(self, enqueue: Callable[[], None]) -> dict[str, Any]:
+        with self._driver.current():
+            single = statistics.median(self._samples(5, enqueue))
+            self._samples(repeats_for(single, WARM_UP_MS), enqueue)
+            return summary_of(self._samples(repeats_for(single, MEASURE_MS), enqueue))
+
+    def _samples(self, count: int, enqueue: Callable[[], None]) -> list[float]:
         stream = ctypes.c_void_p(self._driver.stream)
         events = [ctypes.c_void_p() for _ in range(2 * count)]
         for event in events:
@@ -129,7 +183,7 @@ class EngineRunner:
         try:
             for start, end in zip(events[::2], events[1::2], strict=True):
                 self._check(self._lib.cuEventRecord(start, stream), "cuEventRecord")
-                self._enqueue()
+                enqueue()
                 self._check(self._lib.cuEventRecord(end, stream), "cuEventRecord")
             self._driver.synchronise()
             samples = []
@@ -158,6 +212,7 @@ class EngineRunner:
     def close(self) -> None:
         """Free everything."""
         with self._driver.current():
+            self._drop_graph()
             self._context = self._engine = self._runtime = None
             self._buffers.close()
         self._driver.close()

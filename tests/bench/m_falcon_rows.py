@@ -58,7 +58,11 @@ PEERS: dict[str, tuple[str, ...]] = {
 #: Events and candidates that are measured first, so that a run that is cut off has them.
 FIRST = ((4096, 256), (4096, 1024))
 ENGINES = "hstu_compile"
-BACKENDS = (ENGINES, *PEERS)
+#: The same engines, every kernel launched by itself.
+NO_GRAPH = "hstu_compile_no_graph"
+OURS = (ENGINES, NO_GRAPH)
+BACKENDS = (*OURS, *PEERS)
+_MODES_OF: dict[str, tuple[str, ...]] = {ENGINES: MODES, NO_GRAPH: (PACKED, WARM), **PEERS}
 #: A logit may be as wrong as twice plain PyTorch in the same type, but never by a twentieth of the logits' spread.
 EAGER_FACTOR, LARGEST_ERROR = 2.0, 0.05
 
@@ -97,12 +101,18 @@ def cases_of(
     counts: Sequence[int] = CANDIDATE_COUNTS,
     micro_batches: Sequence[int] = MICRO_BATCHES,
 ) -> Iterator[Case]:
-    """Every case of a backend, by `turn`; of the micro-batches that m does not fill, the smallest."""
+    """Every case of a backend, by `turn`; of the micro-batches that m does not fill, the smallest.
+
+    Without graphs there is one micro-batch for each m, the smallest that holds it, or else the largest.
+    """
     smallest = min(micro_batches)
     for n, m in sorted(((n, m) for n in lengths for m in counts), key=lambda shape: turn(*shape)):
-        for mode in PEERS.get(backend, MODES):
+        for mode in _MODES_OF[backend]:
             if backend == ENGINES and mode in (COLD, WARM):
                 yield from (Case(backend, mode, n, m, b) for b in sorted(micro_batches) if b <= max(m, smallest))
+            elif backend == NO_GRAPH and mode == WARM:
+                fitting = min((b for b in micro_batches if b >= m), default=max(micro_batches))
+                yield Case(backend, mode, n, m, fitting)
             else:
                 yield Case(backend, mode, n, m)
 

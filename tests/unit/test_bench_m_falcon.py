@@ -21,6 +21,7 @@ from hstu_compile.artifacts import TensorSpec
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.runtime._feeds import matched_feeds
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 from hstu_compile.runtime.resident import HostPool
@@ -243,6 +244,7 @@ def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeyp
         rows.Case(rows.ENGINES, rows.PACKED, 4096, 256): 4.0,
         rows.Case(rows.ENGINES, rows.WARM, 4096, 256, 256): 1.0,
         rows.Case(rows.ENGINES, rows.WARM, 4096, 256, 64): 2.0,
+        rows.Case(rows.NO_GRAPH, rows.WARM, 4096, 256, 256): 3.0,
     }
     for case, median in times.items():
         row = {"dtype": "fp16", "median_ms": median, "call_median_ms": 2 * median, "used_mib": 100.0, "max_err": 1e-3}
@@ -264,7 +266,7 @@ def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeyp
     assert merged["meta_triton", "packed", "0", "fp16"]["status"] == "error: gone"
     assert merged["hstu_compile", "cached_warm", "256", "fp16"]["candidates_per_s"] == "2.56e+05"
     text = table.table_text(list(merged.values()))
-    ours = "| 4096 | 256 | 512.0 | 4.000 (8.000) | - | 1.000 b=256 (2.000) | 128.0x | 4.0x |"
+    ours = "| 4096 | 256 | 512.0 | 4.000 (8.000) | - | 1.000 b=256 (2.000) | - | 3.000 b=256 (6.000) | 128.0x | 4.0x |"
     assert f"{ours} 16.000 meta_triton bf16 | 4.0x | 16.0x |" in text
     assert "- meta_triton packed, n=4096 m=256: error: gone" in text
     drawn = table.plot(list(merged.values()))
@@ -362,6 +364,14 @@ def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.Mon
         def run(self) -> Any:
             return graphs[self.role].run(self.feeds)
 
+        def record(self) -> int:
+            return 321
+
+        def time_copies(self, names: list[str]) -> rows.Row:
+            assert names
+            assert all(name[:2] in ("k_", "v_") for name in names)
+            return {"median_ms": 0.5, "p90_ms": 0.5, "cv": 0.01, "repeats": 20}
+
         def time(self) -> rows.Row:
             return {"median_ms": milliseconds[self.role], "p90_ms": 10.0, "cv": 0.01, "repeats": 20}
 
@@ -374,14 +384,64 @@ def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(device_timing, "EngineRunner", Runner)
     monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, work.TINY))
     plans = {role: role.encode() for role in bench_m_falcon.ROLES}
-    clock = bench_m_falcon.DeviceClock(bench_m_falcon.Bundle(None, ranking_spec(64), plans, None, "fp32"))  # type: ignore[arg-type]
-    timings = {case.mode: clock.timing(case.measured) for case in our_cases(16)}
-    clock.close()
-    medians = {mode: row["median_ms"] for mode, row in timings.items()}
-    # Eight forwards alone; four passes of sixteen candidates, timed once.
-    assert medians == {rows.ALONE: 8 * 7.0, rows.PACKED: 7.0, rows.COLD: 5.0 + 4 * 2.0, rows.WARM: 4 * 2.0}
-    assert candidates == [16]
-    assert timings[rows.COLD]["peak_mib"] == 5.0
+    for recorded in (False, True):
+        bundle = bench_m_falcon.Bundle(None, ranking_spec(64), plans, None, "fp32")  # type: ignore[arg-type]
+        clock = bench_m_falcon.DeviceClock(bundle, recorded)
+        timings = {case.mode: clock.timing(case.measured) for case in our_cases(16)}
+        clock.close()
+        medians = {mode: row["median_ms"] for mode, row in timings.items()}
+        # Eight forwards alone; four passes of sixteen candidates, timed once; with graphs, keys and values are copied
+        # after a prefill, and once before the passes that read them.
+        cold, warm = 5.0 + 4 * 2.0 + 2 * 0.5 * recorded, 4 * 2.0 + 0.5 * recorded
+        assert medians == {rows.ALONE: 8 * 7.0, rows.PACKED: 7.0, rows.COLD: cold, rows.WARM: warm}
+        assert timings[rows.COLD]["peak_mib"] == 5.0
+        for row in timings.values():
+            assert ("a CUDA graph of 321 nodes" in row["note"]) == recorded
+            assert "nodes" not in row
+    assert candidates == [16, 16]
+
+
+def test_a_replay_that_differs_gets_no_time(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runner:
+        def __init__(self, *arguments: Any) -> None:
+            self.recorded = False
+
+        def set_inputs(self, feeds: Any) -> None:
+            """Nothing is read."""
+
+        def record(self) -> int:
+            self.recorded = True
+            return 1
+
+        def run(self) -> Any:
+            return {"logits": np.full((2, 1), np.nan if self.recorded else 1.0)}
+
+    monkeypatch.setattr(device_timing, "EngineRunner", Runner)
+    monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, work.TINY))
+    bundle = bench_m_falcon.Bundle(None, ranking_spec(64), {"packed": b""}, None, "fp32")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="logits of a replay of packed differs"):
+        bench_m_falcon.DeviceClock(bundle, True).timing(rows.Case(rows.ENGINES, rows.PACKED, 150, 64))
+
+
+def test_a_case_whose_passes_were_not_replayed_is_no_measurement(graphs: Any) -> None:
+    with RankingSession(ranking_spec(64), **graphs, kv_budget_bytes=2**22) as session:
+        before = session.stats()
+        replayed = dataclasses.replace(before, score_passes=2, packed_passes=1, graphs=GraphStats(replays=3))
+        missed = dataclasses.replace(replayed, prefill_passes=1)
+        assert bench_m_falcon.unreplayed(before, replayed) == ""
+        assert bench_m_falcon.unreplayed(before, missed) == "error: 3 of 4 passes were replays of a CUDA graph"
+
+
+def test_without_graphs_every_request_is_measured_once() -> None:
+    cases = list(rows.cases_of(rows.NO_GRAPH, (4096,), (1, 256, 2048), (64, 1024)))
+    assert [(case.mode, case.m, case.micro_batch) for case in cases] == [
+        ("packed", 256, 0),
+        ("cached_warm", 256, 1024),
+        ("packed", 1, 0),
+        ("cached_warm", 1, 64),
+        ("packed", 2048, 0),
+        ("cached_warm", 2048, 1024),
+    ]
 
 
 @pytest.fixture(scope="module")
