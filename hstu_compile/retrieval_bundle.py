@@ -23,6 +23,7 @@ def open_retrieval_session(
     over_budget: OverBudget = "refuse",
     plugin_library: Path | None = None,
     use_gpu: bool = False,
+    cuda_graphs: int = 0,
 ) -> RetrievalSession:
     """Open a retrieval bundle for histories that grow.
 
@@ -35,6 +36,8 @@ def open_retrieval_session(
         over_budget: what to do with a user that the budget cannot hold.
         plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
+        cuda_graphs: most CUDA graphs that each engine keeps (tensorrt only). They pay where many users have histories
+            of one length, such as the longest; a history that grows has a new shape every time.
 
     Returns:
         A session that owns the graphs; close it.
@@ -53,7 +56,10 @@ def open_retrieval_session(
             "build a retrieval model with --incremental max-append=N; hstu_compile.load_bundle runs this one as it is",
         )
     with contextlib.ExitStack() as opened:
-        graphs = [opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu)) for graph in _GRAPHS]
+        graphs = [
+            opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs))
+            for graph in _GRAPHS
+        ]
         session = RetrievalSession(
             files.retrieval,
             *graphs,

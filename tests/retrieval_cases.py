@@ -92,6 +92,7 @@ class EagerGraph:
         limits = GraphLimits(served.name, spec.max_seq_len, max_append=spec.max_append if self._appends else 0)
         (self.profile,) = graph_profiles(served.name, self.inputs, limits.sizes(spec.max_batch, 1, None, 1))
         self.calls: list[tuple[int, int]] = []
+        self.graph_stats = None
         self.failure: Exception | None = None
         self.closed = False
 
@@ -170,6 +171,7 @@ class Served:
         top_k: items listed.
         users_in_cache: full-length users that the budget holds.
         on_device: serve through TensorRT sessions on a CUDA that is played by NumPy.
+        cuda_graphs: of each of these sessions.
         changes: of the specification; `session_options` of the session.
     """
 
@@ -180,6 +182,7 @@ class Served:
         users_in_cache: float = 8,
         *,
         on_device: bool = False,
+        cuda_graphs: int = 0,
         session_options: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> None:
@@ -191,7 +194,10 @@ class Served:
         sessions: dict[str, Session] = dict(self.graphs)
         self.cuda = FakeCuda()
         if on_device:
-            sessions = {name: open_fake(self.cuda, engine_of(graph)) for name, graph in self.graphs.items()}
+            sessions = {
+                name: open_fake(self.cuda, engine_of(graph), cuda_graphs=cuda_graphs)
+                for name, graph in self.graphs.items()
+            }
         probe = RetrievalSession(self.spec, *(self.graphs[role] for role in ROLES), kv_budget_bytes=1)
         budget = int(users_in_cache * probe.entry_bytes(config.max_seq_len))
         options = dict(session_options or {})

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from hstu_compile.errors import BundleError, UsageError
+from hstu_compile.runtime._resident_io import Copies
 from hstu_compile.runtime._retrieval_feeds import (
     KnownBeginning,
     append_feeds,
@@ -24,6 +25,7 @@ from hstu_compile.runtime._retrieval_feeds import (
     input_names,
     validity_of,
 )
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvStats, KvWant
 from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor
 from hstu_compile.runtime.retrieval_request import (
@@ -40,7 +42,6 @@ from hstu_compile.runtime.session import Session
 
 OverBudget = Literal["refuse", "uncached"]
 _Outputs = dict[str, NDArray[Any]]
-_Copies = list[tuple[ResidentTensor, ResidentTensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,10 @@ class RetrievalStats:
         prefill_passes: runs of `prefill`.
         uncached_passes: runs of `retrieval`.
         whole: requests whose whole history was encoded, by the `RetrievalResult.reason`.
-        staging_bytes: memory beside the cache's budget: for passes of several users, and for new rows.
+        staging_bytes: memory beside the cache's budget: for passes of several users, for new rows, and for all passes
+            with CUDA graphs.
         cache: the KV cache's counters.
+        graphs: CUDA graphs of the three sessions together.
     """
 
     requests: int
@@ -68,6 +71,7 @@ class RetrievalStats:
     whole: Mapping[str, int]
     staging_bytes: int
     cache: KvStats
+    graphs: GraphStats
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,7 +256,12 @@ class RetrievalSession:
             whole=whole,
             staging_bytes=self._staging.capacity_bytes,
             cache=kv,
+            graphs=self._graph_stats(),
         )
+
+    def _graph_stats(self) -> GraphStats:
+        each = [session.graph_stats for session in (self._retrieval, self._prefill, self._append)]
+        return sum((stats for stats in each if stats is not None), GraphStats())
 
     def close(self) -> None:
         """Free the memory and the three sessions, when no thread is encoding any more. A second call does nothing."""
@@ -311,30 +320,40 @@ class RetrievalSession:
         with self._staging_lock:
             known = [{name: rows.rows(0, each.kept) for name, rows in each.known.tensors.items()} for each in batch]
             cached: Mapping[str, ResidentTensor] = known[0]
-            if len(batch) > 1:
+            before: Copies = ()
+            if not self._in_place([each.kept for each in batch], self._append):
                 cached = self._staged(self._rows_region, sum(each.kept for each in batch))
-                self._staging.copy([(one, place) for place, one in _side_by_side(cached, known)])
+                before = [(one, place) for place, one in _side_by_side(cached, known)]
             new = self._staged(self._new_region, sum(each.new_rows for each in batch))
             outputs = self._append.run_resident(
-                {**feeds, **cached}, {f"new_{name}": rows for name, rows in new.items()}
+                {**feeds, **cached},
+                {f"new_{name}": rows for name, rows in new.items()},
+                before=before,
+                after=_moves(batch, known, new),
             )
-            self._staging.copy(_moves(batch, known, new))
         self._count("append_passes")
         return outputs
 
     def _run_prefill(self, batch: Sequence[_Leased]) -> _Outputs:
         """Encode whole histories to where their entries lie."""
         feeds = history_feeds([each.history for each in batch], self.spec)
-        entries = [each.entry.tensors for each in batch]
-        if len(batch) == 1:
+        entries, rows = [each.entry.tensors for each in batch], [each.entry.rows for each in batch]
+        if self._in_place(rows, self._prefill):
             outputs = self._prefill.run_resident(feeds, entries[0])
         else:
             with self._staging_lock:
-                staged = self._staged(self._rows_region, sum(each.entry.rows for each in batch))
-                outputs = self._prefill.run_resident(feeds, staged)
-                self._staging.copy(list(_side_by_side(staged, entries)))
+                staged = self._staged(self._rows_region, sum(rows))
+                outputs = self._prefill.run_resident(feeds, staged, after=list(_side_by_side(staged, entries)))
         self._count("prefill_passes")
         return outputs
+
+    def _in_place(self, rows: Sequence[int], session: Session) -> bool:
+        """Whether a pass of users with so many rows uses the cache where it lies.
+
+        A CUDA graph knows the addresses that it was recorded with, and every user lies elsewhere: with graphs a user's
+        rows go through the staging memory, where equal shapes are at equal places.
+        """
+        return len(rows) == 1 and (session.graph_stats is None or not 0 < rows[0] <= self._staged_rows)
 
     def _staged(self, region: Region, rows: int) -> dict[str, ResidentTensor]:
         """Blocks of that many rows in the staging memory, whose lock the caller holds."""
@@ -391,9 +410,9 @@ def _side_by_side(
 
 def _moves(
     batch: Sequence[_Leased], known: Sequence[Mapping[str, ResidentTensor]], new: Mapping[str, ResidentTensor]
-) -> _Copies:
+) -> Copies:
     """Known and new rows to where the longer histories lie; those of a hit are there already."""
-    moves: _Copies = []
+    moves: list[tuple[ResidentTensor, ResidentTensor]] = []
     start = 0
     for each, rows in zip(batch, known, strict=True):
         stop = start + each.new_rows

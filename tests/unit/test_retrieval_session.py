@@ -52,11 +52,14 @@ VISITS = st.lists(
 )
 
 
-@pytest.mark.parametrize(("name", "on_device"), [*((name, False) for name in CONFIGS), ("rated", True)])
+@pytest.mark.parametrize(
+    ("name", "on_device", "cuda_graphs"),
+    [*((name, False, 0) for name in CONFIGS), ("rated", True, 0), ("research", True, 4)],
+)
 @settings(max_examples=5, deadline=None)
 @given(visits=VISITS, data=st.data())
 def test_any_visits_in_any_calls_answer_as_one_pass(
-    name: str, on_device: bool, visits: list[tuple[int, int, int]], data: st.DataObject
+    name: str, on_device: bool, cuda_graphs: int, visits: list[tuple[int, int, int]], data: st.DataObject
 ) -> None:
     config = CONFIGS[name]
     served = Served(
@@ -64,6 +67,7 @@ def test_any_visits_in_any_calls_answer_as_one_pass(
         data.draw(st.sampled_from([0, 3])),
         users_in_cache=data.draw(st.sampled_from([1, 2.5, 8])),
         on_device=on_device,
+        cuda_graphs=cuda_graphs,
         session_options={"staging_rows": data.draw(st.sampled_from([None, 0, 9]))},
     )
     histories = [history_of(user, num_ratings=config.num_ratings) for user in range(4)]
@@ -324,6 +328,18 @@ def test_the_listed_items_know_the_whole_history() -> None:
         assert (np.diff(result.top_scores) <= 0).all()
     plain = Served().one(asked("ann", history, 8))
     assert (plain.top_items, plain.top_scores) == (None, None)
+
+
+def test_passes_of_equal_shapes_are_replayed_from_a_cuda_graph() -> None:
+    served = Served(on_device=True, cuda_graphs=4, users_in_cache=12)
+    histories = [history_of(user) for user in range(5)]
+    for later in (60, 90):
+        for user in range(5):
+            request = asked(user, histories[user], 20, later)
+            assert_right(served, request, served.one(request))
+    graphs = served.session.stats().graphs
+    assert graphs.replays > 0
+    assert Served(on_device=True).session.stats().graphs.replays == 0
 
 
 def test_a_failed_pass_leaves_nothing_half_done() -> None:
