@@ -111,8 +111,7 @@ def _budget(asked: Sequence[Sequence[RankingRequest]], spec: RankingSpec) -> int
     """Bytes that hold the users of any one feed."""
     layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
     events = [[len(request.history[spec.history_time]) for request in requests] for requests in asked]
-    # A model without contextual tokens has nothing to cache of a user without history.
-    return max(1, *(sum(layout.entry_bytes(spec.contextual_len + each) for each in feed) for feed in events))
+    return max(sum(layout.entry_bytes(spec.contextual_len + each) for each in feed) for feed in events)
 
 
 def _check_feed(

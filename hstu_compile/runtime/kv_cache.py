@@ -49,6 +49,13 @@ class KvLayout:
         """Bytes of the budget that an entry of `rows` rows takes: each of its blocks starts at a multiple of 256."""
         return sum(aligned(nbytes) for _, _, nbytes in self._blocks(rows))
 
+    def rows_within(self, nbytes: int) -> int:
+        """Most rows of an entry that takes no more than that many bytes; 0 if not even one fits."""
+        rows = nbytes // self.bytes_per_row
+        while rows and self.entry_bytes(rows) > nbytes:
+            rows -= 1
+        return rows
+
     def tensors(self, pool: MemoryPool, region: Region, rows: int) -> dict[str, ResidentTensor]:
         """`k_i` [rows, H, attention_dim] and `v_i` [rows, H, linear_dim] inside a region of `entry_bytes(rows)`."""
         tensors, offset = {}, 0

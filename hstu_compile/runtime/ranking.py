@@ -30,7 +30,7 @@ from hstu_compile.runtime._ranking_feeds import (
 from hstu_compile.runtime._resident_io import Copies
 from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvStats, KvWant
-from hstu_compile.runtime.m_falcon import PassLimits, Piece, micro_batches
+from hstu_compile.runtime.m_falcon import PassLimits, Piece, default_staged_rows, micro_batches
 from hstu_compile.runtime.ranking_request import (
     Arrays,
     CacheUse,
@@ -115,8 +115,9 @@ class RankingSession:
         prefill: the graph from history to keys and values; None for a model built without --m-falcon.
         score: the graph that scores candidates against keys and values; goes with `prefill`.
         kv_budget_bytes: memory for cached keys and values; what a user takes is `entry_bytes`.
-        staging_rows: rows that passes of several users may have in all. None means one user of full length: a pass that
-            long keeps the device busy by itself.
+        staging_rows: rows that passes of several users may have in all. None means as many as make a pass worth its
+            start, 8192 or one user of full length, but neither more than `max_batch` users have nor than the budget
+            holds: memory beside the budget is at most that of one pass.
         policy: what to do with histories that are too long and ids that are unknown.
         over_budget: a user whose keys and values alone exceed the budget: "refuse" raises HSTU-E707; "packed" scores
             without the cache, and the result says so.
@@ -146,8 +147,11 @@ class RankingSession:
         self.spec, self.policy = spec, policy or RankingPolicy()
         self._packed, self._prefill, self._score, self._over_budget = packed, prefill, score, over_budget
         self._layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
-        longest = spec.contextual_len + spec.max_history_len
-        self._limits = PassLimits(spec.micro_batch, spec.max_batch, longest if staging_rows is None else staging_rows)
+        if staging_rows is None:
+            longest = spec.contextual_len + spec.max_history_len
+            affordable = self._layout.rows_within(kv_budget_bytes)
+            staging_rows = default_staged_rows(longest, spec.max_batch, affordable)
+        self._limits = PassLimits(spec.micro_batch, spec.max_batch, staging_rows)
         self._counts: collections.Counter[str] = collections.Counter()
         self._counting, self._staging_lock = threading.Lock(), threading.Lock()
         self._pools: list[MemoryPool] = []

@@ -709,3 +709,10 @@ def test_room_is_not_made_by_evicting_a_beginning() -> None:
     _, cache = small_cache(16)
     assert outcomes(cache, growing("old", 10, b"a"), want("b"), want("c"), want("d")) == ["miss"] * 4
     assert outcomes(cache, want("e"), growing("old", 25, b"a")) == ["miss", "extended"]
+
+
+@pytest.mark.parametrize("nbytes", [1024, 1025, 1535, 1536, 5000, 123_456])
+def test_rows_within_some_bytes_are_the_most_that_fit(nbytes: int) -> None:
+    rows = LAYOUT.rows_within(nbytes)
+    assert LAYOUT.entry_bytes(rows) <= nbytes < LAYOUT.entry_bytes(rows + 1)
+    assert LAYOUT.rows_within(LAYOUT.entry_bytes(1) - 1) == 0

@@ -352,7 +352,29 @@ class TestPasses:
         served.session.score([request_of(SPEC, user, 12, 9) for user in range(6)])
         after = served.session.stats()
         assert before.cache.capacity_bytes == after.cache.capacity_bytes == 2 * served.user_bytes
-        assert before.staging_bytes == after.staging_bytes == served.user_bytes
+        # Of the three users that a pass takes the budget holds two.
+        assert before.staging_bytes == after.staging_bytes
+        assert served.user_bytes < before.staging_bytes <= before.cache.capacity_bytes
+
+    def test_memory_beside_the_budget_is_one_pass_however_large_the_budget(self) -> None:
+        served = Served(SPEC, users_in_cache=500)
+        longest = SPEC.contextual_len + SPEC.max_history_len
+        pass_bytes = served.session._layout.entry_bytes(SPEC.max_batch * longest)
+        assert served.session.stats().staging_bytes == pass_bytes < 4 * served.user_bytes
+        served.session.score([request_of(SPEC, user, 12, 9) for user in range(20)])
+        assert served.session.stats().staging_bytes == pass_bytes
+
+    def test_users_share_passes_by_default(self) -> None:
+        """Room for one user of full length, as it was, took a pass of each graph for almost every user."""
+        spec = spec_of(max_batch=16, micro_batch=64)
+        longest = spec.contextual_len + spec.max_history_len
+        batch = [request_of(spec, user, 4 + user % 9, 2, seed=user) for user in range(16)]
+        narrow, default = Served(spec, staging_rows=longest), Served(spec)
+        for served in (narrow, default):
+            for request, result in zip(batch, served.session.score(batch), strict=True):
+                assert_same(result, in_one_pass(spec, request))
+        assert [len(default.calls(role)) for role in ("prefill", "score")] == [1, 1]
+        assert all(len(narrow.calls(role)) >= 10 for role in ("prefill", "score"))
 
 
 class TestCudaGraphs:
