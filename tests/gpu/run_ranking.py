@@ -28,6 +28,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "tests" / "bench")]
 
 from bench_m_falcon import free_bytes  # noqa: E402
 from checks import Checks, Finished, run_command  # noqa: E402
+from graph_checks import GRAPHS as CUDA_GRAPHS  # noqa: E402
+from graph_checks import check_graphs  # noqa: E402
 from ranking_checks import (  # noqa: E402
     GRAPHS,
     LEAST_FEEDS,
@@ -59,6 +61,8 @@ SOAK_BUNDLE = "dlrm-fp32"
 SOAK = SoakPlan(requests=20_000, users=2_000, threads=8, tolerance=1e-4)
 #: Users of full length that the soak's cache holds: far fewer than there are.
 SOAK_CACHE_USERS = 150
+#: CUDA graphs of each engine; the soak's lengths are random, so that most of them are soon evicted.
+SOAK_GRAPHS = 8
 #: Memory of process and device that may come after a tenth of the soak: buffers that grow to the largest request.
 MOST_GROWTH_MIB = 64.0
 BUILD_SECONDS = 400.0
@@ -168,6 +172,7 @@ def check_bundle(
             check.passed = True
     requests = synthetic_requests(bundle.spec) + (golden_requests(arrays, bundle.spec) if arrays else [])
     check_m_falcon(checks, bundle, open_graph, requests)
+    check_graphs(checks, bundle, open_graph, functools.partial(open_graph, cuda_graphs=CUDA_GRAPHS), free_bytes)
 
 
 def check_resident(checks: Checks, report: Path) -> None:
@@ -195,9 +200,13 @@ def check_soak(checks: Checks, bundle: PreparedBundle, open_graph: Open, plan: S
         with ranking_session(bundle.spec, open_graph, SOAK_CACHE_USERS) as session:
             report = soak(session, plan, lambda _: free.append(free_bytes()))
             free.append(free_bytes())
+            graphs = session.stats().graphs
+        check.facts["graphs"] = graphs
         check.facts |= {"plan": dataclasses.asdict(plan), "report": dataclasses.asdict(report)}
         check.facts |= {"device_growth_mib": growth(free), "relative_error": report.worst_logit / report.rms_logit}
         failures = report.failures(plan, MOST_GROWTH_MIB)
+        if graphs.failures:
+            failures.append(f"{graphs.failures} CUDA graphs could not be recorded, or gave another answer")
         if len(free) < 2:
             failures.append("the soak was too short to see device memory grow")
         if not growth(free) <= MOST_GROWTH_MIB:
@@ -206,9 +215,10 @@ def check_soak(checks: Checks, bundle: PreparedBundle, open_graph: Open, plan: S
         check.passed = not failures
 
 
-def open_engine(engines: Path, plugin: Path, name: str, graph: str) -> Session:
+def open_engine(engines: Path, plugin: Path, name: str, graph: str, cuda_graphs: int = 0) -> Session:
     """Our session over an engine that was built here."""
-    return open_session("tensorrt", engine=engine_path(engines, name, graph), plugin_library=plugin)
+    engine = engine_path(engines, name, graph)
+    return open_session("tensorrt", engine=engine, plugin_library=plugin, cuda_graphs=cuda_graphs)
 
 
 def run_checks(checks: Checks, arguments: argparse.Namespace, places: Sequence[Path], plugin: Path) -> int:
@@ -243,7 +253,8 @@ def run_soak(checks: Checks, arguments: argparse.Namespace, places: Sequence[Pat
     engines = arguments.engines or arguments.out / "engines"
     bundle = PreparedBundle.read(bundle_folder(arguments.soak_bundle, places))
     plan = dataclasses.replace(SOAK, requests=arguments.soak_requests)
-    check_soak(checks, bundle, functools.partial(open_engine, engines, plugin, bundle.name), plan)
+    open_graph = functools.partial(open_engine, engines, plugin, bundle.name, cuda_graphs=SOAK_GRAPHS)
+    check_soak(checks, bundle, open_graph, plan)
     return checks.write(arguments.out / "ranking-soak.json")
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import torch
 from hstu_compile import bundle as bundles
 from hstu_compile.__main__ import main as command_line
 from hstu_compile.artifacts import TensorSpec
+from hstu_compile.runtime.graph_cache import GraphCache, GraphStats
 from hstu_compile.runtime.session import Session, open_session
 from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 
@@ -32,7 +34,7 @@ def modules() -> Mapping[str, ModuleType]:
     for folder in (FOLDER, FOLDER.parent / "bench"):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-    return {name: importlib.import_module(name) for name in ("checks", "ranking_checks", "run_ranking")}
+    return {name: importlib.import_module(name) for name in ("checks", "ranking_checks", "graph_checks", "run_ranking")}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,67 @@ class Int32Times(Altered):
             dataclasses.replace(tensor, dtype="int32") if tensor.dtype == "int64" else tensor
             for tensor in self._session.inputs
         )
+
+
+class Recorded(Altered):
+    """A graph that counts as a session with CUDA graphs does; a stale one answers by what it was recorded with."""
+
+    def __init__(self, session: Session, capacity: int, *, stale: bool) -> None:
+        super().__init__(session, lambda _: None)
+        self._cache: GraphCache[Kept] = GraphCache(capacity)
+        self._stale, self._lock = stale, threading.Lock()
+
+    @property
+    def graph_stats(self) -> GraphStats:
+        return self._cache.stats
+
+    def run(self, feeds: Any) -> dict[str, Any]:
+        return self.run_resident(feeds, {})
+
+    def run_resident(self, feeds: Any, outputs: Any, **copies: Any) -> dict[str, Any]:
+        with self._lock:
+            results = self._session.run_resident(feeds, outputs, **copies)
+            key = tuple(sorted((name, value.shape) for name, value in feeds.items()))
+            if (kept := self._cache.find(key)) is not None:
+                self._cache.replayed()
+                return kept.results if self._stale else results
+            if self._cache.is_due(key):
+                self._cache.keep(key, Kept(results))
+            return results
+
+
+class Kept:
+    """What a recording would answer."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.results = results
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_replays_are_compared_with_plain_runs(
+    modules: Mapping[str, ModuleType], bundle: Any, tmp_path: Path, stale: bool
+) -> None:
+    graphs, checks = modules["graph_checks"], modules["checks"].Checks("ranking")
+
+    def recorded(graph: str) -> Any:
+        return Recorded(opener(bundle)(graph), graphs.GRAPHS, stale=stale)
+
+    graphs.check_graphs(checks, bundle, opener(bundle), recorded, lambda: 0)
+    names = failed(checks, tmp_path / "ranking.json")
+    compared = [check["name"] for check in json.loads((tmp_path / "ranking.json").read_text())["checks"][:-1]]
+    assert len(compared) == 5
+    assert names == (compared if stale else [])
+
+
+def test_sessions_that_never_replay_prove_nothing(
+    modules: Mapping[str, ModuleType], bundle: Any, tmp_path: Path
+) -> None:
+    checks = modules["checks"].Checks("ranking")
+    modules["graph_checks"].check_graphs(checks, bundle, opener(bundle), opener(bundle), lambda: 0)
+    assert len(failed(checks, tmp_path / "ranking.json")) == 5
 
 
 def failed(checks: Any, path: Path) -> list[str]:
