@@ -1,0 +1,95 @@
+"""Many threads over one retrieval session: every answer is the request's own, whatever the cache does meanwhile."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from hstu_compile.runtime.retrieval_request import RetrievalRequest, RetrievalResult
+from tests.retrieval_cases import Served, asked, assert_right, history_of
+
+THREADS = 6
+
+
+@pytest.fixture(autouse=True)
+def _eager_switching() -> Iterator[None]:
+    """Let threads take turns often, so that a race has a chance to show."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def soak(served: Served, visits: int, users: int) -> list[tuple[RetrievalRequest, RetrievalResult]]:
+    """Threads that visit users whose histories grow, now and then shrink, at any time."""
+    histories = [history_of(user) for user in range(users)]
+
+    def visit(thread: int) -> list[tuple[RetrievalRequest, RetrievalResult]]:
+        rng, seen = np.random.default_rng(thread), []
+        for step in range(visits):
+            chosen = rng.integers(0, users, rng.integers(1, 4))
+            call = [asked(int(user), histories[user], int(rng.integers(0, 21)), step) for user in chosen]
+            seen += list(zip(call, served.session.encode(call), strict=True))
+        return seen
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = [future.result(timeout=100) for future in [pool.submit(visit, thread) for thread in range(THREADS)]]
+    return [each for part in found for each in part]
+
+
+@pytest.mark.parametrize("users_in_cache", [1, 2.5, 12])
+def test_soak_with_threads_that_grow_and_shrink_the_same_users(users_in_cache: float) -> None:
+    served = Served(users_in_cache=users_in_cache, session_options={"staging_rows": 25})
+    answers = soak(served, visits=5, users=4)
+    for request, result in answers:
+        assert_right(served, request, result)
+    stats = served.session.stats()
+    assert stats.requests == len(answers) > THREADS * 5
+    assert {result.cache for _, result in answers} > {"miss", "stale"}
+    assert stats.cache.used_bytes <= stats.cache.capacity_bytes
+    served.session.clear()
+    assert served.session.stats().cache.used_bytes == 0
+
+
+def test_growing_and_forgetting_one_user_at_once_tears_nothing() -> None:
+    served, history, done = Served(), history_of(3), threading.Event()
+
+    def forget() -> None:
+        while not done.is_set():
+            served.session.invalidate("ann")
+
+    def grow(thread: int) -> None:
+        for events in range(thread, 21, 2):
+            request = asked("ann", history, events)
+            assert_right(served, request, served.one(request))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        forgetting = pool.submit(forget)
+        try:
+            for future in [pool.submit(grow, thread) for thread in range(3)]:
+                future.result(timeout=100)
+        finally:
+            done.set()
+        forgetting.result()
+
+
+def test_threads_that_ask_for_the_same_longer_history_encode_its_events_once() -> None:
+    served, history, start = Served(), history_of(4), threading.Barrier(THREADS)
+    served.one(asked("ann", history, 9))
+    request = asked("ann", history, 12)
+
+    def encode() -> RetrievalResult:
+        start.wait()
+        return served.one(request)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        results = [future.result(timeout=100) for future in [pool.submit(encode) for _ in range(THREADS)]]
+    assert sorted(result.cache for result in results) == ["appended"] + ["hit"] * (THREADS - 1)
+    assert sorted(served.calls("append")) == [(1, 1)] * (THREADS - 1) + [(4, 1)]
+    for result in results:
+        assert_right(served, request, result)
