@@ -169,7 +169,7 @@ def _verification_facts(report: Mapping[str, Any]) -> tuple[list[str], str]:
     if verification.get("worst_error") is not None:
         facts.append(f"worst error {scientific(verification['worst_error'])}")
     if runs:
-        facts.append(f"{number(ran)} of {plural(len(runs), 'runtime')} run")
+        facts.append(f"{number(ran)} of {plural(len(runs), 'artifact')} run")
     return facts, {"PASS": "pass", "FAIL": "fail"}.get(report["status"], "absent")
 
 

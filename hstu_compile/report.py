@@ -203,10 +203,10 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     """The result in sentences: how many comparisons are within bounds, the worst error, and the tightest bound."""
     comparisons, runs = _comparisons(report), _runs(report)
     if not comparisons:
-        skipped = f" {plural(len(runs), 'runtime')} did not run." if runs else ""
+        skipped = f" {plural(len(runs), 'artifact')} did not run." if runs else ""
         return [f"Nothing was compared with the eager model: this bundle carries no proof.{skipped}"]
     failed = sum(item.failed for item in comparisons)
-    place = f"in {plural(sum(bool(run['tensors']) for run in runs), 'runtime')}"
+    place = f"in {plural(len({run['runtime'] for run in runs if run['tensors']}), 'runtime')}"
     if failed:
         verb = "exceeds" if failed == 1 else "exceed"
         counted = f"{number(failed)} of {plural(len(comparisons), 'comparison')} {place} {verb} the bound."

@@ -409,7 +409,7 @@ def test_nothing_verified_is_said_plainly() -> None:
     report["verification"]["runs"] = [report["verification"]["runs"][1]]
     report["verification"]["worst_error"] = report["verification"]["worst_where"] = None
     for text in (Page(render_report(report)).text, render_summary(report)):
-        assert "this bundle carries no proof. 1 runtime did not run." in text
+        assert "this bundle carries no proof. 1 artifact did not run." in text
         assert "no CUDA device on this machine" in text
 
 
@@ -535,7 +535,7 @@ def test_pipeline_shows_the_seven_boxes_with_their_facts() -> None:
         "143 nodes in all",
         "fuse_uvqk 21",
         "worst error 1.91e-03",
-        "1 of 2 runtimes run",
+        "1 of 2 artifacts run",
         "6.31 s",
     ):
         assert f">{fact}</text>" in picture
@@ -563,6 +563,16 @@ def test_every_graph_has_its_facts_passes_and_engine_under_its_name() -> None:
 def section_of(source: str, ident: str) -> str:
     """One section of the page."""
     return source[source.index(f'<section id="{ident}"') :].split("</section>")[0] + "</section>"
+
+
+def test_graphs_on_one_runtime_are_not_several_runtimes() -> None:
+    report = several()
+    assert len(report["verification"]["runs"]) == 6
+    text = Page(render_report(report)).text
+    assert "All 6 comparisons in 1 runtime are within their bounds." in text
+    assert "6 of 6 artifacts run" in text
+    report["verification"]["runs"][1]["runtime"] = "tensorrt-rtx 1.6.1"
+    assert "All 6 comparisons in 2 runtimes are within their bounds." in Page(render_report(report)).text
 
 
 def test_a_graph_without_an_engine_among_others_is_said() -> None:
