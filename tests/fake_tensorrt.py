@@ -71,11 +71,12 @@ def fake_tensorrt(
     runs: bool = True,
     captures: bool = True,
     stateful: bool = False,
+    node_kind: int = 0,
 ) -> types.SimpleNamespace:
     """The module `tensorrt`, whose runtime loads `engine`, or nothing after writing `log`.
 
     Without `captures`, enqueueing fails while the stream is being recorded. With `stateful`, an engine reads its shapes
-    from the context when it runs, also from a graph.
+    from the context when it runs, also from a graph. In a graph it is a node of type `node_kind`: 0 is a kernel.
     """
     kind = types.SimpleNamespace
     types_of = {name: each[0] for name, each in (*engine.inputs.items(), *engine.outputs.items())}
@@ -127,6 +128,8 @@ def fake_tensorrt(
 
             recording = stream in cuda.recording
             cuda.enqueue(stream, work)
+            if recording and node_kind:
+                cuda.recording[stream][-1].kind = node_kind
             return runs and (captures or not recording)
 
     class Engine:

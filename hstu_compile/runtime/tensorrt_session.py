@@ -480,6 +480,8 @@ class TensorRtSession:
             self._warn(f"a pass of {self.name} stays without a CUDA graph: {error.what}: {error.why}")
             return
         graphs.keep(key, _Replay(graph, plan))
+        if graph.bound_by:
+            self._warn_bound(f"a graph has {graph.bound_by}")
 
     def _prove(self, graphs: GraphCache[_Replay], key: Hashable, replay: _Replay, memory: _Memory, log: Any) -> None:
         """Launch a graph, run the pass without it, and compare all that they wrote; what the latter wrote stays.
@@ -498,10 +500,7 @@ class TensorRtSession:
         elif foreign:
             self._all_bound = True
             graphs.failed()
-            self._warn(
-                f"CUDA graphs of {self.name} are replayed only while the same shapes follow one another: a graph gave "
-                "another answer after other shapes had been served"
-            )
+            self._warn_bound("a graph gave another answer after other shapes had been served")
         else:
             graphs.refuse(key)
             self._warn(f"a pass of {self.name} stays without a CUDA graph: the graph gave another answer")
@@ -523,6 +522,9 @@ class TensorRtSession:
             for address, array in zip(places, written, strict=True):
                 self._driver.download(address, array)
         return written
+
+    def _warn_bound(self, why: str) -> None:
+        self._warn(f"CUDA graphs of {self.name} are replayed only while the same shapes follow one another: {why}")
 
     def _warn(self, text: str) -> None:
         """Once for each text."""

@@ -187,6 +187,19 @@ def test_a_graph_that_reads_the_contexts_memory_is_found_out_and_kept_to_its_sha
         assert counted(session).failures == 1
 
 
+def test_a_graph_that_cannot_be_detached_from_the_host_is_kept_to_its_shapes(cuda: FakeCuda) -> None:
+    with open_fake(cuda, cuda_graphs=3, node_kind=3) as session:
+        asked(session, feeds_of(2, 3))
+        with pytest.warns(RuntimeWarning, match="only while the same shapes follow one another: .* a node of type 3"):
+            asked(session, feeds_of(2, 3, seed=1))
+        for seed in range(3):
+            asked(session, feeds_of(2, 3, seed=seed))
+        assert counted(session).replays == 3
+        for seed in range(4):
+            asked(session, feeds_of(*((1,), (2, 3))[seed % 2], seed=seed))
+        assert counted(session) == GraphStats(captures=2, replays=3, kept=2)
+
+
 def test_a_graph_that_gives_another_answer_is_dropped(cuda: FakeCuda) -> None:
     with open_fake(cuda, cuda_graphs=3) as session:
         for seed in range(2):
