@@ -25,6 +25,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from hstu_compile.tensorrt_api import TensorRtApi
 
 ROLES = {"packed": "model.engine", "prefill": "prefill.engine", "score": "score.engine"}
+NOT_REPLAYED = "passes were replays of a CUDA graph"
 #: More than the cases of one group need, whose shapes come one after the other.
 CUDA_GRAPHS = 8
 _MIB = 2.0**20
@@ -310,7 +312,7 @@ def unreplayed(before: RankingStats, after: RankingStats) -> str:
         getattr(after, name) - getattr(before, name) for name in ("prefill_passes", "score_passes", "packed_passes")
     )
     replays = after.graphs.replays - before.graphs.replays
-    return "" if passes == replays else f"error: {replays} of {passes} passes were replays of a CUDA graph"
+    return "" if passes == replays else f"error: {replays} of {passes} {NOT_REPLAYED}"
 
 
 def command_of(case: Case) -> str:
@@ -356,13 +358,21 @@ def run_cases(
     rows: dict[Case, Row] = {}
     size = micro_batch or bundle.spec.micro_batch
     engines = bundle.sessions(CUDA_GRAPHS if graphs else 0)
-    with bundle.ranking(engines, size, max(arguments.n)) as session:
+    with (
+        bundle.ranking(engines, size, max(arguments.n)) as session,
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
         for case in dict.fromkeys(case.measured for case in cases):
             try:
                 reference = Reference.load(reference_path(arguments.references or parts, case.n, bundle.precision))
                 rows[case] = run_call(session, engines, free_before, case, reference)
             except Exception as error:
                 rows[case] = {"status": status_of(error)}
+            if NOT_REPLAYED in rows[case].get("status", ""):
+                rows[case]["status"] += "".join(f"; {each.message}" for each in warned[-2:])[:300]
+    for each in warned:
+        print(f"warning: {each.message}", flush=True)
     clock = DeviceClock(bundle, graphs)
     try:
         for case, row in rows.items():

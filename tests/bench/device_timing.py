@@ -96,10 +96,7 @@ class EngineRunner:
                 host = host_array(tuple(map(int, self._context.get_tensor_shape(spec.name))), spec.dtype)
                 address = self._buffers.address(spec.name, host.nbytes)
                 if host.nbytes:
-                    self._check(
-                        self._lib.cuMemsetD8_v2(ctypes.c_uint64(address), 0xFF, ctypes.c_size_t(host.nbytes)),
-                        "cuMemsetD8",
-                    )
+                    self._driver.fill(address, 0xFF, host.nbytes)
                 if not self._context.set_tensor_address(spec.name, address):
                     raise RuntimeError(f"TensorRT refused the buffer of {spec.name}: {log.tail()}")
                 self._hosts[spec.name] = host
