@@ -1,0 +1,1 @@
+"""The attention kernel for compute capability 9.0: tensor copies, warpgroup products, warp specialisation."""

@@ -1,0 +1,212 @@
+"""Ahead-of-time compiler of the Hopper attention kernel: variants -> cubins, with nvcc and without a GPU.
+
+Level: kernels; imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hstu_compile.plugins.kernels.hopper.variants import (
+    ELEMENT_TYPES,
+    HopperTile,
+    HopperVariant,
+    shared_bytes,
+    tile_of,
+)
+
+KERNEL_NAME = "hstu_attention_sm90"
+#: Names a compiler that is not on PATH.
+NVCC_VARIABLE = "HSTU_NVCC"
+#: First release whose assembler knows everything that the source uses.
+LEAST_NVCC = (12, 3)
+_SOURCE = "hstu_attention_sm90.cu"
+_ALIGNED_THREADS = 128
+
+
+@dataclass(frozen=True)
+class HopperImage:
+    """One compiled kernel with what a launch needs to know.
+
+    Attributes:
+        variant: its compile-time switches.
+        tile: how it divides its work.
+        data: the cubin, for sm_90a.
+        usage: what the assembler said of registers, stack and spills.
+    """
+
+    variant: HopperVariant
+    tile: HopperTile
+    data: bytes
+    usage: str
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of one block."""
+        return 64 * self.tile.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Threads of one block: a producer warpgroup and those that multiply."""
+        return _ALIGNED_THREADS * (1 + self.tile.warpgroups)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of one block."""
+        return shared_bytes(self.variant)
+
+
+@functools.cache
+def find_nvcc() -> Path | None:
+    """Return the CUDA compiler: $HSTU_NVCC, the one on PATH, one of the usual folders, or that of the pip packages."""
+    named = os.environ.get(NVCC_VARIABLE)
+    if named:
+        return Path(named)
+    found = shutil.which("nvcc")
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    places = [Path("/usr/local/cuda/bin/nvcc"), *sorted(packages.glob("*/bin/nvcc"), reverse=True)]
+    return Path(found) if found else next((place for place in places if place.is_file()), None)
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    """Return the compiler's release, such as (13, 0).
+
+    Raises:
+        RuntimeError: it does not start, or does not say.
+    """
+    try:
+        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+        major, minor = text.rsplit("release ", 1)[1].split(",", 1)[0].split(".")[:2]
+        return int(major), int(minor)
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError) as error:
+        raise RuntimeError(f"{nvcc} does not say which release it is: {error}") from error
+
+
+def compile_hopper(
+    variants: Sequence[HopperVariant], cache_dir: Path | None = None, *, nvcc: Path | None = None, jobs: int | None = None
+) -> list[HopperImage]:
+    """Compile every variant for sm_90a, each once, in the order given.
+
+    Args:
+        variants: what to compile.
+        cache_dir: compiled kernels are kept here under a hash of sources, switches and the compiler's release.
+        nvcc: the compiler; None looks for one.
+        jobs: compilers at a time; None takes one per usable core.
+
+    Raises:
+        RuntimeError: there is no compiler, it is too old, or a kernel does not compile (with the compiler's words).
+    """
+    compiler = nvcc or find_nvcc()
+    if compiler is None:
+        raise RuntimeError(
+            "the Hopper attention kernel needs nvcc, and none was found on PATH or in the usual places. "
+            f"Fix: install a CUDA toolkit, `pip install nvidia-cuda-nvcc`, or set {NVCC_VARIABLE}"
+        )
+    release = nvcc_version(compiler)
+    if release < LEAST_NVCC:
+        raise RuntimeError(
+            f"{compiler} is release {release[0]}.{release[1]}; the Hopper attention kernel needs "
+            f"{LEAST_NVCC[0]}.{LEAST_NVCC[1]} or later. Fix: set {NVCC_VARIABLE} to a newer nvcc"
+        )
+    unique = list(dict.fromkeys(variants))
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda variant: _compiled(variant, compiler, release, cache_dir), unique))
+
+
+def _compiled(variant: HopperVariant, nvcc: Path, release: tuple[int, int], cache_dir: Path | None) -> HopperImage:
+    key = _key(variant, release)
+    if cache_dir is not None:
+        cached = _load(cache_dir, key)
+        if cached is not None:
+            return HopperImage(variant, tile_of(variant), *cached)
+    with tempfile.TemporaryDirectory(prefix="hstu-hopper-") as scratch:
+        output = Path(scratch) / "kernel.cubin"
+        command = [str(nvcc), *_switches(variant), str(Path(__file__).parent / _SOURCE), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{variant} did not compile with {nvcc}: {(done.stdout + done.stderr)[-4000:]}")
+        data, usage = output.read_bytes(), done.stderr
+    if cache_dir is not None:
+        _save(cache_dir, key, data, usage)
+    return HopperImage(variant, tile_of(variant), data, usage)
+
+
+def _switches(variant: HopperVariant) -> list[str]:
+    tile = tile_of(variant)
+    macros = {
+        "TYPE": ELEMENT_TYPES[variant.dtype],
+        "DIM": variant.block_dim,
+        "WARPGROUPS": tile.warpgroups,
+        "BLOCK_N": tile.block_n,
+        "STAGES": tile.stages,
+        "PLAIN_CAUSAL": int(variant.plain_causal),
+        "SILU": f"k{tile.silu}",
+        "TURNS": int(tile.turns),
+        "SPLIT": variant.split,
+        "SHARED_BYTES": shared_bytes(variant),
+    }
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17", "-Xptxas=-v"]
+    return [*target, *(f"-DHSTU_{name}={value}" for name, value in macros.items())]
+
+
+def _key(variant: HopperVariant, release: tuple[int, int]) -> str:
+    content = hashlib.sha256(json.dumps([_switches(variant), release]).encode())
+    for path in sorted(Path(__file__).parent.glob("*.cu*")):
+        content.update(path.read_bytes())
+    return content.hexdigest()
+
+
+def _load(cache_dir: Path, key: str) -> tuple[bytes, str] | None:
+    try:
+        facts = json.loads((cache_dir / f"{key}.json").read_text())
+        data = (cache_dir / f"{key}.cubin").read_bytes()
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return (data, facts["usage"]) if facts.get("sha256") == hashlib.sha256(data).hexdigest() else None
+
+
+def _save(cache_dir: Path, key: str, data: bytes, usage: str) -> None:
+    """Write both files so that a reader sees all of each or nothing."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    facts = {"sha256": hashlib.sha256(data).hexdigest(), "usage": usage}
+    for suffix, content in ((".cubin", data), (".json", json.dumps(facts).encode())):
+        handle, temporary = tempfile.mkstemp(dir=cache_dir, prefix=".", suffix=suffix)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, cache_dir / f"{key}{suffix}")
+
+
+def resource_report(images: Sequence[HopperImage]) -> list[dict[str, object]]:
+    """Return what each kernel takes: registers at launch, stack and spilled bytes, shared memory, threads."""
+    rows: list[dict[str, object]] = []
+    for image in images:
+        words = image.usage.replace(",", " ").split()
+
+        def before(*what: str, words: list[str] = words) -> int:
+            size = len(what)
+            return next(int(words[i - 1]) for i in range(1, len(words)) if tuple(words[i : i + size]) == what)
+
+        rows.append(
+            {
+                **asdict(image.variant),
+                "registers": before("registers"),
+                "stack_bytes": before("bytes", "stack"),
+                "spill_store_bytes": before("bytes", "spill", "stores"),
+                "spill_load_bytes": before("bytes", "spill", "loads"),
+                "shared_bytes": image.shared_bytes,
+                "threads": image.threads,
+                "serialized": "serialized" in image.usage,
+            }
+        )
+    return rows

@@ -1,0 +1,830 @@
+// HSTU attention on jagged data for compute capability 9.0, float16 and bfloat16, without bias tables.
+//
+// One persistent block an SM: a producer warp copies query, key and value tiles into shared memory with the tensor copy
+// engine, and each of kWarpgroups warpgroups multiplies 64 query rows. Between the two products of a key tile lies SiLU,
+// which needs no row maximum and no rescaling; so the scores of the next key tile are multiplied while the values of the
+// last one are, and SiLU of the next runs beside the latter.
+//
+// Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES,
+// HSTU_PLAIN_CAUSAL, HSTU_SILU, HSTU_TURNS, HSTU_SPLIT and
+// HSTU_SHARED_BYTES; compile.py chooses them.
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "activation.cuh"
+#include "parameters.cuh"
+#include "ptx.cuh"
+#include "schedule.cuh"
+#include "tile.cuh"
+#include "wgmma.cuh"
+
+namespace hstu
+{
+namespace
+{
+
+using Element = HSTU_TYPE;
+constexpr int32_t kDim = HSTU_DIM; // of a head, padded to a multiple of 64: what lies beyond it is copied as zero
+constexpr int32_t kWarpgroups = HSTU_WARPGROUPS;
+constexpr int32_t kBlockM = 64 * kWarpgroups;
+constexpr int32_t kBlockN = HSTU_BLOCK_N;
+constexpr int32_t kStages = HSTU_STAGES;
+constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
+constexpr Silu kSilu = Silu::HSTU_SILU;
+
+constexpr int32_t kSlab = 64; // columns of a 128-byte swizzled row
+constexpr int32_t kSlabs = kDim / kSlab;
+constexpr int32_t kRowBytes = kSlab * 2;
+constexpr int32_t kDepth = 16; // of one product instruction
+constexpr int32_t kTileSlots = 3; // one multiplied, one copied, one described
+constexpr int32_t kFirstGroupBarrier = 1; // named barriers; 0 is that of __syncthreads
+constexpr int32_t kFirstTurnBarrier = 4;
+constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
+constexpr int32_t kConsumerWarps = 4 * kWarpgroups;
+constexpr int32_t kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+constexpr int32_t kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+// The next tile's queries are copied while this one is multiplied; with 256 columns there is no room for both.
+constexpr int32_t kQueryBuffers = kDim <= 128 && HSTU_SPLIT == 1 ? 2 : 1;
+// Blocks of a cluster that share a tile: each takes every kSplit-th key tile, and as there is no softmax their sums just
+// add. For batches with fewer tiles than there are SMs.
+constexpr int32_t kSplit = HSTU_SPLIT;
+static_assert(kSplit == 1 || kSplit == 2, "one block a tile, or two that exchange halves");
+constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the other block of its cluster
+// Warpgroups issue their products in turns, so that one multiplies while another computes SiLU.
+constexpr bool kTurns = HSTU_TURNS != 0;
+
+struct alignas(1024) Buffers
+{
+    Element queries[kQueryBuffers][kSlabs][kBlockM][kSlab];
+    Element keys[kStages][kSlabs][kBlockN][kSlab];
+    Element values[kStages][kSlabs][kBlockN][kSlab];
+};
+
+//! Where the other block of the cluster puts its part of the sums that this one stores.
+struct Exchange
+{
+    float4 sums[kSplit > 1 ? kExchanged / 4 : 1][kSplit > 1 ? 128 * kWarpgroups : 1];
+};
+
+struct Barriers
+{
+    uint64_t tileFull[kTileSlots];
+    uint64_t tileEmpty[kTileSlots];
+    uint64_t queriesFull[kQueryBuffers];
+    uint64_t queriesEmpty[kQueryBuffers];
+    uint64_t keysFull[kStages];
+    uint64_t keysEmpty[kStages];
+    uint64_t valuesFull[kStages];
+    uint64_t valuesEmpty[kStages];
+    uint64_t exchangeFull[kWarpgroups];
+    uint64_t peerExchangeEmpty[kWarpgroups];
+};
+
+// Everything that a block keeps in shared memory; the launch gives it 1023 bytes more, to begin at a multiple of 1024.
+struct Shared
+{
+    Buffers buffers;
+    Barriers barriers;
+    Tile tiles[kTileSlots];
+    Schedule schedule;
+    Exchange exchange;
+};
+
+static_assert(sizeof(Shared) + 1023 <= HSTU_SHARED_BYTES, "compile.py counts too little shared memory");
+
+//! Position in a ring of buffers: which one, and the parity of its barriers' phase.
+template <int32_t kSize>
+struct Ring
+{
+    int32_t index{0};
+    uint32_t phase{0};
+
+    __device__ __forceinline__ void advance()
+    {
+        if (++index == kSize)
+        {
+            index = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ void initBarriers(Barriers& barriers)
+{
+    for (int32_t i = 0; i < kTileSlots; ++i)
+    {
+        barrierInit(&barriers.tileFull[i], 1);
+        barrierInit(&barriers.tileEmpty[i], kConsumerWarps);
+    }
+    for (int32_t i = 0; i < kQueryBuffers; ++i)
+    {
+        barrierInit(&barriers.queriesFull[i], 1);
+        barrierInit(&barriers.queriesEmpty[i], kConsumerWarps);
+    }
+    for (int32_t i = 0; i < kStages; ++i)
+    {
+        barrierInit(&barriers.keysFull[i], 1);
+        barrierInit(&barriers.keysEmpty[i], kConsumerWarps);
+        barrierInit(&barriers.valuesFull[i], 1);
+        barrierInit(&barriers.valuesEmpty[i], kConsumerWarps);
+    }
+    for (int32_t i = 0; i < kWarpgroups; ++i)
+    {
+        barrierInit(&barriers.exchangeFull[i], 4);
+        barrierInit(&barriers.peerExchangeEmpty[i], 4);
+    }
+    barrierInitFence();
+}
+
+//! First key of this block's key tile t. Blocks of a cluster deal the tiles out in turn.
+__device__ __forceinline__ int32_t keyStart(Tile const& tile, int32_t t)
+{
+    if constexpr (kSplit == 1)
+    {
+        return tile.keyStart(t, kBlockN);
+    }
+    return tile.keyStart(min(t * kSplit + static_cast<int32_t>(clusterRank()), tile.tiles - 1), kBlockN);
+}
+
+//! Counts this block's share of the key tiles.
+__device__ __forceinline__ void takeShare(Tile& tile)
+{
+    tile.share = tile.tiles;
+    tile.maskedShare = tile.maskedTiles;
+    if constexpr (kSplit > 1)
+    {
+        auto const rank = static_cast<int32_t>(clusterRank());
+        tile.share = (tile.tiles - rank + kSplit - 1) / kSplit;
+        tile.maskedShare = (tile.maskedTiles - rank + kSplit - 1) / kSplit;
+        if (tile.share == 0 && tile.tiles > 0)
+        {
+            // Takes part with a key tile of which nothing counts, so that every block goes the same way.
+            tile.share = 1;
+            tile.maskedShare = 1;
+            tile.mask = Mask::kNothing;
+        }
+    }
+}
+
+//! The thread that gives out work and copies every operand of it, as far ahead as there are buffers.
+struct Producer
+{
+    CUtensorMap const& qMap;
+    CUtensorMap const& kMap;
+    CUtensorMap const& vMap;
+    AttentionParameters const& p;
+    Shared& shared;
+    int32_t const numTiles;
+
+    Ring<kTileSlots> slot;
+    Ring<kQueryBuffers> query;
+    Ring<kStages> stage;
+
+    __device__ __forceinline__ Producer(CUtensorMap const& queryMap, CUtensorMap const& keyMap,
+        CUtensorMap const& valueMap, AttentionParameters const& parameters, Shared& memory)
+        : qMap(queryMap)
+        , kMap(keyMap)
+        , vMap(valueMap)
+        , p(parameters)
+        , shared(memory)
+        , numTiles(numSlots(parameters, memory.schedule, kBlockM) * parameters.heads)
+    {
+    }
+
+    //! Describes a tile where the consumers and this thread find it.
+    __device__ __forceinline__ Tile const& publish(int32_t index)
+    {
+        Tile& tile = shared.tiles[slot.index];
+        // The first wait on an empty buffer is for the phase before the first: it returns at once.
+        barrierWait(&shared.barriers.tileEmpty[slot.index], slot.phase ^ 1);
+        if (index < numTiles)
+        {
+            describeTile<kPlainCausal>(p, shared.schedule, index, kBlockM, kBlockN, tile);
+            takeShare(tile);
+        }
+        else
+        {
+            tile.head = -1;
+        }
+        barrierArrive(&shared.barriers.tileFull[slot.index]);
+        slot.advance();
+        return tile;
+    }
+
+    //! The index of this block's tile of a round.
+    __device__ __forceinline__ int32_t nextIndex(int32_t round) const
+    {
+        if constexpr (kSplit > 1)
+        {
+            // Blocks of a cluster must agree, so the tiles are dealt out beforehand: to and fro, as costs descend.
+            int32_t const clusters = gridDim.x / kSplit;
+            int32_t const cluster = blockIdx.x / kSplit;
+            return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
+        }
+        return round == 0 ? static_cast<int32_t>(blockIdx.x) : gridDim.x + atomicAdd(&p.progress[0], 1);
+    }
+
+    __device__ __forceinline__ void copyQueries(int32_t head, int32_t row)
+    {
+        uint64_t* const full = &shared.barriers.queriesFull[query.index];
+        barrierWait(&shared.barriers.queriesEmpty[query.index], query.phase ^ 1);
+        barrierArriveExpect(full, sizeof(shared.buffers.queries[0]));
+#pragma unroll
+        for (int32_t slab = 0; slab < kSlabs; ++slab)
+        {
+            copyBox(shared.buffers.queries[query.index][slab], &qMap, full, slab * kSlab, head, row);
+        }
+        query.advance();
+    }
+
+    __device__ __forceinline__ void copyKeysAndValues(int32_t head, int32_t row)
+    {
+        uint64_t* const keysFull = &shared.barriers.keysFull[stage.index];
+        barrierWait(&shared.barriers.keysEmpty[stage.index], stage.phase ^ 1);
+        barrierArriveExpect(keysFull, sizeof(shared.buffers.keys[0]));
+#pragma unroll
+        for (int32_t slab = 0; slab < kSlabs; ++slab)
+        {
+            copyBox(shared.buffers.keys[stage.index][slab], &kMap, keysFull, slab * kSlab, head, row);
+        }
+        uint64_t* const valuesFull = &shared.barriers.valuesFull[stage.index];
+        barrierWait(&shared.barriers.valuesEmpty[stage.index], stage.phase ^ 1);
+        barrierArriveExpect(valuesFull, sizeof(shared.buffers.values[0]));
+#pragma unroll
+        for (int32_t slab = 0; slab < kSlabs; ++slab)
+        {
+            copyBox(shared.buffers.values[stage.index][slab], &vMap, valuesFull, slab * kSlab, head, row);
+        }
+        stage.advance();
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        Tile const* last = nullptr;
+        int32_t t = 0;
+        int32_t tiles = 0;
+        // The next tile is asked for late, so that no block holds work that an idle one could begin; but kStages - 1 key
+        // tiles before the end, so that its description is there when its first operands can be copied.
+        for (int32_t round = 0;; ++round)
+        {
+            Tile const& tile = publish(nextIndex(round));
+            for (; t < tiles; ++t)
+            {
+                copyKeysAndValues(last->head, last->keyRow + keyStart(*last, t));
+            }
+            if (tile.head < 0)
+            {
+                break;
+            }
+            last = &tile;
+            tiles = tile.share;
+            if (tiles > 0)
+            {
+                copyQueries(tile.head, tile.queryRow);
+            }
+            // The consumers begin this tile before they end the last: its first keys may not wait for the next one's.
+            for (t = 0; t < min(tiles, max(tiles - (kStages - 1), 1)); ++t)
+            {
+                copyKeysAndValues(tile.head, tile.keyRow + keyStart(tile, t));
+            }
+        }
+        if constexpr (kSplit == 1)
+        {
+            // The last block to come here has seen every other block's last question: both counters are as they were.
+            if (atomicAdd(&p.progress[1], 1) == static_cast<int32_t>(gridDim.x) - 1)
+            {
+                p.progress[0] = 0;
+                p.progress[1] = 0;
+            }
+        }
+    }
+};
+
+//! What the end of a tile needs of it, after the tile's slot has been given back.
+struct Ending
+{
+    int32_t head;
+    int32_t queryRow;
+    int32_t rows;
+    int32_t valid; //!< keys of the last key tile that belong to the sequence
+    float scale;
+    bool isSingle; //!< there was one key tile
+};
+
+//! One of kWarpgroups that multiply: 64 rows of every tile.
+struct Consumer
+{
+    AttentionParameters const& p;
+    Shared& shared;
+    int32_t const warpgroup; // 0 for the first that multiplies
+    int32_t const thread;    // in the warpgroup
+    int32_t const lane;
+    int32_t const rowInTile; // of this thread's first row; the other is 8 further
+    float const halfAlpha;
+
+    Ring<kTileSlots> slot;
+    Ring<kQueryBuffers> query;
+    Ring<kStages> keyStage;
+    Ring<kStages> valueStage;
+    Ring<1> exchange;
+
+    float scores[kBlockN / 2];
+    uint32_t weights[kBlockN / 4];
+    float sums[kDim / 2];
+
+    __device__ __forceinline__ Consumer(AttentionParameters const& parameters, Shared& memory)
+        : p(parameters)
+        , shared(memory)
+        // From one lane: the compiler then knows that it is the same in all, and keeps addresses out of vector registers.
+        , warpgroup(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1)
+        , thread(threadIdx.x % 128)
+        , lane(threadIdx.x % 32)
+        , rowInTile(warpgroup * 64 + thread / 32 * 16 + lane / 4)
+        , halfAlpha(0.5F * parameters.alpha)
+    {
+    }
+
+    //! One arrival of this warp.
+    __device__ __forceinline__ void release(uint64_t* barrier) const
+    {
+        if (lane == 0)
+        {
+            barrierArrive(barrier);
+        }
+    }
+
+    __device__ __forceinline__ void awaitTurn() const
+    {
+        if constexpr (kTurns)
+        {
+            namedBarrierSync(kFirstTurnBarrier + warpgroup, 256);
+        }
+    }
+
+    __device__ __forceinline__ void passTurn() const
+    {
+        if constexpr (kTurns)
+        {
+            namedBarrierArrive(kFirstTurnBarrier + (warpgroup + 1) % kWarpgroups, 256);
+        }
+    }
+
+    //! scores = queries x keys of the stage at keyStage.
+    __device__ __forceinline__ void multiplyKeys()
+    {
+        uint32_t const queries =
+            sharedAddress(shared.buffers.queries[query.index]) + warpgroup * 64 * kRowBytes;
+        uint32_t const keys = sharedAddress(shared.buffers.keys[keyStage.index]);
+#pragma unroll
+        for (int32_t step = 0; step < kDim / kDepth; ++step)
+        {
+            int32_t const slab = step * kDepth / kSlab;
+            uint32_t const column = step * kDepth % kSlab * 2;
+            Wgmma<Element, kBlockN>::sharedShared(scores,
+                operandDescriptor(queries + slab * kBlockM * kRowBytes + column, 0),
+                operandDescriptor(keys + slab * kBlockN * kRowBytes + column, 0), step > 0);
+        }
+        productCommit();
+    }
+
+    //! sums (+)= weights x values of the stage at valueStage.
+    __device__ __forceinline__ void multiplyValues(bool isFirst)
+    {
+        uint32_t const values = sharedAddress(shared.buffers.values[valueStage.index]);
+#pragma unroll
+        for (int32_t step = 0; step < kBlockN / kDepth; ++step)
+        {
+            Wgmma<Element, kDim>::registerShared(sums, weights + 4 * step,
+                operandDescriptor(values + step * kDepth * kRowBytes, kBlockN * kRowBytes), step > 0 || !isFirst);
+        }
+        productCommit();
+    }
+
+    __device__ __forceinline__ void awaitQueries() const
+    {
+        barrierWait(&shared.barriers.queriesFull[query.index], query.phase);
+    }
+
+    __device__ __forceinline__ void awaitKeys() const
+    {
+        barrierWait(&shared.barriers.keysFull[keyStage.index], keyStage.phase);
+    }
+
+    //! `valid` keys belong to the sequence. Clears what lies behind: it may be anything, and 0 * NaN is NaN.
+    __device__ __forceinline__ void awaitValues(int32_t valid) const
+    {
+        barrierWait(&shared.barriers.valuesFull[valueStage.index], valueStage.phase);
+        if (valid >= kBlockN)
+        {
+            return;
+        }
+        int32_t const foreign = kBlockN - valid;
+        for (int32_t i = thread; i < kSlabs * foreign * 8; i += 128)
+        {
+            int32_t const row = valid + i / 8 % foreign;
+            int32_t const slab = i / 8 / foreign;
+            reinterpret_cast<uint4*>(shared.buffers.values[valueStage.index][slab][row])[i % 8] = make_uint4(0, 0, 0, 0);
+        }
+        sharedProxyFence();
+        namedBarrierSync(kFirstGroupBarrier + warpgroup, 128);
+    }
+
+    __device__ __forceinline__ void releaseKeys()
+    {
+        release(&shared.barriers.keysEmpty[keyStage.index]);
+        keyStage.advance();
+    }
+
+    __device__ __forceinline__ void releaseValues()
+    {
+        release(&shared.barriers.valuesEmpty[valueStage.index]);
+        valueStage.advance();
+    }
+
+    template <Mask kMask>
+    __device__ __forceinline__ void applyMask(Tile const& tile, int32_t keyStart)
+    {
+        RowBounds const upper = rowBounds(p, tile, tile.firstRow + rowInTile);
+        RowBounds const lower = rowBounds(p, tile, tile.firstRow + rowInTile + 8);
+        int32_t const first = keyStart + 2 * (lane % 4);
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN / 2; ++i)
+        {
+            bool const isUpper = i % 4 < 2;
+            scores[i] = isAllowed<kMask>(tile, isUpper ? upper : lower, first, i / 4 * 8 + i % 2) ? scores[i] : 0.0F;
+        }
+    }
+
+    //! What the mask forbids becomes zero, and SiLU of that is zero.
+    __device__ __forceinline__ void mask(Tile const& tile, int32_t t)
+    {
+        int32_t const start = keyStart(tile, t);
+        if (kSplit > 1 && tile.mask == Mask::kNothing)
+        {
+            applyMask<Mask::kNothing>(tile, start);
+        }
+        else if (kPlainCausal || tile.mask == Mask::kDiagonal)
+        {
+            applyMask<Mask::kDiagonal>(tile, start);
+        }
+        else if (tile.mask == Mask::kGroups)
+        {
+            applyMask<Mask::kGroups>(tile, start);
+        }
+        else
+        {
+            applyMask<Mask::kWindow>(tile, start);
+        }
+    }
+
+    //! scores become SiLU weights.
+    __device__ __forceinline__ void weigh()
+    {
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN / 2; i += 2)
+        {
+            scores[i] *= halfAlpha;
+            scores[i + 1] *= halfAlpha;
+            constexpr Silu kFirst = kSilu == Silu::kMixed ? Silu::kFloat : kSilu;
+            constexpr Silu kSecond = kSilu == Silu::kMixed ? Silu::kPair : kSilu;
+            if (i % 4 == 0)
+            {
+                activate<kFirst>(scores[i], scores[i + 1]);
+            }
+            else
+            {
+                activate<kSecond>(scores[i], scores[i + 1]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void packWeights()
+    {
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN / 4; ++i)
+        {
+            if constexpr (kSilu == Silu::kHalf)
+            {
+                // A move that the compiler does not see through: it would take the registers that are being read.
+                asm volatile("mov.b32 %0, %1;" : "=r"(weights[i]) : "f"(scores[2 * i]));
+            }
+            else
+            {
+                weights[i] = packPair<Element>(scores[2 * i], scores[2 * i + 1]);
+            }
+        }
+    }
+
+    //! The next tile that has keys, or null. Tiles without are cleared on the way.
+    __device__ __forceinline__ Tile const* takeTile()
+    {
+        while (true)
+        {
+            barrierWait(&shared.barriers.tileFull[slot.index], slot.phase);
+            // Read where it lies: held in registers it would cost the products theirs.
+            Tile const& tile = shared.tiles[slot.index];
+            if (tile.head < 0)
+            {
+                return nullptr;
+            }
+            if (tile.tiles > 0)
+            {
+                return &tile;
+            }
+            clear(tile);
+            releaseTile(tile);
+            slot.advance();
+        }
+    }
+
+    __device__ __forceinline__ void releaseTile(Tile const& tile) const
+    {
+        __syncwarp();
+        release(&shared.barriers.tileEmpty[&tile - shared.tiles]);
+    }
+
+    //! Key tile t of a tile, and the values of key tile t - 1: both products are issued.
+    __device__ __forceinline__ void multiplyBoth(Tile const& tile, int32_t t)
+    {
+        awaitKeys();
+        awaitValues(tile.numKeys - keyStart(tile, t - 1));
+        awaitTurn();
+        productFence();
+        multiplyKeys();
+        multiplyValues(t == 1);
+        passTurn();
+    }
+
+    //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
+    __device__ __forceinline__ void step(Tile const& tile, int32_t t)
+    {
+        multiplyBoth(tile, t);
+        productWait<1>();
+        pin(scores);
+        releaseKeys();
+        weigh();
+        productWait<0>();
+        pin(sums);
+        releaseValues();
+        packWeights();
+    }
+
+    //! The mask branches, and no product may be under way where the compiler cannot see that all lanes branch alike.
+    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t)
+    {
+        multiplyBoth(tile, t);
+        productWait<0>();
+        pin(scores);
+        pin(sums);
+        releaseKeys();
+        releaseValues();
+        mask(tile, t);
+        weigh();
+        packWeights();
+    }
+
+    //! The first key tile, whose scores are there.
+    __device__ __forceinline__ void weighFirst(Tile const& tile)
+    {
+        if (tile.maskedShare > 0)
+        {
+            mask(tile, 0);
+        }
+        weigh();
+        packWeights();
+    }
+
+    //! Adds up the cluster's sums, of which this block keeps one half of the columns, and stores them.
+    __device__ __forceinline__ void finish(Ending const& ending)
+    {
+        if constexpr (kSplit == 1)
+        {
+            store(ending, sums, 0);
+        }
+        else
+        {
+            uint32_t const rank = clusterRank();
+            uint32_t const peer = rank ^ 1;
+            clusterBarrierWait(&shared.barriers.peerExchangeEmpty[warpgroup], exchange.phase ^ 1);
+            uint32_t const target = remoteAddress(&shared.exchange.sums[0][threadIdx.x - 128], peer);
+#pragma unroll
+            for (int32_t i = 0; i < kExchanged; i += 4)
+            {
+                auto sent = [&](int32_t k) { return rank == 0 ? sums[kExchanged + i + k] : sums[i + k]; };
+                remoteStore(target + i / 4 * sizeof(shared.exchange.sums[0]), sent(0), sent(1), sent(2), sent(3));
+            }
+            __syncwarp();
+            if (lane == 0)
+            {
+                remoteArrive(remoteAddress(&shared.barriers.exchangeFull[warpgroup], peer));
+            }
+            clusterBarrierWait(&shared.barriers.exchangeFull[warpgroup], exchange.phase);
+            float kept[kExchanged];
+#pragma unroll
+            for (int32_t i = 0; i < kExchanged; i += 4)
+            {
+                float4 const theirs = shared.exchange.sums[i / 4][threadIdx.x - 128];
+                auto own = [&](int32_t k) { return rank == 0 ? sums[i + k] : sums[kExchanged + i + k]; };
+                kept[i] = own(0) + theirs.x;
+                kept[i + 1] = own(1) + theirs.y;
+                kept[i + 2] = own(2) + theirs.z;
+                kept[i + 3] = own(3) + theirs.w;
+            }
+            __syncwarp();
+            if (lane == 0)
+            {
+                remoteArrive(remoteAddress(&shared.barriers.peerExchangeEmpty[warpgroup], peer));
+            }
+            exchange.advance();
+            store(ending, kept, rank * kDim / 2);
+        }
+    }
+
+    //! Divides, rounds and writes this thread's part of two rows, from a column on. Neighbouring lanes exchange halves, so
+    //! that four of them write 32 bytes in a row.
+    template <int32_t kCount>
+    __device__ __forceinline__ void store(Ending const& ending, float const (&values)[kCount], int32_t firstColumn) const
+    {
+        bool const isOdd = lane % 2 != 0;
+        int32_t const column = firstColumn + (isOdd ? 8 + 2 * (lane % 4 - 1) : 2 * (lane % 4));
+        int64_t const pitch = int64_t{p.heads} * p.dv;
+        auto* const out =
+            static_cast<Element*>(p.out) + (ending.queryRow + rowInTile) * pitch + ending.head * p.dv + column;
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half)
+        {
+            bool const isRow = rowInTile + 8 * half < ending.rows;
+#pragma unroll
+            for (int32_t i = 0; i < kCount; i += 8)
+            {
+                float const* const pair = values + i + 2 * half;
+                uint32_t const left = packPair<Element>(pair[0] * ending.scale, pair[1] * ending.scale);
+                uint32_t const right = packPair<Element>(pair[4] * ending.scale, pair[5] * ending.scale);
+                uint32_t const received = __shfl_xor_sync(0xFFFFFFFF, isOdd ? left : right, 1);
+                if (isRow && 2 * i + column < p.dv)
+                {
+                    *reinterpret_cast<uint2*>(out + 8 * half * pitch + 2 * i) =
+                        isOdd ? make_uint2(received, right) : make_uint2(left, received);
+                }
+            }
+        }
+    }
+
+    //! Rows that see no key.
+    __device__ __forceinline__ void clear(Tile const& tile) const
+    {
+        if (kSplit > 1 && clusterRank() != 0)
+        {
+            return;
+        }
+        int32_t const pieces = p.dv / 8;
+        for (int32_t i = thread; i < 64 * pieces; i += 128)
+        {
+            int32_t const row = warpgroup * 64 + i / pieces;
+            if (row < tile.rows)
+            {
+                int64_t const target = (int64_t{tile.queryRow + row} * p.heads + tile.head) * p.dv + i % pieces * 8;
+                *reinterpret_cast<uint4*>(static_cast<Element*>(p.out) + target) = make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        if (warpgroup == kWarpgroups - 1)
+        {
+            passTurn();
+        }
+        Tile const* tile = takeTile();
+        if (tile == nullptr)
+        {
+            return;
+        }
+        slot.advance();
+        awaitQueries();
+        awaitKeys();
+        awaitTurn();
+        productFence();
+        multiplyKeys();
+        passTurn();
+        productWait<0>();
+        pin(scores);
+        releaseKeys();
+        weighFirst(*tile);
+        while (true)
+        {
+            int32_t t = 1;
+            for (; t < tile->maskedShare; ++t)
+            {
+                maskedStep(*tile, t);
+            }
+            for (; t < tile->share; ++t)
+            {
+                step(*tile, t);
+            }
+            release(&shared.barriers.queriesEmpty[query.index]);
+            query.advance();
+            // Given back first: the next tile may need the slot to be described in.
+            Ending const ending{tile->head, tile->queryRow, tile->rows,
+                tile->numKeys - keyStart(*tile, tile->share - 1), 1.0F / tile->divisor, tile->share == 1};
+            releaseTile(*tile);
+            tile = takeTile();
+            awaitValues(ending.valid);
+            if (tile == nullptr)
+            {
+                awaitTurn();
+                productFence();
+                multiplyValues(ending.isSingle);
+                passTurn();
+                productWait<0>();
+                pin(sums);
+                finish(ending);
+                return;
+            }
+            // The last values of this tile and the first scores of the next in one go.
+            slot.advance();
+            if constexpr (kQueryBuffers > 1)
+            {
+                awaitQueries();
+                awaitKeys();
+            }
+            awaitTurn();
+            productFence();
+            multiplyValues(ending.isSingle);
+            if constexpr (kQueryBuffers == 1)
+            {
+                awaitQueries();
+                awaitKeys();
+            }
+            multiplyKeys();
+            passTurn();
+            productWait<1>();
+            pin(sums);
+            releaseValues();
+            finish(ending);
+            productWait<0>();
+            pin(scores);
+            releaseKeys();
+            weighFirst(*tile);
+        }
+    }
+};
+
+} // namespace
+
+#if HSTU_SPLIT > 1
+#define HSTU_CLUSTER __cluster_dims__(kSplit, 1, 1)
+#else
+#define HSTU_CLUSTER
+#endif
+
+extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_attention_sm90(__grid_constant__ CUtensorMap const qMap,
+    __grid_constant__ CUtensorMap const kMap, __grid_constant__ CUtensorMap const vMap,
+    __grid_constant__ AttentionParameters const p)
+{
+    extern __shared__ uint8_t memory[];
+    Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
+
+    bool const isValid = areOffsetsValid(p);
+    clearRows(p, isValid ? p.qOffsets[p.batch] : 0);
+    if (!isValid || p.batch == 0)
+    {
+        return;
+    }
+    if (threadIdx.x == 0)
+    {
+        initBarriers(shared.barriers);
+        prefetchDescriptor(&qMap);
+        prefetchDescriptor(&kMap);
+        prefetchDescriptor(&vMap);
+    }
+    orderSequences(p, shared.schedule, kBlockM);
+    __syncthreads();
+    if constexpr (kSplit > 1)
+    {
+        clusterSync(); // the other block's barriers are ready
+    }
+
+    if (threadIdx.x < 128)
+    {
+        giveRegisters<kProducerRegisters>();
+        if (threadIdx.x == 0)
+        {
+            Producer(qMap, kMap, vMap, p, shared).run();
+        }
+    }
+    else
+    {
+        takeRegisters<kConsumerRegisters>();
+        Consumer(p, shared).run();
+    }
+    if constexpr (kSplit > 1)
+    {
+        clusterSync(); // the other block may still be writing here
+    }
+}
+
+} // namespace hstu

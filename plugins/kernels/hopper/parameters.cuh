@@ -1,0 +1,35 @@
+// What one launch is given beside its tensor maps. The host side (launch.py, the plugin) fills the same struct.
+#ifndef HSTU_HOPPER_PARAMETERS_CUH
+#define HSTU_HOPPER_PARAMETERS_CUH
+
+#include <cstdint>
+
+namespace hstu
+{
+
+//! Operator semantics and names: HstuAttention_PluginConfig.yaml. Pointers are null where the contract has no tensor.
+struct AttentionParameters
+{
+    void* out;                        //!< [Lq, H, Dv], 16-byte aligned, Dv a multiple of 8
+    int32_t const* qOffsets;          //!< [B + 1]
+    int32_t const* kOffsets;          //!< [B + 1]
+    int32_t const* numTargets;        //!< [B] or null
+    int32_t const* contextualSeqLens; //!< [B] or null: the attribute
+    float const* scalingSeqLens;      //!< [B] or null: the attribute
+    int32_t* progress; //!< two counters, zero before a launch and zero again after it; no two launches at once
+    float alpha;
+    float scalingSeqLen;
+    int32_t lq;
+    int32_t lk;
+    int32_t batch;
+    int32_t heads;
+    int32_t dv;
+    int32_t targetGroupSize;
+    int32_t contextualSeqLen;
+    int32_t maxAttnLen;
+    int32_t minFullAttnSeqLen;
+};
+
+} // namespace hstu
+
+#endif // HSTU_HOPPER_PARAMETERS_CUH
