@@ -27,6 +27,7 @@ from hstu_compile.runtime._retrieval_feeds import (
 )
 from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvStats, KvWant
+from hstu_compile.runtime.m_falcon import default_staged_rows
 from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor
 from hstu_compile.runtime.retrieval_request import (
     CheckedHistory,
@@ -131,7 +132,9 @@ class RetrievalSession:
         append: the graph that extends them.
         kv_budget_bytes: memory for cached keys and values; what a user takes is `entry_bytes`. A user whose history
             grows needs room for both lengths for a moment.
-        staging_rows: rows that passes of several users may have in all. None means one user of full length.
+        staging_rows: rows that passes of several users may have in all. None means as many as make a pass worth its
+            start, 8192 or one user of full length, but neither more than `max_batch` users have nor than the budget
+            holds.
         truncation: a history over the limit: "refuse" raises HSTU-E704; "keep_last" drops the oldest events, and the
             result says how many. Such a history is encoded as a whole whenever it grows: every position has moved.
         over_budget: a user whose keys and values alone exceed the budget: "refuse" raises HSTU-E707; "uncached" answers
@@ -162,9 +165,12 @@ class RetrievalSession:
         self._retrieval, self._prefill, self._append = retrieval, prefill, append
         self._truncation, self._over_budget = truncation, over_budget
         self._layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
-        self._staged_rows = spec.max_seq_len if staging_rows is None else staging_rows
+        if staging_rows is None:
+            affordable = self._layout.rows_within(kv_budget_bytes)
+            staging_rows = default_staged_rows(spec.max_seq_len, spec.max_batch, affordable)
+        self._staged_rows, most_new = staging_rows, spec.max_append + 1
         # One user's new rows have to fit, whatever the staging memory is cut down to.
-        self._new_rows = max(self._staged_rows, spec.max_append + 1)
+        self._new_rows = max(most_new, min(staging_rows, spec.max_batch * most_new))
         self._counts: collections.Counter[str] = collections.Counter()
         self._whole: collections.Counter[str] = collections.Counter()
         self._counting, self._staging_lock = threading.Lock(), threading.Lock()
