@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -94,7 +95,11 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
 
 
 def compile_hopper(
-    variants: Sequence[HopperVariant], cache_dir: Path | None = None, *, nvcc: Path | None = None, jobs: int | None = None
+    variants: Sequence[HopperVariant],
+    cache_dir: Path | None = None,
+    *,
+    nvcc: Path | None = None,
+    jobs: int | None = None,
 ) -> list[HopperImage]:
     """Compile every variant for sm_90a, each once, in the order given.
 
@@ -188,25 +193,31 @@ def _save(cache_dir: Path, key: str, data: bytes, usage: str) -> None:
 
 
 def resource_report(images: Sequence[HopperImage]) -> list[dict[str, object]]:
-    """Return what each kernel takes: registers at launch, stack and spilled bytes, shared memory, threads."""
+    """Return what each kernel takes: registers at launch, stack and spilled bytes, shared memory, threads.
+
+    Raises:
+        RuntimeError: the assembler's words lack one of the numbers.
+    """
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "stack_bytes": r"(\d+) bytes stack frame",
+        "spill_store_bytes": r"(\d+) bytes spill stores",
+        "spill_load_bytes": r"(\d+) bytes spill loads",
+    }
     rows: list[dict[str, object]] = []
     for image in images:
-        words = image.usage.replace(",", " ").split()
-
-        def before(*what: str, words: list[str] = words) -> int:
-            size = len(what)
-            return next(int(words[i - 1]) for i in range(1, len(words)) if tuple(words[i : i + size]) == what)
-
+        found = {name: re.search(pattern, image.usage) for name, pattern in patterns.items()}
+        lost = sorted(name for name, match in found.items() if match is None)
+        if lost:
+            raise RuntimeError(f"the assembler said nothing of {', '.join(lost)} for {image.variant}: {image.usage!r}")
         rows.append(
             {
                 **asdict(image.variant),
-                "registers": before("registers"),
-                "stack_bytes": before("bytes", "stack"),
-                "spill_store_bytes": before("bytes", "spill", "stores"),
-                "spill_load_bytes": before("bytes", "spill", "loads"),
+                **{name: int(match[1]) for name, match in found.items() if match is not None},
                 "shared_bytes": image.shared_bytes,
                 "threads": image.threads,
-                "serialized": "serialized" in image.usage,
+                # The assembler's remark when products wait for each other because of how registers are used.
+                "is_serialized": "serialized" in image.usage,
             }
         )
     return rows

@@ -67,7 +67,9 @@ class HopperVariant:
 
 
 _TILES = {
-    (64, 1): HopperTile(3, 128, 3, "Mixed", True, "three warpgroups halve the reads of keys of two, and fit 160 registers"),
+    (64, 1): HopperTile(
+        3, 128, 3, "Mixed", True, "three warpgroups halve the reads of keys of two, and fit 160 registers"
+    ),
     (64, 2): HopperTile(2, 128, 4, "Mixed", True, "short launches: two warpgroups make more tiles"),
     (128, 1): HopperTile(2, 128, 2, "Float", True, "64 + 64 + 32 registers of sums, scores and weights of 232"),
     (128, 2): HopperTile(2, 128, 2, "Float", True, "as without a split; one query buffer makes room for the exchange"),
@@ -119,3 +121,16 @@ def hopper_variants_for(dtype: str, dqk: int, dv: int, *, plain_causal: bool = F
         return ()
     splits = (1, 2) if dim <= 128 else (1,)
     return tuple(HopperVariant(dtype, dim, plain_causal, split) for split in splits)
+
+
+#: A launch with fewer tiles an SM than this is split: whole tiles would leave SMs idle at its end.
+_LEAST_TILES_PER_SM = 2
+
+
+def chosen_split(block_dim: int, lq: int, heads: int, multiprocessors: int) -> int:
+    """Return into how many blocks each tile of a launch is split, from what the host knows without the offsets."""
+    if block_dim > 128:
+        return 1
+    block_m = 64 * _TILES[block_dim, 1].warpgroups
+    tiles = -(-lq // block_m) * heads
+    return 2 if tiles < _LEAST_TILES_PER_SM * multiprocessors else 1

@@ -1,0 +1,158 @@
+"""PyTorch face of the Hopper attention kernel.
+
+Level: kernels; imports torch. Semantics are those of ``hstu_attention_triton`` (../launch.py), which takes what this
+refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from hstu_compile.plugins.kernels.hopper.compile import KERNEL_NAME, HopperImage, compile_hopper
+from hstu_compile.plugins.kernels.hopper.driver import (
+    AttentionParameters,
+    launch,
+    load_kernel,
+    tensor_map,
+)
+from hstu_compile.plugins.kernels.hopper.variants import (
+    HOPPER_ARCH,
+    HopperVariant,
+    block_dim_of,
+    chosen_split,
+)
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_ALIGNMENT = 16
+#: Compiled kernels are kept here; None compiles each once a process.
+cache_dir: Path | None = Path.home() / ".cache" / "hstu-compile" / "hopper"
+
+
+def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why the kernel cannot take these tensors; None if it can."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != divmod(HOPPER_ARCH, 10):
+        return "the tensors are not on a GPU of compute capability 9.0"
+    if q.dtype not in _DTYPES:
+        return f"q, k and v are {q.dtype}; the kernel takes float16 and bfloat16"
+    if block_dim_of(q.shape[2], v.shape[2]) is None:
+        return f"head dims must be multiples of 8 up to 256, got {q.shape[2]} and {v.shape[2]}"
+    if any(tensor.data_ptr() % _ALIGNMENT for tensor in (q, k, v)):
+        return f"q, k and v must start at multiples of {_ALIGNMENT} bytes"
+    return None
+
+
+@functools.cache
+def _kernel(variant: HopperVariant, device: int) -> tuple[HopperImage, object]:
+    # A function belongs to the context of one device.
+    image = compile_hopper([variant], cache_dir)[0]
+    return image, load_kernel(image.data, KERNEL_NAME, image.shared_bytes)
+
+
+@functools.cache
+def _progress(device: int, stream: int) -> torch.Tensor:
+    # The kernel leaves its counters at zero, so launches that follow one another share them; streams do not.
+    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+
+
+def hstu_attention_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor,
+    *,
+    num_targets: torch.Tensor | None = None,
+    contextual_seq_lens: torch.Tensor | None = None,
+    scaling_seq_lens: torch.Tensor | None = None,
+    alpha: float,
+    scaling_seq_len: float,
+    target_group_size: int = 1,
+    contextual_seq_len: int = 0,
+    max_attn_len: int = 0,
+    min_full_attn_seq_len: int = 0,
+    split: int | None = None,
+) -> torch.Tensor:
+    """Return HSTU attention [Lq, H, Dv] in q's dtype; one launch, no synchronisation, fit for a CUDA graph.
+
+    Args:
+        q: [Lq, H, Dqk] float16 or bfloat16, made contiguous if it is not; k [Lk, H, Dqk] and v [Lk, H, Dv] the same.
+        q_offsets: [B + 1] int32; k_offsets likewise. Checked on the device: invalid offsets give zeros.
+        num_targets: [B] int32; contextual_seq_lens [B] int32; scaling_seq_lens [B] float32. The last two replace the
+            attributes.
+        alpha: multiplier of the products; the other attributes as in the contract.
+        split: blocks that share a tile of query rows; None chooses by the shapes.
+
+    Raises:
+        ValueError: tensors that the kernel does not take, in the words of ``why_not``.
+        RuntimeError: the kernel does not compile, or the driver refuses it.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    reason = why_not(q, k, v)
+    if reason is not None:
+        raise ValueError(f"hstu_attention_hopper: {reason}")
+    (lq, heads, dqk), lk, dv = q.shape, k.shape[0], v.shape[2]
+    if tuple(k.shape[1:]) != (heads, dqk) or tuple(v.shape[:2]) != (lk, heads):
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"hstu_attention_hopper: shapes do not agree: {shapes}")
+    batch = q_offsets.numel() - 1
+    for name, tensor, dtype, size in (
+        ("q_offsets", q_offsets, torch.int32, batch + 1),
+        ("k_offsets", k_offsets, torch.int32, batch + 1),
+        ("num_targets", num_targets, torch.int32, batch),
+        ("contextual_seq_lens", contextual_seq_lens, torch.int32, batch),
+        ("scaling_seq_lens", scaling_seq_lens, torch.float32, batch),
+    ):
+        if tensor is not None and (tensor.dtype != dtype or tensor.numel() != size or tensor.device != q.device):
+            raise ValueError(
+                f"hstu_attention_hopper: {name} must be [{size}] {dtype} on {q.device}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    out = torch.empty((lq, heads, dv), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    is_plain = num_targets is None and contextual_seq_lens is None and contextual_seq_len == 0 and max_attn_len == 0
+    dim = block_dim_of(dqk, dv)
+    assert dim is not None
+    dtype_name = _DTYPES[q.dtype]
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    chosen = split or chosen_split(dim, lq, heads, multiprocessors)
+    image, function = _kernel(HopperVariant(dtype_name, dim, is_plain, chosen), q.device.index)
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+
+    def address(tensor: torch.Tensor | None) -> int | None:
+        return None if tensor is None else tensor.contiguous().data_ptr()
+
+    parameters = AttentionParameters(
+        out=out.data_ptr(),
+        q_offsets=address(q_offsets),
+        k_offsets=address(k_offsets),
+        num_targets=address(num_targets),
+        contextual_seq_lens=address(contextual_seq_lens),
+        scaling_seq_lens=address(scaling_seq_lens),
+        progress=_progress(q.device.index, stream).data_ptr(),
+        alpha=alpha,
+        scaling_seq_len=scaling_seq_len,
+        lq=lq,
+        lk=lk,
+        batch=batch,
+        heads=heads,
+        dv=dv,
+        target_group_size=target_group_size,
+        contextual_seq_len=contextual_seq_len,
+        max_attn_len=max_attn_len,
+        min_full_attn_seq_len=min_full_attn_seq_len,
+    )
+    # Without keys there is nothing to copy, but a tensor map wants an address.
+    keys, values = (k, v) if lk else (q, q)
+    maps = (
+        tensor_map(q.data_ptr(), dtype_name, (lq, heads, dqk), image.block_m),
+        tensor_map(keys.data_ptr(), dtype_name, (lk, heads, dqk), image.tile.block_n),
+        tensor_map(values.data_ptr(), dtype_name, (lk, heads, dv), image.tile.block_n),
+    )
+    most_tiles = (lq // image.block_m + batch) * heads
+    clusters = max(1, min(multiprocessors // chosen, most_tiles))
+    launch(function, clusters * chosen, image.threads, image.shared_bytes, stream, (*maps, parameters))
+    return out
