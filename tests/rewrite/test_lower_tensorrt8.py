@@ -12,7 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from hstu_compile.calibration.append_batches import append_arrays
+from hstu_compile.calibration.batches import retrieval_batch
+from hstu_compile.compare import error_bound, row_error
 from hstu_compile.errors import RewriteError
+from hstu_compile.export import exported_from_served
+from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.rewrite.lower_tensorrt8 import (
     _AXES_MOVED,
     _NEW_ATTRIBUTES,
@@ -22,7 +27,8 @@ from hstu_compile.rewrite.lower_tensorrt8 import (
     NarrowInt64,
     lowered_for_tensorrt8,
 )
-from tests.exported_models import NUM_LAYERS, exported_graph, request_batch
+from hstu_compile.served import served_graphs
+from tests.exported_models import NUM_LAYERS, exported_graph, request_batch, research_model
 from tests.tolerances import COMPONENTWISE
 
 
@@ -72,6 +78,28 @@ def test_the_lowered_model_gives_the_same_numbers(precision: Any, rated: bool, t
             assert rms > 0
             # LayerNorm is float32 in both; ONNX Runtime sums it in another order, and a half sum may round differently.
             assert np.abs(after - before).max() <= COMPONENTWISE["float32" if precision == "fp32" else "float16"] * rms
+
+
+@pytest.mark.parametrize("name", ["prefill", "append"])
+def test_the_lowered_graphs_of_growing_histories_give_the_same_numbers(name: str) -> None:
+    model = research_model("fp32", rated=True)
+    graphs = {each.name: each for each in served_graphs(model, 5, max_append=6)}
+    feeds = retrieval_batch("drawn", model.config, [9, 0, 24, 1, 7], seed=1).arrays
+    if name == "append":
+        rows = graphs["prefill"].run(feeds)
+        rows = {each: rows[each].astype(np.float32) for each in ("k_0", "v_0", "k_1", "v_1")}
+        feeds = append_arrays(model.config, feeds, rows, 6, top_k=5)
+    served = graphs[name]
+    passes = export_passes(served.num_attention, served.taps)
+    *_, last = apply_passes(exported_from_served(served, "fp32"), passes)
+    lowered, _ = lowered_for_tensorrt8(last.model, "fp32", native=True)
+    names = [each.name for each in last.model.graph.output]
+    for output, before, after in zip(names, run(last.model, feeds), run(lowered, feeds), strict=True):
+        if before.dtype.kind == "i":
+            np.testing.assert_array_equal(after, before, err_msg=output)
+        else:
+            error = row_error(after.astype(np.float64), before.astype(np.float64)).error
+            assert error <= error_bound(0.0, "fp32"), output
 
 
 @pytest.mark.parametrize("native", [True, False])
