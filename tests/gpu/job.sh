@@ -18,6 +18,7 @@
 #   TORCH_BACKENDS     of bench-torch (default "triton eager")
 #   HSTU_COMMIT        what the results are results of (default: the commit that the job folder was made from)
 #   PEERS_BUDGET, ENGINES_BUDGET    seconds of the M-FALCON benchmark's two steps
+#   KERNELS_OPTIONS    of run_kernels.py, such as --only-hopper
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
@@ -67,7 +68,7 @@ for archive in "$job"/*.tar.gz "$job"-m_falcon/*.tar.gz; do
 done
 bench=$library/tests/bench/bench_plugin.py
 
-kernels() { with_paths timeout 420 "$python" "$gpu_tests/run_kernels.py" "$job" "$1" --workers "${WORKERS:-10}"; }
+kernels() { with_paths timeout 420 "$python" "$gpu_tests/run_kernels.py" "$job" "$1" --workers "${WORKERS:-10}" ${KERNELS_OPTIONS:-}; }
 conformance() { timeout 420 bash "$job/conformance/run_gpu.sh" "$1"; }
 trt85() { in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_tensorrt85.py" "$job" "$1"; }
 trt85-accuracy() {

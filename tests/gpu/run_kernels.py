@@ -1,4 +1,4 @@
-"""The Triton attention kernel on a real GPU against the float64 oracle, and the eager model that uses it.
+"""The attention kernels on a real GPU against the float64 oracle, and the eager model that uses the Triton one.
 
 The whole grid of tests/attention_cases.py (masks, biases, head dims, hostile device data) and the conformance program's
 cases of several tiles, in float32, float16 and bfloat16, with every tile of this GPU where sequences are long. Outputs
@@ -26,6 +26,8 @@ from checks import Checks  # noqa: E402
 from references import leave_one_out, prepared_model  # noqa: E402
 
 from hstu_compile.compare import error_bound, row_error  # noqa: E402
+from hstu_compile.plugins.kernels.hopper.compile import compile_hopper  # noqa: E402
+from hstu_compile.plugins.kernels.hopper.variants import ELEMENT_TYPES, HOPPER_ARCH, hopper_variants_for  # noqa: E402
 from hstu_compile.plugins.kernels.tiles import TileConfig, tile_configs  # noqa: E402
 from hstu_compile.plugins.kernels.variants import ARCHS, padded_dim  # noqa: E402
 from tests.attention_cases import attention_grid, with_dtype  # noqa: E402
@@ -38,14 +40,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class KernelRun:
-    """One case with one tile; None is the launcher's own choice."""
+    """One case with one tile of the Triton kernel; None is the launcher's own choice. Or with a split of Hopper's."""
 
     case: AttentionCase
     tile: TileConfig | None
+    hopper_split: int = 0
 
     @property
     def name(self) -> str:
         """For the list of checks."""
+        if self.hopper_split:
+            return f"{self.case.name} {self.case.dtype}, Hopper kernel, split {self.hopper_split}"
         tile = "" if self.tile is None else f", tile {self.tile.block_m}x{self.tile.block_n}"
         return f"{self.case.name} {self.case.dtype}{tile}"
 
@@ -55,6 +60,7 @@ def kernel_output(run: KernelRun) -> np.ndarray[Any, Any]:
     import torch
 
     from hstu_compile.plugins.kernels import launch
+    from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper
 
     case, dtype = run.case, getattr(torch, run.case.dtype)
     attributes = {
@@ -77,9 +83,12 @@ def kernel_output(run: KernelRun) -> np.ndarray[Any, Any]:
 
     torch.empty = poisoned  # type: ignore[assignment]
     try:
-        out = launch.hstu_attention_triton(
-            q, k, v, on_gpu(case.q_offsets), on_gpu(case.k_offsets), **inputs, **attributes, config=run.tile
-        )
+        tensors = (q, k, v, on_gpu(case.q_offsets), on_gpu(case.k_offsets))
+        if run.hopper_split:
+            given = {name: values for name, values in inputs.items() if values is not None}
+            out = hstu_attention_hopper(*tensors, **given, **attributes, split=run.hopper_split)
+        else:
+            out = launch.hstu_attention_triton(*tensors, **inputs, **attributes, config=run.tile)
     finally:
         torch.empty = allocate
     torch.cuda.synchronize()
@@ -122,9 +131,29 @@ def all_runs(arch: int) -> list[KernelRun]:
     return runs
 
 
-def check_kernels(checks: Checks, arch: int, workers: int) -> None:
+def hopper_runs() -> list[KernelRun]:
+    """Every case that the Hopper kernel takes, with every split; compiled here, for all workers."""
+    runs, wanted = [], set()
+    for case in (*attention_grid(), *large_cases()):
+        if case.pos_table is not None or case.ts_table is not None:
+            continue
+        for dtype in ELEMENT_TYPES:
+            variants = hopper_variants_for(dtype, case.q.shape[2], case.v.shape[2])
+            wanted |= {
+                dataclasses.replace(variant, plain_causal=plain) for variant in variants for plain in (False, True)
+            }
+            runs += [KernelRun(with_dtype(case, dtype), None, variant.split) for variant in variants]
+    from hstu_compile.plugins.kernels.hopper.launch import cache_dir
+
+    compile_hopper(sorted(wanted), cache_dir)
+    return runs
+
+
+def check_kernels(checks: Checks, arch: int, workers: int, *, is_hopper_alone: bool) -> None:
     """The grid, compiled and run by several processes at once."""
-    runs = all_runs(arch)
+    runs = [] if is_hopper_alone else all_runs(arch)
+    if arch == HOPPER_ARCH:
+        runs += hopper_runs()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(measured, run) for run in runs]
         for run, future in zip(runs, futures, strict=True):
@@ -207,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--only-hopper", action="store_true", help="the Hopper kernel's cases; needs no JOB contents")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile and run kernels")
     arguments = parser.parse_args(argv)
     import torch
@@ -226,11 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_comparison(checks)
         check.passed = True
     checks.write(path)
-    with checks.check("the eager model's checks could be made") as check:
-        check_eager_model(checks, arguments.job.resolve())
-        check.passed = True
-    checks.write(path)
-    check_kernels(checks, arch, arguments.workers)
+    if not arguments.only_hopper:
+        with checks.check("the eager model's checks could be made") as check:
+            check_eager_model(checks, arguments.job.resolve())
+            check.passed = True
+        checks.write(path)
+    check_kernels(checks, arch, arguments.workers, is_hopper_alone=arguments.only_hopper)
     return checks.write(path)
 
 

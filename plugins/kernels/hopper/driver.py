@@ -92,7 +92,8 @@ def load_kernel(image: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
     return function
 
 
-def tensor_map(address: int, dtype: str, shape: Sequence[int], box_rows: int) -> TensorMap:
+@functools.lru_cache(maxsize=1024)
+def tensor_map(address: int, dtype: str, shape: tuple[int, int, int], box_rows: int) -> TensorMap:
     """Describe a contiguous [rows, heads, columns] tensor for copies of [box_rows, 1, 64] boxes, 128-byte swizzled.
 
     Args:
@@ -100,6 +101,9 @@ def tensor_map(address: int, dtype: str, shape: Sequence[int], box_rows: int) ->
         dtype: "float16" or "bfloat16".
         shape: rows, heads, columns; columns a multiple of 8. Rows or columns outside are copied as zero.
         box_rows: rows of a box, at most 256.
+
+    Returns:
+        The description, shared by all who ask for the same.
 
     Raises:
         RuntimeError: the driver refuses the tensor.
@@ -122,7 +126,7 @@ def tensor_map(address: int, dtype: str, shape: Sequence[int], box_rows: int) ->
         _L2_PROMOTION_256B,
         _FILL_ZERO,
     )
-    _check(result, f"describing a tensor of shape {tuple(shape)}")
+    _check(result, f"describing a tensor of shape {shape}")
     return TensorMap.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(TensorMap)))
 
 

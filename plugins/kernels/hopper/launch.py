@@ -51,10 +51,20 @@ def _kernel(variant: HopperVariant, device: int) -> tuple[HopperImage, object]:
     return image, load_kernel(image.data, KERNEL_NAME, image.shared_bytes)
 
 
-@functools.cache
-def _progress(device: int, stream: int) -> torch.Tensor:
-    # The kernel leaves its counters at zero, so launches that follow one another share them; streams do not.
+def _new_progress(device: int) -> torch.Tensor:
     return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+
+
+@functools.cache
+def _kept_progress(device: int, stream: int) -> torch.Tensor:
+    # The kernel leaves its counters at zero, so launches that follow one another share them; streams do not.
+    del stream
+    return _new_progress(device)
+
+
+def _progress(device: int, stream: int) -> torch.Tensor:
+    # What a graph records is not done yet: counters that are cleared in a graph are no use outside of it.
+    return _new_progress(device) if torch.cuda.is_current_stream_capturing() else _kept_progress(device, stream)
 
 
 def hstu_attention_hopper(
