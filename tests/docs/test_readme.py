@@ -126,8 +126,8 @@ def test_readme_commands_run_in_order(results: dict[str, subprocess.CompletedPro
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("results")
 def test_readme_python_examples_run(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    """The second example opens a bundle that the commands made."""
-    retrieval, ranking = blocks("python")
+    """The second and the third example open bundles that the commands made."""
+    retrieval, growing, ranking = blocks("python")
     monkeypatch.chdir(workplace)
     feeds = {
         "item_ids": np.array([1, 2, 3], np.int32),
@@ -138,6 +138,18 @@ def test_readme_python_examples_run(workplace: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {"feeds": feeds}
     exec(compile(retrieval, "README.md", "exec"), names)  # noqa: S102 - our own README is what is tested
     assert names["answers"]["user_embeddings"].shape[0] == 2
+
+    names = {}
+    exec(compile(growing, "README.md", "exec"), names)  # noqa: S102 - our own README is what is tested
+    results = [names[name] for name in ("first", "later", "again", "alone")]
+    assert [(result.cache, result.encoded) for result in results] == [
+        ("miss", 3),
+        ("appended", 2),
+        ("hit", 1),
+        ("off", 4),
+    ]
+    np.testing.assert_allclose(names["later"].user_embedding, names["alone"].user_embedding, rtol=0, atol=1e-6)
+    assert (names["growth"].encoded, names["growth"].reused) == (10, 5)
 
     names = {}
     exec(compile(ranking, "README.md", "exec"), names)  # noqa: S102 - our own README is what is tested
@@ -199,7 +211,8 @@ def test_every_public_name_loads():
     import hstu_compile
 
     assert [name for name in hstu_compile.__all__ if not hasattr(hstu_compile, name)] == []
-    assert set(re.findall(r"from hstu_compile import (.+)", README)[1].split(", ")) <= set(hstu_compile.__all__)
+    for line in re.findall(r"^from hstu_compile import (.+)$", README, re.MULTILINE):
+        assert set(line.split(", ")) <= set(hstu_compile.__all__)
 
 
 def test_version_is_stated_once():
