@@ -71,7 +71,7 @@ class OnnxGraph:
     """Stage 2 and 3: one graph as exported, then as rewritten.
 
     Attributes:
-        name: retrieval, packed, prefill or score.
+        name: retrieval, packed, prefill, score or append.
         model: the ONNX model. A stage that changes it works on a copy.
         precision: type of weights and activations.
         inputs: graph inputs in order.
