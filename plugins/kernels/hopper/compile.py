@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,12 +45,14 @@ class HopperImage:
         tile: how it divides its work.
         data: the cubin, for sm_90a.
         usage: what the assembler said of registers, stack and spills.
+        release: of the compiler, such as (13, 0).
     """
 
     variant: HopperVariant
     tile: HopperTile
     data: bytes
     usage: str
+    release: tuple[int, int]
 
     @property
     def block_m(self) -> int:
@@ -66,6 +68,11 @@ class HopperImage:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of one block."""
         return shared_bytes(self.variant)
+
+    @property
+    def least_driver(self) -> int:
+        """CUDA version that a driver must have: machine code runs on every driver of its compiler's major version."""
+        return 1000 * self.release[0]
 
 
 @functools.cache
@@ -94,12 +101,37 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
         raise RuntimeError(f"{nvcc} does not say which release it is: {error}") from error
 
 
+def usable_nvcc(nvcc: Path | None = None) -> tuple[Path, tuple[int, int]]:
+    """Return the compiler and its release, such as (13, 0).
+
+    Args:
+        nvcc: the compiler; None looks for one.
+
+    Raises:
+        RuntimeError: there is none, it does not start, or it is too old; with what to do.
+    """
+    compiler = nvcc or find_nvcc()
+    if compiler is None:
+        raise RuntimeError(
+            "the Hopper attention kernel needs nvcc, and none was found on PATH or in the usual places. "
+            f"Fix: install a CUDA toolkit, `pip install 'hstu-compile[hopper]'`, or set {NVCC_VARIABLE}"
+        )
+    release = nvcc_version(compiler)
+    if release < LEAST_NVCC:
+        raise RuntimeError(
+            f"{compiler} is release {release[0]}.{release[1]}; the Hopper attention kernel needs "
+            f"{LEAST_NVCC[0]}.{LEAST_NVCC[1]} or later. Fix: set {NVCC_VARIABLE} to a newer nvcc"
+        )
+    return compiler, release
+
+
 def compile_hopper(
     variants: Sequence[HopperVariant],
     cache_dir: Path | None = None,
     *,
     nvcc: Path | None = None,
     jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[HopperImage]:
     """Compile every variant for sm_90a, each once, in the order given.
 
@@ -108,25 +140,20 @@ def compile_hopper(
         cache_dir: compiled kernels are kept here under a hash of sources, switches and the compiler's release.
         nvcc: the compiler; None looks for one.
         jobs: compilers at a time; None takes one per usable core.
+        progress: called with (done, total) after each kernel, from this thread.
 
     Raises:
         RuntimeError: there is no compiler, it is too old, or a kernel does not compile (with the compiler's words).
     """
-    compiler = nvcc or find_nvcc()
-    if compiler is None:
-        raise RuntimeError(
-            "the Hopper attention kernel needs nvcc, and none was found on PATH or in the usual places. "
-            f"Fix: install a CUDA toolkit, `pip install nvidia-cuda-nvcc`, or set {NVCC_VARIABLE}"
-        )
-    release = nvcc_version(compiler)
-    if release < LEAST_NVCC:
-        raise RuntimeError(
-            f"{compiler} is release {release[0]}.{release[1]}; the Hopper attention kernel needs "
-            f"{LEAST_NVCC[0]}.{LEAST_NVCC[1]} or later. Fix: set {NVCC_VARIABLE} to a newer nvcc"
-        )
+    compiler, release = usable_nvcc(nvcc)
     unique = list(dict.fromkeys(variants))
+    images = []
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda variant: _compiled(variant, compiler, release, cache_dir), unique))
+        for image in pool.map(lambda variant: _compiled(variant, compiler, release, cache_dir), unique):
+            images.append(image)
+            if progress is not None:
+                progress(len(images), len(unique))
+    return images
 
 
 def _compiled(variant: HopperVariant, nvcc: Path, release: tuple[int, int], cache_dir: Path | None) -> HopperImage:
@@ -134,7 +161,7 @@ def _compiled(variant: HopperVariant, nvcc: Path, release: tuple[int, int], cach
     if cache_dir is not None:
         cached = _load(cache_dir, key)
         if cached is not None:
-            return HopperImage(variant, tile_of(variant), *cached)
+            return HopperImage(variant, tile_of(variant), *cached, release)
     with tempfile.TemporaryDirectory(prefix="hstu-hopper-") as scratch:
         output = Path(scratch) / "kernel.cubin"
         command = [str(nvcc), *_switches(variant), str(Path(__file__).parent / _SOURCE), "-o", str(output)]
@@ -142,9 +169,12 @@ def _compiled(variant: HopperVariant, nvcc: Path, release: tuple[int, int], cach
         if done.returncode != 0:
             raise RuntimeError(f"{variant} did not compile with {nvcc}: {(done.stdout + done.stderr)[-4000:]}")
         data, usage = output.read_bytes(), done.stderr
+    if _key(variant, release) != key:
+        # What was compiled may be either text: storing it under one of them would poison the cache.
+        raise RuntimeError(f"{variant}: the kernel's sources changed while it was compiled; build again")
     if cache_dir is not None:
         _save(cache_dir, key, data, usage)
-    return HopperImage(variant, tile_of(variant), data, usage)
+    return HopperImage(variant, tile_of(variant), data, usage, release)
 
 
 def _switches(variant: HopperVariant) -> list[str]:
@@ -156,7 +186,6 @@ def _switches(variant: HopperVariant) -> list[str]:
         "BLOCK_N": tile.block_n,
         "STAGES": tile.stages,
         "PLAIN_CAUSAL": int(variant.plain_causal),
-        "SILU": f"k{tile.silu}",
         "TURNS": int(tile.turns),
         "SPLIT": variant.split,
         "SHARED_BYTES": shared_bytes(variant),

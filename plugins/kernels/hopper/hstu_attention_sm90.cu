@@ -1,13 +1,12 @@
 // HSTU attention on jagged data for compute capability 9.0, float16 and bfloat16, without bias tables.
 //
-// One persistent block an SM: a producer warp copies query, key and value tiles into shared memory with the tensor copy
-// engine, and each of kWarpgroups warpgroups multiplies 64 query rows. Between the two products of a key tile lies SiLU,
+// One persistent block an SM: one thread finds and describes tiles of query rows, one copies their queries, keys and values
+// into shared memory with the tensor copy engine, and each of kWarpgroups warpgroups multiplies 64 query rows. Between the two products of a key tile lies SiLU,
 // which needs no row maximum and no rescaling; so the scores of the next key tile are multiplied while the values of the
 // last one are, and SiLU of the next runs beside the latter.
 //
 // Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES,
-// HSTU_PLAIN_CAUSAL, HSTU_SILU, HSTU_TURNS, HSTU_SPLIT and
-// HSTU_SHARED_BYTES; compile.py chooses them.
+// HSTU_PLAIN_CAUSAL, HSTU_TURNS, HSTU_SPLIT and HSTU_SHARED_BYTES; compile.py chooses them.
 #include <cstdint>
 
 #include <cuda.h>
@@ -33,13 +32,13 @@ constexpr int32_t kBlockM = 64 * kWarpgroups;
 constexpr int32_t kBlockN = HSTU_BLOCK_N;
 constexpr int32_t kStages = HSTU_STAGES;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
-constexpr Silu kSilu = Silu::HSTU_SILU;
 
 constexpr int32_t kSlab = 64; // columns of a 128-byte swizzled row
 constexpr int32_t kSlabs = kDim / kSlab;
 constexpr int32_t kRowBytes = kSlab * 2;
 constexpr int32_t kDepth = 16; // of one product instruction
 constexpr int32_t kTileSlots = 3; // one multiplied, one copied, one described
+constexpr int32_t kAskAhead = kStages + 1; // key tiles of which the last ones hide the search for the next tile
 constexpr int32_t kFirstGroupBarrier = 1; // named barriers; 0 is that of __syncthreads
 constexpr int32_t kFirstTurnBarrier = 4;
 constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
@@ -55,6 +54,8 @@ static_assert(kSplit == 1 || kSplit == 2, "one block a tile, or two that exchang
 constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the other block of its cluster
 // Warpgroups issue their products in turns, so that one multiplies while another computes SiLU.
 constexpr bool kTurns = HSTU_TURNS != 0;
+// Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
+constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1;
 
 struct alignas(1024) Buffers
 {
@@ -73,6 +74,7 @@ struct Barriers
 {
     uint64_t tileFull[kTileSlots];
     uint64_t tileEmpty[kTileSlots];
+    uint64_t tileWanted;
     uint64_t queriesFull[kQueryBuffers];
     uint64_t queriesEmpty[kQueryBuffers];
     uint64_t keysFull[kStages];
@@ -117,8 +119,9 @@ __device__ __forceinline__ void initBarriers(Barriers& barriers)
     for (int32_t i = 0; i < kTileSlots; ++i)
     {
         barrierInit(&barriers.tileFull[i], 1);
-        barrierInit(&barriers.tileEmpty[i], kConsumerWarps);
+        barrierInit(&barriers.tileEmpty[i], kConsumerWarps + 1); // and the producer
     }
+    barrierInit(&barriers.tileWanted, 1);
     for (int32_t i = 0; i < kQueryBuffers; ++i)
     {
         barrierInit(&barriers.queriesFull[i], 1);
@@ -169,50 +172,12 @@ __device__ __forceinline__ void takeShare(Tile& tile)
     }
 }
 
-//! The thread that gives out work and copies every operand of it, as far ahead as there are buffers.
-struct Producer
+//! The thread that finds work and describes it. Of its own, because the answers of memory that it waits for would hold up
+//! copies.
+struct Scheduler
 {
-    CUtensorMap const& qMap;
-    CUtensorMap const& kMap;
-    CUtensorMap const& vMap;
     AttentionParameters const& p;
     Shared& shared;
-    int32_t const numTiles;
-
-    Ring<kTileSlots> slot;
-    Ring<kQueryBuffers> query;
-    Ring<kStages> stage;
-
-    __device__ __forceinline__ Producer(CUtensorMap const& queryMap, CUtensorMap const& keyMap,
-        CUtensorMap const& valueMap, AttentionParameters const& parameters, Shared& memory)
-        : qMap(queryMap)
-        , kMap(keyMap)
-        , vMap(valueMap)
-        , p(parameters)
-        , shared(memory)
-        , numTiles(numSlots(parameters, memory.schedule, kBlockM) * parameters.heads)
-    {
-    }
-
-    //! Describes a tile where the consumers and this thread find it.
-    __device__ __forceinline__ Tile const& publish(int32_t index)
-    {
-        Tile& tile = shared.tiles[slot.index];
-        // The first wait on an empty buffer is for the phase before the first: it returns at once.
-        barrierWait(&shared.barriers.tileEmpty[slot.index], slot.phase ^ 1);
-        if (index < numTiles)
-        {
-            describeTile<kPlainCausal>(p, shared.schedule, index, kBlockM, kBlockN, tile);
-            takeShare(tile);
-        }
-        else
-        {
-            tile.head = -1;
-        }
-        barrierArrive(&shared.barriers.tileFull[slot.index]);
-        slot.advance();
-        return tile;
-    }
 
     //! The index of this block's tile of a round.
     __device__ __forceinline__ int32_t nextIndex(int32_t round) const
@@ -225,6 +190,68 @@ struct Producer
             return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
         }
         return round == 0 ? static_cast<int32_t>(blockIdx.x) : gridDim.x + atomicAdd(&p.progress[0], 1);
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        int32_t const numTiles = numSlots(p, shared.schedule, kBlockM) * p.heads;
+        Ring<kTileSlots> slot;
+        Ring<1> wanted;
+        for (int32_t round = 0;; ++round)
+        {
+            if (round > 0)
+            {
+                barrierWait(&shared.barriers.tileWanted, wanted.phase);
+                wanted.advance();
+            }
+            int32_t const index = nextIndex(round);
+            Tile& tile = shared.tiles[slot.index];
+            // The first wait on an empty buffer is for the phase before the first: it returns at once.
+            barrierWait(&shared.barriers.tileEmpty[slot.index], slot.phase ^ 1);
+            tile.head = -1;
+            if (index < numTiles)
+            {
+                describeTile<kPlainCausal>(p, shared.schedule, index, kBlockM, kBlockN, tile);
+                takeShare(tile);
+            }
+            barrierArrive(&shared.barriers.tileFull[slot.index]);
+            slot.advance();
+            if (index >= numTiles)
+            {
+                break;
+            }
+        }
+        if constexpr (kSplit == 1)
+        {
+            // The last block to come here has seen every other block's last question: both counters are as they were.
+            if (atomicAdd(&p.progress[1], 1) == static_cast<int32_t>(gridDim.x) - 1)
+            {
+                p.progress[0] = 0;
+                p.progress[1] = 0;
+            }
+        }
+    }
+};
+
+//! The thread that copies every operand, as far ahead as there are buffers.
+struct Producer
+{
+    CUtensorMap const& qMap;
+    CUtensorMap const& kMap;
+    CUtensorMap const& vMap;
+    Shared& shared;
+
+    Ring<kTileSlots> slot;
+    Ring<kQueryBuffers> query;
+    Ring<kStages> stage;
+
+    __device__ __forceinline__ Producer(
+        CUtensorMap const& queryMap, CUtensorMap const& keyMap, CUtensorMap const& valueMap, Shared& memory)
+        : qMap(queryMap)
+        , kMap(keyMap)
+        , vMap(valueMap)
+        , shared(memory)
+    {
     }
 
     __device__ __forceinline__ void copyQueries(int32_t head, int32_t row)
@@ -263,42 +290,35 @@ struct Producer
 
     __device__ __forceinline__ void run()
     {
-        Tile const* last = nullptr;
-        int32_t t = 0;
-        int32_t tiles = 0;
-        // The next tile is asked for late, so that no block holds work that an idle one could begin; but kStages - 1 key
-        // tiles before the end, so that its description is there when its first operands can be copied.
-        for (int32_t round = 0;; ++round)
+        while (true)
         {
-            Tile const& tile = publish(nextIndex(round));
-            for (; t < tiles; ++t)
-            {
-                copyKeysAndValues(last->head, last->keyRow + keyStart(*last, t));
-            }
+            barrierWait(&shared.barriers.tileFull[slot.index], slot.phase);
+            Tile const& tile = shared.tiles[slot.index];
             if (tile.head < 0)
             {
                 break;
             }
-            last = &tile;
-            tiles = tile.share;
-            if (tiles > 0)
+            int32_t const share = tile.share;
+            // The next tile is asked for late, so that no block holds work that an idle one could begin; but early enough
+            // to be described when its first operands can be copied.
+            int32_t const asking = max(share - kAskAhead, 0);
+            if (share > 0)
             {
                 copyQueries(tile.head, tile.queryRow);
             }
-            // The consumers begin this tile before they end the last: its first keys may not wait for the next one's.
-            for (t = 0; t < min(tiles, max(tiles - (kStages - 1), 1)); ++t)
+            for (int32_t t = 0; t < max(share, 1); ++t)
             {
-                copyKeysAndValues(tile.head, tile.keyRow + keyStart(tile, t));
+                if (t == asking)
+                {
+                    barrierArrive(&shared.barriers.tileWanted);
+                }
+                if (t < share)
+                {
+                    copyKeysAndValues(tile.head, tile.keyRow + keyStart(tile, t));
+                }
             }
-        }
-        if constexpr (kSplit == 1)
-        {
-            // The last block to come here has seen every other block's last question: both counters are as they were.
-            if (atomicAdd(&p.progress[1], 1) == static_cast<int32_t>(gridDim.x) - 1)
-            {
-                p.progress[0] = 0;
-                p.progress[1] = 0;
-            }
+            barrierArrive(&shared.barriers.tileEmpty[slot.index]);
+            slot.advance();
         }
     }
 };
@@ -324,6 +344,9 @@ struct Consumer
     int32_t const lane;
     int32_t const rowInTile; // of this thread's first row; the other is 8 further
     float const halfAlpha;
+    uint32_t const queriesUnit; // this warpgroup's rows
+    uint32_t const keysUnit;
+    uint32_t const valuesUnit;
 
     Ring<kTileSlots> slot;
     Ring<kQueryBuffers> query;
@@ -338,12 +361,14 @@ struct Consumer
     __device__ __forceinline__ Consumer(AttentionParameters const& parameters, Shared& memory)
         : p(parameters)
         , shared(memory)
-        // From one lane: the compiler then knows that it is the same in all, and keeps addresses out of vector registers.
-        , warpgroup(__shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0) - 1)
+        , warpgroup(uniform(threadIdx.x / 128) - 1)
         , thread(threadIdx.x % 128)
         , lane(threadIdx.x % 32)
         , rowInTile(warpgroup * 64 + thread / 32 * 16 + lane / 4)
         , halfAlpha(0.5F * parameters.alpha)
+        , queriesUnit(descriptorUnit(memory.buffers.queries) + warpgroup * 64 * kRowBytes / kDescriptorUnit)
+        , keysUnit(descriptorUnit(memory.buffers.keys))
+        , valuesUnit(descriptorUnit(memory.buffers.values))
     {
     }
 
@@ -375,17 +400,17 @@ struct Consumer
     //! scores = queries x keys of the stage at keyStage.
     __device__ __forceinline__ void multiplyKeys()
     {
-        uint32_t const queries =
-            sharedAddress(shared.buffers.queries[query.index]) + warpgroup * 64 * kRowBytes;
-        uint32_t const keys = sharedAddress(shared.buffers.keys[keyStage.index]);
+        constexpr uint32_t kBuffer = sizeof(shared.buffers.queries[0]) / kDescriptorUnit;
+        constexpr uint32_t kStage = sizeof(shared.buffers.keys[0]) / kDescriptorUnit;
+        uint32_t const queries = queriesUnit + query.index * kBuffer;
+        uint32_t const keys = keysUnit + keyStage.index * kStage;
 #pragma unroll
         for (int32_t step = 0; step < kDim / kDepth; ++step)
         {
-            int32_t const slab = step * kDepth / kSlab;
-            uint32_t const column = step * kDepth % kSlab * 2;
-            Wgmma<Element, kBlockN>::sharedShared(scores,
-                operandDescriptor(queries + slab * kBlockM * kRowBytes + column, 0),
-                operandDescriptor(keys + slab * kBlockN * kRowBytes + column, 0), step > 0);
+            uint32_t const slab = step * kDepth / kSlab * kRowBytes / kDescriptorUnit;
+            uint32_t const column = step * kDepth % kSlab * 2 / kDescriptorUnit;
+            Wgmma<Element, kBlockN>::sharedShared(scores, operandDescriptor(queries + slab * kBlockM + column, 0),
+                operandDescriptor(keys + slab * kBlockN + column, 0), step > 0);
         }
         productCommit();
     }
@@ -393,12 +418,14 @@ struct Consumer
     //! sums (+)= weights x values of the stage at valueStage.
     __device__ __forceinline__ void multiplyValues(bool isFirst)
     {
-        uint32_t const values = sharedAddress(shared.buffers.values[valueStage.index]);
+        constexpr uint32_t kStage = sizeof(shared.buffers.values[0]) / kDescriptorUnit;
+        uint32_t const values = valuesUnit + valueStage.index * kStage;
 #pragma unroll
         for (int32_t step = 0; step < kBlockN / kDepth; ++step)
         {
-            Wgmma<Element, kDim>::registerShared(sums, weights + 4 * step,
-                operandDescriptor(values + step * kDepth * kRowBytes, kBlockN * kRowBytes), step > 0 || !isFirst);
+            uint32_t const row = step * kDepth * kRowBytes / kDescriptorUnit;
+            Wgmma<Element, kDim>::registerShared(
+                sums, weights + 4 * step, operandDescriptor(values + row, kBlockN * kRowBytes), step > 0 || !isFirst);
         }
         productCommit();
     }
@@ -421,12 +448,14 @@ struct Consumer
         {
             return;
         }
-        int32_t const foreign = kBlockN - valid;
-        for (int32_t i = thread; i < kSlabs * foreign * 8; i += 128)
+        for (int32_t row = valid + thread / 8; row < kBlockN; row += 16)
         {
-            int32_t const row = valid + i / 8 % foreign;
-            int32_t const slab = i / 8 / foreign;
-            reinterpret_cast<uint4*>(shared.buffers.values[valueStage.index][slab][row])[i % 8] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+            for (int32_t slab = 0; slab < kSlabs; ++slab)
+            {
+                auto* const line = reinterpret_cast<uint4*>(shared.buffers.values[valueStage.index][slab][row]);
+                line[thread % 8] = make_uint4(0, 0, 0, 0);
+            }
         }
         sharedProxyFence();
         namedBarrierSync(kFirstGroupBarrier + warpgroup, 128);
@@ -462,15 +491,17 @@ struct Consumer
     __device__ __forceinline__ void mask(Tile const& tile, int32_t t)
     {
         int32_t const start = keyStart(tile, t);
-        if (kSplit > 1 && tile.mask == Mask::kNothing)
+        // All lanes branch alike, which the compiler must know: products are under way.
+        auto const kind = static_cast<Mask>(uniform(static_cast<int32_t>(tile.mask)));
+        if (kSplit > 1 && kind == Mask::kNothing)
         {
             applyMask<Mask::kNothing>(tile, start);
         }
-        else if (kPlainCausal || tile.mask == Mask::kDiagonal)
+        else if (kPlainCausal || kind == Mask::kDiagonal)
         {
             applyMask<Mask::kDiagonal>(tile, start);
         }
-        else if (tile.mask == Mask::kGroups)
+        else if (kind == Mask::kGroups)
         {
             applyMask<Mask::kGroups>(tile, start);
         }
@@ -488,16 +519,8 @@ struct Consumer
         {
             scores[i] *= halfAlpha;
             scores[i + 1] *= halfAlpha;
-            constexpr Silu kFirst = kSilu == Silu::kMixed ? Silu::kFloat : kSilu;
-            constexpr Silu kSecond = kSilu == Silu::kMixed ? Silu::kPair : kSilu;
-            if (i % 4 == 0)
-            {
-                activate<kFirst>(scores[i], scores[i + 1]);
-            }
-            else
-            {
-                activate<kSecond>(scores[i], scores[i + 1]);
-            }
+            activate(scores[i]);
+            activate(scores[i + 1]);
         }
     }
 
@@ -506,15 +529,7 @@ struct Consumer
 #pragma unroll
         for (int32_t i = 0; i < kBlockN / 4; ++i)
         {
-            if constexpr (kSilu == Silu::kHalf)
-            {
-                // A move that the compiler does not see through: it would take the registers that are being read.
-                asm volatile("mov.b32 %0, %1;" : "=r"(weights[i]) : "f"(scores[2 * i]));
-            }
-            else
-            {
-                weights[i] = packPair<Element>(scores[2 * i], scores[2 * i + 1]);
-            }
+            weights[i] = packPair<Element>(scores[2 * i], scores[2 * i + 1]);
         }
     }
 
@@ -526,11 +541,11 @@ struct Consumer
             barrierWait(&shared.barriers.tileFull[slot.index], slot.phase);
             // Read where it lies: held in registers it would cost the products theirs.
             Tile const& tile = shared.tiles[slot.index];
-            if (tile.head < 0)
+            if (uniform(tile.head) < 0)
             {
                 return nullptr;
             }
-            if (tile.tiles > 0)
+            if (uniform(tile.tiles) > 0)
             {
                 return &tile;
             }
@@ -546,22 +561,22 @@ struct Consumer
         release(&shared.barriers.tileEmpty[&tile - shared.tiles]);
     }
 
-    //! Key tile t of a tile, and the values of key tile t - 1: both products are issued.
-    __device__ __forceinline__ void multiplyBoth(Tile const& tile, int32_t t)
+    //! Issues the products of a key tile's scores, and of the key tile before it, of whose values `valid` rows count.
+    __device__ __forceinline__ void multiplyBoth(int32_t valid, bool isFirst)
     {
         awaitKeys();
-        awaitValues(tile.numKeys - keyStart(tile, t - 1));
+        awaitValues(valid);
         awaitTurn();
         productFence();
         multiplyKeys();
-        multiplyValues(t == 1);
+        multiplyValues(isFirst);
         passTurn();
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
-    __device__ __forceinline__ void step(Tile const& tile, int32_t t)
+    __device__ __forceinline__ void step(int32_t valid, bool isFirst)
     {
-        multiplyBoth(tile, t);
+        multiplyBoth(valid, isFirst);
         productWait<1>();
         pin(scores);
         releaseKeys();
@@ -572,17 +587,18 @@ struct Consumer
         packWeights();
     }
 
-    //! The mask branches, and no product may be under way where the compiler cannot see that all lanes branch alike.
+    //! A key tile that the mask cuts.
     __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t)
     {
-        multiplyBoth(tile, t);
-        productWait<0>();
+        multiplyBoth(uniform(tile.numKeys - keyStart(tile, t - 1)), t == 1);
+        productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
-        pin(sums);
         releaseKeys();
-        releaseValues();
         mask(tile, t);
         weigh();
+        productWait<0>();
+        pin(sums);
+        releaseValues();
         packWeights();
     }
 
@@ -716,14 +732,19 @@ struct Consumer
         weighFirst(*tile);
         while (true)
         {
+            int32_t const masked = uniform(tile->maskedShare);
+            int32_t const share = uniform(tile->share);
             int32_t t = 1;
-            for (; t < tile->maskedShare; ++t)
+            for (; t < masked; ++t)
             {
                 maskedStep(*tile, t);
             }
-            for (; t < tile->share; ++t)
+            // Of the key tiles, only a masked one can reach past the sequence.
+            int32_t valid = uniform(tile->numKeys - keyStart(*tile, t - 1));
+            for (; t < share; ++t)
             {
-                step(*tile, t);
+                step(valid, t == 1);
+                valid = kBlockN;
             }
             release(&shared.barriers.queriesEmpty[query.index]);
             query.advance();
@@ -759,6 +780,7 @@ struct Consumer
                 awaitQueries();
                 awaitKeys();
             }
+            productFence();
             multiplyKeys();
             passTurn();
             productWait<1>();
@@ -813,7 +835,11 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
         giveRegisters<kProducerRegisters>();
         if (threadIdx.x == 0)
         {
-            Producer(qMap, kMap, vMap, p, shared).run();
+            Producer(qMap, kMap, vMap, shared).run();
+        }
+        else if (threadIdx.x == 32)
+        {
+            Scheduler{p, shared}.run();
         }
     }
     else

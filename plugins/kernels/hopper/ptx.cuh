@@ -183,14 +183,31 @@ __device__ __forceinline__ void giveRegisters()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-//! Descriptor of an operand in shared memory, 128-byte swizzled, in 16-byte units. Rows of 64 half-precision numbers,
-//! eight rows an atom of 1024 bytes. `slabStride` is the distance of the next 64 columns; it only counts where columns
-//! are the contiguous, not summed dimension.
-__device__ __forceinline__ uint64_t operandDescriptor(uint32_t address, uint32_t slabStride)
+//! A value that is the same in all lanes, from one of them: the compiler then knows it, and keeps it and all that follows
+//! from it in uniform registers, where descriptors and barriers want their addresses.
+__device__ __forceinline__ int32_t uniform(int32_t value)
+{
+    return __shfl_sync(0xFFFFFFFF, value, 0);
+}
+
+//! Descriptors count in units of 16 bytes.
+constexpr uint32_t kDescriptorUnit = 16;
+
+//! Where something lies in this block's shared memory. An address also says in which block of the cluster that is.
+__device__ __forceinline__ uint32_t descriptorUnit(void const* pointer)
+{
+    return (sharedAddress(pointer) & 0x3FFFF) / kDescriptorUnit;
+}
+
+//! Descriptor of an operand in shared memory at an address in units, 128-byte swizzled: rows of 64 half-precision numbers,
+//! eight rows an atom of 1024 bytes. `slabStride` is the distance of the next 64 columns, in bytes; it only counts where
+//! columns are the contiguous, not summed dimension.
+__device__ __forceinline__ uint64_t operandDescriptor(uint32_t unit, uint32_t slabStride)
 {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-    constexpr uint64_t kAtomStride = uint64_t{1024 / 16} << 32;
-    return kSwizzle128 | kAtomStride | (uint64_t{slabStride / 16} << 16) | ((address & 0x3FFFF) >> 4);
+    constexpr uint64_t kAtomStride = uint64_t{1024 / kDescriptorUnit} << 32;
+    // One addition in the low word: no address passes 14 bits of units.
+    return kSwizzle128 | kAtomStride | ((slabStride / kDescriptorUnit << 16) + unit);
 }
 
 } // namespace hstu

@@ -68,7 +68,17 @@ __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Sch
         schedule.costs[b] = cost;
     }
     __syncthreads();
-    if (b < p.batch)
+    SequenceCost const first = schedule.costs[0];
+    bool const isAlike = b >= p.batch || (cost.numKeys == first.numKeys && cost.numTiles == first.numTiles);
+    if (__syncthreads_and(isAlike) != 0)
+    {
+        if (b < p.batch)
+        {
+            schedule.firstTile[b] = b * cost.numTiles;
+            schedule.sequence[b] = b;
+        }
+    }
+    else if (b < p.batch)
     {
         int32_t rank = 0;
         int32_t before = 0;
