@@ -289,6 +289,19 @@ def test_users_share_passes_up_to_the_profile_and_the_staging_memory() -> None:
         assert_right(served, request, result)
 
 
+def test_users_with_many_new_rows_share_passes_up_to_the_memory_for_these() -> None:
+    served = Served(session_options={"staging_rows": 9})
+    histories = [history_of(user) for user in range(3)]
+    served.session.encode([asked(user, histories[user], 1) for user in range(3)])
+    later = [asked(user, histories[user], 5) for user in range(3)]
+    # Nothing of one event is reused; nine new rows have room, two users' ten have not.
+    results = served.session.encode(later)
+    assert served.calls("append") == [(5, 1)] * 3
+    for request, result in zip(later, results, strict=True):
+        assert use(result) == ("appended", "", 5)
+        assert_right(served, request, result)
+
+
 def test_a_user_twice_in_one_call_comes_in_order() -> None:
     served, history = Served(), history_of(13)
     requests = [asked("ann", history, events) for events in (4, 6, 6, 5)]
