@@ -41,6 +41,7 @@ DriverState loadDriver()
     bool const complete =
         resolve(library, "cuInit", init) && resolve(library, "cuGetErrorName", d.getErrorName)
         && resolve(library, "cuGetErrorString", d.getErrorString)
+        && resolve(library, "cuDriverGetVersion", d.driverGetVersion)
         && resolve(library, "cuDeviceGetAttribute", d.deviceGetAttribute)
         && resolve(library, "cuDevicePrimaryCtxRetain", d.devicePrimaryCtxRetain)
         && resolve(library, "cuCtxGetCurrent", d.ctxGetCurrent) && resolve(library, "cuCtxSetCurrent", d.ctxSetCurrent)
@@ -48,6 +49,9 @@ DriverState loadDriver()
         && resolve(library, "cuModuleUnload", d.moduleUnload)
         && resolve(library, "cuModuleGetFunction", d.moduleGetFunction)
         && resolve(library, "cuFuncSetAttribute", d.funcSetAttribute)
+        && resolve(library, "cuMemAlloc_v2", d.memAlloc) && resolve(library, "cuMemFree_v2", d.memFree)
+        && resolve(library, "cuMemsetD32Async", d.memsetD32Async)
+        && resolve(library, "cuStreamSynchronize", d.streamSynchronize)
         && resolve(library, "cuLaunchKernel", d.launchKernel);
     if (!complete)
     {
@@ -56,6 +60,7 @@ DriverState loadDriver()
     }
     resolve(library, "cuCtxGetId", d.ctxGetId);
     resolve(library, "cuFuncLoad", d.funcLoad);
+    resolve(library, "cuTensorMapEncodeTiled", d.tensorMapEncodeTiled);
     CUresult const result = init(0);
     if (result != CUDA_SUCCESS)
     {
@@ -125,30 +130,57 @@ void ensureCurrentContext()
     }
 }
 
-int32_t currentComputeCapability()
+ScopedContext::ScopedContext(CUcontext context) noexcept
+{
+    CudaDriver const* const driver = findCudaDriver();
+    if (driver == nullptr || driver->ctxGetCurrent(&mPrevious) != CUDA_SUCCESS)
+    {
+        return;
+    }
+    mSwitched = mPrevious != context;
+    mIsCurrent = !mSwitched || driver->ctxSetCurrent(context) == CUDA_SUCCESS;
+}
+
+ScopedContext::~ScopedContext()
+{
+    if (mIsCurrent && mSwitched)
+    {
+        findCudaDriver()->ctxSetCurrent(mPrevious);
+    }
+}
+
+GpuTraits currentGpu()
 {
     ensureCurrentContext();
     CudaDriver const& driver = cudaDriver();
     CUdevice device = 0;
-    int major = 0;
-    int minor = 0;
     checkCuda(driver.ctxGetDevice(&device), "cuCtxGetDevice");
-    checkCuda(driver.deviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device),
-        "cuDeviceGetAttribute");
-    checkCuda(driver.deviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device),
-        "cuDeviceGetAttribute");
-    return 10 * major + minor;
+    auto attribute = [&](CUdevice_attribute which)
+    {
+        int value = 0;
+        checkCuda(driver.deviceGetAttribute(&value, which, device), "cuDeviceGetAttribute");
+        return static_cast<int32_t>(value);
+    };
+    GpuTraits gpu;
+    gpu.sm = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+             + attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    gpu.numSms = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    int version = 0;
+    checkCuda(driver.driverGetVersion(&version), "cuDriverGetVersion");
+    gpu.driverVersion = version;
+    gpu.hasTensorMaps = driver.tensorMapEncodeTiled != nullptr;
+    return gpu;
 }
 
-int32_t computeCapabilityOrZero() noexcept
+GpuTraits gpuOrAny() noexcept
 {
     try
     {
-        return findCudaDriver() == nullptr ? 0 : currentComputeCapability();
+        return findCudaDriver() == nullptr ? GpuTraits{} : currentGpu();
     }
     catch (...)
     {
-        return 0;
+        return GpuTraits{};
     }
 }
 

@@ -74,23 +74,10 @@ LoadedKernel::LoadedKernel(HstuKernelImage const& image)
 
 LoadedKernel::~LoadedKernel()
 {
-    CudaDriver const* const driver = findCudaDriver();
-    if (driver == nullptr)
+    // At process exit or after the context is gone the driver has freed the module already.
+    if (ScopedContext const context(mContext); context.isCurrent())
     {
-        return;
-    }
-    // At process exit or after the context is gone the driver refuses, and has freed the module already.
-    CUcontext current = nullptr;
-    driver->ctxGetCurrent(&current);
-    bool const switched = current != mContext;
-    if (switched && driver->ctxSetCurrent(mContext) != CUDA_SUCCESS)
-    {
-        return;
-    }
-    driver->moduleUnload(mModule);
-    if (switched)
-    {
-        driver->ctxSetCurrent(current);
+        cudaDriver().moduleUnload(mModule);
     }
 }
 

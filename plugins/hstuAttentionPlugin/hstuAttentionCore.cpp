@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "hstuAttentionHopper.h"
 #include "pluginError.h"
 
 namespace hstu
@@ -27,7 +28,8 @@ std::string computeBuildId()
     for (size_t i = 0; i < kHstuNbKernelImages; ++i)
     {
         HstuKernelImage const& image = kHstuKernelImages[i];
-        int32_t const facts[] = {image.sm, image.isPtx, image.tactic, image.blockM, image.numWarps, image.sharedBytes};
+        int32_t const facts[] = {image.sm, image.isPtx, image.kind, image.tactic, image.blockM, image.blockN,
+            image.threads, image.split, image.sharedBytes};
         hash = hashBytes(hash, facts, sizeof(facts));
         hash = hashBytes(hash, image.data, image.size);
     }
@@ -94,9 +96,9 @@ std::string HstuAttentionCore::missingKernel(NodeTensors const& tensors) const
     sizes[Symbol::kDqk] = q.dims[2];
     sizes[Symbol::kDv] = v.dims[2];
     EngineSignature const signature = signatureOf(mAttributes, tensors, sizes);
-    int32_t const sm = computeCapabilityOrZero();
-    return findTactics(mAttributes, signature, sm).empty() ? describeMissingKernel(mAttributes, signature, sm)
-                                                           : std::string();
+    GpuTraits const gpu = gpuOrAny();
+    return findTactics(mAttributes, signature, gpu).empty() ? describeMissingKernel(mAttributes, signature, gpu)
+                                                            : std::string();
 }
 
 void HstuAttentionCore::configure(NodeTensors const& tensors)
@@ -109,8 +111,9 @@ void HstuAttentionCore::configure(NodeTensors const& tensors)
         || signature.linearDim != mSignature.linearDim;
     if (changed)
     {
-        int32_t const sm = computeCapabilityOrZero();
-        HSTU_CHECK(!findTactics(mAttributes, signature, sm).empty(), describeMissingKernel(mAttributes, signature, sm));
+        GpuTraits const gpu = gpuOrAny();
+        HSTU_CHECK(
+            !findTactics(mAttributes, signature, gpu).empty(), describeMissingKernel(mAttributes, signature, gpu));
         unload();
         mTactic = 0;
         mSignature = signature;
@@ -122,7 +125,7 @@ std::vector<int32_t> HstuAttentionCore::tactics() const
     std::vector<int32_t> ids;
     if (isConfigured())
     {
-        for (TacticImages const& images : findTactics(mAttributes, mSignature, computeCapabilityOrZero()))
+        for (TacticImages const& images : findTactics(mAttributes, mSignature, gpuOrAny()))
         {
             ids.push_back(images.tactic);
         }
@@ -143,9 +146,13 @@ void HstuAttentionCore::chooseLoaded()
 {
     for (size_t i = 0; i < mLoaded.size(); ++i)
     {
-        if (mTactic == 0 || mLoaded[i].tactic == mTactic)
+        LoadedTactic const& loaded = mLoaded[i];
+        int32_t const split = mTactic == 0 ? 0 : mTactic - loaded.tactic;
+        bool const isSplit = split >= 1 && split <= kMaxSplit && loaded.hopper[static_cast<size_t>(split - 1)] != nullptr;
+        if (split == 0 || isSplit)
         {
             mChosen = i;
+            mSplit = split;
             return;
         }
     }
@@ -155,8 +162,8 @@ void HstuAttentionCore::chooseLoaded()
         ids << " " << loaded.tactic;
     }
     fail(kPluginName, " node '", mNodeName, "': tactic ", mTactic,
-        " is not in this library for this GPU; allowed:", ids.str(),
-        ". The engine was built with another build of the plugin. Fix: rebuild the engine");
+        " is not in this library for this GPU and driver; allowed:", ids.str(),
+        ". The engine was built with another build of the plugin, or beside a newer driver. Fix: rebuild the engine");
 }
 
 void HstuAttentionCore::load()
@@ -165,17 +172,27 @@ void HstuAttentionCore::load()
     {
         return;
     }
-    int32_t const sm = currentComputeCapability();
-    std::vector<TacticImages> const tactics = findTactics(mAttributes, mSignature, sm);
-    HSTU_CHECK(!tactics.empty(), describeMissingKernel(mAttributes, mSignature, sm));
+    GpuTraits const gpu = currentGpu();
+    std::vector<TacticImages> const tactics = findTactics(mAttributes, mSignature, gpu);
+    HSTU_CHECK(!tactics.empty(), describeMissingKernel(mAttributes, mSignature, gpu));
+    auto acquire = [](HstuKernelImage const* image) { return image != nullptr ? acquireKernel(*image) : nullptr; };
     std::vector<LoadedTactic> loaded;
     for (TacticImages const& images : tactics)
     {
         LoadedTactic& entry = loaded.emplace_back();
         entry.tactic = images.tactic;
-        entry.aligned = images.aligned != nullptr ? acquireKernel(*images.aligned) : nullptr;
-        entry.unaligned = images.unaligned != nullptr ? acquireKernel(*images.unaligned) : nullptr;
+        entry.aligned = acquire(images.aligned);
+        entry.unaligned = acquire(images.unaligned);
+        for (size_t i = 0; i < images.hopper.size(); ++i)
+        {
+            entry.hopper[i] = acquire(images.hopper[i]);
+        }
     }
+    if (isHopper(tactics.front()))
+    {
+        mProgress.allocate();
+    }
+    mNumSms = gpu.numSms;
     mLoaded = std::move(loaded);
     chooseLoaded();
 }
@@ -191,7 +208,26 @@ HstuAttentionCore HstuAttentionCore::attached() const
 void HstuAttentionCore::unload() noexcept
 {
     mLoaded.clear();
+    mProgress.release();
     mChosen = 0;
+    mSplit = 0;
+}
+
+LoadedKernel const* HstuAttentionCore::hopperKernelFor(NodeSizes const& sizes, DevicePointers const& pointers) const
+{
+    LoadedTactic const& tactic = mLoaded[mChosen];
+    LoadedKernel const* const whole = tactic.hopper[0].get();
+    LoadedKernel const* const shared = tactic.hopper[1].get();
+    if ((whole == nullptr && shared == nullptr) || !takesHopper(sizes, pointers))
+    {
+        return nullptr;
+    }
+    if (whole == nullptr || shared == nullptr)
+    {
+        return whole != nullptr ? whole : shared;
+    }
+    int32_t const split = mSplit != 0 ? mSplit : chooseSplit(sizes, whole->image().blockM, mNumSms);
+    return split == 1 ? whole : shared;
 }
 
 void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const& pointers, CUstream stream) const
@@ -207,6 +243,11 @@ void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const
     HSTU_CHECK(signature.elementType == mSignature.elementType && signature.timestampBits == mSignature.timestampBits
                    && signature.attentionDim == mSignature.attentionDim && signature.linearDim == mSignature.linearDim,
         kPluginName, " node '", mNodeName, "': types or head dims differ from those the kernels were loaded for");
+    if (LoadedKernel const* const hopper = hopperKernelFor(sizes, pointers))
+    {
+        launchHopper(*hopper, mAttributes, sizes, pointers, mProgress.data(), mNumSms, stream);
+        return;
+    }
     LoadedTactic const& tactic = mLoaded[mChosen];
     bool const aligned = tactic.aligned != nullptr && isAligned(pointers);
     std::shared_ptr<LoadedKernel const> const& kernel = aligned ? tactic.aligned : tactic.unaligned;

@@ -6,12 +6,14 @@
 #include <vector>
 
 #include "hstuAttentionKernel.h"
+#include "progressCounters.h"
 
 namespace hstu
 {
 
-//! One HstuAttention node without any TensorRT type: what both adapters wrap. A copy shares the loaded kernels.
-//! Not thread-safe; each execution context has its own copy, and copies share only immutable state.
+//! One HstuAttention node without any TensorRT type: what both adapters wrap. A copy shares the loaded kernels and has
+//! progress counters of its own. Not thread-safe; each execution context has its own copy, and copies share only
+//! immutable state.
 class HstuAttentionCore
 {
 public:
@@ -51,21 +53,24 @@ public:
     //! Throws PluginError, also when the library has no kernel for the node.
     void configure(NodeTensors const& tensors);
 
-    //! \return ids of the tactics that fit the configured node on this device, ascending and non-zero.
+    //! \return ids of the tactics that fit the configured node on this device, not zero. Hopper's comes first, then the
+    //! portable ones in ascending order.
     std::vector<int32_t> tactics() const;
 
-    //! Chooses a tactic for the launches that follow; 0 means the first. Throws PluginError for an id that the library
-    //! does not have on this device.
+    //! Chooses a tactic for the launches that follow; 0 means the first. The Hopper tactic chooses a split for each
+    //! launch; its id plus 1 or 2 always takes that split. Those are for tests and measurements, and not in tactics():
+    //! the builder times one shape, and would fix for all shapes what is best for that one.
+    //! Throws PluginError for an id that the library does not have on this device.
     void setTactic(int32_t tactic);
 
-    //! Loads the kernels of every tactic into the current CUDA context, once. A node that was never configured has
-    //! nothing to load yet. Throws PluginError.
+    //! Loads the kernels of every tactic into the current CUDA context, and allocates what launches need there, once. A
+    //! node that was never configured has nothing to load yet. Throws PluginError.
     void load();
 
     //! \return a copy that is bound to the current CUDA context.
     HstuAttentionCore attached() const;
 
-    //! Drops this object's hold on the loaded kernels.
+    //! Drops this object's hold on the loaded kernels, and the progress counters.
     void unload() noexcept;
 
     //! Checks the tensors of one call and launches the kernel. Extents must all be known.
@@ -78,11 +83,15 @@ private:
         int32_t tactic{0};
         std::shared_ptr<LoadedKernel const> aligned;
         std::shared_ptr<LoadedKernel const> unaligned;
+        std::array<std::shared_ptr<LoadedKernel const>, kMaxSplit> hopper; //!< at split - 1
     };
 
     bool isConfigured() const noexcept;
     std::string missingKernel(NodeTensors const& tensors) const;
     void chooseLoaded();
+
+    //! \return the Hopper kernel for a call, or null where the portable kernel has to do.
+    LoadedKernel const* hopperKernelFor(NodeSizes const& sizes, DevicePointers const& pointers) const;
 
     std::string mNodeName;
     HstuAttentionAttributes mAttributes;
@@ -91,6 +100,9 @@ private:
     bool mWarned{false};
     std::vector<LoadedTactic> mLoaded;
     size_t mChosen{0}; //!< index into mLoaded of the tactic in use
+    int32_t mSplit{0}; //!< of the Hopper kernel; 0: chosen for each launch
+    int32_t mNumSms{0};
+    ProgressCounters mProgress;
 };
 
 //! \return the signature of these tensors under these attributes.

@@ -13,7 +13,7 @@ namespace
 
 constexpr int32_t kMinBlock = 16; // smallest tile of the tensor core instructions
 constexpr int32_t kVectorElements = 16;
-constexpr int32_t kThreadsPerWarp = 32;
+constexpr int32_t kTensorCopyElements = 8; // 16 bytes, to which the tensor copy engine wants rows aligned
 constexpr int32_t kPlainCausal = 0;
 constexpr int32_t kGeneralMask = 1;
 
@@ -35,26 +35,41 @@ int32_t neededMaskKind(HstuAttentionAttributes const& attributes) noexcept
     return plain ? kPlainCausal : kGeneralMask;
 }
 
+bool fitsDims(HstuKernelImage const& image, EngineSignature const& signature) noexcept
+{
+    if (image.kind == kHstuKernelHopper)
+    {
+        // The tensor copies fill what lies beyond the real head dims with zeros.
+        return signature.attentionDim % kTensorCopyElements == 0 && signature.linearDim % kTensorCopyElements == 0
+               && signature.attentionDim <= image.blockDqk && signature.linearDim <= image.blockDv;
+    }
+    bool const alignable = signature.attentionDim % kVectorElements == 0 && signature.linearDim % kVectorElements == 0;
+    return image.blockDqk == paddedHeadDim(signature.attentionDim)
+           && image.blockDv == paddedHeadDim(signature.linearDim) && (image.aligned == 0 || alignable);
+}
+
 bool fitsNode(
     HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
 {
-    bool const alignable = signature.attentionDim % kVectorElements == 0 && signature.linearDim % kVectorElements == 0;
-    return image.dtype == signature.elementType && image.blockDqk == paddedHeadDim(signature.attentionDim)
-           && image.blockDv == paddedHeadDim(signature.linearDim) && image.posBias == attributes.posBias
+    return image.dtype == signature.elementType && fitsDims(image, signature) && image.posBias == attributes.posBias
            && image.timeBias == attributes.timeBias
            && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
-           && (image.aligned == 0 || alignable) && image.maskKind >= neededMaskKind(attributes);
+           && image.maskKind >= neededMaskKind(attributes);
 }
 
 //! Orders images that all run on the device: exact code before compatible code before code the driver must compile,
-//! then the newest, then the cheaper mask.
+//! then the newest, then the least padding, then the cheaper mask.
 bool isBetter(HstuKernelImage const& a, HstuKernelImage const& b) noexcept
 {
     if (a.isPtx != b.isPtx)
     {
         return a.isPtx < b.isPtx;
     }
-    return a.sm != b.sm ? a.sm > b.sm : a.maskKind < b.maskKind;
+    if (a.sm != b.sm)
+    {
+        return a.sm > b.sm;
+    }
+    return a.blockDqk != b.blockDqk ? a.blockDqk < b.blockDqk : a.maskKind < b.maskKind;
 }
 
 void keepBetter(HstuKernelImage const*& slot, HstuKernelImage const& image) noexcept
@@ -63,6 +78,15 @@ void keepBetter(HstuKernelImage const*& slot, HstuKernelImage const& image) noex
     {
         slot = &image;
     }
+}
+
+HstuKernelImage const*& slotOf(TacticImages& images, HstuKernelImage const& image) noexcept
+{
+    if (image.kind == kHstuKernelHopper)
+    {
+        return images.hopper[static_cast<size_t>(image.split - 1)];
+    }
+    return image.aligned != 0 ? images.aligned : images.unaligned;
 }
 
 std::string smList(std::set<int32_t> const& architectures)
@@ -77,24 +101,34 @@ std::string smList(std::set<int32_t> const& architectures)
 
 } // namespace
 
-bool runsOn(HstuKernelImage const& image, int32_t sm) noexcept
+bool isHopper(TacticImages const& images) noexcept
 {
+    return std::any_of(images.hopper.begin(), images.hopper.end(), [](auto const* image) { return image != nullptr; });
+}
+
+bool runsOn(HstuKernelImage const& image, GpuTraits const& gpu) noexcept
+{
+    if (gpu.driverVersion < image.leastDriver || (image.kind == kHstuKernelHopper && !gpu.hasTensorMaps))
+    {
+        return false;
+    }
     if (image.isPtx != 0)
     {
-        return image.sm <= sm;
+        return image.sm <= gpu.sm;
     }
     constexpr int32_t kFirstArchitectureSpecific = 90;
-    return image.sm >= kFirstArchitectureSpecific ? image.sm == sm : image.sm / 10 == sm / 10 && image.sm <= sm;
+    return image.sm >= kFirstArchitectureSpecific ? image.sm == gpu.sm
+                                                  : image.sm / 10 == gpu.sm / 10 && image.sm <= gpu.sm;
 }
 
 std::vector<TacticImages> findTactics(
-    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm)
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, GpuTraits const& gpu)
 {
     std::vector<TacticImages> tactics;
     for (size_t i = 0; i < kHstuNbKernelImages; ++i)
     {
         HstuKernelImage const& image = kHstuKernelImages[i];
-        if (!fitsNode(image, attributes, signature) || (sm != 0 && !runsOn(image, sm)))
+        if (!fitsNode(image, attributes, signature) || (gpu.sm != 0 && !runsOn(image, gpu)))
         {
             continue;
         }
@@ -102,16 +136,25 @@ std::vector<TacticImages> findTactics(
             tactics.begin(), tactics.end(), [&image](TacticImages const& t) { return t.tactic == image.tactic; });
         TacticImages& entry = found != tactics.end() ? *found : tactics.emplace_back();
         entry.tactic = image.tactic;
-        keepBetter(image.aligned != 0 ? entry.aligned : entry.unaligned, image);
+        keepBetter(slotOf(entry, image), image);
     }
     std::sort(tactics.begin(), tactics.end(),
-        [](TacticImages const& a, TacticImages const& b) { return a.tactic < b.tactic; });
+        [](TacticImages const& a, TacticImages const& b)
+        { return isHopper(a) != isHopper(b) ? isHopper(a) : a.tactic < b.tactic; });
+    auto const portable = std::find_if(
+        tactics.begin(), tactics.end(), [](TacticImages const& images) { return !isHopper(images); });
+    for (auto hopper = tactics.begin(); portable != tactics.end() && hopper != portable; ++hopper)
+    {
+        hopper->aligned = portable->aligned;
+        hopper->unaligned = portable->unaligned;
+    }
     return tactics;
 }
 
 std::string describeMissingKernel(
-    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm)
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, GpuTraits const& gpu)
 {
+    int32_t const sm = gpu.sm;
     std::ostringstream needed;
     needed << elementTypeName(static_cast<ElementType>(signature.elementType)) << ", q/k head dim "
            << signature.attentionDim << ", v head dim " << signature.linearDim << ", pos_bias " << attributes.posBias
@@ -140,7 +183,8 @@ std::string describeMissingKernel(
         {
             kind << image.timestampBits;
         }
-        kind << (image.maskKind == kPlainCausal ? " causal" : " general") << (image.aligned != 0 ? " aligned" : "");
+        kind << (image.maskKind == kPlainCausal ? " causal" : " general") << (image.aligned != 0 ? " aligned" : "")
+             << (image.kind == kHstuKernelHopper ? " hopper" : "");
         kinds.insert(kind.str());
     }
 
@@ -236,7 +280,7 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     HSTU_CHECK(slots <= std::numeric_limits<int32_t>::max(), kPluginName, ": ", slots,
         " tiles exceed the launch grid (Lq ", lq, ", B ", batch, ")");
     CUresult const result = cudaDriver().launchKernel(kernel.function(), static_cast<unsigned>(slots),
-        static_cast<unsigned>(heads), 1, static_cast<unsigned>(kThreadsPerWarp * image.numWarps), 1, 1,
+        static_cast<unsigned>(heads), 1, static_cast<unsigned>(image.threads), 1, 1,
         static_cast<unsigned>(image.sharedBytes), stream, arguments, nullptr);
     if (result != CUDA_SUCCESS)
     {

@@ -1,6 +1,7 @@
 #ifndef HSTU_ATTENTION_KERNEL_H
 #define HSTU_ATTENTION_KERNEL_H
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -15,28 +16,39 @@
 namespace hstu
 {
 
+//! Largest number of blocks that share a tile of query rows in a Hopper image.
+constexpr int32_t kMaxSplit = 2;
+
 //! The images of one tactic that fit a node on a device. At least one is set.
 struct TacticImages
 {
     int32_t tactic{0};
-    HstuKernelImage const* aligned{nullptr};   //!< only for 16-byte-aligned pointers
-    HstuKernelImage const* unaligned{nullptr}; //!< for any pointers
+    HstuKernelImage const* aligned{nullptr};   //!< portable, only for 16-byte-aligned pointers
+    HstuKernelImage const* unaligned{nullptr}; //!< portable, for any pointers
+    //! At split - 1, where the tactic is Hopper's: the image of that split. The portable images beside them are those
+    //! of the first portable tactic, for calls that the Hopper kernel does not take.
+    std::array<HstuKernelImage const*, kMaxSplit> hopper{};
 };
 
-//! \return whether code of this image runs on a device of compute capability `sm`, by CUDA's compatibility rules: a
-//! cubin of 8.x runs on a higher 8.y, one of 9.0 and later is architecture-specific, PTX runs on all later ones.
-bool runsOn(HstuKernelImage const& image, int32_t sm) noexcept;
+//! \return whether the tactic has a Hopper image.
+bool isHopper(TacticImages const& images) noexcept;
+
+//! \return whether code of this image runs on a device, by CUDA's compatibility rules: a cubin of 8.x runs on a higher
+//! 8.y, one of 9.0 and later is architecture-specific, PTX runs on all later ones. A driver must know the image's CUDA
+//! version and, for Hopper images, tensor maps.
+bool runsOn(HstuKernelImage const& image, GpuTraits const& gpu) noexcept;
 
 //! Picks the images for a node from the table that is compiled into the library.
 //!
-//! \param sm compute capability of the device, or 0 for "any device" (no GPU here).
-//! \return one entry per tactic, ascending by id; empty when the library has none that fits.
+//! \param gpu the device; one without a compute capability stands for any (no GPU here).
+//! \return one entry per tactic: Hopper's first, for a runtime that always takes the first, then the portable ones
+//! ascending by id; empty when the library has none that fits.
 std::vector<TacticImages> findTactics(
-    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm);
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, GpuTraits const& gpu);
 
 //! \return what to tell a user for whom findTactics found nothing: what is needed, what the library holds, the fix.
 std::string describeMissingKernel(
-    HstuAttentionAttributes const& attributes, EngineSignature const& signature, int32_t sm);
+    HstuAttentionAttributes const& attributes, EngineSignature const& signature, GpuTraits const& gpu);
 
 //! Device pointers of one call, indexed as kInputs; null where the input is absent.
 struct DevicePointers
@@ -45,10 +57,10 @@ struct DevicePointers
     void* output{nullptr};
 };
 
-//! \return whether every pointer the kernel reads or writes in vectors is 16-byte aligned.
+//! \return whether every pointer the portable kernel reads or writes in vectors is 16-byte aligned.
 bool isAligned(DevicePointers const& pointers) noexcept;
 
-//! Launches the kernel on the stream. Does nothing else: no allocation, no synchronisation, no loading, so it may be
+//! Launches a portable kernel on the stream. Does nothing else: no allocation, no synchronisation, no loading, so it may be
 //! captured into a CUDA graph.
 //!
 //! \param sizes all known; pointers must not be null where the tensor is not empty.

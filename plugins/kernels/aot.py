@@ -1,7 +1,7 @@
-"""Ahead-of-time compiler of the attention kernel: variants -> cubins and PTX -> one C++ source of the plugin library.
+"""Ahead-of-time compiler of the portable kernel: variants -> cubins and PTX -> one C++ source of the plugin library.
 
-Needs no GPU, no driver and no CUDA toolkit (Triton carries ptxas).  Level: kernels; imports neither triton nor torch
-itself.
+Needs no GPU, no driver and no CUDA toolkit (Triton carries ptxas).  The Hopper kernel, which nvcc compiles, is in
+hopper/compile.py; the C++ source holds the images of both.  Level: kernels; imports neither triton nor torch itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hstu_compile.plugins.kernels.hopper.compile import KERNEL_NAME, HopperImage
+from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH
 from hstu_compile.plugins.kernels.variants import (
     ARCHS,
     DTYPE_CODES,
@@ -40,6 +42,13 @@ __all__ = [
     "write_cpp_source",
 ]
 
+#: Tactic id that all Hopper images share: the plugin chooses between splits by itself. Above any tile table's ids; the
+#: ids of the fixed splits follow it.
+HOPPER_TACTIC = 64
+#: ``HstuKernelKind``.
+_PORTABLE, _HOPPER = 0, 1
+_THREADS_PER_WARP = 32
+
 #: Files whose text decides the machine code of a task (with the task itself, Triton and its ptxas, which one wheel
 #: pins).
 _SOURCES = ("hstu_attention.py", "compile_worker.py")
@@ -47,7 +56,7 @@ _SOURCES = ("hstu_attention.py", "compile_worker.py")
 
 @dataclass(frozen=True)
 class KernelImage:
-    """One compiled kernel with what a launch needs to know; the fields of ``HstuKernelImage``.
+    """One compiled portable kernel with what a launch needs to know.
 
     Attributes:
         variant: its compile-time switches.
@@ -255,8 +264,10 @@ def _save(store: Path, task: CompileTask, key: str, data: bytes, metadata: dict[
         os.replace(temporary, store / f"{key}{suffix}")
 
 
-def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, Path]:
-    """Write the table of ``images`` as C++ and their bytes beside it; return both paths (source, data).
+def write_cpp_source(
+    images: Sequence[KernelImage], path: Path, hopper_images: Sequence[HopperImage] = ()
+) -> tuple[Path, Path]:
+    """Write the table of all images as C++ and their bytes beside it; return both paths (source, data).
 
     The source takes the bytes in through the assembler (.incbin), so that g++ needs no time for them.  It names the
     data file by its
@@ -266,6 +277,7 @@ def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, P
         images: at least one.
         path: of the C++ file, which includes ``hstuKernelImages.h``; the data file is ``path`` with the suffix
             ``.bin``.
+        hopper_images: behind them in the table.
 
     Raises:
         ValueError: if ``images`` is empty, or the path has a character the assembler cannot quote.
@@ -277,30 +289,15 @@ def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, P
         raise ValueError(
             f"kernel image path {str(blob)!r} has a quote, backslash or line break, which the assembler cannot quote"
         )
+    entries = [(_portable_fields(image), image.name, image.data) for image in images]
+    entries += [(_hopper_fields(image), KERNEL_NAME, image.data) for image in hopper_images]
     rows, content = [], bytearray()
-    for image in images:
+    for numbers, name, data in entries:
         # 64-byte alignment: the driver reads a cubin as an ELF file in place.
         content += b"\0" * (-len(content) % 64)
-        variant = image.variant
-        numbers = (
-            image.sm,
-            int(image.is_ptx),
-            DTYPE_CODES[variant.dtype],
-            variant.timestamp_bits,
-            variant.block_dqk,
-            variant.block_dv,
-            int(variant.aligned),
-            int(variant.pos_bias),
-            int(variant.time_bias),
-            variant.mask_kind,
-            image.tactic,
-            image.block_m,
-            image.num_warps,
-            image.shared_bytes,
-        )
         fields = ", ".join(map(str, numbers))
-        rows.append(f'    {{{fields}, "{image.name}", hstuKernelImageData + {len(content)}, {len(image.data)}}},')
-        content += image.data
+        rows.append(f'    {{{fields}, "{name}", hstuKernelImageData + {len(content)}, {len(data)}}},')
+        content += data
     blob.write_bytes(bytes(content))
     source.write_text(
         "\n".join(
@@ -322,10 +319,59 @@ def write_cpp_source(images: Sequence[KernelImage], path: Path) -> tuple[Path, P
                 "HstuKernelImage const kHstuKernelImages[] = {",
                 *rows,
                 "};",
-                f"size_t const kHstuNbKernelImages = {len(images)};",
+                f"size_t const kHstuNbKernelImages = {len(entries)};",
                 "// clang-format on",
                 "",
             ]
         )
     )
     return source, blob
+
+
+def _portable_fields(image: KernelImage) -> tuple[int, ...]:
+    """Return the numbers of ``HstuKernelImage`` in the order of the struct."""
+    variant = image.variant
+    return (
+        image.sm,
+        int(image.is_ptx),
+        _PORTABLE,
+        DTYPE_CODES[variant.dtype],
+        variant.timestamp_bits,
+        variant.block_dqk,
+        variant.block_dv,
+        int(variant.aligned),
+        int(variant.pos_bias),
+        int(variant.time_bias),
+        variant.mask_kind,
+        image.tactic,
+        image.block_m,
+        0,  # blockN
+        _THREADS_PER_WARP * image.num_warps,
+        1,  # split
+        image.shared_bytes,
+        0,  # leastDriver
+    )
+
+
+def _hopper_fields(image: HopperImage) -> tuple[int, ...]:
+    variant = image.variant
+    return (
+        HOPPER_ARCH,
+        0,  # isPtx
+        _HOPPER,
+        DTYPE_CODES[variant.dtype],
+        0,  # timestampBits
+        variant.block_dim,
+        variant.block_dim,
+        1,  # aligned
+        0,  # posBias
+        0,  # timeBias
+        int(not variant.plain_causal),
+        HOPPER_TACTIC,
+        image.block_m,
+        image.tile.block_n,
+        image.threads,
+        variant.split,
+        image.shared_bytes,
+        image.least_driver,
+    )

@@ -3,8 +3,10 @@
 Level: kernels, pure Python, imports neither triton nor torch, so that a build can be planned without them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for
 from hstu_compile.plugins.kernels.tiles import TileConfig, tile_configs
 
 #: Architectures that get a cubin, as compute capability major * 10 + minor.
@@ -128,6 +130,21 @@ def default_variants() -> tuple[KernelVariant, ...]:
         *variants_for("float16", 64, 64),
         *variants_for("float16", 50, 50, pos_bias=True, time_bias=True),
     )
+
+
+def hopper_variants_of(variants: Iterable[KernelVariant]) -> tuple[HopperVariant, ...]:
+    """Return the Hopper kernels that run, on compute capability 9.0, what these portable kernels run; each once.
+
+    There are none for a bias or float32.  A portable kernel knows its padded head dims only, so one that is not
+    aligned gets Hopper kernels too: they run its head dims that are multiples of 8.
+    """
+    found: dict[HopperVariant, None] = {}
+    for variant in variants:
+        if not variant.pos_bias and not variant.time_bias:
+            causal = variant.mask_kind == 0
+            fitting = hopper_variants_for(variant.dtype, variant.block_dqk, variant.block_dv, plain_causal=causal)
+            found.update(dict.fromkeys(fitting))
+    return tuple(found)
 
 
 def _tiles_of(variant: KernelVariant, arch: int) -> tuple[TileConfig, ...]:

@@ -14,6 +14,7 @@ import yaml
 from hstu_compile.errors import PluginError
 from hstu_compile.plugin_library import find_cuda_headers
 from hstu_compile.plugins import generate_contract
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, chosen_split, tile_of
 
 ROOT = Path(generate_contract.__file__).parent
 CONTRACT = ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml"
@@ -69,16 +70,47 @@ def test_a_new_attribute_reaches_the_field_reader_by_itself(contract: dict[str, 
     assert subprocess.run([str(program)], check=False).returncode == 0
 
 
-def test_the_core_needs_no_tensorrt_header_and_picks_the_right_image(tmp_path: Path, contract: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory: pytest.TempPathFactory, contract: dict[str, Any]) -> Path:
+    """The program that picks kernel images from a table of its own; compiled without a TensorRT header."""
     try:
         cuda = find_cuda_headers()
     except PluginError as error:
         pytest.skip(f"no CUDA headers: {error.why}")
-    (tmp_path / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(contract))
-    includes = [f"-I{tmp_path}", f"-I{ROOT / 'common'}", f"-I{ROOT / 'hstuAttentionPlugin'}", "-isystem", str(cuda)]
+    folder = tmp_path_factory.mktemp("selection")
+    (folder / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(contract))
+    own = [folder, *(ROOT / name for name in ("common", "hstuAttentionPlugin", "kernels/hopper"))]
+    includes = [*(f"-I{path}" for path in own), "-isystem", str(cuda)]
     sources = [Path(__file__).parent / "conformance" / "selection.cpp"]
-    sources += [ROOT / "hstuAttentionPlugin" / "hstuAttentionKernel.cpp", *sorted((ROOT / "common").glob("*.cpp"))]
-    program = tmp_path / "selection"
+    sources += [ROOT / "hstuAttentionPlugin" / f"hstuAttention{name}.cpp" for name in ("Kernel", "Hopper")]
+    sources += sorted((ROOT / "common").glob("*.cpp"))
+    program = folder / "selection"
     subprocess.run(["g++", *WARNINGS, *includes, *map(str, sources), "-o", str(program), "-ldl"], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    return program
+
+
+def test_the_core_needs_no_tensorrt_header_and_picks_the_right_image(selection: Path) -> None:
+    done = subprocess.run([str(selection)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 78])
+@pytest.mark.parametrize("block_dim", [64, 128])
+def test_the_library_splits_the_launches_that_pytorch_splits(
+    selection: Path, block_dim: int, multiprocessors: int
+) -> None:
+    block_m = 64 * tile_of(HopperVariant("float16", block_dim, True)).warpgroups
+    seen = set()
+    for heads in (1, 4, 8):
+        for tiles_per_head in (
+            1,
+            multiprocessors // heads,
+            2 * multiprocessors // heads,
+            2 * multiprocessors // heads + 1,
+        ):
+            for lq in (tiles_per_head * block_m, tiles_per_head * block_m + 1):
+                arguments = ["split", *map(str, (lq, heads, block_m, multiprocessors))]
+                done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
+                assert int(done.stdout) == chosen_split(block_dim, lq, heads, multiprocessors), (lq, heads)
+                seen.add(int(done.stdout))
+    assert seen == {1, 2}

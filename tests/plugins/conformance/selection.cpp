@@ -1,10 +1,12 @@
 //! Checks how the plugin picks kernel images, with a table of its own in place of the compiled kernels. Needs no GPU.
-//! Prints one line per failed check; exit code 0 if there is none.
+//!
+//! Usage: selection                     prints one line per failed check; exit code 0 if there is none
+//!        selection split LQ HEADS BLOCK_M SMS       prints the split that is chosen for a launch
 
 #include <cstdio>
 #include <string>
 
-#include "hstuAttentionKernel.h"
+#include "hstuAttentionHopper.h"
 
 namespace
 {
@@ -14,12 +16,30 @@ unsigned char const kCode[] = {0};
 //! float16, 64 x 64, no bias; the fields that the checks vary are arguments.
 constexpr HstuKernelImage image(int32_t sm, int32_t isPtx, int32_t aligned, int32_t maskKind, int32_t tactic)
 {
-    return {sm, isPtx, 1, 0, 64, 64, aligned, 0, 0, maskKind, tactic, 64, 4, 0, "kernel", kCode, sizeof(kCode)};
+    return {sm, isPtx, kHstuKernelPortable, 1, 0, 64, 64, aligned, 0, 0, maskKind, tactic, 64, 0, 128, 1, 0, 0, "kernel",
+        kCode, sizeof(kCode)};
 }
 
 constexpr HstuKernelImage timeImage(int32_t timestampBits)
 {
-    return {90, 0, 1, timestampBits, 64, 64, 0, 1, 1, 1, 1, 64, 4, 0, "kernel", kCode, sizeof(kCode)};
+    return {90, 0, kHstuKernelPortable, 1, timestampBits, 64, 64, 0, 1, 1, 1, 1, 64, 0, 128, 1, 0, 0, "kernel", kCode,
+        sizeof(kCode)};
+}
+
+constexpr int32_t kHopperTactic = 64;
+
+//! bfloat16, made by nvcc 12.
+constexpr HstuKernelImage hopperImage(int32_t blockDim, int32_t maskKind, int32_t split)
+{
+    return {90, 0, kHstuKernelHopper, 2, 0, blockDim, blockDim, 1, 0, 0, maskKind, kHopperTactic, 192, 128, 512, split, 0,
+        12000, "hopper", kCode, sizeof(kCode)};
+}
+
+//! bfloat16, for any pointers.
+constexpr HstuKernelImage bfloatImage(int32_t blockDim, int32_t tactic)
+{
+    return {90, 0, kHstuKernelPortable, 2, 0, blockDim, blockDim, 0, 0, 0, 1, tactic, 64, 0, 128, 1, 0, 0, "kernel",
+        kCode, sizeof(kCode)};
 }
 
 } // namespace
@@ -34,6 +54,13 @@ HstuKernelImage const kHstuKernelImages[] = {
     image(80, 1, 1, 1, 1), // 6: PTX
     timeImage(64),         // 7
     timeImage(32),         // 8
+    bfloatImage(64, 2),    // 9
+    bfloatImage(64, 1),    // 10
+    hopperImage(64, 1, 2), // 11
+    hopperImage(64, 1, 1), // 12
+    hopperImage(128, 0, 1), // 13
+    hopperImage(64, 0, 1), // 14
+    bfloatImage(128, 1),   // 15
 };
 size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
 
@@ -76,6 +103,17 @@ hstu::HstuAttentionAttributes general()
     return attributes;
 }
 
+//! A GPU with a driver that knows everything.
+hstu::GpuTraits gpuOf(int32_t sm)
+{
+    hstu::GpuTraits gpu;
+    gpu.sm = sm;
+    gpu.driverVersion = 13000;
+    gpu.numSms = 132;
+    gpu.hasTensorMaps = true;
+    return gpu;
+}
+
 HstuKernelImage const* at(int32_t index)
 {
     return &kHstuKernelImages[index];
@@ -85,7 +123,7 @@ void checkArchitectures()
 {
     auto const alignedOn = [](int32_t sm)
     {
-        auto const tactics = hstu::findTactics(general(), signatureOf(64), sm);
+        auto const tactics = hstu::findTactics(general(), signatureOf(64), gpuOf(sm));
         return tactics.empty() ? nullptr : tactics[0].aligned;
     };
     expect(alignedOn(80) == at(0), "sm_80 takes its own cubin");
@@ -93,35 +131,35 @@ void checkArchitectures()
     expect(alignedOn(90) == at(2), "sm_90 takes its own cubin");
     expect(alignedOn(100) == at(6), "sm_100 takes the PTX: a 9.0 cubin is architecture-specific");
     expect(alignedOn(75) == nullptr, "sm_75 has nothing: neither cubin nor PTX of 8.0 runs there");
-    expect(!hstu::runsOn(kHstuKernelImages[2], 91), "a 9.0 cubin does not run on 9.1");
-    expect(!hstu::runsOn(kHstuKernelImages[1], 80), "an 8.6 cubin does not run on 8.0");
+    expect(!hstu::runsOn(kHstuKernelImages[2], gpuOf(91)), "a 9.0 cubin does not run on 9.1");
+    expect(!hstu::runsOn(kHstuKernelImages[1], gpuOf(80)), "an 8.6 cubin does not run on 8.0");
 }
 
 void checkTactics()
 {
-    auto const tactics = hstu::findTactics(general(), signatureOf(64), 90);
+    auto const tactics = hstu::findTactics(general(), signatureOf(64), gpuOf(90));
     expect(tactics.size() == 2 && tactics[0].tactic == 1 && tactics[1].tactic == 2, "both tactics of sm_90, ascending");
     expect(tactics[0].unaligned == at(4) && tactics[1].unaligned == nullptr, "unaligned image where there is one");
-    expect(hstu::findTactics(general(), signatureOf(64), 0).size() == 2, "without a GPU every tactic is offered");
+    expect(hstu::findTactics(general(), signatureOf(64), hstu::GpuTraits{}).size() == 2, "without a GPU every tactic is offered");
 }
 
 void checkMasks()
 {
     expect(
-        hstu::findTactics(causal(), signatureOf(64), 90)[0].aligned == at(5), "a causal node takes the causal kernel");
-    expect(hstu::findTactics(causal(), signatureOf(64), 80)[0].aligned == at(0),
+        hstu::findTactics(causal(), signatureOf(64), gpuOf(90))[0].aligned == at(5), "a causal node takes the causal kernel");
+    expect(hstu::findTactics(causal(), signatureOf(64), gpuOf(80))[0].aligned == at(0),
         "and the general one where there is no other");
     hstu::HstuAttentionAttributes window = causal();
     window.maxAttnLen = 1;
-    expect(hstu::findTactics(window, signatureOf(64), 90)[0].aligned == at(2), "a window needs the general kernel");
+    expect(hstu::findTactics(window, signatureOf(64), gpuOf(90))[0].aligned == at(2), "a window needs the general kernel");
     hstu::HstuAttentionAttributes context = causal();
     context.contextualSeqLen = 1;
-    expect(hstu::findTactics(context, signatureOf(64), 90)[0].aligned == at(2), "a context needs the general kernel");
+    expect(hstu::findTactics(context, signatureOf(64), gpuOf(90))[0].aligned == at(2), "a context needs the general kernel");
 }
 
 void checkAlignment()
 {
-    auto const tactics = hstu::findTactics(general(), signatureOf(50), 90);
+    auto const tactics = hstu::findTactics(general(), signatureOf(50), gpuOf(90));
     expect(tactics.size() == 1 && tactics[0].aligned == nullptr && tactics[0].unaligned == at(4),
         "head dim 50 takes only kernels that promise no alignment");
     hstu::DevicePointers pointers;
@@ -137,34 +175,125 @@ void checkTimestamps()
     hstu::HstuAttentionAttributes biased = general();
     biased.posBias = 1;
     biased.timeBias = 1;
-    expect(hstu::findTactics(biased, signatureOf(64, 64), 90)[0].unaligned == at(7), "64-bit timestamps");
-    expect(hstu::findTactics(biased, signatureOf(64, 32), 90)[0].unaligned == at(8), "32-bit timestamps");
+    expect(hstu::findTactics(biased, signatureOf(64, 64), gpuOf(90))[0].unaligned == at(7), "64-bit timestamps");
+    expect(hstu::findTactics(biased, signatureOf(64, 32), gpuOf(90))[0].unaligned == at(8), "32-bit timestamps");
     biased.posBias = 0;
-    expect(hstu::findTactics(biased, signatureOf(64, 64), 90).empty(),
+    expect(hstu::findTactics(biased, signatureOf(64, 64), gpuOf(90)).empty(),
         "a kernel with a bias that the node lacks does not fit");
 }
 
 void checkMessage()
 {
-    std::string const otherDim = hstu::describeMissingKernel(general(), signatureOf(128), 90);
+    std::string const otherDim = hstu::describeMissingKernel(general(), signatureOf(128), gpuOf(90));
     expect(otherDim.find("q/k head dim 128") != std::string::npos, "the message names what is needed");
     expect(otherDim.find("[float16 64x64 general aligned]") != std::string::npos, "the message lists what is there");
     expect(
         otherDim.find("`hstu-compile plugin build --onnx MODEL.onnx --arch 9.0`") != std::string::npos, "the message says how to get it");
-    std::string const otherSm = hstu::describeMissingKernel(general(), signatureOf(64), 75);
+    std::string const otherSm = hstu::describeMissingKernel(general(), signatureOf(64), gpuOf(75));
     expect(otherSm.find("fits this node on sm_80, sm_86, sm_90 only") != std::string::npos,
         "the message names fitting GPUs");
 }
 
+hstu::EngineSignature bfloatSignature(int32_t attentionDim, int32_t linearDim)
+{
+    hstu::EngineSignature signature = signatureOf(attentionDim);
+    signature.elementType = static_cast<int32_t>(hstu::ElementType::kBfloat16);
+    signature.linearDim = linearDim;
+    return signature;
+}
+
+hstu::NodeSizes sizesOf(int64_t lq, int64_t lk, int64_t batch, int64_t heads)
+{
+    hstu::NodeSizes sizes;
+    sizes[hstu::Symbol::kLq] = lq;
+    sizes[hstu::Symbol::kLk] = lk;
+    sizes[hstu::Symbol::kB] = batch;
+    sizes[hstu::Symbol::kH] = heads;
+    return sizes;
+}
+
+void checkHopperTactics()
+{
+    auto const tactics = hstu::findTactics(general(), bfloatSignature(64, 64), gpuOf(90));
+    expect(tactics.size() == 3 && tactics[0].tactic == kHopperTactic && tactics[1].tactic == 1 && tactics[2].tactic == 2,
+        "the Hopper tactic comes first, the portable ones follow ascending");
+    expect(tactics[0].hopper[0] == at(12) && tactics[0].hopper[1] == at(11), "both splits");
+    expect(tactics[0].unaligned == at(10) && tactics[0].aligned == nullptr,
+        "the first portable tactic is what a call falls back to");
+    expect(!hstu::isHopper(tactics[1]) && tactics[1].unaligned == at(10), "a portable tactic has no Hopper image");
+    auto const plain = hstu::findTactics(causal(), bfloatSignature(64, 64), gpuOf(90));
+    expect(plain[0].hopper[0] == at(14) && plain[0].hopper[1] == at(11), "the causal kernel where there is one");
+    auto const narrow = hstu::findTactics(general(), bfloatSignature(56, 40), gpuOf(90));
+    expect(narrow.size() == 3 && narrow[0].hopper[0] == at(12), "head dims are padded to the next that is compiled");
+    auto const wide = hstu::findTactics(causal(), bfloatSignature(128, 72), gpuOf(90));
+    expect(wide.size() == 2 && wide[0].hopper[0] == at(13) && wide[0].hopper[1] == nullptr, "128 has one split here");
+    expect(hstu::findTactics(general(), bfloatSignature(128, 72), gpuOf(90)).size() == 1,
+        "a general mask does not take the causal kernel");
+    expect(hstu::findTactics(general(), bfloatSignature(60, 64), gpuOf(90)).size() == 2,
+        "a head dim that is no multiple of 8 takes portable kernels");
+    expect(hstu::findTactics(general(), bfloatSignature(64, 64), gpuOf(100)).empty(), "Hopper's code is Hopper's only");
+    expect(hstu::findTactics(general(), bfloatSignature(64, 64), hstu::GpuTraits{}).size() == 3,
+        "without a GPU the Hopper tactic is offered");
+    hstu::GpuTraits old = gpuOf(90);
+    old.driverVersion = 11080;
+    expect(hstu::findTactics(general(), bfloatSignature(64, 64), old).size() == 2, "a driver older than the compiler");
+    hstu::GpuTraits blind = gpuOf(90);
+    blind.hasTensorMaps = false;
+    expect(hstu::findTactics(general(), bfloatSignature(64, 64), blind).size() == 2, "a driver without tensor maps");
+}
+
+void checkHopperCalls()
+{
+    hstu::DevicePointers pointers;
+    pointers.output = reinterpret_cast<void*>(0x1000);
+    for (hstu::Input const input : {hstu::Input::kQ, hstu::Input::kK, hstu::Input::kV})
+    {
+        pointers.inputs[static_cast<size_t>(input)] = reinterpret_cast<void const*>(0x2000);
+    }
+    pointers.inputs[static_cast<size_t>(hstu::Input::kQOffsets)] = reinterpret_cast<void const*>(0x3004);
+    hstu::NodeSizes const sizes = sizesOf(1000, 1000, 4, 2);
+    expect(hstu::takesHopper(sizes, pointers), "offsets need no alignment");
+    hstu::DevicePointers shifted = pointers;
+    shifted.inputs[static_cast<size_t>(hstu::Input::kV)] = reinterpret_cast<void const*>(0x2008);
+    expect(!hstu::takesHopper(sizes, shifted), "values 8 bytes off");
+    expect(hstu::takesHopper(sizesOf(1000, 0, 4, 2), shifted), "without keys their address does not matter");
+    shifted = pointers;
+    shifted.output = reinterpret_cast<void*>(0x1002);
+    expect(!hstu::takesHopper(sizes, shifted), "output 2 bytes off");
+    expect(!hstu::takesHopper(sizesOf(1000, int64_t{1} << 30, 4, 2), pointers), "too many keys to count");
+    expect(!hstu::takesHopper(sizesOf(1 << 24, 1000, 4, 65535), pointers), "too many tiles to count");
+}
+
+void checkHopperGrid()
+{
+    HstuKernelImage const& whole = kHstuKernelImages[12];
+    HstuKernelImage const& paired = kHstuKernelImages[11];
+    expect(hstu::hopperGrid(whole, sizesOf(100000, 100000, 8, 4), 132) == 132, "one block an SM");
+    expect(hstu::hopperGrid(whole, sizesOf(400, 400, 1, 4), 132) == 12, "no more blocks than tiles can be");
+    expect(hstu::hopperGrid(paired, sizesOf(400, 400, 1, 4), 132) == 24, "two for a tile");
+    expect(hstu::hopperGrid(paired, sizesOf(100000, 100000, 8, 4), 131) == 130, "whole pairs");
+    expect(hstu::hopperGrid(whole, sizesOf(100, 0, 0, 4), 132) == 1, "one block clears the rows of no sequence");
+    expect(hstu::hopperGrid(paired, sizesOf(100, 0, 0, 4), 132) == 2, "and one pair");
+}
+
 } // namespace
 
-int main()
+int main(int argc, char** argv)
 {
+    if (argc == 6 && std::string(argv[1]) == "split")
+    {
+        hstu::NodeSizes const sizes = sizesOf(std::stoll(argv[2]), 0, 1, std::stoll(argv[3]));
+        std::printf("%d\n", hstu::chooseSplit(sizes, std::stoi(argv[4]), std::stoi(argv[5])));
+        return 0;
+    }
     checkArchitectures();
     checkTactics();
     checkMasks();
     checkAlignment();
     checkTimestamps();
     checkMessage();
+    checkHopperTactics();
+    checkHopperCalls();
+    checkHopperGrid();
     return failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,149 @@
+#include "hstuAttentionHopper.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+#include <type_traits>
+
+#include "parameters.cuh"
+#include "pluginError.h"
+
+namespace hstu
+{
+namespace
+{
+
+static_assert(std::is_standard_layout<AttentionParameters>::value
+                  && std::is_trivially_copyable<AttentionParameters>::value,
+    "the driver copies the kernel's parameters byte by byte");
+
+// Enumerations of cuda.h, which CUDA 11's lacks.
+constexpr int kFloat16 = 6;             // CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+constexpr int kBfloat16 = 9;            // CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+constexpr int kInterleaveNone = 0;      // CU_TENSOR_MAP_INTERLEAVE_NONE
+constexpr int kSwizzle128B = 3;         // CU_TENSOR_MAP_SWIZZLE_128B
+constexpr int kL2Promotion256B = 3;     // CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+constexpr int kFillZero = 0;            // CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+
+constexpr uint32_t kRank = 3;
+constexpr uint32_t kSlab = 64; // columns of a box: a 128-byte swizzled row
+constexpr uint64_t kElementBytes = 2;
+
+//! Most tiles of a launch, whatever its offsets are: each sequence may end in a tile of its own.
+int64_t mostTiles(NodeSizes const& sizes, int32_t blockM) noexcept
+{
+    return (sizes[Symbol::kLq] / blockM + sizes[Symbol::kB]) * sizes[Symbol::kH];
+}
+
+std::string describeCall(HstuKernelImage const& image, NodeSizes const& sizes)
+{
+    std::ostringstream text;
+    text << kPluginName << ", " << image.name << " of head dim " << image.blockDqk << ", split " << image.split << " (Lq "
+         << sizes[Symbol::kLq] << ", Lk " << sizes[Symbol::kLk] << ", B " << sizes[Symbol::kB] << ", H "
+         << sizes[Symbol::kH] << ", Dqk " << sizes[Symbol::kDqk] << ", Dv " << sizes[Symbol::kDv] << ")";
+    return text.str();
+}
+
+//! Describes a contiguous [rows, heads, columns] tensor for copies of [boxRows, 1, 64] boxes. Rows and columns outside
+//! are copied as zero.
+TensorMap tensorMap(
+    HstuKernelImage const& image, NodeSizes const& sizes, void const* data, Symbol rows, Symbol columns, int32_t boxRows)
+{
+    auto const extent = [&sizes](Symbol symbol) { return static_cast<uint64_t>(sizes[symbol]); };
+    uint64_t const dims[kRank] = {extent(columns), extent(Symbol::kH), std::max<uint64_t>(extent(rows), 1)};
+    uint64_t const strides[kRank - 1] = {kElementBytes * dims[0], kElementBytes * dims[0] * dims[1]};
+    uint32_t const box[kRank] = {kSlab, 1, static_cast<uint32_t>(boxRows)};
+    uint32_t const steps[kRank] = {1, 1, 1};
+    bool const isHalf = image.dtype == static_cast<int32_t>(ElementType::kFloat16);
+    TensorMap map;
+    CUresult const result = cudaDriver().tensorMapEncodeTiled(&map, isHalf ? kFloat16 : kBfloat16, kRank,
+        const_cast<void*>(data), dims, strides, box, steps, kInterleaveNone, kSwizzle128B, kL2Promotion256B, kFillZero);
+    if (result != CUDA_SUCCESS)
+    {
+        checkCuda(result, (describeCall(image, sizes) + ": cuTensorMapEncodeTiled").c_str());
+    }
+    return map;
+}
+
+} // namespace
+
+bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcept
+{
+    constexpr uintptr_t kAlignment = 16;
+    // Positions are compared with bounds of +-2^30; a tile has 64 rows or more, and the counter passes the last tile.
+    constexpr int64_t kMostRows = 1 << 30;
+    constexpr int32_t kLeastBlockM = 64;
+    bool const isCountable = sizes[Symbol::kLq] < kMostRows && sizes[Symbol::kLk] < kMostRows
+                             && mostTiles(sizes, kLeastBlockM) < kMostRows;
+    uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
+    bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kQ)]);
+    if (sizes[Symbol::kLk] > 0)
+    {
+        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kK)]);
+        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kV)]);
+    }
+    return isCountable && bits % kAlignment == 0;
+}
+
+int32_t chooseSplit(NodeSizes const& sizes, int32_t blockM, int32_t numSms) noexcept
+{
+    // A launch with fewer whole tiles an SM than this is split: whole tiles would leave SMs idle at its end. The same
+    // rule as chosen_split of kernels/hopper/variants.py, which a test compares it with.
+    constexpr int64_t kLeastTilesPerSm = 2;
+    int64_t const tiles = (sizes[Symbol::kLq] + blockM - 1) / blockM * sizes[Symbol::kH];
+    return tiles < kLeastTilesPerSm * numSms ? 2 : 1;
+}
+
+int32_t hopperGrid(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept
+{
+    int64_t const clusters = std::min<int64_t>(numSms / image.split, mostTiles(sizes, image.blockM));
+    // One at least: without a sequence, the rows of out still have to become zero.
+    return image.split * static_cast<int32_t>(std::max<int64_t>(clusters, 1));
+}
+
+void launchHopper(LoadedKernel const& kernel, HstuAttentionAttributes const& attributes, NodeSizes const& sizes,
+    DevicePointers const& pointers, int32_t* progress, int32_t numSms, CUstream stream)
+{
+    HstuKernelImage const& image = kernel.image();
+    auto const input = [&pointers](Input which) { return pointers.inputs[static_cast<size_t>(which)]; };
+    auto const size = [&sizes](Symbol symbol) { return static_cast<int32_t>(sizes[symbol]); };
+
+    // Without keys nothing is copied, but a tensor map wants the address of something.
+    bool const hasKeys = sizes[Symbol::kLk] > 0;
+    void const* const q = input(Input::kQ);
+    TensorMap queries = tensorMap(image, sizes, q, Symbol::kLq, Symbol::kDqk, image.blockM);
+    TensorMap keys =
+        tensorMap(image, sizes, hasKeys ? input(Input::kK) : q, Symbol::kLk, Symbol::kDqk, image.blockN);
+    TensorMap values = tensorMap(image, sizes, hasKeys ? input(Input::kV) : q, Symbol::kLk, Symbol::kDv, image.blockN);
+
+    AttentionParameters parameters{};
+    parameters.out = pointers.output;
+    parameters.qOffsets = static_cast<int32_t const*>(input(Input::kQOffsets));
+    parameters.kOffsets = static_cast<int32_t const*>(input(Input::kKOffsets));
+    parameters.numTargets = static_cast<int32_t const*>(input(Input::kNumTargets));
+    parameters.contextualSeqLens = static_cast<int32_t const*>(input(Input::kContextualSeqLens));
+    parameters.scalingSeqLens = static_cast<float const*>(input(Input::kScalingSeqLens));
+    parameters.progress = progress;
+    parameters.alpha = attributes.alpha;
+    parameters.scalingSeqLen = attributes.scalingSeqLen;
+    parameters.lq = size(Symbol::kLq);
+    parameters.lk = size(Symbol::kLk);
+    parameters.batch = size(Symbol::kB);
+    parameters.heads = size(Symbol::kH);
+    parameters.dv = size(Symbol::kDv);
+    parameters.targetGroupSize = attributes.targetGroupSize;
+    parameters.contextualSeqLen = attributes.contextualSeqLen;
+    parameters.maxAttnLen = attributes.maxAttnLen;
+    parameters.minFullAttnSeqLen = attributes.minFullAttnSeqLen;
+
+    void* arguments[] = {&queries, &keys, &values, &parameters};
+    CUresult const result = cudaDriver().launchKernel(kernel.function(),
+        static_cast<unsigned>(hopperGrid(image, sizes, numSms)), 1, 1, static_cast<unsigned>(image.threads), 1, 1,
+        static_cast<unsigned>(image.sharedBytes), stream, arguments, nullptr);
+    if (result != CUDA_SUCCESS)
+    {
+        checkCuda(result, (describeCall(image, sizes) + ": launch").c_str());
+    }
+}
+
+} // namespace hstu
