@@ -317,4 +317,5 @@ def _plugin_dict(plugin: PluginLibrary | None) -> dict[str, Any] | None:
         "with_ptx": plugin.with_ptx,
         "content_hash": plugin.content_hash,
         "variants": [dataclasses.asdict(variant) for variant in plugin.variants],
+        "hopper": plugin.hopper.to_dict(),
     }

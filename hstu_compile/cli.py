@@ -377,22 +377,35 @@ def plugin() -> None:
 @click.option(
     "--tensorrt-version", help="TensorRT that will load the library, such as 8.5.3 (default: the installed one)."
 )
+@click.option(
+    "--hopper",
+    type=click.Choice(["auto", "require", "off"]),
+    default="auto",
+    show_default=True,
+    help="Hopper's own kernels: where nvcc is found, or fail without it, or leave them out.",
+)
 @_JSON
 def plugin_build(
-    models: tuple[Path, ...], output: Path | None, archs: tuple[str, ...], tensorrt_version: str | None, as_json: bool
+    models: tuple[Path, ...],
+    output: Path | None,
+    archs: tuple[str, ...],
+    tensorrt_version: str | None,
+    hopper: Any,
+    as_json: bool,
 ) -> int:
     """Compile the plugin library, without a GPU.
 
-    Needs CMake and g++, no nvcc. Results are cached by content.
+    Needs CMake and g++; the kernels that are faster on Hopper also need nvcc. Results are cached by content.
     """
     from hstu_compile import plugin_stage
 
     capabilities = parse_compute_capabilities(",".join(archs)) if archs else ()
-    facts = plugin_stage.run_plugin_stage(models, output, capabilities, tensorrt_version)
+    facts = plugin_stage.run_plugin_stage(models, output, capabilities, tensorrt_version, hopper)
     if as_json:
         _print_json(facts)
     else:
         click.echo("\n".join(facts["libraries"]))
+        click.echo(facts["hopper"]["summary"], err=True)
     return 0
 
 

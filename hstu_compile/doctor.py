@@ -15,6 +15,7 @@ import onnx
 
 from hstu_compile.errors import EngineError, PluginError
 from hstu_compile.plugin_library import SELF_REGISTERING, VERSION_COMPATIBLE, default_cache_dir
+from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from hstu_compile.tensorrt_api import PluginKey, tensorrt_api
 
 ONNX_FILE = "model.onnx"
@@ -47,12 +48,14 @@ class BuiltPlugin:
         folder: where its files are.
         trt_version: TensorRT version of its headers; it serves that major version.
         archs: compute capabilities inside.
+        num_hopper: how many Hopper kernels are inside.
         files: names of its libraries.
     """
 
     folder: Path
     trt_version: str
     archs: tuple[int, ...]
+    num_hopper: int
     files: tuple[str, ...]
 
 
@@ -84,6 +87,7 @@ class DoctorReport:
         registered: creators in TensorRT's registry.
         requested: custom operators of the model.
         built: plugin libraries in the cache.
+        nvcc: the compiler of the Hopper kernels and its release, or why there is none.
         loaders: which loader needs which library.
         findings: what is missing.
     """
@@ -94,6 +98,7 @@ class DoctorReport:
     registered: tuple[PluginKey, ...]
     requested: tuple[RequestedPlugin, ...]
     built: tuple[BuiltPlugin, ...]
+    nvcc: str
     loaders: tuple[LoaderAdvice, ...]
     findings: tuple[Finding, ...]
 
@@ -136,7 +141,7 @@ def diagnose(target: Path | None = None, *, cache_dir: Path | None = None) -> Do
     version, problem, registered = _registry()
     built = tuple(_built_plugins((cache_dir or default_cache_dir()) / "plugins"))
     findings = tuple(_findings(requested, registered, version, problem, built))
-    return DoctorReport(model, version, problem, registered, requested, built, LOADERS, findings)
+    return DoctorReport(model, version, problem, registered, requested, built, _nvcc(), LOADERS, findings)
 
 
 def _model_file(target: Path) -> Path:
@@ -199,6 +204,15 @@ def _registry() -> tuple[str | None, str | None, tuple[PluginKey, ...]]:
     return str(api.trt.__version__), None, tuple(api.registered())
 
 
+def _nvcc() -> str:
+    """Say which nvcc compiles the Hopper kernels here, or why none does."""
+    try:
+        compiler, (major, minor) = usable_nvcc()
+    except RuntimeError as error:
+        return f"not usable: {error}"
+    return f"{major}.{minor}, {compiler}"
+
+
 def _built_plugins(store: Path) -> Iterator[BuiltPlugin]:
     """Yield the complete libraries of the cache, newest TensorRT first; anything unreadable is no library."""
     found = []
@@ -206,7 +220,11 @@ def _built_plugins(store: Path) -> Iterator[BuiltPlugin]:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             plugin = BuiltPlugin(
-                path.parent, manifest["trt_version"], tuple(manifest["archs"]), tuple(manifest["files"])
+                path.parent,
+                manifest["trt_version"],
+                tuple(manifest["archs"]),
+                len(manifest["hopper"]["variants"]),
+                tuple(manifest["files"]),
             )
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -275,7 +293,8 @@ def render_doctor(report: DoctorReport) -> str:
     lines.append(f"built         {len(report.built)} plugin libraries in the cache")
     for built in report.built:
         archs = ", ".join(f"sm_{arch}" for arch in built.archs)
-        lines.append(f"  TensorRT {built.trt_version}  {archs}  {built.folder}")
+        lines.append(f"  TensorRT {built.trt_version}  {archs}  {built.num_hopper} Hopper kernels  {built.folder}")
+    lines.append(f"nvcc          {report.nvcc}")
     lines.append("which library which loader needs")
     width = max(len(advice.loader) for advice in report.loaders)
     lines += [f"  {advice.loader:<{width}}  {advice.how}" for advice in report.loaders]

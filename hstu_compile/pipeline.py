@@ -241,7 +241,7 @@ def compile_checkpoint(
             if each_built.engine is not None:
                 name = "04_engine" if len(built) == 1 else f"04_engine_{each_built.graph.name}"
                 build.keep(f"{name}.json", json.dumps(engine_dict(each_built.engine), indent=1))
-        summarise(_engines_in_words(plan, built))
+        summarise(_engines_in_words(plan, built) + (f"; plugin with {plugin.hopper}" if plugin is not None else ""))
     references: References | None = None
     verification: VerifyReport | None = None
     runs: list[list[RuntimeCheck]] = []

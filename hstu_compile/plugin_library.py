@@ -22,10 +22,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hstu_compile.errors import InternalError, PluginError
-from hstu_compile.plugins.kernels.variants import ARCHS, KernelVariant, default_variants
+from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
+from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant
+from hstu_compile.plugins.kernels.variants import ARCHS, KernelVariant, default_variants, hopper_variants_of
 
 SELF_REGISTERING = "libhstu_trt_plugin.so"
 VERSION_COMPATIBLE = "libhstu_trt_plugin_vc.so"
@@ -35,6 +37,8 @@ SUPPORTED_MAJORS = (8, 10, 11)
 TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11", "nvidia-tensorrt")
 
 Progress = Callable[[str, int, int], None]
+#: Whether a library gets the Hopper kernels: where they fit and nvcc is there, in any case, or not.
+HopperChoice = Literal["auto", "require", "off"]
 
 _SDK_FOLDERS = (
     "/usr/include/x86_64-linux-gnu",
@@ -47,7 +51,7 @@ _CUDA_FOLDERS = ("/usr/local/cuda/include", "/opt/cuda/include")
 #: Python packages that carry cuda_runtime_api.h with everything it includes, and where.
 _CUDA_PACKAGES = (("triton", "backends/nvidia/include"), ("nvidia", "cu13/include"), ("nvidia", "cuda_runtime/include"))
 _VERSION_LINE = re.compile(r"#define (?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)(?:_ENTERPRISE)? +(\d+)")
-_SOURCE_SUFFIXES = {".cpp", ".h", ".map", ".txt", ".yaml", ".py"}
+_SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".map", ".txt", ".yaml", ".py"}
 _LOG_LINES = 40
 
 
@@ -77,6 +81,8 @@ class PluginBuildRequest:
         variants: kernels to put in; empty takes the default set.
         archs: compute capabilities to compile for, as 10 * major + minor; empty takes all of `ARCHS`.
         with_ptx: also put in PTX, which newer GPUs compile when the library is loaded.
+        hopper: "auto" puts the Hopper kernels in where they fit and nvcc is found, and says why where not; "require"
+            fails without them; "off" leaves them out.
         tensorrt_include_dir: folder of NvInfer.h; None searches (`find_tensorrt_headers`).
         cuda_include_dir: folder of cuda_runtime_api.h; None searches (`find_cuda_headers`).
         runtime_version: version of the TensorRT that will load the library; None takes the installed Python package's,
@@ -88,11 +94,37 @@ class PluginBuildRequest:
     variants: tuple[KernelVariant, ...] = ()
     archs: tuple[int, ...] = ()
     with_ptx: bool = True
+    hopper: HopperChoice = "auto"
     tensorrt_include_dir: Path | None = None
     cuda_include_dir: Path | None = None
     runtime_version: str | None = None
     cache_dir: Path | None = None
     jobs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperKernels:
+    """The Hopper kernels of a library, or why it has none.
+
+    Attributes:
+        variants: kernels inside.
+        nvcc: release of their compiler, "13.0"; None when there are none.
+        note: why there are none, in one sentence with a fix where there is one; None when there are some.
+    """
+
+    variants: tuple[HopperVariant, ...]
+    nvcc: str | None
+    note: str | None
+
+    def __str__(self) -> str:
+        """One line for a screen."""
+        if self.note is not None:
+            return f"no Hopper kernels: {self.note}"
+        return f"{len(self.variants)} Hopper kernels, by nvcc {self.nvcc}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return {"variants": [dataclasses.asdict(v) for v in self.variants], "nvcc": self.nvcc, "note": self.note}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +139,7 @@ class PluginLibrary:
         variants: kernels inside.
         archs: compute capabilities inside.
         with_ptx: whether PTX for other GPUs is inside.
+        hopper: its Hopper kernels, or why it has none.
         content_hash: of sources, headers, tools and options.
     """
 
@@ -116,6 +149,7 @@ class PluginLibrary:
     variants: tuple[KernelVariant, ...]
     archs: tuple[int, ...]
     with_ptx: bool
+    hopper: HopperKernels
     content_hash: str
 
 
@@ -263,6 +297,41 @@ def _package_folder(package: str, subfolder: str, header: str) -> Path | None:
     return None
 
 
+def plan_hopper_kernels(choice: HopperChoice, variants: Sequence[KernelVariant], archs: Sequence[int]) -> HopperKernels:
+    """Decide which Hopper kernels a library gets.
+
+    Args:
+        choice: of the request.
+        variants: the library's portable kernels.
+        archs: its compute capabilities.
+
+    Raises:
+        PluginError: HSTU-E501 if they are required and there are none.
+    """
+    wanted = hopper_variants_of(variants)
+    if choice == "off":
+        return HopperKernels((), None, "left out on request")
+    if HOPPER_ARCH not in archs:
+        note = f"the library is not for sm_{HOPPER_ARCH}"
+    elif not wanted:
+        note = "none of the attention nodes fits them; they take float16 and bfloat16 without a bias"
+    else:
+        try:
+            _, (major, minor) = usable_nvcc()
+            return HopperKernels(wanted, f"{major}.{minor}", None)
+        except RuntimeError as error:
+            note = f"{error}. Until then Hopper GPUs run the portable kernels"
+    if choice == "require":
+        raise PluginError(
+            "HSTU-E501",
+            "the Hopper kernels are required and cannot be built",
+            note,
+            "see the cause, or build without requiring them: `--hopper auto` says what is missing and goes on",
+            {"archs": list(archs), "variants": [repr(variant) for variant in variants]},
+        )
+    return HopperKernels((), None, note)
+
+
 def build_plugin_library(request: PluginBuildRequest, progress: Progress | None = None) -> PluginLibrary:
     """Build the plugin libraries, or take them from the cache when nothing they are made of has changed.
 
@@ -283,7 +352,8 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
     tools = _find_tools()
     variants = request.variants or default_variants()
     archs = request.archs or ARCHS
-    content_hash = _content_hash(request, headers, cuda_headers, tools, variants, archs)
+    hopper = plan_hopper_kernels(request.hopper, variants, archs)
+    content_hash = _content_hash(request, headers, cuda_headers, tools, variants, archs, hopper)
     cache_dir = request.cache_dir or default_cache_dir()
     store = cache_dir / "plugins"
     target = store / content_hash[:32]
@@ -298,6 +368,7 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
             variants=variants,
             archs=archs,
             with_ptx=request.with_ptx,
+            hopper=hopper,
             content_hash=content_hash,
         )
 
@@ -313,7 +384,9 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
                 try:
-                    _build_into(work, request, headers, cuda_headers, tools, variants, archs, cache_dir, progress)
+                    _build_into(
+                        work, request, headers, cuda_headers, tools, variants, archs, hopper, cache_dir, progress
+                    )
                     os.rename(work / "out", target)
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
@@ -379,6 +452,7 @@ def _content_hash(
     tools: _Tools,
     variants: Sequence[KernelVariant],
     archs: Sequence[int],
+    hopper: HopperKernels,
 ) -> str:
     """Return the hash of everything that decides the bytes of the libraries."""
     content = hashlib.sha256()
@@ -392,6 +466,7 @@ def _content_hash(
         "variants": sorted(map(repr, variants)),
         "archs": sorted(archs),
         "with_ptx": request.with_ptx,
+        "hopper": [sorted(map(repr, hopper.variants)), hopper.nvcc],
         "cuda": hashlib.sha256((cuda_headers / "cuda.h").read_bytes()).hexdigest(),
         "compiler": compiler,
         "triton": _triton_version(),
@@ -447,31 +522,48 @@ def _build_into(
     tools: _Tools,
     variants: tuple[KernelVariant, ...],
     archs: tuple[int, ...],
+    hopper: HopperKernels,
     cache_dir: Path,
     progress: Progress | None,
 ) -> None:
     """Compile kernels and libraries under `work`, and leave what is kept in `work/out`."""
     from hstu_compile.plugins.kernels.aot import compile_variants, write_cpp_source
+    from hstu_compile.plugins.kernels.hopper.compile import compile_hopper
 
-    def kernel_progress(done: int, total: int) -> None:
+    num_portable = 0
+
+    def portable_progress(done: int, total: int) -> None:
+        nonlocal num_portable
+        num_portable = total
         if progress is not None:
-            progress("kernels", done, total)
+            progress("kernels", done, total + len(hopper.variants))
 
+    def hopper_progress(done: int, total: int) -> None:
+        if progress is not None:
+            progress("kernels", num_portable + done, num_portable + total)
+
+    kernels = cache_dir / "kernels"
     try:
         images = compile_variants(
-            variants, archs, cache_dir / "kernels", request.jobs, with_ptx=request.with_ptx, progress=kernel_progress
+            variants, archs, kernels, request.jobs, with_ptx=request.with_ptx, progress=portable_progress
         )
         compiled = {(image.variant, image.sm) for image in images if not image.is_ptx}
         missing = [(v, arch) for v in variants for arch in archs if (v, arch) not in compiled]
         if missing:
             raise RuntimeError(f"{len(missing)} kernels are missing from the result, the first is {missing[0]}")
-        kernel_source, _ = write_cpp_source(images, work / "kernelImages.cpp")
+        hopper_images = (
+            compile_hopper(hopper.variants, kernels, jobs=request.jobs, progress=hopper_progress)
+            if hopper.variants
+            else []
+        )
+        kernel_source, _ = write_cpp_source(images, work / "kernelImages.cpp", hopper_images)
     except (ValueError, RuntimeError) as error:
         raise PluginError(
             "HSTU-E501",
             "the attention kernels cannot be compiled",
             str(error),
-            "choose other variants or architectures; see the list in plugins/kernels/README.md",
+            "choose other variants or architectures (plugins/kernels/README.md has the list); where it was nvcc that "
+            "failed, set HSTU_NVCC to another one, or build with `--hopper off`",
             {"archs": list(archs)},
         ) from error
     if progress is not None:
@@ -500,6 +592,7 @@ def _build_into(
         "archs": list(archs),
         "with_ptx": request.with_ptx,
         "variants": [dataclasses.asdict(variant) for variant in variants],
+        "hopper": hopper.to_dict(),
         "files": {name: _sha256(out / name) for name in kept},
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

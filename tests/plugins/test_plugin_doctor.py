@@ -47,7 +47,9 @@ def write_library(cache: Path, version: str) -> Path:
     files = dict.fromkeys((SELF_REGISTERING, VERSION_COMPATIBLE), "0")
     for name in files:
         (folder / name).write_bytes(b"")
-    (folder / "manifest.json").write_text(json.dumps({"trt_version": version, "archs": [90, 120], "files": files}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"trt_version": version, "archs": [90, 120], "hopper": {"variants": [{}, {}]}, "files": files})
+    )
     return folder
 
 
@@ -135,9 +137,27 @@ def test_the_machine_alone_can_be_asked(tmp_path: Path, monkeypatch: pytest.Monk
     assert report.findings == ()
     assert [library.folder for library in report.built] == [built]
     text = render_doctor(report)
-    assert "sm_90, sm_120" in text
+    assert "sm_90, sm_120  2 Hopper kernels" in text
     for loader in ("polygraphy", "--staticPlugins", "--dynamicPlugins", "Triton", "loadLibrary"):
         assert loader in text
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_it_says_whether_the_hopper_kernels_can_be_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_found: bool
+) -> None:
+    def usable_nvcc() -> tuple[Path, tuple[int, int]]:
+        if not is_found:
+            raise RuntimeError("none was found. Fix: install one")
+        return Path("/opt/nvcc"), (13, 0)
+
+    no_tensorrt(monkeypatch)
+    monkeypatch.setattr(doctor, "usable_nvcc", usable_nvcc)
+    expected = "13.0, /opt/nvcc" if is_found else "not usable: none was found. Fix: install one"
+    report = diagnose(cache_dir=tmp_path)
+    assert report.nvcc == expected
+    assert expected in render_doctor(report)
+    assert report.findings == (), "a library without Hopper kernels is a slower one, not a broken one"
 
 
 def test_what_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
