@@ -56,7 +56,10 @@ def packaged_sources() -> Iterator[str]:
     for folder, installed in patterns.items():
         for path in sorted((ROOT / folder).rglob("*")):
             inside = path.relative_to(ROOT / folder)
-            is_source = path.suffix in (".py", ".h", ".cpp", ".map", ".yaml", ".css") or path.name == "CMakeLists.txt"
+            is_source = (
+                path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".map", ".yaml", ".css")
+                or path.name == "CMakeLists.txt"
+            )
             if is_source and path.is_file() and not {"__pycache__", "build"} & set(inside.parts):
                 yield f"{installed}/{inside}"
 
