@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
+from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
+from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from tests.attention_cases import bias_cases, mask_cases, with_dtype
 from tests.plugins.conformance import prepare_conformance
 from tests.plugins.conformance.libraries import headers_of_major, plugin_cache, small_library
@@ -45,6 +47,23 @@ def test_every_builder_method_behaves_for_every_mask_and_bias(prepared: tuple[Pa
     assert last == f"{len(results)} passed, 0 failed"
     builds = [r["case"] for r in results if r["mode"] == "build-phase"]
     assert {"causal", "targets", "window-context-targets-tail", "research"} <= set(builds)
+
+
+def test_the_hopper_tactic_comes_first_where_it_fits(prepared: tuple[Path, Path]) -> None:
+    try:
+        usable_nvcc()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    _, results, _ = run(*prepared, "--host-only")
+    offered = {r["case"]: r["tactics"] for r in results if r["mode"] == "build-phase"}
+    assert offered["causal"] == [HOPPER_TACTIC, 1, 2]
+    assert offered["research"] == [1, 2], "it has a bias"
+
+
+def test_a_required_tactic_that_did_not_run_is_a_failure(prepared: tuple[Path, Path]) -> None:
+    code, results, _ = run(*prepared, "--host-only", "--filter", "one-long", "--require-tactic", str(HOPPER_TACTIC))
+    assert code == 1
+    assert [r["mode"] for r in results if r["status"] != "pass"] == [f"required-tactic{HOPPER_TACTIC}"]
 
 
 def test_the_program_fails_where_the_library_lacks_the_kernel(prepared: tuple[Path, Path], tmp_path: Path) -> None:

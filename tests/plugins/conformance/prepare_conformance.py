@@ -1,8 +1,8 @@
 """Gathers everything that the conformance run on a GPU machine needs into one folder; needs no GPU.
 
-The folder holds the program, the plugin library for sm_90, the cases with the float64 oracle's answers and the run
-script; where TensorRT 8.5 headers are given, also the TensorRT 8 library for the retrieval fixture (one head of width
-50, position and time bias, int32 timestamps, float16 and float32). On the GPU machine: `run_gpu.sh RESULTS_DIR`.
+The folder holds the program, the plugin library for sm_90 with the Hopper kernels (so nvcc is needed), the cases with
+the float64 oracle's answers and the run script; where TensorRT 8.5 headers are given, also the TensorRT 8 library for
+the large cases. On the GPU machine: `run_gpu.sh RESULTS_DIR`.
 
 Usage: python -m tests.plugins.conformance.prepare_conformance OUT_DIR [--tensorrt8-include-dir DIR] [--archs 90]
 """
@@ -28,6 +28,8 @@ from hstu_compile.plugin_library import (
     find_cuda_headers,
     find_tensorrt_headers,
 )
+from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
+from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from tests import tolerances
 from tests.attention_cases import attention_grid, bias_cases, build_case, hostile_cases, mask_cases, with_dtype
@@ -57,6 +59,9 @@ def large_cases() -> Iterator[AttentionCase]:
         seed=504,
         **wide,
     )
+    # More tiles than any GPU has multiprocessors, so that persistent blocks take several and count what is left.
+    many = np.random.default_rng(507).integers(0, 41, 80).tolist()
+    yield build_case(many, name="large-many-tiles", num_heads=4, dqk=64, dv=64, seed=507)
     fixture: dict[str, Any] = {
         "num_heads": 1,
         "dqk": 50,
@@ -210,13 +215,17 @@ def _compile(main_source: str, include_dir: Path, program: Path, *options: str) 
 
 
 def fixture_variants() -> tuple[KernelVariant, ...]:
-    """Return the kernels of the retrieval fixture in TensorRT 8, for aligned and for any pointers."""
-    return tuple(
+    """Return the kernels of the large cases in TensorRT 8: the retrieval fixture, and wide heads without a bias.
+
+    Those of the fixture for aligned and for any pointers.
+    """
+    fixture = tuple(
         dataclasses.replace(variant, aligned=aligned)
         for dtype in ("float16", "float32")
         for variant in variants_for(dtype, 50, 50, pos_bias=True, time_bias=True, timestamp_bits=32)
         for aligned in (False, True)
     )
+    return (*fixture, *variants_for("float16", 64, 64), *variants_for("float32", 64, 64))
 
 
 def print_progress(stage: str, done: int, total: int) -> None:
@@ -239,7 +248,16 @@ def main() -> None:
     cases = all_cases()
     write_cases(cases, out)
     build_program(out)
-    common: dict[str, Any] = {"archs": tuple(arguments.archs), "with_ptx": False, "jobs": arguments.jobs}
+    has_hopper = HOPPER_ARCH in arguments.archs
+    common: dict[str, Any] = {
+        "archs": tuple(arguments.archs),
+        "with_ptx": False,
+        "jobs": arguments.jobs,
+        "hopper": "require" if has_hopper else "off",
+    }
+    # What the program must have run, beside whatever the library offers: the Hopper kernel and both of its splits.
+    required = [HOPPER_TACTIC + split for split in (0, 1, 2)] if has_hopper else []
+    (out / "required_tactics").write_text(" ".join(map(str, required)) + "\n")
     library = build_plugin_library(PluginBuildRequest(variants=variants_of(cases), **common), print_progress)
     if library.version_compatible is None:
         raise SystemExit("the headers are of TensorRT 8.5, which has no loadable plugin libraries")

@@ -18,7 +18,9 @@ note() { echo "$*" | tee -a "$summary"; }
 
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null | sed 's/^/gpu: /' | tee -a "$summary"
 
-"$here/conformance" "$here/libhstu_trt_plugin_vc.so" "$here" >"$results/conformance.jsonl" 2>"$results/conformance.err"
+required=()
+for tactic in $(cat "$here/required_tactics"); do required+=(--require-tactic "$tactic"); done
+"$here/conformance" "$here/libhstu_trt_plugin_vc.so" "$here" "${required[@]}" >"$results/conformance.jsonl" 2>"$results/conformance.err"
 code=$?
 note "grid: exit $code, $(tail -n 1 "$results/conformance.jsonl")"
 [ $code -eq 0 ] || status=1
@@ -26,7 +28,7 @@ note "grid: exit $code, $(tail -n 1 "$results/conformance.jsonl")"
 if [ -f "$here/v2/conformanceV2" ]; then
     chmod +x "$here/v2/conformanceV2" 2>/dev/null
     # The folder's stand-in for libnvinfer.so.8 is for this one program only.
-    LD_LIBRARY_PATH=$here/v2${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$here/v2/conformanceV2" "$here/tensorrt85/libhstu_trt_plugin.so" "$here" --filter research-int32 \
+    LD_LIBRARY_PATH=$here/v2${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$here/v2/conformanceV2" "$here/tensorrt85/libhstu_trt_plugin.so" "$here" --filter large- \
         >"$results/conformance_v2.jsonl" 2>>"$results/conformance.err"
     code=$?
     note "TensorRT 8 library: exit $code, $(tail -n 1 "$results/conformance_v2.jsonl")"
@@ -41,7 +43,7 @@ if [ -z "$sanitizer" ]; then
 fi
 
 # One case of each kind: every tool slows a kernel down by one to two orders of magnitude.
-subset=(causal targets-hostile delta-all research large-window garbage-tail q-offsets k-offsets no-sequences)
+subset=(causal targets-hostile delta-all research large-window large-many-tiles garbage-tail q-offsets k-offsets no-sequences)
 for tool in memcheck racecheck initcheck; do
     log=$results/$tool.txt
     : >"$log"
