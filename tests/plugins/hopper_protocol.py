@@ -1,0 +1,440 @@
+"""Plays the barriers of the Hopper kernel on the CPU, its threads in random order: deadlocks and early reuse show.
+
+One process stands for each role of a block (the scheduler's thread, the producer's thread, a warpgroup that multiplies)
+and one for each tensor copy under way. A warpgroup arrives once where its four warps arrive in the kernel. Buffers hold
+labels: a copy makes its buffer garbage when it is issued and gives it its label when it ends, and a warpgroup looks at
+the label when a product begins and again when it has ended. Names are those of hstu_attention_sm90.cu.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from hstu_compile.plugins.kernels.hopper import compile as hopper_compile
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, query_buffers, tile_of
+
+SOURCE = Path(hopper_compile.__file__).with_name("hstu_attention_sm90.cu")
+
+
+class Fault(enum.Enum):
+    """A mistake in the protocol that the simulation must see."""
+
+    #: A tile's slot is given back only when the next tile has begun, not before it is taken.
+    SLOT_KEPT_INTO_NEXT_TILE = enum.auto()
+    #: The first keys of a tile are copied only when the tile after it has been described.
+    KEYS_WAIT_FOR_NEXT_TILE = enum.auto()
+    #: A tile without keys does not ask for the next one.
+    EMPTY_TILE_ASKS_FOR_NOTHING = enum.auto()
+    #: No warpgroup has the first turn.
+    NO_FIRST_TURN = enum.auto()
+    #: Keys are given back when their product begins, not when it has ended.
+    KEYS_RELEASED_EARLY = enum.auto()
+    #: The sums of the other block are overwritten before they are read.
+    EXCHANGE_NOT_AWAITED = enum.auto()
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides the order of things in one kernel.
+
+    Attributes:
+        stages: key and value tiles in shared memory; query_buffers the same for queries.
+        warpgroups: that multiply.
+        turns: they issue their products in turns.
+        split: blocks of a cluster that share a tile.
+        slots: descriptions of tiles in shared memory.
+        ask_ahead: how many key tiles before a tile's end the next tile is asked for.
+    """
+
+    stages: int
+    query_buffers: int
+    warpgroups: int
+    turns: bool
+    split: int
+    slots: int
+    ask_ahead: int
+
+
+def protocol_of(variant: HopperVariant) -> Protocol:
+    """Return the protocol of one kernel, from the tile table and from the constants of the source."""
+    source, tile = SOURCE.read_text(), tile_of(variant)
+
+    def constant(pattern: str) -> int:
+        found = re.search(pattern, source)
+        assert found is not None, f"{SOURCE.name} has no {pattern}: follow what it has become"
+        return int(found[1])
+
+    return Protocol(
+        stages=tile.stages,
+        query_buffers=query_buffers(variant),
+        warpgroups=tile.warpgroups,
+        turns=tile.turns,
+        split=variant.split,
+        slots=constant(r"kTileSlots = (\d+);"),
+        ask_ahead=tile.stages + constant(r"kAskAhead = kStages \+ (\d+);"),
+    )
+
+
+class DeadlockError(AssertionError):
+    """No process can go on."""
+
+
+class HazardError(AssertionError):
+    """A buffer held something else than its reader needed."""
+
+
+class Wait(NamedTuple):
+    """What a process needs to go on."""
+
+    is_over: Callable[[], bool]
+    what: str
+
+
+Process = Iterator[Wait]
+
+
+class Barrier:
+    """An mbarrier: a phase ends with its last arrival; waiting for a parity passes in the phase after it."""
+
+    def __init__(self, what: str, arrivals: int) -> None:
+        self._what, self._arrivals, self._pending, self._phase = what, arrivals, arrivals, 0
+
+    def arrive(self) -> None:
+        self._pending -= 1
+        if self._pending == 0:
+            self._pending, self._phase = self._arrivals, self._phase ^ 1
+
+    def wait(self, parity: int) -> Wait:
+        return Wait(lambda: self._phase != parity, f"{self._what}, parity {parity}")
+
+
+class Turn:
+    """A named barrier of two warpgroups, of which one only arrives."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._arrived, self._generation = what, 0, 0
+
+    def arrive(self) -> None:
+        self._arrived += 1
+        if self._arrived == 2:
+            self._arrived, self._generation = 0, self._generation + 1
+
+    def sync(self) -> Wait:
+        generation = self._generation
+        self.arrive()
+        return Wait(lambda: self._generation != generation, self._what)
+
+
+class Ring:
+    """Position in a ring of buffers and the parity of its barriers' phase."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self.index, self.phase = size, 0, 0
+
+    def advance(self) -> None:
+        self.index += 1
+        if self.index == self._size:
+            self.index, self.phase = 0, self.phase ^ 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A description in a slot.
+
+    Attributes:
+        number: of the tile in its block.
+        is_empty: its rows see no key.
+        share: key tiles of this block.
+    """
+
+    number: int
+    is_empty: bool
+    share: int
+
+
+END = Tile(-1, True, 0)
+
+
+class Buffer:
+    """Shared memory that tensor copies fill, with the barriers of both directions."""
+
+    def __init__(self, what: str, readers: int) -> None:
+        self.full, self.empty = Barrier(f"{what} full", 1), Barrier(f"{what} empty", readers)
+        self._what, self._label = what, ""
+
+    def copy(self, label: str) -> Process:
+        """Begin to overwrite; the process ends the copy."""
+        self._label = "garbage"
+
+        def end() -> Process:
+            yield Wait(lambda: True, "memory")
+            self._label = label
+            self.full.arrive()
+
+        return end()
+
+    def expect(self, label: str) -> None:
+        if self._label != label:
+            raise HazardError(f"{self._what} holds {self._label!r} where {label!r} is read")
+
+
+class Block:
+    """One block of a cluster."""
+
+    def __init__(self, protocol: Protocol, faults: frozenset[Fault], rank: int, keys_of_tiles: Sequence[int]) -> None:
+        p = self.protocol = protocol
+        self.faults, self.rank = faults, rank
+        self.peer = self
+        self.tiles = [self._describe(number, keys) for number, keys in enumerate(keys_of_tiles)]
+        self.copies: list[Process] = []
+        self.finished: list[int] = []
+        self.slots = [END] * p.slots
+        self.tile_full = [Barrier(f"tileFull[{i}]", 1) for i in range(p.slots)]
+        self.tile_empty = [Barrier(f"tileEmpty[{i}]", p.warpgroups + 1) for i in range(p.slots)]
+        self.tile_wanted = Barrier("tileWanted", 1)
+        self.queries = [Buffer(f"queries[{i}]", p.warpgroups) for i in range(p.query_buffers)]
+        self.keys = [Buffer(f"keys[{i}]", p.warpgroups) for i in range(p.stages)]
+        self.values = [Buffer(f"values[{i}]", p.warpgroups) for i in range(p.stages)]
+        self.turns = [Turn(f"turn of {i}") for i in range(p.warpgroups)]
+        self.exchange_full = [Barrier(f"exchangeFull[{i}]", 1) for i in range(p.warpgroups)]
+        self.peer_exchange_empty = [Barrier(f"peerExchangeEmpty[{i}]", 1) for i in range(p.warpgroups)]
+        self.exchanged = [""] * p.warpgroups
+
+    def _describe(self, number: int, keys: int) -> Tile:
+        share = (keys - self.rank + self.protocol.split - 1) // self.protocol.split
+        # A block without a key tile of its own takes part with one of which nothing counts.
+        return Tile(number, keys == 0, max(share, 1) if keys else 0)
+
+    def processes(self) -> dict[str, Process]:
+        consumers = {f"warpgroup {w}": self.consumer(w) for w in range(self.protocol.warpgroups)}
+        roles = {"scheduler": self.scheduler(), "producer": self.producer(), **consumers}
+        return {f"block {self.rank} {role}": process for role, process in roles.items()}
+
+    def scheduler(self) -> Process:
+        slot, wanted = Ring(self.protocol.slots), Ring(1)
+        for tile in [*self.tiles, END]:
+            if tile is not (*self.tiles, END)[0]:
+                yield self.tile_wanted.wait(wanted.phase)
+                wanted.advance()
+            yield self.tile_empty[slot.index].wait(slot.phase ^ 1)
+            self.slots[slot.index] = tile
+            self.tile_full[slot.index].arrive()
+            slot.advance()
+
+    def producer(self) -> Process:
+        slot, query, stage = Ring(self.protocol.slots), Ring(self.protocol.query_buffers), Ring(self.protocol.stages)
+        while True:
+            yield self.tile_full[slot.index].wait(slot.phase)
+            here = slot.index
+            tile = self.slots[here]
+            if tile is END:
+                return
+            asking = max(tile.share - self.protocol.ask_ahead, 0)
+            least = 0 if Fault.EMPTY_TILE_ASKS_FOR_NOTHING in self.faults else 1
+            slot.advance()
+            if tile.share > 0:
+                yield self.queries[query.index].empty.wait(query.phase ^ 1)
+                self.copies.append(self.queries[query.index].copy(f"tile {tile.number}"))
+                query.advance()
+            if Fault.KEYS_WAIT_FOR_NEXT_TILE in self.faults:
+                self.tile_wanted.arrive()
+                asking = -1
+                yield self.tile_full[slot.index].wait(slot.phase)
+            for t in range(max(tile.share, least)):
+                if t == asking:
+                    self.tile_wanted.arrive()
+                if self.slots[here] is not tile:
+                    raise HazardError(f"slot {here} was described anew while tile {tile.number} was copied")
+                if t < tile.share:
+                    for buffers in (self.keys, self.values):
+                        yield buffers[stage.index].empty.wait(stage.phase ^ 1)
+                        self.copies.append(buffers[stage.index].copy(f"tile {tile.number} keys {t}"))
+                    stage.advance()
+            self.tile_empty[here].arrive()
+
+    def consumer(self, warpgroup: int) -> Process:
+        p = self.protocol
+        slot, query, key, value = Ring(p.slots), Ring(p.query_buffers), Ring(p.stages), Ring(p.stages)
+        exchange = Ring(1)
+        taken = END
+        holding = 0
+
+        def take() -> Process:
+            nonlocal taken, holding
+            while True:
+                yield self.tile_full[slot.index].wait(slot.phase)
+                taken, holding = self.slots[slot.index], slot.index
+                if taken is END or not taken.is_empty:
+                    return
+                self.finished.append(taken.number)
+                self.tile_empty[slot.index].arrive()
+                slot.advance()
+
+        def await_turn() -> Process:
+            if p.turns:
+                yield self.turns[warpgroup].sync()
+
+        def pass_turn() -> None:
+            if p.turns:
+                self.turns[(warpgroup + 1) % p.warpgroups].arrive()
+
+        def await_queries_and_keys() -> Process:
+            yield self.queries[query.index].full.wait(query.phase)
+            yield self.keys[key.index].full.wait(key.phase)
+
+        def product_of_keys(label: str) -> Callable[[], None]:
+            """Begin the product; the result ends it and gives the keys back."""
+            buffer, queries, tile = self.keys[key.index], self.queries[query.index], label.split(" keys")[0]
+            key.advance()
+            buffer.expect(label)
+            queries.expect(tile)
+            if Fault.KEYS_RELEASED_EARLY in self.faults:
+                buffer.empty.arrive()
+
+            def end() -> None:
+                buffer.expect(label)
+                queries.expect(tile)
+                if Fault.KEYS_RELEASED_EARLY not in self.faults:
+                    buffer.empty.arrive()
+
+            return end
+
+        def product_of_values(label: str) -> Callable[[], None]:
+            buffer = self.values[value.index]
+            value.advance()
+            buffer.expect(label)
+
+            def end() -> None:
+                buffer.expect(label)
+                buffer.empty.arrive()
+
+            return end
+
+        def finish(number: int) -> Process:
+            self.finished.append(number)
+            if p.split > 1:
+                if Fault.EXCHANGE_NOT_AWAITED not in self.faults:
+                    yield self.peer_exchange_empty[warpgroup].wait(exchange.phase ^ 1)
+                self.peer.exchanged[warpgroup] = f"tile {number}"
+                self.peer.exchange_full[warpgroup].arrive()
+                yield self.exchange_full[warpgroup].wait(exchange.phase)
+                yield PREEMPTED
+                if self.exchanged[warpgroup] != f"tile {number}":
+                    raise HazardError(f"sums of {self.exchanged[warpgroup]} are added to those of tile {number}")
+                self.peer.peer_exchange_empty[warpgroup].arrive()
+                exchange.advance()
+
+        if warpgroup == p.warpgroups - 1 and Fault.NO_FIRST_TURN not in self.faults:
+            pass_turn()
+        yield from take()
+        if taken is END:
+            return
+        slot.advance()
+        yield from await_queries_and_keys()
+        yield from await_turn()
+        end_keys = product_of_keys(f"tile {taken.number} keys 0")
+        pass_turn()
+        yield PREEMPTED
+        end_keys()
+        while True:
+            tile, held = taken, holding
+            for t in range(1, tile.share):
+                yield self.keys[key.index].full.wait(key.phase)
+                yield self.values[value.index].full.wait(value.phase)
+                yield from await_turn()
+                end_keys = product_of_keys(f"tile {tile.number} keys {t}")
+                end_values = product_of_values(f"tile {tile.number} keys {t - 1}")
+                pass_turn()
+                yield PREEMPTED
+                end_keys()
+                yield PREEMPTED
+                end_values()
+            last = f"tile {tile.number} keys {tile.share - 1}"
+            self.queries[query.index].empty.arrive()
+            query.advance()
+            keeps_slot = Fault.SLOT_KEPT_INTO_NEXT_TILE in self.faults
+            if not keeps_slot:
+                self.tile_empty[held].arrive()
+            yield from take()
+            yield self.values[value.index].full.wait(value.phase)
+            if taken is END:
+                yield from await_turn()
+                end_values = product_of_values(last)
+                pass_turn()
+                yield PREEMPTED
+                end_values()
+                yield from finish(tile.number)
+                return
+            slot.advance()
+            if p.query_buffers > 1:
+                yield from await_queries_and_keys()
+            yield from await_turn()
+            end_values = product_of_values(last)
+            if p.query_buffers == 1:
+                yield from await_queries_and_keys()
+            end_keys = product_of_keys(f"tile {taken.number} keys 0")
+            pass_turn()
+            if keeps_slot:
+                self.tile_empty[held].arrive()
+            yield PREEMPTED
+            end_values()
+            yield from finish(tile.number)
+            yield PREEMPTED
+            end_keys()
+
+
+PREEMPTED = Wait(lambda: True, "nothing")
+
+
+def play(protocol: Protocol, keys_of_tiles: Sequence[int], seed: int, faults: frozenset[Fault] = frozenset()) -> None:
+    """Run one cluster over its tiles to the end.
+
+    Args:
+        protocol: of the kernel.
+        keys_of_tiles: how many key tiles each tile has, in the order in which they are given out.
+        seed: of the order in which processes go on.
+        faults: mistakes to make.
+
+    Raises:
+        DeadlockError: no process can go on; says what each waits for.
+        HazardError: a buffer was overwritten too early, or read too early.
+    """
+    order = random.Random(seed)
+    blocks = [Block(protocol, faults, rank, keys_of_tiles) for rank in range(protocol.split)]
+    for block in blocks:
+        block.peer = blocks[-1 - block.rank]
+    running = {name: process for block in blocks for name, process in block.processes().items()}
+    waits = dict.fromkeys(running, PREEMPTED)
+    num_copies = 0
+    while running:
+        ready = [name for name in running if waits[name].is_over()]
+        if not ready:
+            raise DeadlockError("; ".join(f"{name} waits for {waits[name].what}" for name in running))
+        name = order.choice(ready)
+        try:
+            waits[name] = next(running[name])
+        except StopIteration:
+            del running[name]
+        for block in blocks:
+            for copy in block.copies:
+                num_copies += 1
+                running[f"copy {num_copies}"] = copy
+                waits[f"copy {num_copies}"] = PREEMPTED
+            block.copies.clear()
+    for block in blocks:
+        # Every warpgroup ends every tile, in order.
+        expected = sorted(list(range(len(keys_of_tiles))) * protocol.warpgroups)
+        if sorted(block.finished) != expected:
+            raise HazardError(f"tiles ended: {sorted(block.finished)}, expected {expected}")
+
+
+def random_tiles(seed: int) -> list[int]:
+    """Return key tiles of 0 to 12 tiles: mostly few, now and then none."""
+    chosen = random.Random(seed)
+    return [chosen.choice([0, 1, 1, 1, 2, 3, 5, 9]) for _ in range(chosen.randint(0, 12))]

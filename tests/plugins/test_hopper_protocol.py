@@ -1,0 +1,70 @@
+"""The barriers of the Hopper kernel: no order of its threads deadlocks or reads what is not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, hopper_variants_for
+from tests.plugins.hopper_protocol import DeadlockError, Fault, HazardError, Protocol, play, protocol_of, random_tiles
+
+SEEDS = range(300)
+PROTOCOLS = {
+    f"dim{dim}-split{variant.split}": protocol_of(variant)
+    for dim in BLOCK_DIMS
+    for variant in hopper_variants_for("float16", dim, dim)
+}
+#: Two warpgroups in turns with two of everything, as small as a kernel gets.
+SMALL = Protocol(stages=2, query_buffers=2, warpgroups=2, turns=True, split=1, slots=3, ask_ahead=3)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_kernel_ends_every_tile(name: str) -> None:
+    for seed in SEEDS:
+        play(PROTOCOLS[name], random_tiles(seed), seed)
+
+
+def test_no_tile_and_tiles_without_keys_end_at_once() -> None:
+    for protocol in PROTOCOLS.values():
+        for tiles in ([], [0], [0] * 7, [0, 0, 1, 0, 0]):
+            play(protocol, tiles, seed=1)
+
+
+def failures(protocol: Protocol, *faults: Fault, with_empty: bool = True) -> set[type[AssertionError]]:
+    """Return how the protocol with these mistakes fails over many tile lists and orders."""
+    found: set[type[AssertionError]] = set()
+    for seed in SEEDS:
+        tiles = [keys for keys in random_tiles(seed) if keys > 0 or with_empty]
+        try:
+            play(protocol, tiles, seed, frozenset(faults))
+        except (DeadlockError, HazardError) as failure:
+            found.add(type(failure))
+    return found
+
+
+def test_the_deadlock_of_an_earlier_version_is_found() -> None:
+    earlier = replace(SMALL, slots=2)
+    faults = (Fault.SLOT_KEPT_INTO_NEXT_TILE, Fault.KEYS_WAIT_FOR_NEXT_TILE)
+    assert failures(earlier, *faults) == {DeadlockError}
+    assert failures(earlier, *faults, with_empty=False) == {DeadlockError}
+    for fault in faults:
+        assert failures(earlier, fault, with_empty=False) == set(), "it takes both, where every tile has keys"
+    # A third slot hides neither: tiles without keys fill it.
+    assert failures(SMALL, Fault.SLOT_KEPT_INTO_NEXT_TILE) == {DeadlockError}
+
+
+@pytest.mark.parametrize(
+    ("fault", "failure"),
+    [
+        (Fault.EMPTY_TILE_ASKS_FOR_NOTHING, DeadlockError),
+        (Fault.NO_FIRST_TURN, DeadlockError),
+        (Fault.KEYS_RELEASED_EARLY, HazardError),
+    ],
+)
+def test_other_mistakes_are_found(fault: Fault, failure: type[AssertionError]) -> None:
+    assert failure in failures(SMALL, fault)
+
+
+def test_an_exchange_that_nobody_awaits_is_found() -> None:
+    assert HazardError in failures(replace(SMALL, split=2, query_buffers=1), Fault.EXCHANGE_NOT_AWAITED)
