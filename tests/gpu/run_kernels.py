@@ -135,13 +135,16 @@ def hopper_runs() -> list[KernelRun]:
     """Every case that the Hopper kernel takes, with every split; compiled here, for all workers."""
     runs, wanted = [], set()
     for case in (*attention_grid(), *large_cases()):
-        if case.pos_table is not None or case.ts_table is not None:
-            continue
         for dtype in ELEMENT_TYPES:
-            variants = hopper_variants_for(dtype, case.q.shape[2], case.v.shape[2])
-            wanted |= {
-                dataclasses.replace(variant, plain_causal=plain) for variant in variants for plain in (False, True)
-            }
+            variants = hopper_variants_for(
+                dtype,
+                case.q.shape[2],
+                case.v.shape[2],
+                pos_bias=case.pos_table is not None,
+                time_bias=case.ts_table is not None,
+                timestamp_bits=64 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize,
+            )
+            wanted |= {*variants, *(dataclasses.replace(variant, plain_causal=True) for variant in variants)}
             runs += [KernelRun(with_dtype(case, dtype), None, variant.split) for variant in variants]
     from hstu_compile.plugins.kernels.hopper.launch import cache_dir
 

@@ -188,6 +188,8 @@ def _switches(variant: HopperVariant) -> list[str]:
         "PLAIN_CAUSAL": int(variant.plain_causal),
         "TURNS": int(tile.turns),
         "SPLIT": variant.split,
+        "POS_BIAS": int(variant.pos_bias),
+        "TIMESTAMP_BITS": variant.timestamp_bits,
         "SHARED_BYTES": shared_bytes(variant),
     }
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17", "-Xptxas=-v"]

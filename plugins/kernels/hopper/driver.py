@@ -36,6 +36,9 @@ class AttentionParameters(ctypes.Structure):
         ("scaling_seq_len", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("lq", "lk", "batch", "heads", "dv", "target_group_size")),
         *((name, ctypes.c_int32) for name in ("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len")),
+        *((name, ctypes.c_void_p) for name in ("row_timestamps", "col_timestamps", "ts_thresholds")),
+        *((name, ctypes.c_void_p) for name in ("ts_table", "pos_table")),
+        *((name, ctypes.c_int32) for name in ("num_buckets", "ts_heads", "pos_table_len", "pos_heads")),
     )
 
 

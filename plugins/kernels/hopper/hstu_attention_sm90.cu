@@ -1,4 +1,4 @@
-// HSTU attention on jagged data for compute capability 9.0, float16 and bfloat16, without bias tables.
+// HSTU attention on jagged data for compute capability 9.0, float16 and bfloat16.
 //
 // One persistent block an SM: one thread finds and describes tiles of query rows, one copies their queries, keys and values
 // into shared memory with the tensor copy engine, and each of kWarpgroups warpgroups multiplies 64 query rows. Between the two products of a key tile lies SiLU,
@@ -6,14 +6,17 @@
 // last one are, and SiLU of the next runs beside the latter.
 //
 // Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES,
-// HSTU_PLAIN_CAUSAL, HSTU_TURNS, HSTU_SPLIT and HSTU_SHARED_BYTES; compile.py chooses them.
+// HSTU_PLAIN_CAUSAL, HSTU_TURNS, HSTU_SPLIT, HSTU_POS_BIAS,
+// HSTU_TIMESTAMP_BITS and HSTU_SHARED_BYTES; compile.py chooses them.
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "activation.cuh"
+#include "bias.cuh"
 #include "parameters.cuh"
 #include "ptx.cuh"
 #include "schedule.cuh"
@@ -31,6 +34,11 @@ constexpr int32_t kWarpgroups = HSTU_WARPGROUPS;
 constexpr int32_t kBlockM = 64 * kWarpgroups;
 constexpr int32_t kBlockN = HSTU_BLOCK_N;
 constexpr int32_t kStages = HSTU_STAGES;
+constexpr bool kPosBias = HSTU_POS_BIAS != 0;
+constexpr bool kTimeBias = HSTU_TIMESTAMP_BITS != 0;
+// Looking biases up branches, and no product may be under way where the compiler cannot see that all lanes branch alike.
+constexpr bool kHasBias = kPosBias || kTimeBias;
+using Timestamp = std::conditional_t<HSTU_TIMESTAMP_BITS == 32, int32_t, int64_t>;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
 
 constexpr int32_t kSlab = 64; // columns of a 128-byte swizzled row
@@ -55,7 +63,7 @@ constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the 
 // Warpgroups issue their products in turns, so that one multiplies while another computes SiLU.
 constexpr bool kTurns = HSTU_TURNS != 0;
 // Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
-constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1;
+constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && !kHasBias;
 
 struct alignas(1024) Buffers
 {
@@ -93,6 +101,7 @@ struct Shared
     Tile tiles[kTileSlots];
     Schedule schedule;
     Exchange exchange;
+    TimeTable<kTimeBias> times;
 };
 
 static_assert(sizeof(Shared) + 1023 <= HSTU_SHARED_BYTES, "compile.py counts too little shared memory");
@@ -511,16 +520,114 @@ struct Consumer
         }
     }
 
+    //! scores, until now products, become half of what SiLU is taken of.
+    __device__ __forceinline__ void scale(Tile const& tile, int32_t t)
+    {
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN / 2; ++i)
+        {
+            scores[i] *= halfAlpha;
+        }
+        if constexpr (kTimeBias)
+        {
+            addTimeBias(tile, keyStart(tile, t));
+        }
+        if constexpr (kPosBias)
+        {
+            addPositionBias(tile, keyStart(tile, t));
+        }
+    }
+
+    //! The column of scores[i], from the thread's first on.
+    static __device__ __forceinline__ constexpr int32_t columnOffset(int32_t i)
+    {
+        return i / 4 * 8 + i % 2;
+    }
+
+    __device__ __forceinline__ void addPositionBias(Tile const& tile, int32_t keyStart)
+    {
+        float const* const table =
+            p.posTable + int64_t{p.posHeads > 1 ? tile.head : 0} * (2 * p.posTableLen - 1) + p.posTableLen - 1;
+        int32_t const row = tile.firstRow + rowInTile;
+        int32_t const column = keyStart + 2 * (lane % 4);
+        bool const isHistory =
+            tile.firstRow + kBlockM <= tile.history && keyStart + kBlockN <= tile.history && tile.firstRow >= 0;
+        if (uniform(isHistory && tile.numKeys <= p.posTableLen ? 1 : 0) != 0)
+        {
+            // Entries depend on column - row alone, so eight columns on, the lower row meets those of the upper one.
+            float const* const entries = table + (column - row);
+            float lower[2] = {entries[-8], entries[-7]};
+#pragma unroll
+            for (int32_t i = 0; i < kBlockN / 2; i += 4)
+            {
+                float const upper[2] = {entries[columnOffset(i)], entries[columnOffset(i + 1)]};
+                scores[i] = fmaf(0.5F, upper[0], scores[i]);
+                scores[i + 1] = fmaf(0.5F, upper[1], scores[i + 1]);
+                scores[i + 2] = fmaf(0.5F, lower[0], scores[i + 2]);
+                scores[i + 3] = fmaf(0.5F, lower[1], scores[i + 3]);
+                lower[0] = upper[0];
+                lower[1] = upper[1];
+            }
+        }
+        else
+        {
+            int32_t const last = p.posTableLen - 1;
+#pragma unroll
+            for (int32_t i = 0; i < kBlockN / 2; ++i)
+            {
+                int32_t const distance = min(column + columnOffset(i), tile.history) - min(row + i % 4 / 2 * 8, tile.history);
+                // Sequences longer than the table share its outermost entries.
+                scores[i] = fmaf(0.5F, table[min(max(distance, -last), last)], scores[i]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void addTimeBias(Tile const& tile, int32_t keyStart)
+    {
+        auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + tile.keyRow;
+        auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
+        int64_t const base = columns[0];
+        // Rows and columns behind the sequence repeat the last time: what becomes of them is neither stored nor seen.
+        int64_t const times[2] = {rows[min(rowInTile, tile.rows - 1)], rows[min(rowInTile + 8, tile.rows - 1)]};
+        int32_t const lastColumn = tile.numKeys - 1;
+        bool isFar = shared.times.isCrowded != 0 || abs(times[0] - base) >= kFarthest || abs(times[1] - base) >= kFarthest;
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN; i += 32)
+        {
+            isFar |= abs(int64_t{columns[min(keyStart + i + lane, lastColumn)]} - base) >= kFarthest;
+        }
+        int32_t const column = keyStart + 2 * (lane % 4);
+        if (__any_sync(0xFFFFFFFF, isFar) == 0)
+        {
+            float const(*const values)[2] = shared.times.values[p.tsHeads > 1 ? tile.head : 0];
+            int32_t const near[2] = {static_cast<int32_t>(times[0] - base), static_cast<int32_t>(times[1] - base)};
+#pragma unroll
+            for (int32_t i = 0; i < kBlockN / 2; i += i % 4 == 1 ? 3 : 1)
+            {
+                auto const time =
+                    static_cast<int32_t>(columns[min(column + columnOffset(i), lastColumn)] - base);
+                scores[i] += timeBias(shared.times.thresholds, values, abs(near[0] - time));
+                scores[i + 2] += timeBias(shared.times.thresholds, values, abs(near[1] - time));
+            }
+        }
+        else
+        {
+#pragma unroll
+            for (int32_t i = 0; i < kBlockN / 2; ++i)
+            {
+                int64_t const time = columns[min(column + columnOffset(i), lastColumn)];
+                scores[i] += searchedTimeBias<Timestamp>(p, tile.head, times[i % 4 / 2], time);
+            }
+        }
+    }
+
     //! scores become SiLU weights.
     __device__ __forceinline__ void weigh()
     {
 #pragma unroll
-        for (int32_t i = 0; i < kBlockN / 2; i += 2)
+        for (int32_t i = 0; i < kBlockN / 2; ++i)
         {
-            scores[i] *= halfAlpha;
-            scores[i + 1] *= halfAlpha;
             activate(scores[i]);
-            activate(scores[i + 1]);
         }
     }
 
@@ -574,12 +681,13 @@ struct Consumer
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
-    __device__ __forceinline__ void step(int32_t valid, bool isFirst)
+    __device__ __forceinline__ void step(Tile const& tile, int32_t t, int32_t valid)
     {
-        multiplyBoth(valid, isFirst);
-        productWait<1>();
+        multiplyBoth(valid, t == 1);
+        productWait<kHasBias ? 0 : 1>();
         pin(scores);
         releaseKeys();
+        scale(tile, t);
         weigh();
         productWait<0>();
         pin(sums);
@@ -594,6 +702,7 @@ struct Consumer
         productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
         releaseKeys();
+        scale(tile, t);
         mask(tile, t);
         weigh();
         productWait<0>();
@@ -605,6 +714,7 @@ struct Consumer
     //! The first key tile, whose scores are there.
     __device__ __forceinline__ void weighFirst(Tile const& tile)
     {
+        scale(tile, 0);
         if (tile.maskedShare > 0)
         {
             mask(tile, 0);
@@ -743,7 +853,7 @@ struct Consumer
             int32_t valid = uniform(tile->numKeys - keyStart(*tile, t - 1));
             for (; t < share; ++t)
             {
-                step(valid, t == 1);
+                step(*tile, t, valid);
                 valid = kBlockN;
             }
             release(&shared.barriers.queriesEmpty[query.index]);
@@ -822,6 +932,15 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
         prefetchDescriptor(&qMap);
         prefetchDescriptor(&kMap);
         prefetchDescriptor(&vMap);
+    }
+    if constexpr (kTimeBias)
+    {
+        if (threadIdx.x == 0)
+        {
+            shared.times.isCrowded = 0;
+        }
+        __syncthreads();
+        buildTimeTable<Timestamp>(p, shared.times);
     }
     orderSequences(p, shared.schedule, kBlockM);
     __syncthreads();

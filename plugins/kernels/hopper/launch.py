@@ -20,6 +20,7 @@ from hstu_compile.plugins.kernels.hopper.driver import (
 )
 from hstu_compile.plugins.kernels.hopper.variants import (
     HOPPER_ARCH,
+    MOST_TIME_HEADS,
     HopperVariant,
     block_dim_of,
     chosen_split,
@@ -77,6 +78,11 @@ def hstu_attention_hopper(
     num_targets: torch.Tensor | None = None,
     contextual_seq_lens: torch.Tensor | None = None,
     scaling_seq_lens: torch.Tensor | None = None,
+    row_timestamps: torch.Tensor | None = None,
+    col_timestamps: torch.Tensor | None = None,
+    pos_table: torch.Tensor | None = None,
+    ts_table: torch.Tensor | None = None,
+    ts_thresholds: torch.Tensor | None = None,
     alpha: float,
     scaling_seq_len: float,
     target_group_size: int = 1,
@@ -92,6 +98,9 @@ def hstu_attention_hopper(
         q_offsets: [B + 1] int32; k_offsets likewise. Checked on the device: invalid offsets give zeros.
         num_targets: [B] int32; contextual_seq_lens [B] int32; scaling_seq_lens [B] float32. The last two replace the
             attributes.
+        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lk] and ts_thresholds [num_buckets] the same type;
+            ts_table [1 or H, num_buckets + 1] float32, of at most 8 heads. All four or none.
+        pos_table: [1 or H, 2 * pos_table_len - 1] float32.
         alpha: multiplier of the products; the other attributes as in the contract.
         split: blocks that share a tile of query rows; None chooses by the shapes.
 
@@ -108,12 +117,33 @@ def hstu_attention_hopper(
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"hstu_attention_hopper: shapes do not agree: {shapes}")
     batch = q_offsets.numel() - 1
+    times = (row_timestamps, col_timestamps, ts_table, ts_thresholds)
+    if any(tensor is None for tensor in times) and any(tensor is not None for tensor in times):
+        raise ValueError(
+            "hstu_attention_hopper: row_timestamps, col_timestamps, ts_table and ts_thresholds go together"
+        )
+    time_type = torch.int64 if row_timestamps is None else row_timestamps.dtype
+    time_heads = 0 if ts_table is None else ts_table.shape[0]
+    buckets = 0 if ts_thresholds is None else ts_thresholds.numel()
+    pos_heads, entries = (0, 1) if pos_table is None else tuple(pos_table.shape)
+    if time_type not in (torch.int64, torch.int32) or time_heads not in (0, 1, heads) or time_heads > MOST_TIME_HEADS:
+        raise ValueError(
+            f"hstu_attention_hopper: timestamps must be int64 or int32 and ts_table's heads 1 or {heads}, at most "
+            f"{MOST_TIME_HEADS}; got {time_type} and {time_heads}"
+        )
+    if pos_heads not in (0, 1, heads) or entries % 2 == 0:
+        raise ValueError(f"hstu_attention_hopper: pos_table must be [1 or {heads}, odd], got [{pos_heads}, {entries}]")
     for name, tensor, dtype, size in (
         ("q_offsets", q_offsets, torch.int32, batch + 1),
         ("k_offsets", k_offsets, torch.int32, batch + 1),
         ("num_targets", num_targets, torch.int32, batch),
         ("contextual_seq_lens", contextual_seq_lens, torch.int32, batch),
         ("scaling_seq_lens", scaling_seq_lens, torch.float32, batch),
+        ("row_timestamps", row_timestamps, time_type, lq),
+        ("col_timestamps", col_timestamps, time_type, lk),
+        ("ts_thresholds", ts_thresholds, time_type, buckets),
+        ("ts_table", ts_table, torch.float32, time_heads * (buckets + 1)),
+        ("pos_table", pos_table, torch.float32, pos_heads * entries),
     ):
         if tensor is not None and (tensor.dtype != dtype or tensor.numel() != size or tensor.device != q.device):
             raise ValueError(
@@ -128,8 +158,11 @@ def hstu_attention_hopper(
     assert dim is not None
     dtype_name = _DTYPES[q.dtype]
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    chosen = split or chosen_split(dim, lq, heads, multiprocessors)
-    image, function = _kernel(HopperVariant(dtype_name, dim, is_plain, chosen), q.device.index)
+    bits = 0 if row_timestamps is None else time_type.itemsize * 8
+    has_bias = bits > 0 or pos_table is not None
+    chosen = split or chosen_split(dim, lq, heads, multiprocessors, has_bias=has_bias)
+    variant = HopperVariant(dtype_name, dim, is_plain, chosen, pos_table is not None, bits)
+    image, function = _kernel(variant, q.device.index)
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
     def address(tensor: torch.Tensor | None) -> int | None:
@@ -154,6 +187,15 @@ def hstu_attention_hopper(
         contextual_seq_len=contextual_seq_len,
         max_attn_len=max_attn_len,
         min_full_attn_seq_len=min_full_attn_seq_len,
+        row_timestamps=address(row_timestamps),
+        col_timestamps=address(col_timestamps),
+        ts_thresholds=address(ts_thresholds),
+        ts_table=address(ts_table),
+        pos_table=address(pos_table),
+        num_buckets=buckets,
+        ts_heads=time_heads,
+        pos_table_len=(entries + 1) // 2,
+        pos_heads=pos_heads,
     )
     # Without keys there is nothing to copy, but a tensor map wants an address.
     keys, values = (k, v) if lk else (q, q)

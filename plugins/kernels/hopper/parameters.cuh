@@ -28,6 +28,16 @@ struct AttentionParameters
     int32_t contextualSeqLen;
     int32_t maxAttnLen;
     int32_t minFullAttnSeqLen;
+    // With bias tables; kernels without them do not look.
+    void const* rowTimestamps; //!< [Lq] int64 or int32
+    void const* colTimestamps; //!< [Lk] the same
+    void const* tsThresholds;  //!< [numBuckets] the same, ascending
+    float const* tsTable;      //!< [tsHeads, numBuckets + 1]
+    float const* posTable;     //!< [posHeads, 2 * posTableLen - 1]
+    int32_t numBuckets;
+    int32_t tsHeads; //!< 1: shared by all heads
+    int32_t posTableLen;
+    int32_t posHeads; //!< 1: shared by all heads
 };
 
 } // namespace hstu

@@ -14,6 +14,10 @@ BLOCK_DIMS = (64, 128, 256)
 DIM_MULTIPLE = 8
 #: Bytes of the schedule, the barriers and the tiles' descriptions, rounded up; the source asserts that they fit.
 _BOOKKEEPING_BYTES = 4096 + 768
+#: Heads with a time table of their own that a block has room for.
+MOST_TIME_HEADS = 8
+#: Per cell of bias.cuh a threshold, and two values per head; and a flag.
+_TIME_TABLE_BYTES = 249 * 4 * (1 + 2 * MOST_TIME_HEADS) + 8
 #: A block's memory begins at a multiple of this, and its struct ends at one.
 _ALIGNMENT = 1024
 
@@ -46,12 +50,16 @@ class HopperVariant:
         block_dim: padded head dim of queries, keys and values, one of ``BLOCK_DIMS``.
         plain_causal: no targets, no contextual prefix, no window; else every mask of the contract.
         split: blocks that share a tile of query rows, 1 or 2; 2 is for launches with fewer tiles than the GPU has SMs.
+        pos_bias: adds the position bias.
+        timestamp_bits: of the timestamps of a time bias, 32 or 64; 0 without one.
     """
 
     dtype: str
     block_dim: int
     plain_causal: bool
     split: int = 1
+    pos_bias: bool = False
+    timestamp_bits: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what no kernel is compiled for."""
@@ -59,9 +67,20 @@ class HopperVariant:
             raise ValueError(f"dtype must be one of {sorted(ELEMENT_TYPES)}, got {self.dtype!r}")
         if self.block_dim not in BLOCK_DIMS:
             raise ValueError(f"block_dim must be one of {BLOCK_DIMS}, got {self.block_dim}")
-        if self.split not in ((1,) if self.block_dim == 256 else (1, 2)):
-            # With 256 columns there is no room for the sums that the blocks exchange.
-            raise ValueError(f"split must be 1, or 2 up to 128 columns, got {self.split} at {self.block_dim}")
+        if self.split not in splits(self.block_dim, has_bias=self.has_bias):
+            raise ValueError(f"{self} cannot be split")
+        if self.timestamp_bits not in (0, 32, 64):
+            raise ValueError(f"timestamp_bits must be 0, 32 or 64, got {self.timestamp_bits}")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the kernel adds a bias."""
+        return self.pos_bias or self.timestamp_bits > 0
+
+
+def splits(block_dim: int, *, has_bias: bool) -> tuple[int, ...]:
+    """Return into how many blocks a tile can be split: with 256 columns, shared memory has no room for an exchange."""
+    return (1,) if block_dim == 256 or has_bias else (1, 2)
 
 
 # Times on an H100, bf16, 4 heads, 65,536 tokens; NOTES.md has all of them.
@@ -92,7 +111,8 @@ def shared_bytes(variant: HopperVariant) -> int:
     block_m = 64 * tile.warpgroups
     rows = query_buffers(variant) * block_m + 2 * tile.stages * tile.block_n
     exchange = block_m * 2 * variant.block_dim // 4 * 4 if variant.split > 1 else 0
-    used = rows * variant.block_dim * 2 + exchange + _BOOKKEEPING_BYTES
+    times = _TIME_TABLE_BYTES if variant.timestamp_bits else 0
+    used = rows * variant.block_dim * 2 + exchange + times + _BOOKKEEPING_BYTES
     return -(-used // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT - 1
 
 
@@ -107,19 +127,31 @@ def block_dim_of(dqk: int, dv: int) -> int | None:
     return next(dim for dim in BLOCK_DIMS if dim >= max(dqk, dv))
 
 
-def hopper_variants_for(dtype: str, dqk: int, dv: int, *, plain_causal: bool = False) -> tuple[HopperVariant, ...]:
+def hopper_variants_for(
+    dtype: str,
+    dqk: int,
+    dv: int,
+    *,
+    plain_causal: bool = False,
+    pos_bias: bool = False,
+    time_bias: bool = False,
+    timestamp_bits: int = 64,
+) -> tuple[HopperVariant, ...]:
     """Return the Hopper kernels that one model can use: none for float32 or for head dims they cannot address.
 
     Args:
         dtype: of the engine's attention: "float32", "float16" or "bfloat16".
         dqk: query and key head dim; dv the same for values.
         plain_causal: the model has no targets, contextual prefix or window.
+        pos_bias: the model adds a position bias; time_bias likewise.
+        timestamp_bits: 64 or 32; ignored without a time bias.
     """
     dim = block_dim_of(dqk, dv)
     if dim is None or dtype not in ELEMENT_TYPES:
         return ()
-    splits = (1, 2) if dim <= 128 else (1,)
-    return tuple(HopperVariant(dtype, dim, plain_causal, split) for split in splits)
+    bits = timestamp_bits if time_bias else 0
+    choices = splits(dim, has_bias=pos_bias or time_bias)
+    return tuple(HopperVariant(dtype, dim, plain_causal, split, pos_bias, bits) for split in choices)
 
 
 #: A launch with fewer tiles an SM than this is split: whole tiles would leave SMs idle at its end. Measured at head dim
@@ -127,9 +159,9 @@ def hopper_variants_for(dtype: str, dqk: int, dv: int, *, plain_causal: bool = F
 _LEAST_TILES_PER_SM = 1.5
 
 
-def chosen_split(block_dim: int, lq: int, heads: int, multiprocessors: int) -> int:
+def chosen_split(block_dim: int, lq: int, heads: int, multiprocessors: int, *, has_bias: bool = False) -> int:
     """Return into how many blocks each tile of a launch is split, from what the host knows without the offsets."""
-    if block_dim > 128:
+    if splits(block_dim, has_bias=has_bias) == (1,):
         return 1
     block_m = 64 * _TILES[block_dim, 1].warpgroups
     tiles = -(-lq // block_m) * heads
