@@ -89,9 +89,9 @@ int32_t chooseSplit(NodeSizes const& sizes, int32_t blockM, int32_t numSms) noex
 {
     // A launch with fewer whole tiles an SM than this is split: whole tiles would leave SMs idle at its end. The same
     // rule as chosen_split of kernels/hopper/variants.py, which a test compares it with.
-    constexpr int64_t kLeastTilesPerSm = 2;
+    constexpr double kLeastTilesPerSm = 1.5;
     int64_t const tiles = (sizes[Symbol::kLq] + blockM - 1) / blockM * sizes[Symbol::kH];
-    return tiles < kLeastTilesPerSm * numSms ? 2 : 1;
+    return static_cast<double>(tiles) < kLeastTilesPerSm * numSms ? 2 : 1;
 }
 
 int32_t hopperGrid(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept

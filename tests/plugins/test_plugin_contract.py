@@ -100,17 +100,11 @@ def test_the_library_splits_the_launches_that_pytorch_splits(
     selection: Path, block_dim: int, multiprocessors: int
 ) -> None:
     block_m = 64 * tile_of(HopperVariant("float16", block_dim, True)).warpgroups
-    seen = set()
-    for heads in (1, 4, 8):
-        for tiles_per_head in (
-            1,
-            multiprocessors // heads,
-            2 * multiprocessors // heads,
-            2 * multiprocessors // heads + 1,
-        ):
-            for lq in (tiles_per_head * block_m, tiles_per_head * block_m + 1):
-                arguments = ["split", *map(str, (lq, heads, block_m, multiprocessors))]
-                done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
-                assert int(done.stdout) == chosen_split(block_dim, lq, heads, multiprocessors), (lq, heads)
-                seen.add(int(done.stdout))
-    assert seen == {1, 2}
+    chosen = {}
+    for tiles in (1, *range(multiprocessors, 2 * multiprocessors + 1)):
+        for lq, heads in (((tiles - 1) * block_m + 1, 1), (block_m, tiles)):
+            arguments = ["split", *map(str, (lq, heads, block_m, multiprocessors))]
+            done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
+            chosen[lq, heads] = int(done.stdout)
+            assert chosen[lq, heads] == chosen_split(block_dim, lq, heads, multiprocessors), (lq, heads)
+    assert set(chosen.values()) == {1, 2}
