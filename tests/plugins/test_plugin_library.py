@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,12 +20,15 @@ from hstu_compile.errors import PluginError
 from hstu_compile.plugin_library import (
     SELF_REGISTERING,
     VERSION_COMPATIBLE,
+    HopperChoice,
     PluginBuildRequest,
+    PluginLibrary,
     build_plugin_library,
     find_cuda_headers,
     find_tensorrt_headers,
     load_plugin_library,
 )
+from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from tests.plugins.conformance.libraries import small_library
 
 
@@ -163,6 +167,37 @@ def test_other_options_or_headers_are_another_library(request_: PluginBuildReque
     third = build_plugin_library(PluginBuildRequest(**{**vars(request_), "archs": (90,)}))
     assert len({first.content_hash, second.content_hash, third.content_hash}) == 3
     assert fake_build.count == 3
+
+
+def test_the_hopper_kernels_and_their_compiler_decide_which_library_it_is(
+    request_: PluginBuildRequest, fake_build: FakeBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library(choice: HopperChoice, release: tuple[int, int]) -> PluginLibrary:
+        monkeypatch.setattr(plugin_library, "usable_nvcc", lambda: (Path("nvcc"), release))
+        return build_plugin_library(PluginBuildRequest(**{**vars(request_), "hopper": choice}))
+
+    auto = library("auto", (13, 0))
+    assert library("require", (13, 0)) == auto
+    assert fake_build.count == 1
+    assert auto.hopper.nvcc == "13.0"
+    others = [library("auto", (12, 9)), library("off", (13, 0))]
+    assert len({each.content_hash for each in (auto, *others)}) == 3
+    assert others[1].hopper.variants == ()
+
+
+def test_a_library_tells_of_its_hopper_kernels(request: pytest.FixtureRequest) -> None:
+    library = small_library(request.config)
+    manifest = json.loads((library.self_registering.parent / "manifest.json").read_text())
+    assert manifest["hopper"] == library.hopper.to_dict()
+    if library.hopper.nvcc is None:
+        with pytest.raises(RuntimeError) as caught:
+            usable_nvcc()
+        assert library.hopper.variants == ()
+        assert library.hopper.note is not None
+        assert str(caught.value) in library.hopper.note
+        return
+    assert [(each["block_dim"], each["split"]) for each in manifest["hopper"]["variants"]] == [(64, 1), (64, 2)]
+    assert b"hstu_attention_sm90" in library.self_registering.read_bytes()
 
 
 def test_a_damaged_library_is_built_again(request_: PluginBuildRequest, fake_build: FakeBuild) -> None:

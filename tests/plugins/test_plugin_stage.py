@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from hstu_compile import plugin_stage
-from hstu_compile.plugin_library import PluginBuildRequest
+from hstu_compile.cli import cli
+from hstu_compile.plugin_library import HopperKernels, PluginBuildRequest, PluginLibrary
 from tests.exported_models import shipped, small_config
 
 
@@ -49,3 +52,20 @@ def test_the_library_holds_the_kernels_of_every_graph(graphs: list[Path], monkey
 
 def test_without_a_graph_the_default_set_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert requested(monkeypatch, []).variants == PluginBuildRequest().variants
+
+
+def test_the_command_says_on_the_screen_which_hopper_kernels_are_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = "the compiler nvcc was not found. Fix: install it"
+    asked: list[PluginBuildRequest] = []
+
+    def build(request: PluginBuildRequest) -> PluginLibrary:
+        asked.append(request)
+        hopper = HopperKernels((), None, note)
+        return PluginLibrary(Path("a.so"), None, "10.14.1", (), (90,), with_ptx=True, hopper=hopper, content_hash="0")
+
+    monkeypatch.setattr(plugin_stage, "build_plugin_library", build)
+    said = CliRunner().invoke(cli, ["plugin", "build"])
+    assert (said.exit_code, said.stdout, said.stderr) == (0, "a.so\n", f"no Hopper kernels: {note}\n")
+    facts = json.loads(CliRunner().invoke(cli, ["plugin", "build", "--hopper", "require", "--json"]).stdout)
+    assert facts["hopper"] == {"variants": [], "nvcc": None, "note": note, "summary": f"no Hopper kernels: {note}"}
+    assert [request.hopper for request in asked] == ["auto", "require"]
