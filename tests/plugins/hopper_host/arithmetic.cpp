@@ -1,0 +1,110 @@
+// What the Hopper kernel computes per tile, callable from Python (tests/plugins/test_hopper_arithmetic.py).
+#include "device.h"
+
+#include "bias.cuh"
+#include "tile.cuh"
+
+namespace
+{
+
+template <bool kPlainCausal>
+bool isAllowed(hstu::Tile const& tile, hstu::RowBounds const& bounds, int32_t start, int32_t offset)
+{
+    using hstu::Mask;
+    if (kPlainCausal || tile.mask == Mask::kDiagonal)
+    {
+        return hstu::isAllowed<Mask::kDiagonal>(tile, bounds, start, offset);
+    }
+    return tile.mask == Mask::kGroups ? hstu::isAllowed<Mask::kGroups>(tile, bounds, start, offset)
+                                      : hstu::isAllowed<Mask::kWindow>(tile, bounds, start, offset);
+}
+
+template <bool kPlainCausal>
+int32_t tileMask(hstu::AttentionParameters const& p, hstu::Tile& tile, int32_t rows, int32_t blockM, int32_t blockN,
+    uint8_t* seen, int32_t* counts)
+{
+    hstu::findKeyTiles<kPlainCausal>(p, tile, blockM, blockN);
+    counts[0] = tile.tiles;
+    counts[1] = tile.maskedTiles;
+    for (int32_t t = 0; t < tile.tiles; ++t)
+    {
+        int32_t const start = tile.keyStart(t, blockN);
+        if (start < 0 || start >= tile.numKeys)
+        {
+            return 1;
+        }
+        for (int32_t row = 0; row < rows; ++row)
+        {
+            hstu::RowBounds const bounds = hstu::rowBounds(p, tile, tile.firstRow + row);
+            for (int32_t offset = 0; offset < blockN && start + offset < tile.numKeys; ++offset)
+            {
+                bool const isWhole = t >= tile.maskedTiles;
+                seen[row * tile.numKeys + start + offset] +=
+                    isWhole || isAllowed<kPlainCausal>(tile, bounds, start, offset) ? 1 : 0;
+            }
+            // Nobody may attend to what lies behind the sequence, and a whole tile asks nobody.
+            for (int32_t offset = tile.numKeys - start; offset < blockN; ++offset)
+            {
+                if (t >= tile.maskedTiles || isAllowed<kPlainCausal>(tile, bounds, start, offset))
+                {
+                    return 2;
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+} // namespace
+
+//! How often each of the tile's rows attends to each key; 0, or which promise is broken.
+extern "C" int32_t hstu_tile_mask(int32_t isPlainCausal, int32_t numQueries, int32_t numKeys, int32_t targets,
+    int32_t context, int32_t group, int32_t window, int32_t fullTail, int32_t block, int32_t blockM, int32_t blockN,
+    uint8_t* seen, int32_t* counts)
+{
+    hstu::AttentionParameters p{};
+    p.targetGroupSize = group;
+    p.maxAttnLen = window;
+    p.minFullAttnSeqLen = fullTail;
+    hstu::Tile tile{};
+    tile.numKeys = numKeys;
+    tile.history = numKeys - min(max(targets, 0), numKeys);
+    tile.context = min(max(context, 0), numKeys);
+    tile.rows = numQueries - block * blockM;
+    tile.firstRow = numKeys - numQueries + block * blockM;
+    int32_t const rows = min(tile.rows, blockM);
+    return isPlainCausal != 0 ? tileMask<true>(p, tile, rows, blockM, blockN, seen, counts)
+                              : tileMask<false>(p, tile, rows, blockM, blockN, seen, counts);
+}
+
+//! Half the bias of each difference, by the table; 1 if a cell holds two thresholds.
+extern "C" int32_t hstu_time_bias(int64_t const* thresholds, float const* biases, int32_t numBuckets,
+    int32_t const* differences, int32_t count, float* out)
+{
+    hstu::AttentionParameters p{};
+    p.tsThresholds = thresholds;
+    p.tsTable = biases;
+    p.numBuckets = numBuckets;
+    p.tsHeads = 1;
+    auto* const table = new hstu::TimeTable<true>{};
+    hstu::buildTimeTable<int64_t>(p, *table);
+    for (int32_t i = 0; i < count; ++i)
+    {
+        out[i] = hstu::timeBias(table->thresholds, table->values[0], differences[i]);
+    }
+    int32_t const isCrowded = table->isCrowded;
+    delete table;
+    return isCrowded;
+}
+
+//! Half the bias of one difference, searched for.
+extern "C" float hstu_searched_time_bias(
+    int64_t const* thresholds, float const* biases, int32_t numBuckets, int64_t row, int64_t column)
+{
+    hstu::AttentionParameters p{};
+    p.tsThresholds = thresholds;
+    p.tsTable = biases;
+    p.numBuckets = numBuckets;
+    p.tsHeads = 1;
+    return hstu::searchedTimeBias<int64_t>(p, 0, row, column);
+}

@@ -1,0 +1,174 @@
+"""The Hopper kernel's masks, key tiles and time table, compiled for this machine and compared with the oracle."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.attention_cases import geometric_thresholds
+from tests.oracle import AttentionAttrs, _valid_attn_mask
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SOURCES = REPOSITORY / "plugins" / "kernels" / "hopper"
+HOST = Path(__file__).parent / "hopper_host"
+#: (query rows, keys) of a tile: every one that variants.py has, and a small one in which little things matter.
+TILES = ((128, 128), (128, 64), (192, 128), (16, 8))
+#: Two times, each less than 2^30 from the sequence's first, differ by no more.
+FARTHEST = 2**31 - 2
+COMPILER = shutil.which("g++")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
+
+
+def _compiled(folder: Path, sources: Path) -> ctypes.CDLL:
+    library = folder / "arithmetic.so"
+    command = [str(COMPILER), "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-frounding-math"]
+    command += [f"-I{sources}", f"-I{HOST}", str(HOST / "arithmetic.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.hstu_searched_time_bias.restype = ctypes.c_float
+    loaded.hstu_searched_time_bias.argtypes = (*(ctypes.c_void_p,) * 2, ctypes.c_int32, *(ctypes.c_int64,) * 2)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def arithmetic(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The functions of hopper_host/arithmetic.cpp."""
+    return _compiled(tmp_path_factory.mktemp("hopper"), SOURCES)
+
+
+def _seen(
+    library: ctypes.CDLL,
+    lengths: tuple[int, int, int],
+    context: int,
+    attrs: AttentionAttrs,
+    tile: tuple[int, int],
+    *,
+    is_plain: bool = False,
+) -> np.ndarray:
+    """How often each query attends to each key, over all tiles of a sequence."""
+    num_queries, num_keys, targets = lengths
+    rows = []
+    for block in range(-(-num_queries // tile[0])):
+        count = min(tile[0], num_queries - block * tile[0])
+        seen, counts = np.zeros((count, num_keys), np.uint8), (ctypes.c_int32 * 2)()
+        broken = library.hstu_tile_mask(
+            int(is_plain),
+            num_queries,
+            num_keys,
+            targets,
+            context,
+            attrs.target_group_size,
+            attrs.max_attn_len,
+            attrs.min_full_attn_seq_len,
+            block,
+            *tile,
+            seen.ctypes.data_as(ctypes.c_void_p),
+            counts,
+        )
+        assert broken == 0, (
+            f"block {block}: a key tile begins outside the sequence (1) or forbids nothing behind it (2)"
+        )
+        rows.append(seen)
+    return np.concatenate(rows)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_key_tiles_and_masks_are_the_contracts(arithmetic: ctypes.CDLL, data: st.DataObject) -> None:
+    tile = data.draw(st.sampled_from(TILES))
+    longest = 3 * tile[0] + 5
+    num_keys = data.draw(st.integers(1, longest))
+    num_queries = data.draw(st.integers(1, longest))
+    targets = data.draw(st.integers(0, num_keys))
+    context = data.draw(st.integers(0, min(num_keys, 2 * tile[1])))
+    attrs = AttentionAttrs(
+        target_group_size=data.draw(st.integers(1, 5)),
+        max_attn_len=data.draw(st.sampled_from((0, 0, 1, tile[1] - 1, tile[1], 2 * tile[1] + 3))),
+        min_full_attn_seq_len=data.draw(st.sampled_from((0, 1, tile[1]))),
+    )
+    seen = _seen(arithmetic, (num_queries, num_keys, targets), context, attrs, tile)
+    expected = _valid_attn_mask(num_queries, num_keys, targets, context, attrs)
+    np.testing.assert_array_equal(seen, expected.astype(np.uint8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_plain_causal_tiles_are_the_contracts(arithmetic: ctypes.CDLL, data: st.DataObject) -> None:
+    tile = data.draw(st.sampled_from(TILES))
+    num_keys, num_queries = (data.draw(st.integers(1, 3 * tile[0] + 5)) for _ in range(2))
+    attrs = AttentionAttrs()
+    seen = _seen(arithmetic, (num_queries, num_keys, 0), 0, attrs, tile, is_plain=True)
+    np.testing.assert_array_equal(seen, _valid_attn_mask(num_queries, num_keys, 0, 0, attrs).astype(np.uint8))
+
+
+def test_the_comparison_of_masks_sees_a_shift(tmp_path: Path) -> None:
+    altered = tmp_path / "hopper"
+    shutil.copytree(SOURCES, altered)
+    text = (altered / "tile.cuh").read_text(encoding="utf-8")
+    assert "offset <= bounds.row - first" in text
+    (altered / "tile.cuh").write_text(
+        text.replace("offset <= bounds.row - first", "offset < bounds.row - first"), encoding="utf-8"
+    )
+    library = _compiled(tmp_path, altered)
+    attrs = AttentionAttrs()
+    seen = _seen(library, (40, 40, 0), 0, attrs, (16, 8))
+    assert (seen != _valid_attn_mask(40, 40, 0, 0, attrs)).any()
+
+
+def _table_bias(
+    library: ctypes.CDLL, thresholds: np.ndarray, differences: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    biases = np.arange(len(thresholds) + 1, dtype=np.float32)
+    out = np.full(len(differences), np.nan, np.float32)
+    crowded = library.hstu_time_bias(
+        thresholds.ctypes.data_as(ctypes.c_void_p),
+        biases.ctypes.data_as(ctypes.c_void_p),
+        len(thresholds),
+        differences.astype(np.int32).ctypes.data_as(ctypes.c_void_p),
+        len(differences),
+        out.ctypes.data_as(ctypes.c_void_p),
+    )
+    expected = 0.5 * np.searchsorted(thresholds, differences, side="right").astype(np.float32)
+    return out, expected, int(crowded)
+
+
+@pytest.mark.parametrize("ratio", [1.351, 2.0, 1.2])
+def test_time_buckets_are_exact_on_both_sides_of_every_threshold(arithmetic: ctypes.CDLL, ratio: float) -> None:
+    # The research family's buckets, those of a power of two, and ones that are nearly as close as cells.
+    thresholds = np.unique(geometric_thresholds(128, ratio, 64))
+    inside = thresholds[thresholds < 2**31 - 2]
+    powers = 2 ** np.arange(31, dtype=np.int64)
+    around = np.concatenate([inside - 1, inside, inside + 1, powers - 1, powers, [0, FARTHEST]])
+    spread = np.random.default_rng(0).integers(0, FARTHEST, 100_000)
+    differences = np.concatenate([around[(around >= 0) & (around <= FARTHEST)], spread, np.arange(5000)])
+    out, expected, crowded = _table_bias(arithmetic, thresholds, differences)
+    assert crowded == 0
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_close_thresholds_are_noticed(arithmetic: ctypes.CDLL) -> None:
+    _, _, crowded = _table_bias(arithmetic, np.array([1_000_000, 1_000_001], np.int64), np.arange(4))
+    assert crowded == 1
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (5, 9), (9, 5), (2**62, -(2**62)), (-(2**63), 2**63 - 1)])
+def test_searched_buckets_are_exact_for_any_times(arithmetic: ctypes.CDLL, row: int, column: int) -> None:
+    thresholds = np.unique(geometric_thresholds(128, 1.351, 64))
+    biases = np.arange(len(thresholds) + 1, dtype=np.float32)
+    bias = arithmetic.hstu_searched_time_bias(
+        thresholds.ctypes.data_as(ctypes.c_void_p),
+        biases.ctypes.data_as(ctypes.c_void_p),
+        len(thresholds),
+        row,
+        column,
+    )
+    distance = min(abs(row - column), 2**63 - 1)
+    assert bias == 0.5 * np.searchsorted(thresholds, distance, side="right")
