@@ -6,6 +6,7 @@ refuses.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 @functools.cache
-def _kernel(variant: HopperVariant, device: int) -> tuple[HopperImage, object]:
+def _kernel(variant: HopperVariant, device: int) -> tuple[HopperImage, ctypes.c_void_p]:
     # A function belongs to the context of one device.
     image = compile_hopper([variant], cache_dir)[0]
     return image, load_kernel(image.data, KERNEL_NAME, image.shared_bytes)
