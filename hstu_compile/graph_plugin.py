@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypedDict
 
 import onnx
 from onnx import TensorProto
@@ -10,6 +11,7 @@ from onnx import TensorProto
 from hstu_compile.errors import InternalError
 from hstu_compile.op_schema import is_attention, node_attributes
 from hstu_compile.plugin_library import PluginBuildRequest
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
@@ -29,11 +31,28 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
     Raises:
         InternalError: if an attention input has no static head count and width.
     """
-    variants = dict.fromkeys(variant for model in models for variant in _variants_of(model, runtime_version))
-    return PluginBuildRequest(variants=tuple(variants), runtime_version=runtime_version)
+    nodes = [node for model in models for node in _nodes_of(model, runtime_version)]
+    return PluginBuildRequest(
+        variants=tuple(dict.fromkeys(variant for node in nodes for variant in node.portable)),
+        hopper_variants=tuple(dict.fromkeys(variant for node in nodes for variant in node.hopper)),
+        runtime_version=runtime_version,
+    )
 
 
-def _variants_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterator[KernelVariant]:
+class _Bias(TypedDict):
+    pos_bias: bool
+    time_bias: bool
+    timestamp_bits: int
+
+
+class _Node(NamedTuple):
+    """The kernels that one attention node can run."""
+
+    portable: tuple[KernelVariant, ...]
+    hopper: tuple[HopperVariant, ...]
+
+
+def _nodes_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterator[_Node]:
     infos = {
         value.name: value.type.tensor_type
         for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
@@ -47,11 +66,14 @@ def _variants_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterato
         dims = (q.shape.dim[2].dim_value, v.shape.dim[2].dim_value)
         if not all(dims) or q.elem_type not in _DTYPES:
             raise InternalError(f"attention node {node.name} has no static head width or a type that no kernel has")
-        yield from variants_for(
-            _DTYPES[q.elem_type],
-            *dims,
-            pos_bias=attributes["pos_bias"] == 1,
-            time_bias=attributes["time_bias"] == 1,
-            timestamp_bits=32 if is_tensorrt8 else 64,
-            mask_kinds=(1,) if any(attributes[name] for name in _GENERAL_MASK) else (0,),
+        is_plain = not any(attributes[name] for name in _GENERAL_MASK)
+        dtype = _DTYPES[q.elem_type]
+        bias: _Bias = {
+            "pos_bias": attributes["pos_bias"] == 1,
+            "time_bias": attributes["time_bias"] == 1,
+            "timestamp_bits": 32 if is_tensorrt8 else 64,
+        }
+        yield _Node(
+            variants_for(dtype, *dims, **bias, mask_kinds=(0,) if is_plain else (1,)),
+            hopper_variants_for(dtype, *dims, **bias, plain_causal=is_plain),
         )

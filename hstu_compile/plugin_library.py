@@ -83,6 +83,7 @@ class PluginBuildRequest:
         with_ptx: also put in PTX, which newer GPUs compile when the library is loaded.
         hopper: "auto" puts the Hopper kernels in where they fit and nvcc is found, and says why where not; "require"
             fails without them; "off" leaves them out.
+        hopper_variants: which ones; None takes those of the `variants` that are aligned.
         tensorrt_include_dir: folder of NvInfer.h; None searches (`find_tensorrt_headers`).
         cuda_include_dir: folder of cuda_runtime_api.h; None searches (`find_cuda_headers`).
         runtime_version: version of the TensorRT that will load the library; None takes the installed Python package's,
@@ -95,6 +96,7 @@ class PluginBuildRequest:
     archs: tuple[int, ...] = ()
     with_ptx: bool = True
     hopper: HopperChoice = "auto"
+    hopper_variants: tuple[HopperVariant, ...] | None = None
     tensorrt_include_dir: Path | None = None
     cuda_include_dir: Path | None = None
     runtime_version: str | None = None
@@ -297,24 +299,23 @@ def _package_folder(package: str, subfolder: str, header: str) -> Path | None:
     return None
 
 
-def plan_hopper_kernels(choice: HopperChoice, variants: Sequence[KernelVariant], archs: Sequence[int]) -> HopperKernels:
+def plan_hopper_kernels(choice: HopperChoice, wanted: tuple[HopperVariant, ...], archs: Sequence[int]) -> HopperKernels:
     """Decide which Hopper kernels a library gets.
 
     Args:
         choice: of the request.
-        variants: the library's portable kernels.
+        wanted: those that its attention nodes can use.
         archs: its compute capabilities.
 
     Raises:
         PluginError: HSTU-E501 if they are required and there are none.
     """
-    wanted = hopper_variants_of(variants)
     if choice == "off":
         return HopperKernels((), None, "left out on request")
     if HOPPER_ARCH not in archs:
         note = f"the library is not for sm_{HOPPER_ARCH}"
     elif not wanted:
-        note = "none of the attention nodes fits them; they take float16 and bfloat16 without a bias"
+        note = "no attention node fits them; they take float16 and bfloat16, and head dims that are multiples of 8"
     else:
         try:
             _, (major, minor) = usable_nvcc()
@@ -327,7 +328,7 @@ def plan_hopper_kernels(choice: HopperChoice, variants: Sequence[KernelVariant],
             "the Hopper kernels are required and cannot be built",
             note,
             "see the cause, or build without requiring them: `--hopper auto` says what is missing and goes on",
-            {"archs": list(archs), "variants": [repr(variant) for variant in variants]},
+            {"archs": list(archs), "variants": [repr(variant) for variant in wanted]},
         )
     return HopperKernels((), None, note)
 
@@ -352,7 +353,8 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
     tools = _find_tools()
     variants = request.variants or default_variants()
     archs = request.archs or ARCHS
-    hopper = plan_hopper_kernels(request.hopper, variants, archs)
+    wanted = hopper_variants_of(variants) if request.hopper_variants is None else request.hopper_variants
+    hopper = plan_hopper_kernels(request.hopper, wanted, archs)
     content_hash = _content_hash(request, headers, cuda_headers, tools, variants, archs, hopper)
     cache_dir = request.cache_dir or default_cache_dir()
     store = cache_dir / "plugins"

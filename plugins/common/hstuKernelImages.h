@@ -8,7 +8,7 @@
 enum HstuKernelKind : int32_t
 {
     kHstuKernelPortable = 0, //!< kernels/hstu_attention.py: every node and GPU
-    kHstuKernelHopper = 1    //!< kernels/hopper: compute capability 9.0, half precision, no bias
+    kHstuKernelHopper = 1    //!< kernels/hopper: compute capability 9.0, half precision
 };
 
 //! One ahead-of-time compiled kernel with everything its launch needs.

@@ -75,6 +75,7 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
     constexpr int32_t kLeastBlockM = 64;
     bool const isCountable = sizes[Symbol::kLq] < kMostRows && sizes[Symbol::kLk] < kMostRows
                              && mostTiles(sizes, kLeastBlockM) < kMostRows;
+    constexpr int64_t kMostTimeHeads = 8; // of bias.cuh
     uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
     bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kQ)]);
     if (sizes[Symbol::kLk] > 0)
@@ -82,7 +83,7 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
         bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kK)]);
         bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kV)]);
     }
-    return isCountable && bits % kAlignment == 0;
+    return isCountable && sizes[Symbol::kHt] <= kMostTimeHeads && bits % kAlignment == 0;
 }
 
 int32_t chooseSplit(NodeSizes const& sizes, int32_t blockM, int32_t numSms) noexcept
@@ -135,6 +136,15 @@ void launchHopper(LoadedKernel const& kernel, HstuAttentionAttributes const& att
     parameters.contextualSeqLen = attributes.contextualSeqLen;
     parameters.maxAttnLen = attributes.maxAttnLen;
     parameters.minFullAttnSeqLen = attributes.minFullAttnSeqLen;
+    parameters.rowTimestamps = input(Input::kRowTimestamps);
+    parameters.colTimestamps = input(Input::kColTimestamps);
+    parameters.tsThresholds = input(Input::kTsThresholds);
+    parameters.tsTable = static_cast<float const*>(input(Input::kTsTable));
+    parameters.posTable = static_cast<float const*>(input(Input::kPosTable));
+    parameters.numBuckets = size(Symbol::kNumBuckets);
+    parameters.tsHeads = size(Symbol::kHt);
+    parameters.posTableLen = size(Symbol::kPosTableLen);
+    parameters.posHeads = size(Symbol::kHp);
 
     void* arguments[] = {&queries, &keys, &values, &parameters};
     CUresult const result = cudaDriver().launchKernel(kernel.function(),

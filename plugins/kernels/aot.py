@@ -360,12 +360,12 @@ def _hopper_fields(image: HopperImage) -> tuple[int, ...]:
         0,  # isPtx
         _HOPPER,
         DTYPE_CODES[variant.dtype],
-        0,  # timestampBits
+        variant.timestamp_bits,
         variant.block_dim,
         variant.block_dim,
         1,  # aligned
-        0,  # posBias
-        0,  # timeBias
+        int(variant.pos_bias),
+        int(variant.timestamp_bits > 0),
         int(not variant.plain_causal),
         HOPPER_TACTIC,
         image.block_m,

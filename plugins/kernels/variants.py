@@ -135,14 +135,22 @@ def default_variants() -> tuple[KernelVariant, ...]:
 def hopper_variants_of(variants: Iterable[KernelVariant]) -> tuple[HopperVariant, ...]:
     """Return the Hopper kernels that run, on compute capability 9.0, what these portable kernels run; each once.
 
-    There are none for a bias or float32.  A portable kernel knows its padded head dims only, so one that is not
-    aligned gets Hopper kernels too: they run its head dims that are multiples of 8.
+    There are none for float32.  A portable kernel knows its padded head dims only.  One that is not aligned is for head
+    dims that are no multiples of 16, of which most are no multiples of 8 either, so it gets none: who knows the head
+    dims asks ``hopper_variants_for``.
     """
     found: dict[HopperVariant, None] = {}
     for variant in variants:
-        if not variant.pos_bias and not variant.time_bias:
-            causal = variant.mask_kind == 0
-            fitting = hopper_variants_for(variant.dtype, variant.block_dqk, variant.block_dv, plain_causal=causal)
+        if variant.aligned:
+            fitting = hopper_variants_for(
+                variant.dtype,
+                variant.block_dqk,
+                variant.block_dv,
+                plain_causal=variant.mask_kind == 0,
+                pos_bias=variant.pos_bias,
+                time_bias=variant.time_bias,
+                timestamp_bits=variant.timestamp_bits,
+            )
             found.update(dict.fromkeys(fitting))
     return tuple(found)
 

@@ -27,7 +27,7 @@ from hstu_compile.plugins.kernels.hopper.compile import (
     usable_nvcc,
 )
 from hstu_compile.plugins.kernels.hopper.driver import AttentionParameters
-from hstu_compile.plugins.kernels.hopper.variants import hopper_variants_for, tile_of
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for, tile_of
 from hstu_compile.plugins.kernels.tiles import SHARED_LIMIT, tile_configs
 from hstu_compile.plugins.kernels.variants import hopper_variants_of, variants_for
 from tests.plugins.conformance.libraries import plugin_cache
@@ -182,31 +182,32 @@ def test_which_kernels_a_library_gets() -> None:
     general = variants_for("float16", 96, 64)
     assert hopper_variants_of(general) == hopper_variants_for("float16", 128, 128)
     assert hopper_variants_of([*general, *variants_for("float16", 128, 128)]) == hopper_variants_of(general)
-    causal = hopper_variants_of(variants_for("bfloat16", 16, 8, mask_kinds=(0,)))
+    causal = hopper_variants_of(variants_for("bfloat16", 16, 32, mask_kinds=(0,)))
     assert causal == hopper_variants_for("bfloat16", 64, 64, plain_causal=True)
     assert [variant.split for variant in causal] == [1, 2]
-    (wide,) = hopper_variants_of(variants_for("float16", 200, 256))
+    (wide,) = hopper_variants_of(variants_for("float16", 208, 256))
     assert (wide.block_dim, wide.split) == (256, 1)
     assert hopper_variants_of(variants_for("float32", 64, 64)) == ()
-    assert hopper_variants_of(variants_for("float16", 64, 64, pos_bias=True)) == ()
-    assert hopper_variants_of(variants_for("float16", 64, 64, time_bias=True)) == ()
+    assert hopper_variants_of(variants_for("float16", 50, 50)) == (), "no multiple of 8, as far as the kernel tells"
+    (biased,) = hopper_variants_of(variants_for("float16", 64, 64, pos_bias=True, time_bias=True, timestamp_bits=32))
+    assert (biased.pos_bias, biased.timestamp_bits, biased.split) == (True, 32, 1)
 
 
 def test_a_library_says_why_it_has_no_hopper_kernels(no_nvcc: Path) -> None:
-    half, archs = variants_for("float16", 64, 64), (80, 90)
-    missing = plan_hopper_kernels("auto", half, archs)
+    wanted, archs = COMPILED[:2], (80, 90)
+    missing = plan_hopper_kernels("auto", wanted, archs)
     assert missing.variants == ()
     assert missing.note is not None
     assert "needs nvcc, and none was found" in missing.note
     assert "Hopper GPUs run the portable kernels" in str(missing)
     fake_nvcc(no_nvcc).rename(_packaged(no_nvcc))
-    planned = plan_hopper_kernels("auto", half, archs)
-    assert (planned.variants, planned.nvcc, planned.note) == (hopper_variants_of(half), "13.0", None)
+    planned = plan_hopper_kernels("auto", wanted, archs)
+    assert (planned.variants, planned.nvcc, planned.note) == (wanted, "13.0", None)
     assert str(planned) == "2 Hopper kernels, by nvcc 13.0"
-    assert plan_hopper_kernels("require", half, archs) == planned
-    assert str(plan_hopper_kernels("off", half, archs)) == "no Hopper kernels: left out on request"
-    assert "not for sm_90" in str(plan_hopper_kernels("auto", half, (80,)))
-    assert "without a bias" in str(plan_hopper_kernels("auto", variants_for("float32", 64, 64), archs))
+    assert plan_hopper_kernels("require", wanted, archs) == planned
+    assert str(plan_hopper_kernels("off", wanted, archs)) == "no Hopper kernels: left out on request"
+    assert "not for sm_90" in str(plan_hopper_kernels("auto", wanted, (80,)))
+    assert "no attention node fits them" in str(plan_hopper_kernels("auto", (), archs))
 
 
 def _packaged(folder: Path) -> Path:
@@ -216,14 +217,14 @@ def _packaged(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "archs", "why"),
-    [("float16", (90,), "none was found"), ("float32", (90,), "without a bias"), ("float16", (80,), "not for sm_90")],
+    ("wanted", "archs", "why"),
+    [(COMPILED, (90,), "none was found"), ((), (90,), "no attention node fits"), (COMPILED, (80,), "not for sm_90")],
 )
 def test_required_kernels_that_cannot_be_had_are_an_error(
-    no_nvcc: Path, dtype: str, archs: tuple[int, ...], why: str
+    no_nvcc: Path, wanted: tuple[HopperVariant, ...], archs: tuple[int, ...], why: str
 ) -> None:
     with pytest.raises(PluginError, match=why) as caught:
-        plan_hopper_kernels("require", variants_for(dtype, 64, 64), archs)
+        plan_hopper_kernels("require", wanted, archs)
     assert caught.value.code == "HSTU-E501"
     assert "--hopper auto" in caught.value.fix
 
@@ -244,7 +245,8 @@ def test_the_tactic_id_is_above_every_tile_table() -> None:
 def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
     portable = KernelImage(variants_for("float16", 64, 64)[0], 90, False, 1, 64, 4, 7, "portable", b"one")
     hopper = [HopperImage(v, tile_of(v), v.dtype.encode(), "", (12, 9)) for v in COMPILED]
-    hopper.append(dataclasses.replace(hopper[0], variant=dataclasses.replace(VARIANT, plain_causal=True)))
+    biased = dataclasses.replace(VARIANT, plain_causal=True, pos_bias=True, timestamp_bits=32)
+    hopper.append(dataclasses.replace(hopper[0], variant=biased))
     source, _ = write_cpp_source([portable], tmp_path / "kernelImages.cpp", hopper)
     fields = re.findall(r"^    (?:int32_t|size_t) (\w+);", (COMMON / "hstuKernelImages.h").read_text(), re.MULTILINE)
     assert len(fields) == 19
@@ -271,6 +273,9 @@ def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
             "blockDqk": variant.block_dim,
             "blockDv": variant.block_dim,
             "aligned": 1,
+            "posBias": int(variant.pos_bias),
+            "timeBias": int(variant.timestamp_bits > 0),
+            "timestampBits": variant.timestamp_bits,
             "maskKind": 0 if variant.plain_causal else 1,
             "tactic": HOPPER_TACTIC,
             "blockM": 64 * image.tile.warpgroups,

@@ -56,8 +56,7 @@ def test_the_hopper_tactic_comes_first_where_it_fits(prepared: tuple[Path, Path]
         pytest.skip(str(error))
     _, results, _ = run(*prepared, "--host-only")
     offered = {r["case"]: r["tactics"] for r in results if r["mode"] == "build-phase"}
-    assert offered["causal"] == [HOPPER_TACTIC, 1, 2]
-    assert offered["research"] == [1, 2], "it has a bias"
+    assert set(map(tuple, offered.values())) == {(HOPPER_TACTIC, 1, 2)}
 
 
 def test_a_required_tactic_that_did_not_run_is_a_failure(prepared: tuple[Path, Path]) -> None:

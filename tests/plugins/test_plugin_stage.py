@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hstu_compile import plugin_stage
 from hstu_compile.cli import cli
 from hstu_compile.plugin_library import HopperKernels, PluginBuildRequest, PluginLibrary
+from hstu_compile.plugins.kernels.hopper.variants import hopper_variants_for
 from tests.exported_models import shipped, small_config
 
 
@@ -48,6 +49,19 @@ def test_the_library_holds_the_kernels_of_every_graph(graphs: list[Path], monkey
     assert not alone[0] & alone[1]
     assert set(together.variants) == alone[0] | alone[1]
     assert together.archs == (90,)
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp16", 24), ("fp16", 25), ("fp32", 24)])
+def test_hopper_kernels_are_those_of_the_real_head_dims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, width: int
+) -> None:
+    config = small_config(num_layers=1, attention={"attention_dim": width, "linear_dim": width})
+    _, graph = shipped(config, precision)
+    onnx.save(graph.model, tmp_path / "model.onnx")
+    dtype = {"fp16": "float16", "fp32": "float32"}[precision]
+    fitting = hopper_variants_for(dtype, width, width, plain_causal=True, pos_bias=True, time_bias=True)
+    assert requested(monkeypatch, [tmp_path / "model.onnx"]).hopper_variants == fitting
+    assert bool(fitting) is ((precision, width) == ("fp16", 24))
 
 
 def test_without_a_graph_the_default_set_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

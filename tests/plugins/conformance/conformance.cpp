@@ -405,7 +405,8 @@ std::string runGraph(host::Plugin& plugin, Call& call, device::Stream const& str
     return facts;
 }
 
-//! \return what the tactics offered for a case leave untested: the Hopper kernel's splits, of which wide heads have one.
+//! \return what the tactics offered for a case leave untested: the Hopper kernel's splits, of which wide heads and biases
+//! have one.
 std::vector<int32_t> splitTactics(Case const& testCase, std::vector<int32_t> const& offered)
 {
     std::vector<int32_t> tactics;
@@ -413,9 +414,11 @@ std::vector<int32_t> splitTactics(Case const& testCase, std::vector<int32_t> con
     {
         constexpr int64_t kWidestSplit = 128;
         int64_t const widest = std::max(testCase.inputs[0].dims[2], testCase.outputDims[2]);
+        bool const hasBias = std::any_of(testCase.inputs.begin(), testCase.inputs.end(),
+            [](CaseTensor const& input) { return input.name == "pos_table" || input.name == "ts_table"; });
         for (int32_t const split : kSplits)
         {
-            if (split == 1 || widest <= kWidestSplit)
+            if (split == 1 || (widest <= kWidestSplit && !hasBias))
             {
                 tactics.push_back(kHopperTactic + split);
             }

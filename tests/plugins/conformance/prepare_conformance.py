@@ -29,7 +29,7 @@ from hstu_compile.plugin_library import (
     find_tensorrt_headers,
 )
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
-from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH
+from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant, hopper_variants_for
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from tests import tolerances
 from tests.attention_cases import attention_grid, bias_cases, build_case, hostile_cases, mask_cases, with_dtype
@@ -72,6 +72,10 @@ def large_cases() -> Iterator[AttentionCase]:
     bias = {"pos_bias": "shared", "time_bias": "shared", "next_timestamp": True, "pos_table_len": 300}
     yield build_case(lengths, name="large-research", seed=505, **fixture, **bias)
     yield build_case(lengths, name="large-research-int32", seed=506, timestamp_bits=32, **fixture, **bias)
+    # Biases at head dims of the Hopper kernel, and tables of more heads than it has room for.
+    yield build_case(lengths, name="large-bias", seed=508, num_targets=targets, **wide, **bias)
+    per_head: dict[str, Any] = {"num_heads": 9, "dqk": 16, "dv": 16, "pos_bias": "per_head", "time_bias": "per_head"}
+    yield build_case([70, 3, 65], name="large-time-heads", pos_table_len=70, seed=509, **per_head)
 
 
 def all_cases() -> list[AttentionCase]:
@@ -80,7 +84,8 @@ def all_cases() -> list[AttentionCase]:
     some = [*mask_cases(), *bias_cases(), *hostile_cases(), *large[:2]]
     cases = [with_dtype(case, "float16") for case in [*attention_grid(), *large]]
     cases += [with_dtype(case, dtype) for dtype in ("bfloat16", "float32") for case in some]
-    return [*cases, with_dtype(large[-1], "float32")]
+    int32 = next(case for case in large if case.name == "large-research-int32")
+    return [*cases, with_dtype(int32, "float32")]
 
 
 def variants_of(cases: Iterable[AttentionCase]) -> tuple[KernelVariant, ...]:
@@ -102,6 +107,25 @@ def variants_of(cases: Iterable[AttentionCase]) -> tuple[KernelVariant, ...]:
                 found.update(
                     {dataclasses.replace(variant, aligned=False): None, dataclasses.replace(variant, mask_kind=0): None}
                 )
+    return tuple(found)
+
+
+def hopper_variants_of_cases(cases: Iterable[AttentionCase]) -> tuple[HopperVariant, ...]:
+    """Return the Hopper kernels that the cases can use, each once; with causal-only ones for the large cases."""
+    found: dict[HopperVariant, None] = {}
+    for case in cases:
+        bits = 0 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize
+        for is_plain in (False, True)[: 2 if case.name == "large-causal" else 1]:
+            fitting = hopper_variants_for(
+                case.dtype,
+                case.q.shape[2],
+                case.v.shape[2],
+                plain_causal=is_plain,
+                pos_bias=case.pos_table is not None,
+                time_bias=bits > 0,
+                timestamp_bits=bits,
+            )
+            found.update(dict.fromkeys(fitting))
     return tuple(found)
 
 
@@ -258,7 +282,8 @@ def main() -> None:
     # What the program must have run, beside whatever the library offers: the Hopper kernel and both of its splits.
     required = [HOPPER_TACTIC + split for split in (0, 1, 2)] if has_hopper else []
     (out / "required_tactics").write_text(" ".join(map(str, required)) + "\n")
-    library = build_plugin_library(PluginBuildRequest(variants=variants_of(cases), **common), print_progress)
+    request = PluginBuildRequest(variants=variants_of(cases), hopper_variants=hopper_variants_of_cases(cases), **common)
+    library = build_plugin_library(request, print_progress)
     if library.version_compatible is None:
         raise SystemExit("the headers are of TensorRT 8.5, which has no loadable plugin libraries")
     shutil.copy2(library.version_compatible, out)
@@ -273,8 +298,9 @@ def main() -> None:
         (out / "tensorrt85").mkdir(exist_ok=True)
         shutil.copy2(build_plugin_library(request, print_progress).self_registering, out / "tensorrt85")
         build_program_v2(out, arguments.tensorrt8_include_dir)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"\n{out}: {len(cases)} cases, {len(variants_of(cases))} kernel variants, {size / 2**20:.1f} MiB")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
+    kernels = f"{len(library.variants)} kernel variants, {library.hopper}"
+    print(f"\n{out}: {len(cases)} cases, {kernels}, {size:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -260,6 +260,11 @@ void checkHopperCalls()
     shifted = pointers;
     shifted.output = reinterpret_cast<void*>(0x1002);
     expect(!hstu::takesHopper(sizes, shifted), "output 2 bytes off");
+    hstu::NodeSizes timed = sizes;
+    timed[hstu::Symbol::kHt] = 8;
+    expect(hstu::takesHopper(timed, pointers), "time tables of eight heads");
+    timed[hstu::Symbol::kHt] = 9;
+    expect(!hstu::takesHopper(timed, pointers), "time tables of more heads than there is room for");
     expect(!hstu::takesHopper(sizesOf(1000, int64_t{1} << 30, 4, 2), pointers), "too many keys to count");
     expect(!hstu::takesHopper(sizesOf(1 << 24, 1000, 4, 65535), pointers), "too many tiles to count");
 }
