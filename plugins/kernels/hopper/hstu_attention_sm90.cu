@@ -46,6 +46,7 @@ constexpr int32_t kSlabs = kDim / kSlab;
 constexpr int32_t kRowBytes = kSlab * 2;
 constexpr int32_t kDepth = 16; // of one product instruction
 constexpr int32_t kTileSlots = 3; // one multiplied, one copied, one described
+constexpr int32_t kManyTiles = 8; // a block
 constexpr int32_t kAskAhead = kStages + 1; // key tiles of which the last ones hide the search for the next tile
 constexpr int32_t kFirstGroupBarrier = 1; // named barriers; 0 is that of __syncthreads
 constexpr int32_t kFirstTurnBarrier = 4;
@@ -185,35 +186,57 @@ __device__ __forceinline__ void takeShare(Tile& tile)
 //! copies.
 struct Scheduler
 {
+    CUtensorMap const& qMap;
+    CUtensorMap const& kMap;
+    CUtensorMap const& vMap;
     AttentionParameters const& p;
     Shared& shared;
 
-    //! The index of this block's tile of a round.
-    __device__ __forceinline__ int32_t nextIndex(int32_t round) const
+    //! Asks for the tile after those that blocks have been given.
+    __device__ __forceinline__ int32_t claim() const
     {
-        if constexpr (kSplit > 1)
+        return gridDim.x + atomicAdd(&p.progress[0], 1);
+    }
+
+    //! The index of this block's tile of a round where the tiles are dealt out beforehand, since blocks of a cluster must
+    //! agree: to and fro, as costs descend.
+    __device__ __forceinline__ int32_t dealt(int32_t round) const
+    {
+        int32_t const clusters = gridDim.x / kSplit;
+        int32_t const cluster = blockIdx.x / kSplit;
+        return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
+    }
+
+    //! Memory is slow for whoever reads a key first: its way into the L2 cache begins before there is a buffer for it.
+    __device__ __forceinline__ void prefetch(Tile const& tile) const
+    {
+#pragma unroll
+        for (int32_t slab = 0; slab < kSlabs; ++slab)
         {
-            // Blocks of a cluster must agree, so the tiles are dealt out beforehand: to and fro, as costs descend.
-            int32_t const clusters = gridDim.x / kSplit;
-            int32_t const cluster = blockIdx.x / kSplit;
-            return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
+            prefetchBox(&qMap, slab * kSlab, tile.head, tile.queryRow);
         }
-        return round == 0 ? static_cast<int32_t>(blockIdx.x) : gridDim.x + atomicAdd(&p.progress[0], 1);
+        for (int32_t t = 0; t < min(tile.share, kStages); ++t)
+        {
+            int32_t const row = tile.keyRow + keyStart(tile, t);
+#pragma unroll
+            for (int32_t slab = 0; slab < kSlabs; ++slab)
+            {
+                prefetchBox(&kMap, slab * kSlab, tile.head, row);
+                prefetchBox(&vMap, slab * kSlab, tile.head, row);
+            }
+        }
     }
 
     __device__ __forceinline__ void run()
     {
-        int32_t const numTiles = numSlots(p, shared.schedule, kBlockM) * p.heads;
+        int32_t const numTiles = shared.schedule.numSlots * p.heads;
+        // Where there are many tiles, one more in hand unbalances nothing, and its claim is answered in good time.
+        bool const isEarly = kSplit == 1 && numTiles > kManyTiles * static_cast<int32_t>(gridDim.x);
         Ring<kTileSlots> slot;
         Ring<1> wanted;
-        for (int32_t round = 0;; ++round)
+        int32_t index = kSplit > 1 ? dealt(0) : static_cast<int32_t>(blockIdx.x);
+        for (int32_t round = 1;; ++round)
         {
-            if (round > 0)
-            {
-                barrierWait(&shared.barriers.tileWanted, wanted.phase);
-                wanted.advance();
-            }
-            int32_t const index = nextIndex(round);
             Tile& tile = shared.tiles[slot.index];
             // The first wait on an empty buffer is for the phase before the first: it returns at once.
             barrierWait(&shared.barriers.tileEmpty[slot.index], slot.phase ^ 1);
@@ -229,6 +252,11 @@ struct Scheduler
             {
                 break;
             }
+            int32_t const early = isEarly ? claim() : 0;
+            prefetch(tile);
+            barrierWait(&shared.barriers.tileWanted, wanted.phase);
+            wanted.advance();
+            index = kSplit > 1 ? dealt(round) : isEarly ? early : claim();
         }
         if constexpr (kSplit == 1)
         {
@@ -297,6 +325,17 @@ struct Producer
         stage.advance();
     }
 
+    //! Has a key tile brought into the L2 cache before there is a buffer for it.
+    __device__ __forceinline__ void prefetchKeysAndValues(int32_t head, int32_t row) const
+    {
+#pragma unroll
+        for (int32_t slab = 0; slab < kSlabs; ++slab)
+        {
+            prefetchBox(&kMap, slab * kSlab, head, row);
+            prefetchBox(&vMap, slab * kSlab, head, row);
+        }
+    }
+
     __device__ __forceinline__ void run()
     {
         while (true)
@@ -320,6 +359,10 @@ struct Producer
                 if (t == asking)
                 {
                     barrierArrive(&shared.barriers.tileWanted);
+                }
+                if (t + kStages < share)
+                {
+                    prefetchKeysAndValues(tile.head, tile.keyRow + keyStart(tile, t + kStages));
                 }
                 if (t < share)
                 {
@@ -958,7 +1001,7 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
         }
         else if (threadIdx.x == 32)
         {
-            Scheduler{p, shared}.run();
+            Scheduler{qMap, kMap, vMap, p, shared}.run();
         }
     }
     else

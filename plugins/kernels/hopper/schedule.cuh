@@ -20,13 +20,41 @@ struct SequenceCost
     int32_t numTiles;
 };
 
+//! What the launch's tensors say of a sequence.
+struct Sequence
+{
+    int32_t queryBegin;
+    int32_t numQueries;
+    int32_t keyBegin;
+    int32_t numKeys;
+    int32_t history;
+    int32_t context;
+    float divisor;
+};
+
 //! In shared memory of every block, which makes it on its own: cheaper than a launch that makes it once.
 struct Schedule
 {
     SequenceCost costs[kOrderedSequences];
-    int32_t firstTile[kOrderedSequences]; //!< of the sequence at each rank: query tiles of all ranks before it
-    int32_t sequence[kOrderedSequences];  //!< at each rank
+    int32_t firstTile[kOrderedSequences];  //!< of the sequence at each rank: query tiles of all ranks before it
+    Sequence sequences[kOrderedSequences]; //!< at each rank
+    int32_t numSlots;
 };
+
+__device__ __forceinline__ Sequence readSequence(AttentionParameters const& p, int32_t index)
+{
+    Sequence sequence;
+    sequence.queryBegin = p.qOffsets[index];
+    sequence.numQueries = p.qOffsets[index + 1] - sequence.queryBegin;
+    sequence.keyBegin = p.kOffsets[index];
+    sequence.numKeys = p.kOffsets[index + 1] - sequence.keyBegin;
+    int32_t const targets = p.numTargets != nullptr ? p.numTargets[index] : 0;
+    sequence.history = sequence.numKeys - min(max(targets, 0), sequence.numKeys);
+    int32_t const context = p.contextualSeqLens != nullptr ? p.contextualSeqLens[index] : p.contextualSeqLen;
+    sequence.context = min(max(context, 0), sequence.numKeys);
+    sequence.divisor = p.scalingSeqLens != nullptr ? p.scalingSeqLens[index] : p.scalingSeqLen;
+    return sequence;
+}
 
 //! Whether 0 == offsets[0] <= ... <= offsets[B] <= L holds for queries and keys. For all threads of the block.
 __device__ __forceinline__ bool areOffsetsValid(AttentionParameters const& p)
@@ -57,31 +85,33 @@ __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Sch
 {
     if (p.batch > kOrderedSequences)
     {
+        // The tiles of sequence b start at slot qOffsets[b] / blockM + b, which leaves room for all of them.
+        if (threadIdx.x == 0)
+        {
+            schedule.numSlots = p.lq / blockM + p.batch;
+        }
         return;
     }
     int32_t const b = threadIdx.x;
+    bool const isSequence = b < p.batch;
+    Sequence sequence{};
     SequenceCost cost{};
-    if (b < p.batch)
+    if (isSequence)
     {
-        cost.numKeys = p.kOffsets[b + 1] - p.kOffsets[b];
-        cost.numTiles = (p.qOffsets[b + 1] - p.qOffsets[b] + blockM - 1) / blockM;
+        sequence = readSequence(p, b);
+        cost.numKeys = sequence.numKeys;
+        cost.numTiles = (sequence.numQueries + blockM - 1) / blockM;
         schedule.costs[b] = cost;
     }
     __syncthreads();
     SequenceCost const first = schedule.costs[0];
-    bool const isAlike = b >= p.batch || (cost.numKeys == first.numKeys && cost.numTiles == first.numTiles);
-    if (__syncthreads_and(isAlike) != 0)
+    bool const isAlike = !isSequence || (cost.numKeys == first.numKeys && cost.numTiles == first.numTiles);
+    int32_t rank = b;
+    int32_t before = b * cost.numTiles;
+    if (__syncthreads_and(isAlike) == 0)
     {
-        if (b < p.batch)
-        {
-            schedule.firstTile[b] = b * cost.numTiles;
-            schedule.sequence[b] = b;
-        }
-    }
-    else if (b < p.batch)
-    {
-        int32_t rank = 0;
-        int32_t before = 0;
+        rank = 0;
+        before = 0;
 #pragma unroll 4
         for (int32_t other = 0; other < p.batch; ++other)
         {
@@ -90,29 +120,28 @@ __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Sch
             rank += isFirst ? 1 : 0;
             before += isFirst ? theirs.numTiles : 0;
         }
+    }
+    if (isSequence)
+    {
         schedule.firstTile[rank] = before;
-        schedule.sequence[rank] = b;
+        schedule.sequences[rank] = sequence;
+        if (rank == p.batch - 1)
+        {
+            schedule.numSlots = before + cost.numTiles;
+        }
     }
     __syncthreads();
 }
 
-//! Slots of query tiles of one head; some are empty where a batch is not ordered.
-__device__ __forceinline__ int32_t numSlots(AttentionParameters const& p, Schedule const& schedule, int32_t blockM)
-{
-    if (p.batch > kOrderedSequences)
-    {
-        // The tiles of sequence b start at slot qOffsets[b] / blockM + b, which leaves room for all of them.
-        return p.lq / blockM + p.batch;
-    }
-    int32_t const lastRank = p.batch - 1;
-    return schedule.firstTile[lastRank] + schedule.costs[schedule.sequence[lastRank]].numTiles;
-}
-
-//! The sequence that owns a slot, and which of its slots it is.
-__device__ __forceinline__ int2 locate(AttentionParameters const& p, Schedule const& schedule, int32_t slot, int32_t blockM)
+//! Describes tile `index` of all heads' tiles. Where its slot is empty or its rows see nothing it has no key tiles, and no
+//! rows where the slot is empty.
+template <bool kPlainCausal>
+__device__ __forceinline__ void describeTile(AttentionParameters const& p, Schedule const& schedule, int32_t index,
+    int32_t blockM, int32_t blockN, Tile& tile)
 {
     bool const isOrdered = p.batch <= kOrderedSequences;
     auto firstSlot = [&](int32_t rank) { return isOrdered ? schedule.firstTile[rank] : p.qOffsets[rank] / blockM + rank; };
+    int32_t const slot = index / p.heads;
     int32_t low = 0;
     int32_t high = p.batch;
     while (high - low > 1)
@@ -120,32 +149,18 @@ __device__ __forceinline__ int2 locate(AttentionParameters const& p, Schedule co
         int32_t const middle = (low + high) / 2;
         (firstSlot(middle) <= slot ? low : high) = middle;
     }
-    return make_int2(isOrdered ? schedule.sequence[low] : low, slot - firstSlot(low));
-}
-
-//! Describes tile `index` of all heads' tiles; `tiles` is 0 where a slot is empty or its rows see nothing, and `rows` is
-//! not positive where it is empty.
-template <bool kPlainCausal>
-__device__ __forceinline__ void describeTile(AttentionParameters const& p, Schedule const& schedule, int32_t index,
-    int32_t blockM, int32_t blockN, Tile& tile)
-{
-    tile.head = index % p.heads;
-    int2 const found = locate(p, schedule, index / p.heads, blockM);
-    int32_t const sequence = found.x;
-    int32_t const queryBegin = p.qOffsets[sequence];
-    int32_t const numQueries = p.qOffsets[sequence + 1] - queryBegin;
-    tile.keyRow = p.kOffsets[sequence];
-    tile.numKeys = p.kOffsets[sequence + 1] - tile.keyRow;
-    int32_t const targets = p.numTargets != nullptr ? p.numTargets[sequence] : 0;
-    tile.history = tile.numKeys - min(max(targets, 0), tile.numKeys);
-    int32_t const context = p.contextualSeqLens != nullptr ? p.contextualSeqLens[sequence] : p.contextualSeqLen;
-    tile.context = min(max(context, 0), tile.numKeys);
-    tile.divisor = p.scalingSeqLens != nullptr ? p.scalingSeqLens[sequence] : p.scalingSeqLen;
+    Sequence const sequence = isOrdered ? schedule.sequences[low] : readSequence(p, low);
     // Last tile first.
-    int32_t const block = (numQueries + blockM - 1) / blockM - 1 - found.y;
-    tile.queryRow = queryBegin + block * blockM;
-    tile.rows = block < 0 ? 0 : numQueries - block * blockM;
-    tile.firstRow = tile.numKeys - numQueries + block * blockM;
+    int32_t const block = (sequence.numQueries + blockM - 1) / blockM - 1 - (slot - firstSlot(low));
+    tile.head = index - slot * p.heads;
+    tile.keyRow = sequence.keyBegin;
+    tile.numKeys = sequence.numKeys;
+    tile.history = sequence.history;
+    tile.context = sequence.context;
+    tile.divisor = sequence.divisor;
+    tile.queryRow = sequence.queryBegin + block * blockM;
+    tile.rows = block < 0 ? 0 : sequence.numQueries - block * blockM;
+    tile.firstRow = sequence.numKeys - sequence.numQueries + block * blockM;
     if (block < 0)
     {
         tile.maskedTiles = 0;

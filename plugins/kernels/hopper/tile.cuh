@@ -164,7 +164,8 @@ __device__ __forceinline__ void findKeyTiles(AttentionParameters const& p, Tile&
     int32_t const rightEnd = max((maskedEnd + blockN - 1) / blockN * blockN, tile.right);
     tile.leftTiles = (tile.whole - tile.left) / blockN;
     tile.edgeTiles = tile.leftTiles + (rightEnd - tile.right) / blockN;
-    tile.ownLeft = max(ownFirst / blockN * blockN, rightEnd);
+    // Key tiles may begin anywhere, so a tile's groups lie in as few as there can be.
+    tile.ownLeft = max(ownFirst, rightEnd);
     tile.maskedTiles = tile.edgeTiles + max(ownEnd - tile.ownLeft + blockN - 1, 0) / blockN;
     tile.tiles = tile.maskedTiles + (tile.right - tile.whole) / blockN;
 }

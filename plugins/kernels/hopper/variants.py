@@ -13,7 +13,7 @@ BLOCK_DIMS = (64, 128, 256)
 #: Head dims must be multiples of this, and tensors 16-byte aligned, or the tensor copies cannot address rows.
 DIM_MULTIPLE = 8
 #: Bytes of the schedule, the barriers and the tiles' descriptions, rounded up; the source asserts that they fit.
-_BOOKKEEPING_BYTES = 4096 + 768
+_BOOKKEEPING_BYTES = 256 * (8 + 4 + 28) + 768
 #: Heads with a time table of their own that a block has room for.
 MOST_TIME_HEADS = 8
 #: Per cell of bias.cuh a threshold, and two values per head; and a flag.
