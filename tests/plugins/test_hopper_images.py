@@ -27,7 +27,13 @@ from hstu_compile.plugins.kernels.hopper.compile import (
     usable_nvcc,
 )
 from hstu_compile.plugins.kernels.hopper.driver import AttentionParameters
-from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for, tile_of
+from hstu_compile.plugins.kernels.hopper.variants import (
+    BLOCK_DIMS,
+    HopperVariant,
+    hopper_variants_for,
+    shared_bytes,
+    tile_of,
+)
 from hstu_compile.plugins.kernels.tiles import SHARED_LIMIT, tile_configs
 from hstu_compile.plugins.kernels.variants import hopper_variants_of, variants_for
 from tests.plugins.conformance.libraries import plugin_cache
@@ -83,6 +89,16 @@ def test_a_block_fits_an_sm(images: list[HopperImage]) -> None:
         assert image.shared_bytes <= SHARED_LIMIT[90]
         assert image.block_m <= 256, "rows of a box of the tensor copies"
         assert image.tile.block_n <= 256
+
+
+@pytest.mark.parametrize("block_dim", BLOCK_DIMS)
+def test_every_kernel_s_shared_memory_fits_an_sm(block_dim: int) -> None:
+    for pos_bias in (False, True):
+        for time_bias in (False, True):
+            variants = hopper_variants_for("float16", block_dim, block_dim, pos_bias=pos_bias, time_bias=time_bias)
+            assert variants
+            for variant in variants:
+                assert shared_bytes(variant) <= SHARED_LIMIT[90], variant
 
 
 def test_products_are_warpgroups_and_copies_are_tensor_copies(sass: list[str]) -> None:
