@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -562,6 +563,14 @@ private:
         {
             return;
         }
+        // Held to the end of the case, so that its kernels are loaded once: under compute-sanitizer that takes seconds.
+        std::optional<host::Plugin> held;
+        attempt(testCase, "attach",
+            [&]
+            {
+                held.emplace(attached(testCase, fields));
+                return std::string();
+            });
         attempt(testCase, "autotune", [&] { return runAutotune(testCase, fields, tactics); });
         std::vector<int32_t> every = tactics;
         for (int32_t const tactic : splitTactics(testCase, tactics))
@@ -602,14 +611,20 @@ private:
         return facts;
     }
 
-    //! An engine: deserialise, attach to a context, choose the tactic, run.
-    std::string runRuntime(Case const& testCase, host::FieldStore& fields, int32_t tactic, bool captured)
+    //! An execution context of a deserialised engine.
+    host::Plugin attached(Case const& testCase, host::FieldStore& fields)
     {
         host::Plugin built = create(fields, nvinfer1::TensorRTPhase::kBUILD);
         checkBuildPhase(built, mLibrary.creator(), testCase);
-        host::Plugin engine = deserialised(built);
-        host::Plugin context(engine.runtime->attachToContext(nullptr));
+        host::Plugin context(deserialised(built).runtime->attachToContext(nullptr));
         require(context.object != nullptr, "attachToContext gave nothing");
+        return context;
+    }
+
+    //! An engine: deserialise, attach to a context, choose the tactic, run.
+    std::string runRuntime(Case const& testCase, host::FieldStore& fields, int32_t tactic, bool captured)
+    {
+        host::Plugin context = attached(testCase, fields);
         require(context.runtime->setTactic(tactic) == 0, "setTactic failed");
         Call call(testCase, 0);
         call.shapeChange(context);
@@ -620,10 +635,7 @@ private:
     //! Pointers that are only element-aligned: computed by an unaligned kernel, or refused by name.
     std::string runMisaligned(Case const& testCase, host::FieldStore& fields)
     {
-        host::Plugin built = create(fields, nvinfer1::TensorRTPhase::kBUILD);
-        checkBuildPhase(built, mLibrary.creator(), testCase);
-        host::Plugin context(deserialised(built).runtime->attachToContext(nullptr));
-        require(context.object != nullptr, "attachToContext gave nothing");
+        host::Plugin context = attached(testCase, fields);
         Call call(testCase, bytesOf(testCase.type));
         call.shapeChange(context);
         device::Stream const stream;
