@@ -18,6 +18,7 @@
 #   TORCH_BACKENDS     of bench-torch (default "triton eager")
 #   HSTU_COMMIT        what the results are results of (default: the commit that the job folder was made from)
 #   PEERS_BUDGET, ENGINES_BUDGET    seconds of the M-FALCON benchmark's two steps
+#   M_FALCON_CASES     of bench-m-falcon-engines, such as "--n 4096 --m 256 1024"
 #   KERNELS_OPTIONS    of run_kernels.py, such as --only-hopper
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
@@ -109,10 +110,11 @@ bench-m-falcon-peers() {
 bench-m-falcon-engines() {
     local references=$work/bench-m-falcon-peers/fp16
     # A machine on which the peers did not run has no references yet.
-    peers --parts "$references" --backends reference --budget 150 || return 1
+    # shellcheck disable=SC2086
+    peers --parts "$references" --backends reference --budget 150 ${M_FALCON_CASES:-} || return 1
     in_tensorrt85 python3.10 "$library/tests/bench/bench_m_falcon.py" --parts "$1/fp16" --references "$references" \
         --bundle "$models/$m_falcon" --engines "$engines/$m_falcon" \
-        --plugin-library "$job/plugin/libhstu_trt_plugin.so" --budget "$((${ENGINES_BUDGET:-500} - SECONDS + started))"
+        --plugin-library "$job/plugin/libhstu_trt_plugin.so" --budget "$((${ENGINES_BUDGET:-500} - SECONDS + started))" ${M_FALCON_CASES:-}
 }
 rtx() { in_rtx timeout 420 "$python" "$gpu_tests/run_rtx.py" "$job" "$1"; }
 timing() {
