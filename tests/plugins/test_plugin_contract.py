@@ -18,6 +18,7 @@ from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, chosen_s
 
 ROOT = Path(generate_contract.__file__).parent
 CONTRACT = ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml"
+PROGRAMS = Path(__file__).parent / "conformance"
 WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -71,22 +72,57 @@ def test_a_new_attribute_reaches_the_field_reader_by_itself(contract: dict[str, 
 
 
 @pytest.fixture(scope="module")
-def selection(tmp_path_factory: pytest.TempPathFactory, contract: dict[str, Any]) -> Path:
-    """The program that picks kernel images from a table of its own; compiled without a TensorRT header."""
+def includes(tmp_path_factory: pytest.TempPathFactory, contract: dict[str, Any]) -> list[str]:
+    """Where the core finds its headers; no TensorRT header is among them."""
     try:
         cuda = find_cuda_headers()
     except PluginError as error:
         pytest.skip(f"no CUDA headers: {error.why}")
-    folder = tmp_path_factory.mktemp("selection")
-    (folder / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(contract))
-    own = [folder, *(ROOT / name for name in ("common", "hstuAttentionPlugin", "kernels/hopper"))]
-    includes = [*(f"-I{path}" for path in own), "-isystem", str(cuda)]
-    sources = [Path(__file__).parent / "conformance" / "selection.cpp"]
-    sources += [ROOT / "hstuAttentionPlugin" / f"hstuAttention{name}.cpp" for name in ("Kernel", "Hopper")]
-    sources += sorted((ROOT / "common").glob("*.cpp"))
-    program = folder / "selection"
-    subprocess.run(["g++", *WARNINGS, *includes, *map(str, sources), "-o", str(program), "-ldl"], check=True)
+    generated = tmp_path_factory.mktemp("generated")
+    (generated / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(contract))
+    own = [generated, *(ROOT / name for name in ("common", "hstuAttentionPlugin", "kernels/hopper"))]
+    return [*(f"-I{path}" for path in own), "-isystem", str(cuda)]
+
+
+def core_sources(*names: str) -> list[str]:
+    parts = [ROOT / "hstuAttentionPlugin" / f"hstuAttention{name}.cpp" for name in names]
+    return [str(path) for path in (*parts, *sorted((ROOT / "common").glob("*.cpp")))]
+
+
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory: pytest.TempPathFactory, includes: list[str]) -> Path:
+    """The program that picks kernel images from a table of its own."""
+    program = tmp_path_factory.mktemp("selection") / "selection"
+    sources = [str(PROGRAMS / "selection.cpp"), *core_sources("Kernel", "Hopper")]
+    subprocess.run(["g++", *WARNINGS, *includes, *sources, "-o", str(program), "-ldl"], check=True)
     return program
+
+
+@pytest.fixture(scope="module")
+def hopper_launch(tmp_path_factory: pytest.TempPathFactory, includes: list[str]) -> Path:
+    """The program that launches Hopper images on a driver without a GPU, which lies beside it."""
+    folder = tmp_path_factory.mktemp("launch")
+    driver = ["-shared", "-fPIC", str(PROGRAMS / "fakeDriver.cpp"), "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(["g++", *WARNINGS, *includes, *driver], check=True)
+    sources = [str(PROGRAMS / "hopperLaunch.cpp"), *core_sources("Core", "Fields", "Hopper", "Kernel", "Shapes")]
+    command = ["g++", *WARNINGS, *includes, *sources, "-o", str(folder / "hopperLaunch"), "-ldl"]
+    subprocess.run(command, check=True)
+    return folder / "hopperLaunch"
+
+
+def launched(program: Path, *arguments: str, driver_version: str = "13000") -> subprocess.CompletedProcess[str]:
+    environment = {"LD_LIBRARY_PATH": str(program.parent), "FAKE_CUDA_VERSION": driver_version}
+    return subprocess.run([str(program), *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_hopper_launch_passes_what_the_kernel_reads(hopper_launch: Path) -> None:
+    done = launched(hopper_launch)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_driver_older_than_the_compiler_gets_the_portable_kernels(hopper_launch: Path) -> None:
+    assert launched(hopper_launch, "tactics").stdout.split() == ["64", "1"]
+    assert launched(hopper_launch, "tactics", driver_version="11080").stdout.split() == ["1"]
 
 
 def test_the_core_needs_no_tensorrt_header_and_picks_the_right_image(selection: Path) -> None:

@@ -1,0 +1,349 @@
+//! Checks what the plugin's core passes to the driver for a Hopper launch, with fakeDriver.cpp as libcuda.so.1 and a
+//! table of images of its own. Prints one line per failed check; exit code 0 if there is none.
+
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "fakeDriver.h"
+#include "hstuAttentionCore.h"
+
+namespace
+{
+
+constexpr int32_t kBfloat16 = 2;
+unsigned char const kCode[] = {0, 1, 2, 3, 4};
+
+constexpr HstuKernelImage hopperImage(
+    int32_t split, int32_t blockM, int32_t threads, int32_t timestampBits, unsigned char const* code)
+{
+    int32_t const bias = timestampBits > 0 ? 1 : 0;
+    return {90, 0, kHstuKernelHopper, kBfloat16, timestampBits, 64, 64, 1, bias, bias, 1, 64, blockM, 128, threads, split,
+        1000 + split, 12000, "hopper", code, 1};
+}
+
+constexpr HstuKernelImage portableImage(int32_t timestampBits, unsigned char const* code)
+{
+    int32_t const bias = timestampBits > 0 ? 1 : 0;
+    return {90, 0, kHstuKernelPortable, kBfloat16, timestampBits, 64, 64, 0, bias, bias, 1, 1, 64, 0, 128, 1, 0, 0,
+        "portable", code, 1};
+}
+
+} // namespace
+
+HstuKernelImage const kHstuKernelImages[] = {
+    portableImage(0, kCode),
+    hopperImage(1, 192, 512, 0, kCode + 1),
+    hopperImage(2, 128, 384, 0, kCode + 2),
+    portableImage(64, kCode + 3),
+    hopperImage(1, 128, 384, 64, kCode + 4),
+};
+size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
+
+namespace
+{
+
+using hstu::Input;
+
+int failures = 0;
+
+void expect(bool condition, std::string const& what)
+{
+    if (!condition)
+    {
+        std::printf("FAIL %s\n", what.c_str());
+        ++failures;
+    }
+}
+
+struct Shape
+{
+    int64_t batch;
+    int64_t lq;
+    int64_t lk;
+    int64_t heads;
+    int64_t dqk;
+    int64_t dv;
+};
+
+hstu::HstuAttentionAttributes attributesOf(bool hasBias)
+{
+    hstu::HstuAttentionAttributes attributes;
+    attributes.alpha = 0.25F;
+    attributes.scalingSeqLen = 200.0F;
+    attributes.maxQueryLen = attributes.maxSeqLen = 4096;
+    attributes.targetGroupSize = 3;
+    attributes.contextualSeqLen = 2;
+    attributes.maxAttnLen = 5;
+    attributes.minFullAttnSeqLen = 7;
+    attributes.hasNumTargets = 1;
+    attributes.posBias = attributes.timeBias = hasBias ? 1 : 0;
+    return attributes;
+}
+
+hstu::TensorView view(hstu::ElementType type, std::initializer_list<int64_t> dims)
+{
+    hstu::TensorView tensor;
+    tensor.type = type;
+    for (int64_t const dim : dims)
+    {
+        tensor.dims[static_cast<size_t>(tensor.rank++)] = dim;
+    }
+    return tensor;
+}
+
+hstu::NodeTensors tensorsOf(Shape const& shape, int64_t timeHeads)
+{
+    using hstu::ElementType;
+    hstu::NodeTensors tensors;
+    auto const set = [&tensors](Input input, hstu::TensorView const& tensor)
+    { tensors.inputs[static_cast<size_t>(input)] = tensor; };
+    set(Input::kQ, view(ElementType::kBfloat16, {shape.lq, shape.heads, shape.dqk}));
+    set(Input::kK, view(ElementType::kBfloat16, {shape.lk, shape.heads, shape.dqk}));
+    set(Input::kV, view(ElementType::kBfloat16, {shape.lk, shape.heads, shape.dv}));
+    set(Input::kQOffsets, view(ElementType::kInt32, {shape.batch + 1}));
+    set(Input::kKOffsets, view(ElementType::kInt32, {shape.batch + 1}));
+    set(Input::kNumTargets, view(ElementType::kInt32, {shape.batch}));
+    if (timeHeads > 0)
+    {
+        set(Input::kRowTimestamps, view(ElementType::kInt64, {shape.lq}));
+        set(Input::kColTimestamps, view(ElementType::kInt64, {shape.lk}));
+        set(Input::kPosTable, view(ElementType::kFloat32, {1, 99}));
+        set(Input::kTsTable, view(ElementType::kFloat32, {timeHeads, 17}));
+        set(Input::kTsThresholds, view(ElementType::kInt64, {16}));
+    }
+    tensors.output = view(ElementType::kBfloat16, {shape.lq, shape.heads, shape.dv});
+    return tensors;
+}
+
+//! Every tensor at an address of its own, 0x1000 times its position plus one.
+hstu::DevicePointers pointersOf(hstu::HstuAttentionAttributes const& attributes)
+{
+    hstu::DevicePointers pointers;
+    for (int32_t input = 0; input < hstu::kNbInputs; ++input)
+    {
+        if (hstu::isInputPresent(attributes, input))
+        {
+            pointers.inputs[static_cast<size_t>(input)] = reinterpret_cast<void const*>(uintptr_t{0x1000} * (input + 1U));
+        }
+    }
+    pointers.output = reinterpret_cast<void*>(0x100000);
+    return pointers;
+}
+
+hstu::HstuAttentionCore coreOf(Shape const& shape, int64_t timeHeads = 0)
+{
+    hstu::HstuAttentionAttributes const attributes = attributesOf(timeHeads > 0);
+    hstu::HstuAttentionCore core("node", attributes, hstu::EngineSignature{});
+    core.configure(tensorsOf(shape, timeHeads));
+    core.load();
+    return core;
+}
+
+class Checks
+{
+public:
+    explicit Checks(fake::Calls& calls)
+        : mCalls(calls)
+    {
+    }
+
+    void run()
+    {
+        checkWholeTiles();
+        checkSharedTiles();
+        checkFixedSplits();
+        checkFallbacks();
+        checkNoKeys();
+        checkBias();
+        checkCounters();
+        expect(mCalls.allocations == 0, "every counter is freed");
+    }
+
+private:
+    //! Enqueues and hands back the one launch, which neither waited nor allocated.
+    fake::Launch launchOf(hstu::HstuAttentionCore const& core, Shape const& shape, hstu::DevicePointers const& pointers,
+        int64_t timeHeads = 0)
+    {
+        size_t const before = mCalls.launches.size();
+        int const waits = mCalls.waits;
+        core.enqueue(tensorsOf(shape, timeHeads), pointers, reinterpret_cast<CUstream>(0x77));
+        expect(mCalls.waits == waits, "enqueue neither allocates nor waits");
+        expect(mCalls.launches.size() == before + 1, "one launch");
+        return mCalls.launches.back();
+    }
+
+    void checkWholeTiles()
+    {
+        Shape const shape{4, 60000, 60001, 4, 56, 40};
+        hstu::HstuAttentionCore const core = coreOf(shape);
+        fake::Launch const launch = launchOf(core, shape, pointersOf(attributesOf(false)));
+        expect(launch.image == kCode + 1, "many tiles are not split");
+        expect(launch.grid[0] == 132 && launch.grid[1] == 1 && launch.grid[2] == 1, "a block an SM");
+        expect(launch.block[0] == 512 && launch.sharedBytes == 1001, "the image's threads and shared memory");
+        expect(launch.stream == reinterpret_cast<CUstream>(0x77), "on the stream");
+        uint64_t const rows[] = {60000, 60001, 60001};
+        uint64_t const columns[] = {56, 56, 40};
+        uint32_t const boxRows[] = {192, 128, 128};
+        for (size_t i = 0; i < 3; ++i)
+        {
+            fake::MapCall const& map = launch.maps[i];
+            expect(map.type == 9 && map.modes == std::vector<int>{0, 3, 3, 0}, "bfloat16, swizzled, zeros outside");
+            expect(map.address == reinterpret_cast<void*>(uintptr_t{0x1000} * (i + 1)), "q, k and v");
+            expect(map.dims == std::vector<uint64_t>{columns[i], 4, rows[i]}, "columns, heads, rows");
+            expect(map.strides == std::vector<uint64_t>{2 * columns[i], 8 * columns[i]}, "bytes of a head and a row");
+            expect(map.box == std::vector<uint32_t>{64, 1, boxRows[i]}, "a slab of a tile");
+            expect(map.steps == std::vector<uint32_t>{1, 1, 1}, "every element");
+        }
+        hstu::AttentionParameters const& p = launch.parameters;
+        expect(p.out == reinterpret_cast<void*>(0x100000), "out");
+        expect(p.qOffsets == reinterpret_cast<int32_t*>(0x4000) && p.kOffsets == reinterpret_cast<int32_t*>(0x5000)
+                   && p.numTargets == reinterpret_cast<int32_t*>(0x6000),
+            "offsets and targets");
+        expect(p.contextualSeqLens == nullptr && p.scalingSeqLens == nullptr, "absent inputs are null");
+        expect(p.alpha == 0.25F && p.scalingSeqLen == 200.0F, "alpha and divisor");
+        expect(p.lq == 60000 && p.lk == 60001 && p.batch == 4 && p.heads == 4 && p.dv == 40, "sizes");
+        expect(p.targetGroupSize == 3 && p.contextualSeqLen == 2 && p.maxAttnLen == 5 && p.minFullAttnSeqLen == 7,
+            "attributes of the mask");
+        expect(p.progress != nullptr && p.progress[0] == 0 && p.progress[1] == 0, "counters that are zero");
+        expect(p.rowTimestamps == nullptr && p.tsTable == nullptr && p.posTable == nullptr && p.numBuckets == 0,
+            "no bias");
+    }
+
+    void checkSharedTiles()
+    {
+        Shape const shape{2, 300, 300, 4, 64, 64};
+        fake::Launch const launch = launchOf(coreOf(shape), shape, pointersOf(attributesOf(false)));
+        expect(launch.image == kCode + 2, "few tiles are split");
+        expect(launch.grid[0] == 2 * (300 / 128 + 2) * 4, "a pair for every tile that there may be");
+        expect(launch.block[0] == 384 && launch.sharedBytes == 1002, "the split image's threads and shared memory");
+        expect(launch.maps[0].box[2] == 128, "and its tile");
+    }
+
+    void checkFixedSplits()
+    {
+        Shape const shape{2, 300, 300, 4, 64, 64};
+        hstu::HstuAttentionCore core = coreOf(shape);
+        expect(core.tactics() == std::vector<int32_t>{64, 1}, "the splits are not offered");
+        for (int32_t const split : {1, 2})
+        {
+            core.setTactic(64 + split);
+            expect(launchOf(core, shape, pointersOf(attributesOf(false))).image == kCode + split, "a split that is fixed");
+        }
+        core.setTactic(1);
+        expect(launchOf(core, shape, pointersOf(attributesOf(false))).kernel == "portable", "the portable tactic");
+        bool isRefused = false;
+        try
+        {
+            core.setTactic(67);
+        }
+        catch (std::exception const& error)
+        {
+            isRefused = std::string(error.what()).find("tactic 67") != std::string::npos;
+        }
+        expect(isRefused, "a split that nobody compiled");
+    }
+
+    void checkFallbacks()
+    {
+        Shape const shape{2, 300, 300, 4, 64, 64};
+        hstu::HstuAttentionCore const core = coreOf(shape);
+        hstu::DevicePointers shifted = pointersOf(attributesOf(false));
+        shifted.inputs[static_cast<size_t>(Input::kK)] = reinterpret_cast<void const*>(0x2002);
+        expect(launchOf(core, shape, shifted).image == kCode, "keys that are not aligned take the portable kernel");
+        Shape const timed{2, 300, 300, 9, 64, 64};
+        hstu::HstuAttentionCore const many = coreOf(timed, 9);
+        expect(launchOf(many, timed, pointersOf(attributesOf(true)), 9).image == kCode + 3,
+            "and so do time tables of nine heads");
+    }
+
+    void checkNoKeys()
+    {
+        Shape const shape{2, 300, 0, 4, 64, 32};
+        hstu::DevicePointers pointers = pointersOf(attributesOf(false));
+        pointers.inputs[static_cast<size_t>(Input::kK)] = pointers.inputs[static_cast<size_t>(Input::kV)] = nullptr;
+        fake::Launch const launch = launchOf(coreOf(shape), shape, pointers);
+        for (size_t i = 1; i < 3; ++i)
+        {
+            expect(launch.maps[i].address == reinterpret_cast<void*>(0x1000) && launch.maps[i].dims[2] == 1,
+                "a map of something where there are no keys");
+        }
+        expect(launch.parameters.lk == 0, "and none are counted");
+        size_t const before = mCalls.launches.size();
+        Shape const empty{2, 0, 0, 4, 64, 32};
+        coreOf(empty).enqueue(tensorsOf(empty, 0), hstu::DevicePointers{}, nullptr);
+        expect(mCalls.launches.size() == before, "nothing to launch without queries");
+    }
+
+    void checkBias()
+    {
+        Shape const shape{2, 300, 300, 4, 64, 64};
+        fake::Launch const launch = launchOf(coreOf(shape, 4), shape, pointersOf(attributesOf(true)), 4);
+        expect(launch.image == kCode + 4, "the image with both biases");
+        hstu::AttentionParameters const& p = launch.parameters;
+        auto const at = [](Input input)
+        { return reinterpret_cast<void const*>(uintptr_t{0x1000} * (static_cast<unsigned>(input) + 1U)); };
+        expect(p.rowTimestamps == at(Input::kRowTimestamps) && p.colTimestamps == at(Input::kColTimestamps)
+                   && p.tsThresholds == at(Input::kTsThresholds) && p.tsTable == at(Input::kTsTable)
+                   && p.posTable == at(Input::kPosTable),
+            "tables and times");
+        expect(p.numBuckets == 16 && p.tsHeads == 4 && p.posTableLen == 50 && p.posHeads == 1, "their sizes");
+    }
+
+    void checkCounters()
+    {
+        Shape const shape{2, 300, 300, 4, 64, 64};
+        int const before = mCalls.allocations;
+        hstu::HstuAttentionCore const core = coreOf(shape);
+        hstu::HstuAttentionCore copy(core);
+        hstu::HstuAttentionCore const attached = core.attached();
+        expect(mCalls.allocations == before + 3, "counters for each copy");
+        int32_t const* const own = launchOf(core, shape, pointersOf(attributesOf(false))).parameters.progress;
+        for (hstu::HstuAttentionCore const* const other : {&copy, &attached})
+        {
+            int32_t const* const others = launchOf(*other, shape, pointersOf(attributesOf(false))).parameters.progress;
+            expect(others != nullptr && others != own && others[0] == 0, "of its own");
+        }
+        hstu::HstuAttentionCore moved(std::move(copy));
+        moved.unload();
+        expect(mCalls.allocations == before + 2, "the others keep theirs");
+    }
+
+    fake::Calls& mCalls;
+};
+
+} // namespace
+
+int main(int argc, char** argv)
+{
+    void* const library = dlopen("libcuda.so.1", RTLD_NOW);
+    auto const getCalls = library != nullptr
+                              ? reinterpret_cast<fake::Calls* (*)()>(dlsym(library, "fakeCalls"))
+                              : nullptr;
+    if (getCalls == nullptr)
+    {
+        std::printf("libcuda.so.1 is not the fake driver\n");
+        return 2;
+    }
+    try
+    {
+        if (argc == 2 && std::string(argv[1]) == "tactics")
+        {
+            for (int32_t const tactic : coreOf({2, 300, 300, 4, 64, 64}).tactics())
+            {
+                std::printf("%d\n", tactic);
+            }
+            return 0;
+        }
+        Checks(*getCalls()).run();
+    }
+    catch (std::exception const& error)
+    {
+        std::printf("FAIL %s\n", error.what());
+        return 1;
+    }
+    return failures == 0 ? 0 : 1;
+}
