@@ -302,7 +302,8 @@ private:
         hstu::HstuAttentionCore const attached = core.attached();
         expect(mCalls.allocations == before + 3, "counters for each copy");
         int32_t const* const own = launchOf(core, shape, pointersOf(attributesOf(false))).parameters.progress;
-        for (hstu::HstuAttentionCore const* const other : {&copy, &attached})
+        hstu::HstuAttentionCore const* const cores[] = {&copy, &attached};
+        for (hstu::HstuAttentionCore const* const other : cores)
         {
             int32_t const* const others = launchOf(*other, shape, pointersOf(attributesOf(false))).parameters.progress;
             expect(others != nullptr && others != own && others[0] == 0, "of its own");
