@@ -121,7 +121,7 @@ class HopperKernels:
     def __str__(self) -> str:
         """One line for a screen."""
         if self.note is not None:
-            return f"no Hopper kernels: {self.note}"
+            return f"no Hopper kernels, Hopper GPUs run the portable ones: {self.note}"
         return f"{len(self.variants)} Hopper kernels, by nvcc {self.nvcc}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def plan_hopper_kernels(choice: HopperChoice, wanted: tuple[HopperVariant, ...],
             _, (major, minor) = usable_nvcc()
             return HopperKernels(wanted, f"{major}.{minor}", None)
         except RuntimeError as error:
-            note = f"{error}. Until then Hopper GPUs run the portable kernels"
+            note = str(error)
     if choice == "require":
         raise PluginError(
             "HSTU-E501",

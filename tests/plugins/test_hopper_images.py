@@ -166,7 +166,7 @@ def test_a_kernel_that_does_not_compile_says_which_and_why(tmp_path: Path) -> No
 def test_an_old_or_silent_nvcc_is_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"release 12\.2; .* needs 12\.3 or later\. Fix: set HSTU_NVCC"):
         usable_nvcc(fake_nvcc(tmp_path, "12.2"))
-    with pytest.raises(RuntimeError, match="does not say which release"):
+    with pytest.raises(RuntimeError, match=r"does not say which release .*Fix: set HSTU_NVCC"):
         nvcc_version(tmp_path / "nothing")
 
 
@@ -215,13 +215,13 @@ def test_a_library_says_why_it_has_no_hopper_kernels(no_nvcc: Path) -> None:
     assert missing.variants == ()
     assert missing.note is not None
     assert "needs nvcc, and none was found" in missing.note
-    assert "Hopper GPUs run the portable kernels" in str(missing)
+    assert "Hopper GPUs run the portable ones" in str(missing)
     fake_nvcc(no_nvcc).rename(_packaged(no_nvcc))
     planned = plan_hopper_kernels("auto", wanted, archs)
     assert (planned.variants, planned.nvcc, planned.note) == (wanted, "13.0", None)
     assert str(planned) == "2 Hopper kernels, by nvcc 13.0"
     assert plan_hopper_kernels("require", wanted, archs) == planned
-    assert str(plan_hopper_kernels("off", wanted, archs)) == "no Hopper kernels: left out on request"
+    assert str(plan_hopper_kernels("off", wanted, archs)).endswith(": left out on request")
     assert "not for sm_90" in str(plan_hopper_kernels("auto", wanted, (80,)))
     assert "no attention node fits them" in str(plan_hopper_kernels("auto", (), archs))
 

@@ -98,7 +98,9 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
         major, minor = text.rsplit("release ", 1)[1].split(",", 1)[0].split(".")[:2]
         return int(major), int(minor)
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError) as error:
-        raise RuntimeError(f"{nvcc} does not say which release it is: {error}") from error
+        raise RuntimeError(
+            f"{nvcc} does not say which release it is: {error}. Fix: set {NVCC_VARIABLE} to an nvcc that runs here"
+        ) from error
 
 
 def usable_nvcc(nvcc: Path | None = None) -> tuple[Path, tuple[int, int]]:
