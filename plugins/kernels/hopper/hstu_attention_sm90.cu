@@ -186,9 +186,6 @@ __device__ __forceinline__ void takeShare(Tile& tile)
 //! copies.
 struct Scheduler
 {
-    CUtensorMap const& qMap;
-    CUtensorMap const& kMap;
-    CUtensorMap const& vMap;
     AttentionParameters const& p;
     Shared& shared;
 
@@ -205,26 +202,6 @@ struct Scheduler
         int32_t const clusters = gridDim.x / kSplit;
         int32_t const cluster = blockIdx.x / kSplit;
         return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
-    }
-
-    //! Memory is slow for whoever reads a key first: its way into the L2 cache begins before there is a buffer for it.
-    __device__ __forceinline__ void prefetch(Tile const& tile) const
-    {
-#pragma unroll
-        for (int32_t slab = 0; slab < kSlabs; ++slab)
-        {
-            prefetchBox(&qMap, slab * kSlab, tile.head, tile.queryRow);
-        }
-        for (int32_t t = 0; t < min(tile.share, kStages); ++t)
-        {
-            int32_t const row = tile.keyRow + keyStart(tile, t);
-#pragma unroll
-            for (int32_t slab = 0; slab < kSlabs; ++slab)
-            {
-                prefetchBox(&kMap, slab * kSlab, tile.head, row);
-                prefetchBox(&vMap, slab * kSlab, tile.head, row);
-            }
-        }
     }
 
     __device__ __forceinline__ void run()
@@ -253,7 +230,6 @@ struct Scheduler
                 break;
             }
             int32_t const early = isEarly ? claim() : 0;
-            prefetch(tile);
             barrierWait(&shared.barriers.tileWanted, wanted.phase);
             wanted.advance();
             index = kSplit > 1 ? dealt(round) : isEarly ? early : claim();
@@ -325,17 +301,6 @@ struct Producer
         stage.advance();
     }
 
-    //! Has a key tile brought into the L2 cache before there is a buffer for it.
-    __device__ __forceinline__ void prefetchKeysAndValues(int32_t head, int32_t row) const
-    {
-#pragma unroll
-        for (int32_t slab = 0; slab < kSlabs; ++slab)
-        {
-            prefetchBox(&kMap, slab * kSlab, head, row);
-            prefetchBox(&vMap, slab * kSlab, head, row);
-        }
-    }
-
     __device__ __forceinline__ void run()
     {
         while (true)
@@ -359,10 +324,6 @@ struct Producer
                 if (t == asking)
                 {
                     barrierArrive(&shared.barriers.tileWanted);
-                }
-                if (t + kStages < share)
-                {
-                    prefetchKeysAndValues(tile.head, tile.keyRow + keyStart(tile, t + kStages));
                 }
                 if (t < share)
                 {
@@ -1001,7 +962,7 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
         }
         else if (threadIdx.x == 32)
         {
-            Scheduler{qMap, kMap, vMap, p, shared}.run();
+            Scheduler{p, shared}.run();
         }
     }
     else

@@ -135,14 +135,6 @@ __device__ __forceinline__ void copyBox(
         : "memory");
 }
 
-//! Has a box brought into the L2 cache.
-__device__ __forceinline__ void prefetchBox(CUtensorMap const* map, int32_t column, int32_t head, int32_t row)
-{
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(column), "r"(head),
-        "r"(row)
-        : "memory");
-}
-
 //! Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and the tensor cores.
 __device__ __forceinline__ void sharedProxyFence()
 {
