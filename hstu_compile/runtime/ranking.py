@@ -370,7 +370,7 @@ class RankingSession:
 
         A CUDA graph knows the addresses that it was recorded with, and every user lies elsewhere: with graphs a user's
         rows go through the staging memory, where equal shapes are at equal places. The copy of 42 MB (4096 rows of 5
-        layers in fp16) takes an H100 some 30 microseconds; the launches that it saves, a millisecond.
+        layers in fp16) takes an H100 0.13 ms; the launches that it saves, 0.5 ms.
         """
         if len(entries) > 1:
             return False

@@ -79,7 +79,12 @@ def table_lines(rows: Sequence[Row]) -> Iterator[str]:
         alone, packed, cold, warm = (found(backend, mode, n, m) for mode in (ALONE, PACKED, COLD, WARM))
         peer = fastest_peer(found, n, m)
         name = "-" if peer is None else f"{_time(peer)} {peer['backend']} {peer['dtype']}"
-        cells = [f"{n} (no graph)" if backend == NO_GRAPH else str(n), str(m), _time(alone), *(_time(row, call=True) for row in (packed, cold, warm))]
+        cells = [
+            f"{n} (no graph)" if backend == NO_GRAPH else str(n),
+            str(m),
+            _time(alone),
+            *(_time(row, call=True) for row in (packed, cold, warm)),
+        ]
         cells += [_time(found(NO_GRAPH, mode, n, m), call=True) for mode in (PACKED, WARM)]
         cells += [_ratio(alone, packed), _ratio(packed, warm), name, _ratio(peer, packed), _ratio(peer, warm)]
         yield "| " + " | ".join(cells) + " |"
@@ -122,8 +127,8 @@ def table_text(rows: Sequence[Row]) -> str:
         "the fastest micro-batch b where there are several; in brackets the whole call, from host arrays to host",
         f"arrays. One at a time is m forwards of one candidate, beyond {ALONE_SAMPLE} extrapolated from that many. The",
         "fastest peer is that of the packed forward at the same n and m. Warm L2 cache; embedding lookups are inside.",
-        "Each pass is one CUDA graph, except in the columns and lines that say no graph. Cached times with graphs include",
-        "the copy of the user's keys and values to where the graph reads them.",
+        "Each pass is one CUDA graph, except in the columns and lines that say no graph. Cached times with graphs",
+        "include the copy of the user's keys and values to where the graph reads them.",
         "",
         *table_lines(rows),
         "",
