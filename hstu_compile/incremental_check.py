@@ -6,7 +6,6 @@ encoded and kept, the rest is encoded against it.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,7 +24,7 @@ from hstu_compile.session_check import (
     RuntimeCheck,
     Status,
     TensorCheck,
-    guarded_check,
+    check_served_feeds,
     tensor_error,
 )
 
@@ -62,26 +61,16 @@ def check_incremental(
         precision: of the graphs.
         progress: called with (what, done, total).
     """
-    artifact = f"session of {', '.join(files[graph] for graph in GRAPHS)}"
     asked = [histories_of(feed, spec) for feed in reference.feeds]
-
-    def open_it() -> RetrievalSession:
-        with contextlib.ExitStack() as opened:
-            graphs = [opened.enter_context(open_graph(graph)) for graph in GRAPHS]
-            session = RetrievalSession(spec, *graphs, kv_budget_bytes=_budget(asked, spec))
-            opened.pop_all()
-            return session
-
-    def check(session: RetrievalSession) -> RuntimeCheck:
-        rows: list[TensorCheck] = []
-        for index, requests in enumerate(asked):
-            progress(f"{session.runtime}, session", index, len(asked))
-            rows += _check_feed(session, requests, reference, index, precision)
-        progress(f"{session.runtime}, session", len(asked), len(asked))
-        status: Status = "FAIL" if any(row.status == "FAIL" for row in rows) else "PASS"
-        return RuntimeCheck(session.runtime, artifact, status, None, tuple(rows))
-
-    return guarded_check(runtime, artifact, open_it, check)
+    return check_served_feeds(
+        runtime,
+        {graph: files[graph] for graph in GRAPHS},
+        open_graph,
+        lambda graphs: RetrievalSession(spec, *graphs, kv_budget_bytes=_budget(asked, spec)),
+        lambda session, index: _check_feed(session, asked[index], reference, index, precision),
+        len(asked),
+        progress,
+    )
 
 
 def histories_of(feed: Feed, spec: RetrievalSpec) -> list[RetrievalRequest]:

@@ -6,7 +6,6 @@ keys and values go through the cache, its candidates are split into micro-batche
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from hstu_compile.session_check import (
     RuntimeCheck,
     Status,
     TensorCheck,
-    guarded_check,
+    check_served_feeds,
     tensor_error,
 )
 
@@ -57,27 +56,17 @@ def check_m_falcon(
         precision: of the graphs.
         progress: called with (what, done, total).
     """
-    artifact = f"session of {', '.join(files[graph] for graph in GRAPHS)}"
     rehearsal = _with_short_passes(spec, reference.feeds)
     asked = [requests_of(feed, rehearsal) for feed in reference.feeds]
-
-    def open_it() -> RankingSession:
-        with contextlib.ExitStack() as opened:
-            packed, prefill, score = (opened.enter_context(open_graph(graph)) for graph in GRAPHS)
-            session = RankingSession(rehearsal, packed, prefill, score, kv_budget_bytes=_budget(asked, rehearsal))
-            opened.pop_all()
-            return session
-
-    def check(session: RankingSession) -> RuntimeCheck:
-        rows: list[TensorCheck] = []
-        for index, requests in enumerate(asked):
-            progress(f"{session.runtime}, session", index, len(asked))
-            rows += _check_feed(session, requests, reference, index, precision)
-        progress(f"{session.runtime}, session", len(asked), len(asked))
-        status: Status = "FAIL" if any(row.status == "FAIL" for row in rows) else "PASS"
-        return RuntimeCheck(session.runtime, artifact, status, None, tuple(rows))
-
-    return guarded_check(runtime, artifact, open_it, check)
+    return check_served_feeds(
+        runtime,
+        {graph: files[graph] for graph in GRAPHS},
+        open_graph,
+        lambda graphs: RankingSession(rehearsal, *graphs, kv_budget_bytes=_budget(asked, rehearsal)),
+        lambda session, index: _check_feed(session, asked[index], reference, index, precision),
+        len(asked),
+        progress,
+    )
 
 
 def requests_of(feed: Feed, spec: RankingSpec) -> list[RankingRequest]:

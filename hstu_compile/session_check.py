@@ -9,9 +9,9 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ PREDICTIONS = ("preds", "logits")
 SESSION = "session"
 
 _Opened = TypeVar("_Opened", bound=AbstractContextManager[Any])
+_Served = TypeVar("_Served", bound="_Serving")
 
 _TOP = 10
 _TIMED_RUNS = 7
@@ -280,6 +281,55 @@ def guarded_check(
         return RuntimeCheck(runtime, artifact, "NOT RUN", f"{error.what}: {error.why}")
     with session:
         return check(session)
+
+
+class _Serving(AbstractContextManager[Any], Protocol):
+    """A session over several graphs, which closes them."""
+
+    @property
+    def runtime(self) -> str:
+        """What it runs on."""
+        ...
+
+
+def check_served_feeds(
+    runtime: str,
+    graphs: Mapping[str, str],
+    open_graph: Callable[[str], Session],
+    join: Callable[[list[Session]], _Served],
+    check_feed: Callable[[_Served, int], list[TensorCheck]],
+    num_feeds: int,
+    progress: Progress,
+) -> RuntimeCheck:
+    """Check graphs as the one session that serves them, feed by feed.
+
+    Args:
+        runtime: shown where the session could not be opened.
+        graphs: name to file name, in the order in which `join` takes them.
+        open_graph: opens one, or raises HstuCompileError with the reason.
+        join: makes the session, which owns the graphs from then on.
+        check_feed: the rows of one feed, by its index.
+        num_feeds: how many there are.
+        progress: called with (what, done, total).
+    """
+    artifact = f"session of {', '.join(graphs.values())}"
+
+    def open_it() -> _Served:
+        with ExitStack() as opened:
+            session = join([opened.enter_context(open_graph(graph)) for graph in graphs])
+            opened.pop_all()
+            return session
+
+    def check(session: _Served) -> RuntimeCheck:
+        rows: list[TensorCheck] = []
+        for index in range(num_feeds):
+            progress(f"{session.runtime}, session", index, num_feeds)
+            rows += check_feed(session, index)
+        progress(f"{session.runtime}, session", num_feeds, num_feeds)
+        status: Status = "FAIL" if any(row.status == "FAIL" for row in rows) else "PASS"
+        return RuntimeCheck(session.runtime, artifact, status, None, tuple(rows))
+
+    return guarded_check(runtime, artifact, open_it, check)
 
 
 def report_of(checked: Sequence[tuple[Reference, Sequence[RuntimeCheck]]], precision: Precision) -> VerifyReport:
