@@ -94,7 +94,7 @@ struct Barriers
     uint64_t peerExchangeEmpty[kWarpgroups];
 };
 
-// Everything that a block keeps in shared memory; the launch gives it 1023 bytes more, to begin at a multiple of 1024.
+// Everything that a block keeps in shared memory.
 struct Shared
 {
     Buffers buffers;
@@ -105,7 +105,7 @@ struct Shared
     TimeTable<kTimeBias> times;
 };
 
-static_assert(sizeof(Shared) + 1023 <= HSTU_SHARED_BYTES, "compile.py counts too little shared memory");
+static_assert(sizeof(Shared) <= HSTU_SHARED_BYTES, "compile.py counts too little shared memory");
 
 //! Position in a ring of buffers: which one, and the parity of its barriers' phase.
 template <int32_t kSize>
@@ -504,8 +504,7 @@ struct Consumer
     __device__ __forceinline__ void mask(Tile const& tile, int32_t t)
     {
         int32_t const start = keyStart(tile, t);
-        // All lanes branch alike, which the compiler must know: products are under way.
-        auto const kind = static_cast<Mask>(uniform(static_cast<int32_t>(tile.mask)));
+        Mask const kind = tile.mask;
         if (kSplit > 1 && kind == Mask::kNothing)
         {
             applyMask<Mask::kNothing>(tile, start);
@@ -921,8 +920,13 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
     __grid_constant__ CUtensorMap const kMap, __grid_constant__ CUtensorMap const vMap,
     __grid_constant__ AttentionParameters const p)
 {
-    extern __shared__ uint8_t memory[];
-    Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
+    // Declared so, and not computed: the compiler has to see that these are addresses of shared memory.
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    if (sharedAddress(memory) % 1024 != 0)
+    {
+        __trap(); // swizzled operands would be read from wrong places
+    }
 
     bool const isValid = areOffsetsValid(p);
     clearRows(p, isValid ? p.qOffsets[p.batch] : 0);

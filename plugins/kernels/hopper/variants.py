@@ -18,7 +18,7 @@ _BOOKKEEPING_BYTES = 256 * (8 + 4 + 28) + 768
 MOST_TIME_HEADS = 8
 #: Per cell of bias.cuh a threshold, and two values per head; and a flag.
 _TIME_TABLE_BYTES = 249 * 4 * (1 + 2 * MOST_TIME_HEADS) + 8
-#: A block's memory begins at a multiple of this, and its struct ends at one.
+#: The struct of a block's memory ends at a multiple of this.
 _ALIGNMENT = 1024
 
 
@@ -113,7 +113,7 @@ def shared_bytes(variant: HopperVariant) -> int:
     exchange = block_m * 2 * variant.block_dim // 4 * 4 if variant.split > 1 else 0
     times = _TIME_TABLE_BYTES if variant.timestamp_bits else 0
     used = rows * variant.block_dim * 2 + exchange + times + _BOOKKEEPING_BYTES
-    return -(-used // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT - 1
+    return -(-used // _ALIGNMENT) * _ALIGNMENT
 
 
 def block_dim_of(dqk: int, dv: int) -> int | None:

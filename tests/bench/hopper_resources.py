@@ -1,0 +1,54 @@
+"""What each Hopper kernel takes of an SM, as the assembler says: registers, spilled bytes, shared memory, threads.
+
+  hopper_resources.py [--csv FILE]     (needs nvcc, no GPU; about a minute on two cores)
+
+is_serialized: the assembler's remark that products wait for each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
+
+from bench_plugin import write_rows  # noqa: E402
+
+from hstu_compile.plugins.kernels.hopper.compile import compile_hopper, resource_report  # noqa: E402
+from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, HopperVariant, hopper_variants_for  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "hopper_resources.csv"
+
+
+def all_variants() -> list[HopperVariant]:
+    """Every mask without a bias in both types, and one with position and time bias for each head dim."""
+    plain = [
+        variant
+        for dtype in ("bfloat16", "float16")
+        for dim in BLOCK_DIMS
+        for is_causal in (False, True)
+        for variant in hopper_variants_for(dtype, dim, dim, plain_causal=is_causal)
+    ]
+    biased = [
+        variant
+        for dim in BLOCK_DIMS
+        for variant in hopper_variants_for("bfloat16", dim, dim, pos_bias=True, time_bias=True)
+    ]
+    return plain + biased
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    rows = resource_report(compile_hopper(all_variants()))
+    write_rows(arguments.csv, tuple(rows[0]), rows)
+    print(f"{arguments.csv}: {len(rows)} kernels")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
