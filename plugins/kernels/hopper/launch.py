@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -29,8 +30,8 @@ from hstu_compile.plugins.kernels.hopper.variants import (
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _ALIGNMENT = 16
-#: Compiled kernels are kept here; None compiles each once a process.
-cache_dir: Path | None = Path.home() / ".cache" / "hstu-compile" / "hopper"
+#: Compiled kernels are kept here, in the user's cache folder as the plugin's are; None compiles each once a process.
+cache_dir: Path | None = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hstu-compile" / "hopper"
 
 
 def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -112,7 +113,7 @@ def hstu_attention_hopper(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     reason = why_not(q, k, v)
     if reason is not None:
-        raise ValueError(f"hstu_attention_hopper: {reason}")
+        raise ValueError(f"hstu_attention_hopper: {reason}. Fix: call hstu_attention_triton, which takes them")
     (lq, heads, dqk), lk, dv = q.shape, k.shape[0], v.shape[2]
     if tuple(k.shape[1:]) != (heads, dqk) or tuple(v.shape[:2]) != (lk, heads):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in (("q", q), ("k", k), ("v", v)))
@@ -130,7 +131,7 @@ def hstu_attention_hopper(
     if time_type not in (torch.int64, torch.int32) or time_heads not in (0, 1, heads) or time_heads > MOST_TIME_HEADS:
         raise ValueError(
             f"hstu_attention_hopper: timestamps must be int64 or int32 and ts_table's heads 1 or {heads}, at most "
-            f"{MOST_TIME_HEADS}; got {time_type} and {time_heads}"
+            f"{MOST_TIME_HEADS}; got {time_type} and {time_heads}. Fix: for more heads, call hstu_attention_triton"
         )
     if pos_heads not in (0, 1, heads) or entries % 2 == 0:
         raise ValueError(f"hstu_attention_hopper: pos_table must be [1 or {heads}, odd], got [{pos_heads}, {entries}]")
@@ -166,8 +167,14 @@ def hstu_attention_hopper(
     image, function = _kernel(variant, q.device.index)
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
+    # A copy that were freed before the launch could be what the next allocation is given.
+    copies: list[torch.Tensor] = []
+
     def address(tensor: torch.Tensor | None) -> int | None:
-        return None if tensor is None else tensor.contiguous().data_ptr()
+        if tensor is None:
+            return None
+        copies.append(tensor.contiguous())
+        return copies[-1].data_ptr()
 
     parameters = AttentionParameters(
         out=out.data_ptr(),

@@ -1,0 +1,115 @@
+"""The Hopper kernel's PyTorch face without a GPU: what it refuses, and what a launch is given."""
+
+from __future__ import annotations
+
+import ctypes
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from hstu_compile.plugins.kernels.hopper import launch
+from hstu_compile.plugins.kernels.hopper.driver import AttentionParameters
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant
+
+ROWS, HEADS, DIM = 6, 2, 64
+
+
+def _arguments(**changed: Any) -> dict[str, Any]:
+    q, k, v = (torch.zeros(ROWS, HEADS, DIM, dtype=torch.float16) for _ in range(3))
+    offsets = torch.tensor([0, ROWS], dtype=torch.int32)
+    given = {"q": q, "k": k, "v": v, "q_offsets": offsets, "k_offsets": offsets}
+    return {**given, "alpha": 0.5, "scaling_seq_len": 8.0, **changed}
+
+
+def test_tensors_without_a_hopper_gpu_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"not on a GPU of compute capability 9\.0.*Fix: call hstu_attention_triton"):
+        launch.hstu_attention_hopper(**_arguments())
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, AttentionParameters, dict[str, list[float]]]]:
+    """Grid and parameters of every launch, and the floats that its pointers lead to at that moment."""
+    seen: list[tuple[int, AttentionParameters, dict[str, list[float]]]] = []
+    device = types.SimpleNamespace(multi_processor_count=132)
+    image = types.SimpleNamespace(
+        block_m=128, threads=384, shared_bytes=0, tile=types.SimpleNamespace(block_n=128), variant=None
+    )
+
+    def launch_kernel(_: object, grid: int, *arguments: Any) -> None:
+        parameters = arguments[-1][-1]
+        # What was freed too early is given to these.
+        reused = [torch.full((count,), 7.0) for count in (6, 14) for _ in range(8)]
+        lengths = {"ts_table": 6, "pos_table": 14}
+        reached = {
+            name: list((ctypes.c_float * count).from_address(getattr(parameters, name)))
+            for name, count in lengths.items()
+            if getattr(parameters, name)
+        }
+        assert all(float(each.min()) == 7.0 for each in reused)
+        seen.append((grid, parameters, reached))
+
+    def kernel(variant: HopperVariant, _: int) -> tuple[Any, None]:
+        image.variant = variant
+        return image, None
+
+    monkeypatch.setattr(launch, "why_not", lambda *_: None)
+    monkeypatch.setattr(launch, "_kernel", kernel)
+    monkeypatch.setattr(launch, "_progress", lambda *_: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(launch, "tensor_map", lambda *_: None)
+    monkeypatch.setattr(launch, "launch", launch_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: types.SimpleNamespace(cuda_stream=0))
+    return seen
+
+
+def test_tensors_that_are_not_contiguous_are_copied_until_the_launch(
+    launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]],
+) -> None:
+    # Two heads of two thresholds, and of seven positions, each as every second column of a wider table.
+    ts_table = torch.arange(12.0).reshape(HEADS, 6)[:, ::2]
+    pos_table = torch.arange(28.0).reshape(HEADS, 14)[:, ::2]
+    times = torch.arange(ROWS)
+    launch.hstu_attention_hopper(
+        **_arguments(
+            row_timestamps=times,
+            col_timestamps=times,
+            ts_table=ts_table,
+            ts_thresholds=torch.tensor([1, 5]),
+            pos_table=pos_table,
+        )
+    )
+    [(grid, parameters, reached)] = launched
+    assert reached == {"ts_table": ts_table.flatten().tolist(), "pos_table": pos_table.flatten().tolist()}
+    assert (parameters.lq, parameters.lk, parameters.batch, parameters.heads, parameters.dv) == (ROWS, ROWS, 1, 2, 64)
+    assert (parameters.num_buckets, parameters.ts_heads, parameters.pos_table_len, parameters.pos_heads) == (2, 2, 4, 2)
+    assert (parameters.alpha, parameters.scaling_seq_len) == (0.5, 8.0)
+    assert grid == HEADS
+
+
+def test_a_short_launch_is_split_and_a_long_one_is_not(
+    launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]],
+) -> None:
+    launch.hstu_attention_hopper(**_arguments())
+    assert launched[-1][0] == 2 * HEADS, "two blocks a tile"
+    long = torch.zeros(128 * 100, HEADS, DIM, dtype=torch.float16)
+    launch.hstu_attention_hopper(**_arguments(q=long))
+    assert launched[-1][0] == 132
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_targets": torch.zeros(2, dtype=torch.int32)}, r"num_targets must be \[1\] torch.int32"),
+        ({"row_timestamps": torch.zeros(ROWS, dtype=torch.int64)}, "go together"),
+        ({"pos_table": torch.zeros(HEADS, 4)}, "odd"),
+        ({"v": torch.zeros(ROWS - 1, HEADS, DIM, dtype=torch.float16)}, "shapes do not agree"),
+    ],
+)
+def test_tensors_that_contradict_each_other_are_named(
+    launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch.hstu_attention_hopper(**_arguments(**changed))
+    assert not launched
