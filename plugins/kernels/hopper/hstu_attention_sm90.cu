@@ -1,13 +1,12 @@
 // HSTU attention on jagged data for compute capability 9.0, float16 and bfloat16.
 //
-// One persistent block an SM: one thread finds and describes tiles of query rows, one copies their queries, keys and values
-// into shared memory with the tensor copy engine, and each of kWarpgroups warpgroups multiplies 64 query rows. Between the two products of a key tile lies SiLU,
-// which needs no row maximum and no rescaling; so the scores of the next key tile are multiplied while the values of the
-// last one are, and SiLU of the next runs beside the latter.
+// One persistent block an SM: one thread finds and describes tiles of query rows, one copies their queries, keys and
+// values into shared memory with the tensor copy engine, and each of kWarpgroups warpgroups multiplies 64 query rows.
+// Between the two products of a key tile lies SiLU, which needs no row maximum and no rescaling; so the scores of the next
+// key tile are multiplied while the values of the last one are, and SiLU of the next runs beside the latter.
 //
-// Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES,
-// HSTU_PLAIN_CAUSAL, HSTU_TURNS, HSTU_SPLIT, HSTU_POS_BIAS,
-// HSTU_TIMESTAMP_BITS and HSTU_SHARED_BYTES; compile.py chooses them.
+// Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES, HSTU_PLAIN_CAUSAL,
+// HSTU_TURNS, HSTU_SPLIT, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS and HSTU_SHARED_BYTES; compile.py chooses them.
 #include <cstdint>
 #include <type_traits>
 
@@ -916,9 +915,9 @@ struct Consumer
 #define HSTU_CLUSTER
 #endif
 
-extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_attention_sm90(__grid_constant__ CUtensorMap const qMap,
-    __grid_constant__ CUtensorMap const kMap, __grid_constant__ CUtensorMap const vMap,
-    __grid_constant__ AttentionParameters const p)
+extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_attention_sm90(
+    __grid_constant__ CUtensorMap const qMap, __grid_constant__ CUtensorMap const kMap,
+    __grid_constant__ CUtensorMap const vMap, __grid_constant__ AttentionParameters const p)
 {
     // Declared so, and not computed: the compiler has to see that these are addresses of shared memory.
     extern __shared__ __align__(1024) uint8_t memory[];

@@ -67,8 +67,11 @@ class HopperVariant:
             raise ValueError(f"dtype must be one of {sorted(ELEMENT_TYPES)}, got {self.dtype!r}")
         if self.block_dim not in BLOCK_DIMS:
             raise ValueError(f"block_dim must be one of {BLOCK_DIMS}, got {self.block_dim}")
-        if self.split not in splits(self.block_dim, has_bias=self.has_bias):
-            raise ValueError(f"{self} cannot be split")
+        if self.split not in (allowed := splits(self.block_dim, has_bias=self.has_bias)):
+            bias = "with" if self.has_bias else "without"
+            raise ValueError(
+                f"split must be in {allowed} at block_dim {self.block_dim} {bias} a bias, got {self.split}"
+            )
         if self.timestamp_bits not in (0, 32, 64):
             raise ValueError(f"timestamp_bits must be 0, 32 or 64, got {self.timestamp_bits}")
 
@@ -79,18 +82,21 @@ class HopperVariant:
 
 
 def splits(block_dim: int, *, has_bias: bool) -> tuple[int, ...]:
-    """Return into how many blocks a tile can be split: with 256 columns, shared memory has no room for an exchange."""
+    """Return into how many blocks a tile can be split.
+
+    With 256 columns, or a time table, shared memory has no room for an exchange.
+    """
     return (1,) if block_dim == 256 or has_bias else (1, 2)
 
 
-# Times on an H100, bf16, 4 heads, 65,536 tokens; NOTES.md has all of them.
+# Gains are those of version 3 in NOTES.md: an H100, bf16, 4 heads, 65,536 tokens (results/attention_versions.csv).
 _TILES = {
     (64, 1): HopperTile(2, 128, 4, True, "three warpgroups gain 6 % at 8192 keys and lose 16 % at 1024, 30 % at 256"),
     (64, 2): HopperTile(2, 128, 4, True, "as without a split"),
     (128, 1): HopperTile(2, 128, 2, True, "64 + 64 + 32 registers of sums, scores and weights of 232"),
     (128, 2): HopperTile(2, 128, 2, True, "as without a split; one query buffer makes room for the exchange"),
     (256, 1): HopperTile(
-        2, 64, 2, False, "128 registers of sums leave 32 + 16 for scores and weights; turns lose 1 to 8 %"
+        2, 64, 2, False, "128 registers of sums leave 32 + 16 for scores and weights; turns lose up to 7 %"
     ),
 }
 
@@ -155,7 +161,7 @@ def hopper_variants_for(
 
 
 #: A launch with fewer tiles an SM than this is split: whole tiles would leave SMs idle at its end. Measured at head dim
-#: 128 on 132 SMs: 144 tiles gain 13 %, 256 lose 12 %.
+#: 128 on 132 SMs (version 2): 144 tiles gain 13 %, 256 lose 12 %.
 _LEAST_TILES_PER_SM = 1.5
 
 
