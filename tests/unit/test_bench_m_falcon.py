@@ -274,6 +274,28 @@ def test_merging_keeps_rows_and_the_table_has_the_ratios(tmp_path: Path, monkeyp
     assert drawn.count("<polyline") >= 1
 
 
+def test_a_line_without_graphs_says_so_and_its_ratios_are_without_too() -> None:
+    def row(mode: str, m: int, median: float, backend: str = rows.NO_GRAPH) -> dict[str, str]:
+        values = {
+            "n": "1024",
+            "m": str(m),
+            "micro_batch": "0",
+            "status": "ok",
+            "median_ms": str(median),
+            "dtype": "fp16",
+        }
+        return {"backend": backend, "mode": mode, **values}
+
+    measured = [row(rows.PACKED, 64, 6.0), row(rows.WARM, 64, 2.0), row(rows.WARM, 64, 1.0, rows.ENGINES)]
+    line = next(line for line in table.table_lines(measured) if line.startswith("| 1024"))
+    assert line.startswith("| 1024 (no graph) | 64 | - | 6.000 | - | 2.000 | 6.000 | 2.000 |")
+    assert "| 3.0x |" in line
+    with_graphs = [*measured, row(rows.PACKED, 64, 4.0, rows.ENGINES)]
+    line = next(line for line in table.table_lines(with_graphs) if line.startswith("| 1024"))
+    assert line.startswith("| 1024 | 64 | - | 4.000 | - | 1.000 | 6.000 | 2.000 |")
+    assert "| 4.0x |" in line
+
+
 def test_merging_nothing_leaves_the_csv_alone(tmp_path: Path) -> None:
     target = tmp_path / "m_falcon.csv"
     target.write_text("untouched")
