@@ -19,6 +19,10 @@ TORCH ?= torch==2.13.0
 EXTRAS := export,cpu,rtx,plugin,dev
 # The TensorRT 10.14 headers. Without its dependencies: they would replace torch and Triton.
 HEADERS := kernel-lens==2.0.1
+# tritonserver with its Python backend, as a box of binaries: the Python code in it is not used, nor are its requirements.
+# The backend is built against NumPy 1, which gets a folder of its own.
+TRITON_SERVER := nvidia-pytriton==0.7.0
+TRITON_NUMPY := numpy>=1.26,<2
 # What the environment was made from; `make env` does nothing while this is unchanged.
 ENV_STAMP := $(VENV)/.made-from
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,7 +37,7 @@ help: ## list the targets
 
 .PHONY: env
 env: ## create .venv with all that the CPU path needs; nothing to do when current
-	@wanted="$$(sha256sum pyproject.toml | cut -d ' ' -f 1) $(TORCH) $(EXTRAS) $(HEADERS)"
+	@wanted="$$(sha256sum pyproject.toml | cut -d ' ' -f 1) $(TORCH) $(EXTRAS) $(HEADERS) $(TRITON_SERVER)"
 	if [ -x $(BIN)/hstu-compile ] && [ "$$(cat $(ENV_STAMP) 2>/dev/null || true)" = "$$wanted" ]; then exit 0; fi
 	if [ ! -x $(BIN)/python ]; then
 		python=""
@@ -65,6 +69,12 @@ env: ## create .venv with all that the CPU path needs; nothing to do when curren
 	install "setuptools>=77"
 	install --no-build-isolation --editable ".[$(EXTRAS)]"
 	install --no-deps "$(HEADERS)"
+	# It needs glibc 2.35. Where it cannot be installed, the tests of tests/triton skip and say so.
+	if $(PIP) install -qq --no-deps "$(TRITON_SERVER)"; then
+		install --no-deps --upgrade --target $(VENV)/triton-numpy "$(TRITON_NUMPY)"
+	else
+		echo "env: no $(TRITON_SERVER) for this system; the tests that start a tritonserver will be skipped" >&2
+	fi
 	echo "$$wanted" > $(ENV_STAMP)
 	echo "env: ready, $(BIN)/hstu-compile"
 

@@ -1,0 +1,27 @@
+"""One real server for all tests of this folder; models are loaded into it by the tests that ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.triton.server import Installation, TritonServer, find_installation
+
+
+@pytest.fixture(scope="session")
+def triton_installation() -> Installation:
+    """The installed binaries; skips by name without them."""
+    found = find_installation()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def triton_server(
+    triton_installation: Installation, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A running server without models: put a model into `repository`, then `load` it."""
+    with TritonServer(triton_installation, tmp_path_factory.mktemp("triton")) as server:
+        yield server

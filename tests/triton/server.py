@@ -1,0 +1,278 @@
+"""A real tritonserver on loopback: the binary, Python backend and stubs of the nvidia-pytriton wheel.
+
+The wheel is used as a box of binaries; its Python code is not imported, so its own requirements are not needed. Its
+stubs are built against NumPy 1: under NumPy 2 every tensor arrives with strides of zero. They embed the Python of the
+environment whose `bin` is first on PATH, and ignore PYTHONPATH; so the server gets an environment of its own, made of
+NumPy 1 and, behind it, everything that the tests' environment has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Where `make env` puts the NumPy that the server's Python backend needs.
+SERVER_NUMPY = Path(sys.prefix) / "triton-numpy"
+START_SECONDS = 60.0
+#: What the server itself waits for requests and models when it is told to stop.
+DRAIN_SECONDS = 10
+_BIND_FAILURES = ("failed to start HTTP service", "failed to start GRPC service", "Socket '")
+
+
+@dataclasses.dataclass(frozen=True)
+class Installation:
+    """What of the wheel a server needs.
+
+    Attributes:
+        binary: tritonserver.
+        backend: folder of the Python backend.
+        stub: the process that embeds a Python of this interpreter's version.
+        libraries: shared libraries of all of them.
+    """
+
+    binary: Path
+    backend: Path
+    stub: Path
+    libraries: Path
+
+
+def find_installation() -> Installation | str:
+    """The installed server, or what is missing for one."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        return "tritonserver is not installed (package nvidia-pytriton; `make env` installs it)"
+    root = Path(spec.submodule_search_locations[0]) / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = Installation(
+        root / "bin" / "tritonserver",
+        root / "backends" / "python",
+        root / "python_backend_stubs" / version / "triton_python_backend_stub",
+        root.parent.parent / "nvidia_pytriton.libs",
+    )
+    if lacking := [str(path) for path in dataclasses.astuple(found) if not path.exists()]:
+        return f"tritonserver is not installed whole: no {', '.join(lacking)}"
+    if not (SERVER_NUMPY / "numpy").is_dir():
+        return f"NumPy 1 for tritonserver's Python backend is not installed in {SERVER_NUMPY} (`make env` does it)"
+    if importlib.util.find_spec("tritonclient") is None:
+        return "tritonclient is not installed (extra dev)"
+    return found
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def make_python(folder: Path) -> Path:
+    """An environment of this interpreter with NumPy 1 in front of what is installed here; returns its `bin`."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = folder / "lib" / version / "site-packages"
+    packages.mkdir(parents=True)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").symlink_to(Path(sys.base_prefix) / "bin" / version)
+    (folder / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+    # addsitedir reads the .pth files there as well: hstu_compile may be an editable installation.
+    installed = sysconfig.get_path("purelib")
+    (packages / "server.pth").write_text(f"{SERVER_NUMPY}\nimport site; site.addsitedir({installed!r})\n")
+    return folder / "bin"
+
+
+def server_environment(found: Installation, python_bin: Path) -> dict[str, str]:
+    """Environment variables of a server whose Python backend uses that Python."""
+    environment = dict(os.environ)
+    # The stub is linked to libpython, which need not be where the loader looks.
+    environment["LD_LIBRARY_PATH"] = f"{found.libraries}:{sysconfig.get_config_var('LIBDIR')}"
+    environment["PATH"] = f"{python_bin}:{environment.get('PATH', '')}"
+    return environment
+
+
+def copy_backend(found: Installation, folder: Path) -> Path:
+    """A backend directory whose Python backend has the stub of this interpreter's version."""
+    target = folder / "backends" / "python"
+    shutil.copytree(found.backend, target, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(found.stub, target)
+    return target.parent
+
+
+class TritonServer:
+    """A tritonserver process over a folder of models, which are loaded one by one by its repository API.
+
+    Args:
+        found: the binaries.
+        folder: a new folder for the model repository, the backends and the log.
+        arguments: further options of the command line.
+        environment: further environment variables.
+        explicit: load nothing at the start; `load` loads a model. False loads the whole repository.
+
+    Attributes:
+        repository: the model repository; copy models into it at any time.
+        log_file: what the server and the models print.
+    """
+
+    def __init__(
+        self,
+        found: Installation,
+        folder: Path,
+        *,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        explicit: bool = True,
+    ) -> None:
+        self._found, self._folder, self._arguments = found, folder, tuple(arguments)
+        self._more_environment, self._explicit = dict(environment or {}), explicit
+        self.repository, self.log_file = folder / "repository", folder / "tritonserver.log"
+        self.repository.mkdir(parents=True, exist_ok=True)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.http_port = self.grpc_port = self.metrics_port = 0
+
+    @property
+    def http_url(self) -> str:
+        """Host and port, as tritonclient takes it."""
+        return f"127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """Host and port, as tritonclient takes it."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        assert self._process is not None
+        return self._process.pid
+
+    def log(self) -> str:
+        """Everything that was printed so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def start(self) -> TritonServer:
+        """Start and wait until the server is ready.
+
+        Raises:
+            RuntimeError: with the end of the log, if it ends or does not become ready.
+        """
+        backends, python = self._folder / "backends", self._folder / "python"
+        if not backends.exists():
+            copy_backend(self._found, self._folder)
+            make_python(python)
+        self._environment = server_environment(self._found, python / "bin") | self._more_environment
+        for attempt in range(3):
+            self._launch(backends)
+            try:
+                self._wait_until_ready()
+                return self
+            except RuntimeError:
+                self.stop()
+                # Another process may have taken a port between the probe and the server's own bind.
+                if attempt == 2 or not any(text in self.log() for text in _BIND_FAILURES):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _launch(self, backends: Path) -> None:
+        self.http_port, self.grpc_port, self.metrics_port = free_port(), free_port(), free_port()
+        command = [
+            str(self._found.binary),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={backends}",
+            *(["--model-control-mode=explicit"] if self._explicit else []),
+            *("--http-address=127.0.0.1", f"--http-port={self.http_port}"),
+            *("--grpc-address=127.0.0.1", f"--grpc-port={self.grpc_port}"),
+            *("--metrics-address=127.0.0.1", f"--metrics-port={self.metrics_port}"),
+            f"--exit-timeout-secs={DRAIN_SECONDS}",
+            *self._arguments,
+        ]
+        with self.log_file.open("wb") as log:
+            # A session of its own: what is left of it can be ended together, and Ctrl-C reaches pytest alone.
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise RuntimeError(f"tritonserver ended with {self._process.returncode}:\n{self.log()[-4000:]}")
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as answer,
+            ):
+                if answer.status == 200:
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"tritonserver was not ready after {START_SECONDS:.0f} s:\n{self.log()[-4000:]}")
+
+    def load(self, model: str) -> None:
+        """Load a model of the repository, and wait until it serves.
+
+        Raises:
+            tritonclient.utils.InferenceServerException: with the server's message, if it cannot be loaded.
+        """
+        with http_client(self) as client:
+            client.load_model(model)
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        """End the server and every process that it started; its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        if process.poll() is None:
+            process.send_signal(sig)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(DRAIN_SECONDS + 20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    def __enter__(self) -> TritonServer:
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+@contextlib.contextmanager
+def http_client(server: TritonServer, concurrency: int = 1) -> Iterator[Any]:
+    """A tritonclient over HTTP with so many connections."""
+    from tritonclient.http import InferenceServerClient
+
+    client = InferenceServerClient(server.http_url, concurrency=concurrency)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextlib.contextmanager
+def grpc_client(server: TritonServer) -> Iterator[Any]:
+    """A tritonclient over gRPC."""
+    from tritonclient.grpc import InferenceServerClient
+
+    client = InferenceServerClient(server.grpc_url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def execution_counts(server: TritonServer, model: str) -> tuple[int, int]:
+    """(requests answered, passes of the model) since it was loaded."""
+    with http_client(server) as client:
+        (stats,) = client.get_inference_statistics(model)["model_stats"]
+    return int(stats["inference_count"]), int(stats["execution_count"])
