@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -356,6 +356,87 @@ def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) 
     else:
         for fact in facts:
             click.echo(f"{fact['name']}  {fact['dtype']}  {fact['shape']}")
+    return 0
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("-o", "--output", required=True, type=_PATH, metavar="DIR", help="Model repository; others in it stay.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "python", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="Triton's backend: tensorrt where the bundle has a TensorRT engine, else python.",
+)
+@click.option("--name", help="Name of the model (default: the bundle's).")
+@click.option("--max-queue-delay-us", type=int, default=500, show_default=True, help="How long a request may wait.")
+@click.option("--instances", type=int, default=1, show_default=True, help="Copies of the model on the device.")
+@click.option("--cuda-graphs", is_flag=True, help="Record CUDA graphs for batches of many sizes (tensorrt).")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What the python backend runs.",
+)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="Of ONNX Runtime.")
+@click.option("--kv-budget-mib", type=int, default=256, show_default=True, help="KV cache, of models that have one.")
+@click.option(
+    "--truncation",
+    type=click.Choice(["refuse", "keep_last"]),
+    default="refuse",
+    show_default=True,
+    help="Histories that are too long (python).",
+)
+@click.option(
+    "--unknown-ids",
+    type=click.Choice(["refuse", "clamp"]),
+    default="refuse",
+    show_default=True,
+    help="Ids outside their table (python, ranking models).",
+)
+@click.option("--execution-env", metavar="PATH", help="Python of the python backend: a conda-pack archive or folder.")
+@click.option("--force", is_flag=True, help="Replace a model of that name.")
+@_JSON
+def triton(
+    bundle: Path,
+    output: Path,
+    backend: Any,
+    name: str | None,
+    execution_env: str | None,
+    force: bool,
+    as_json: bool,
+    max_queue_delay_us: int,
+    instances: int,
+    cuda_graphs: bool,
+    **settings: Any,
+) -> int:
+    """Write BUNDLE as a model of Triton Inference Server.
+
+    DIR/launch.sh checks the repository and starts the server; DIR/NAME/client has examples.
+    """
+    from hstu_compile.serving import repository
+    from hstu_compile.serving.settings import RuntimeSettings, Scheduling
+
+    facts = repository.write_repository(
+        repository.RepositoryRequest(
+            bundle,
+            output,
+            backend,
+            name,
+            Scheduling(max_queue_delay_us, instances, cuda_graphs),
+            RuntimeSettings(**settings),
+            PurePosixPath(execution_env) if execution_env is not None else None,
+            force,
+        )
+    )
+    if as_json:
+        _print_json(facts)
+        return 0
+    click.echo(f"{facts['path']}  {facts['backend']} backend; start: {facts['launch']}")
+    for note in facts["notes"]:
+        click.echo(f"note: {note}", err=True)
     return 0
 
 

@@ -311,6 +311,13 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "A bundle has a manifest.json of a known format version, and every file in it has the sha256 that the manifest "
         "records.",
     ),
+    "HSTU-E804": ErrorCode(
+        "Triton Inference Server cannot serve this graph",
+        "Triton's TensorRT backend joins requests of different lengths value by value and makes offsets of int32, so a "
+        "graph's inputs have one axis, of events, candidates or users. Rows of embeddings and cached keys and values "
+        "are no such inputs. The Python backend (`hstu-compile triton --backend python`) runs hstu_compile's own "
+        "sessions and takes all but a feature named as its own inputs are.",
+    ),
     "HSTU-E901": ErrorCode(
         "Options contradict each other",
         "For instance two precisions, or an opt shape outside min and max.",

@@ -30,6 +30,9 @@ _LEFT_OUT = {
     "--incremental max-append=": "a build without the graphs prefill and append",
     "--top-k": "no list of items",
     "--seed": "seed 0",
+    "--max-queue-delay-us": "500 microseconds",
+    "--instances": "one",
+    "--kv-budget-mib": "256 MiB",
 }
 
 

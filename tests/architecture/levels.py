@@ -59,6 +59,7 @@ LEVELS: dict[str, int] = {
     "retrieval_bundle": 5,
     "build_report": 5,
     "pipeline": 5,
+    "serving": 5,
     # The command line.
     "cli": 6,
     "__main__": 6,
@@ -78,5 +79,7 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("trt_options", "artifacts"): "Profile is what the options describe",
     ("pipeline", "build_report"): "writes what it says",
     ("plugin_stage", "engine_stage"): "builds the plugin beside the engine",
+    ("serving", "ranking_bundle"): "opens what the Python backend serves",
+    ("serving", "retrieval_bundle"): "opens what the Python backend serves",
     ("__main__", "cli"): "runs it",
 }

@@ -69,7 +69,10 @@ def test_wheel_holds_every_source_and_nothing_at_the_top_but_the_package(distrib
         names = set(wheel.namelist())
     assert not set(packaged_sources()) - names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hstu_compile"}
-    for name in ("plugins/hstuAttentionPlugin/HstuAttention_PluginConfig.yaml", "templates/report.css", "py.typed"):
+    for name in (
+        *("plugins/hstuAttentionPlugin/HstuAttention_PluginConfig.yaml", "templates/report.css", "py.typed"),
+        *("templates/triton/launch.sh", "templates/triton/client.py.txt"),
+    ):
         assert f"hstu_compile/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,0 +1,96 @@
+"""`TritonPythonModel`: what Triton's Python backend calls, one process per instance. Level 5; no torch.
+
+`triton_python_backend_utils` exists only inside that process, so nothing else imports this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from hstu_compile.errors import EngineError, HstuCompileError, RequestError
+from hstu_compile.serving.answering import Answer, open_answerer
+from hstu_compile.serving.settings import RuntimeSettings
+
+BUNDLE_FOLDER = "bundle"
+
+
+class TritonPythonModel:
+    """Serves the bundle in the folder `bundle` of the model's version."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the bundle.
+
+        Args:
+            args: the backend's: the configuration, the model's folder and version, the kind and number of the device.
+
+        Raises:
+            pb_utils.TritonModelException: with the message of whatever refused; the server shows it as the reason why
+                the model is not loaded.
+        """
+        config = json.loads(args["model_config"])
+        parameters = {name: entry["string_value"] for name, entry in config["parameters"].items()}
+        self._inputs = [each["name"] for each in config["input"]]
+        bundle = Path(args["model_repository"]) / args["model_version"] / BUNDLE_FOLDER
+        if args["model_instance_kind"] == "GPU":
+            # This process serves one instance, and the runtime takes the first GPU that it sees.
+            os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+        try:
+            self._answerer = open_answerer(bundle, RuntimeSettings.from_parameters(parameters))
+        except HstuCompileError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a batch of requests in one pass; what is wrong with one is that one's error alone."""
+        try:
+            read = [self._arrays(request) for request in requests]
+        except HstuCompileError as error:
+            return [_response(error) for _ in requests]
+        return [_response(answer) for answer in self._answerer.answer(read)]
+
+    def finalize(self) -> None:
+        """Free the runtime."""
+        self._answerer.close()
+
+    def _arrays(self, request: Any) -> dict[str, NDArray[Any]]:
+        tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
+        arrays = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+        for array in arrays.values():
+            check_layout(array)
+        return arrays
+
+
+def check_layout(array: NDArray[Any]) -> None:
+    """Refuse arrays that a Python backend made without knowing NumPy's layout.
+
+    Backends built against NumPy 1 read the size of an element from where NumPy 2 has something else. Every tensor then
+    has strides of zero: its first value, as often as it is long, with no error from anyone.
+
+    Raises:
+        EngineError: HSTU-E401.
+    """
+    if array.size > 1 and not array.flags.c_contiguous:
+        raise EngineError(
+            "HSTU-E401",
+            "this tritonserver's Python backend does not work with the NumPy that it found",
+            f"NumPy {np.__version__} and strides {array.strides} of a tensor of shape {list(array.shape)}: the backend "
+            "was built against NumPy 1",
+            "pip install 'numpy<2' into the Python that the backend uses, or take a newer tritonserver",
+            {"numpy": np.__version__},
+        )
+
+
+def _response(answer: Answer) -> Any:
+    if isinstance(answer, HstuCompileError):
+        code = pb_utils.TritonError.INVALID_ARG if isinstance(answer, RequestError) else pb_utils.TritonError.INTERNAL
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code))
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in answer.items()]
+    )
