@@ -18,7 +18,7 @@ _NAMES = {
 }
 
 # The operators whose type decides speed and accuracy.
-_COUNTED = ("MatMul", "Gemm", "LayerNormalization", "HstuAttention")
+_COUNTED = ("MatMul", "Gemm", "LayerNormalization", "HstuAttention", "HstuNorm")
 
 
 def graph_facts(model: onnx.ModelProto) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The contract of hstu::HstuAttention in Python, read from HstuAttention_PluginConfig.yaml. Level 1."""
+"""The contracts of hstu::HstuAttention and hstu::HstuNorm in Python, read from their PluginConfig.yaml. Level 1."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from hstu_compile.errors import InternalError
 
 CONTRACT_FILE = "hstuAttentionPlugin/HstuAttention_PluginConfig.yaml"
+NORM_CONTRACT_FILE = "hstuNormPlugin/HstuNorm_PluginConfig.yaml"
 
 _ONNX_TYPES = {
     "float32": "tensor(float)",
@@ -33,6 +34,15 @@ class OpInput:
     type: str
     dims: tuple[str, ...]
     present_when: str | None
+    doc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OpOutput:
+    """The one output."""
+
+    name: str
+    type: str
     doc: str
 
 
@@ -66,13 +76,14 @@ class OpAttribute:
 
 @dataclasses.dataclass(frozen=True)
 class OpContract:
-    """The operator: identity, inputs in order, attributes."""
+    """The operator: identity, inputs in order, output, attributes."""
 
     name: str
     namespace: str
     version: str
     types: dict[str, tuple[str, ...]]
     inputs: tuple[OpInput, ...]
+    output: OpOutput
     attributes: tuple[OpAttribute, ...]
 
     def present_inputs(self, attributes: Mapping[str, Any]) -> tuple[OpInput, ...]:
@@ -91,10 +102,20 @@ class OpContract:
         return [_ONNX_TYPES[each] for each in self.types.get(name, (name,))]
 
 
-@functools.cache
 def attention_contract() -> OpContract:
-    """Parse the contract file that ships with the plugin's sources."""
-    text = (importlib.resources.files("hstu_compile.plugins") / CONTRACT_FILE).read_text(encoding="utf-8")
+    """The contract of HstuAttention."""
+    return _contract_in(CONTRACT_FILE)
+
+
+def norm_contract() -> OpContract:
+    """The contract of HstuNorm."""
+    return _contract_in(NORM_CONTRACT_FILE)
+
+
+@functools.cache
+def _contract_in(file: str) -> OpContract:
+    """Parse a contract file that ships with the plugins' sources."""
+    text = (importlib.resources.files("hstu_compile.plugins") / file).read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     return OpContract(
         name=raw["name"],
@@ -105,6 +126,7 @@ def attention_contract() -> OpContract:
             OpInput(i["name"], i["type"], tuple(map(str, i["dims"])), i.get("present_when"), i["doc"])
             for i in raw["inputs"]
         ),
+        output=OpOutput(*(raw["outputs"][0][key] for key in ("name", "type", "doc"))),
         attributes=tuple(
             OpAttribute(a["name"], a["type"], a.get("min"), a.get("max"), a.get("min_exclusive"), a["doc"])
             for a in raw["attributes"]
@@ -118,13 +140,19 @@ def is_attention(node: onnx.NodeProto) -> bool:
     return node.domain == contract.namespace and node.op_type == contract.name
 
 
+def is_norm(node: onnx.NodeProto) -> bool:
+    """Whether a node is an hstu::HstuNorm."""
+    contract = norm_contract()
+    return node.domain == contract.namespace and node.op_type == contract.name
+
+
 def node_attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """The contract's attributes of an attention node as Python values.
+    """The contract's attributes of a node of either operator as Python values.
 
     Raises:
         InternalError: if one is missing or outside its range.
     """
-    contract = attention_contract()
+    contract = norm_contract() if is_norm(node) else attention_contract()
     names = {attribute.name for attribute in contract.attributes}
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in names}
     if problems := contract.problems(values):
@@ -134,15 +162,19 @@ def node_attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 @functools.cache
 def register_onnx_schema() -> None:
-    """Tell onnx about the operator in this process, which export and the model checker need."""
-    contract = attention_contract()
+    """Tell onnx about the operators in this process, which export and the model checker need."""
+    for contract in (attention_contract(), norm_contract()):
+        onnx.defs.register_schema(_schema_of(contract))
+
+
+def _schema_of(contract: OpContract) -> onnx.defs.OpSchema:
     parameter = onnx.defs.OpSchema.FormalParameter
     # One variadic input, because which inputs a node has depends on its attributes: `present_inputs` is the rule.
     inputs = [
         parameter(
             "inputs",
             "X",
-            "the contract's inputs in order, without those whose presence attribute is 0",
+            "the contract's inputs in order, without those whose presence attribute is not 1",
             param_option=onnx.defs.OpSchema.FormalParameterOption.Variadic,
             is_homogeneous=False,
             min_arity=sum(i.present_when is None for i in contract.inputs),
@@ -157,17 +189,15 @@ def register_onnx_schema() -> None:
         attributes.append(
             onnx.defs.OpSchema.Attribute(name, attr_type.STRING, "looked up in TensorRT's registry", required=True)
         )
-    onnx.defs.register_schema(
-        onnx.defs.OpSchema(
-            contract.name,
-            contract.namespace,
-            int(contract.version),
-            inputs=inputs,
-            outputs=[parameter("out", "T", "attention output")],
-            type_constraints=[
-                ("T", contract.onnx_types("T"), "queries, keys, values and output"),
-                ("X", sorted(set(_ONNX_TYPES.values())), "any type of the contract"),
-            ],
-            attributes=attributes,
-        )
+    return onnx.defs.OpSchema(
+        contract.name,
+        contract.namespace,
+        int(contract.version),
+        inputs=inputs,
+        outputs=[parameter(contract.output.name, contract.output.type, contract.output.doc)],
+        type_constraints=[
+            (contract.output.type, contract.onnx_types(contract.output.type), contract.output.doc),
+            ("X", sorted(set(_ONNX_TYPES.values())), "any type of the contract"),
+        ],
+        attributes=attributes,
     )

@@ -43,7 +43,8 @@ class BoundNativeBody(Pass):
                     attribute.i = self._longest
                     bounded += 1
         if bounded:
-            kept = [function for function in model.functions if function.domain != contract.namespace]
+            ours = (contract.namespace, contract.name)
+            kept = [function for function in model.functions if (function.domain, function.name) != ours]
             del model.functions[:]
             model.functions.extend(kept)
             AttachNativeBody(len(nodes)).call(model)
