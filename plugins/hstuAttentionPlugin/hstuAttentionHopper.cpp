@@ -88,11 +88,14 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
 
 int32_t chooseSplit(NodeSizes const& sizes, int32_t blockM, int32_t numSms) noexcept
 {
-    // A launch with fewer whole tiles an SM than this is split: whole tiles would leave SMs idle at its end. The same
-    // rule as chosen_split of kernels/hopper/variants.py, which a test compares it with.
-    constexpr double kLeastTilesPerSm = 1.5;
-    int64_t const tiles = (sizes[Symbol::kLq] + blockM - 1) / blockM * sizes[Symbol::kH];
-    return static_cast<double>(tiles) < kLeastTilesPerSm * numSms ? 2 : 1;
+    // Where every tile has a cluster of its own and enough keys, or where there are about as many tiles as SMs and very
+    // many keys. The same rule as chosen_split of kernels/hopper/variants.py, which says why, and which a test compares
+    // it with.
+    double const tiles = static_cast<double>((sizes[Symbol::kLq] + blockM - 1) / blockM * sizes[Symbol::kH]);
+    double const keys = static_cast<double>(sizes[Symbol::kLk]) / static_cast<double>(std::max<int64_t>(sizes[Symbol::kB], 1));
+    bool const hasClusters = tiles <= 0.5 * numSms && keys >= 1024;
+    bool const hasManyKeys = tiles <= 1.12 * numSms && keys >= 4096;
+    return hasClusters || hasManyKeys ? 2 : 1;
 }
 
 int32_t hopperGrid(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept

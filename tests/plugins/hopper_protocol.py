@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hstu_compile.plugins.kernels.hopper import compile as hopper_compile
-from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, query_buffers, tile_of
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, Turns, query_buffers, tile_of
 
 SOURCE = Path(hopper_compile.__file__).with_name("hstu_attention_sm90.cu")
 
@@ -46,7 +46,8 @@ class Protocol:
     Attributes:
         stages: key and value tiles in shared memory; query_buffers the same for queries.
         warpgroups: that multiply.
-        turns: they issue their products in turns.
+        turns: of the warpgroups.
+        holds_queries: they keep their rows of the queries in registers.
         split: blocks of a cluster that share a tile.
         slots: descriptions of tiles in shared memory.
         ask_ahead: how many key tiles before a tile's end the next tile is asked for.
@@ -55,7 +56,8 @@ class Protocol:
     stages: int
     query_buffers: int
     warpgroups: int
-    turns: bool
+    turns: Turns
+    holds_queries: bool
     split: int
     slots: int
     ask_ahead: int
@@ -75,6 +77,7 @@ def protocol_of(variant: HopperVariant) -> Protocol:
         query_buffers=query_buffers(variant),
         warpgroups=tile.warpgroups,
         turns=tile.turns,
+        holds_queries=tile.held_steps * 16 == variant.block_dim,
         split=variant.split,
         slots=constant(r"kTileSlots = (\d+);"),
         ask_ahead=tile.stages + constant(r"kAskAhead = kStages \+ (\d+);"),
@@ -277,29 +280,38 @@ class Block:
                 slot.advance()
 
         def await_turn() -> Process:
-            if p.turns:
+            if p.turns is not Turns.NONE:
                 yield self.turns[warpgroup].sync()
 
         def pass_turn() -> None:
-            if p.turns:
+            if p.turns is not Turns.NONE:
                 self.turns[(warpgroup + 1) % p.warpgroups].arrive()
 
         def await_queries_and_keys() -> Process:
             yield self.queries[query.index].full.wait(query.phase)
+            if p.holds_queries:
+                self.queries[query.index].expect(f"tile {taken.number}")
+                release_queries()
             yield self.keys[key.index].full.wait(key.phase)
+
+        def release_queries() -> None:
+            self.queries[query.index].empty.arrive()
+            query.advance()
 
         def product_of_keys(label: str) -> Callable[[], None]:
             """Begin the product; the result ends it and gives the keys back."""
             buffer, queries, tile = self.keys[key.index], self.queries[query.index], label.split(" keys")[0]
             key.advance()
             buffer.expect(label)
-            queries.expect(tile)
+            if not p.holds_queries:
+                queries.expect(tile)
             if Fault.KEYS_RELEASED_EARLY in self.faults:
                 buffer.empty.arrive()
 
             def end() -> None:
                 buffer.expect(label)
-                queries.expect(tile)
+                if not p.holds_queries:
+                    queries.expect(tile)
                 if Fault.KEYS_RELEASED_EARLY not in self.faults:
                     buffer.empty.arrive()
 
@@ -346,18 +358,24 @@ class Block:
             tile, held = taken, holding
             for t in range(1, tile.share):
                 yield self.keys[key.index].full.wait(key.phase)
-                yield self.values[value.index].full.wait(value.phase)
+                if p.turns is not Turns.SCORES:
+                    yield self.values[value.index].full.wait(value.phase)
                 yield from await_turn()
                 end_keys = product_of_keys(f"tile {tile.number} keys {t}")
+                if p.turns is Turns.SCORES:
+                    yield PREEMPTED
+                    pass_turn()
+                    yield self.values[value.index].full.wait(value.phase)
                 end_values = product_of_values(f"tile {tile.number} keys {t - 1}")
-                pass_turn()
+                if p.turns is not Turns.SCORES:
+                    pass_turn()
                 yield PREEMPTED
                 end_keys()
                 yield PREEMPTED
                 end_values()
             last = f"tile {tile.number} keys {tile.share - 1}"
-            self.queries[query.index].empty.arrive()
-            query.advance()
+            if not p.holds_queries:
+                release_queries()
             keeps_slot = Fault.SLOT_KEPT_INTO_NEXT_TILE in self.faults
             if not keeps_slot:
                 self.tile_empty[held].arrive()
@@ -372,11 +390,11 @@ class Block:
                 yield from finish(tile.number)
                 return
             slot.advance()
-            if p.query_buffers > 1:
+            if p.query_buffers > 1 or p.holds_queries:
                 yield from await_queries_and_keys()
             yield from await_turn()
             end_values = product_of_values(last)
-            if p.query_buffers == 1:
+            if p.query_buffers == 1 and not p.holds_queries:
                 yield from await_queries_and_keys()
             end_keys = product_of_keys(f"tile {taken.number} keys 0")
             pass_turn()

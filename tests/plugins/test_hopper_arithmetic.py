@@ -33,6 +33,14 @@ def _compiled(folder: Path, sources: Path) -> ctypes.CDLL:
     command += [f"-I{sources}", f"-I{HOST}", str(HOST / "arithmetic.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
+    loaded.hstu_time_bias_range.restype = None
+    loaded.hstu_time_bias_range.argtypes = (
+        *(ctypes.c_void_p,) * 2,
+        ctypes.c_int32,
+        *(ctypes.c_void_p,) * 2,
+        ctypes.c_int32,
+        *(ctypes.c_void_p,) * 3,
+    )
     loaded.hstu_searched_time_bias.restype = ctypes.c_float
     loaded.hstu_searched_time_bias.argtypes = (*(ctypes.c_void_p,) * 2, ctypes.c_int32, *(ctypes.c_int64,) * 2)
     return loaded
@@ -152,6 +160,36 @@ def test_time_buckets_are_exact_on_both_sides_of_every_threshold(arithmetic: cty
     out, expected, crowded = _table_bias(arithmetic, thresholds, differences)
     assert crowded == 0
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("ratio", [1.351, 2.0, 1.2])
+def test_a_range_of_times_names_its_threshold_and_both_biases(arithmetic: ctypes.CDLL, ratio: float) -> None:
+    thresholds = np.unique(geometric_thresholds(128, ratio, 64))
+    biases = np.random.default_rng(1).normal(size=len(thresholds) + 1).astype(np.float32)
+    inside = thresholds[thresholds < 2**30]
+    edges = np.concatenate([inside - 1, inside, inside + 1, [0, FARTHEST]])
+    widths = np.random.default_rng(0).integers(0, 1 + inside[-1] // 8, 200)
+    least = np.repeat(edges, len(widths)).clip(0, FARTHEST)
+    most = (least + np.tile(widths * np.random.default_rng(2).random(len(widths)) ** 8, len(edges)).astype(int)).clip(
+        0, FARTHEST
+    )
+    crossed, threshold = np.zeros(len(least), np.int32), np.zeros(len(least), np.int32)
+    halves = np.zeros((len(least), 2), np.float32)
+    first, last = least.astype(np.int32), most.astype(np.int32)
+    arithmetic.hstu_time_bias_range(
+        thresholds.ctypes.data_as(ctypes.c_void_p),
+        biases.ctypes.data_as(ctypes.c_void_p),
+        len(thresholds),
+        *(array.ctypes.data_as(ctypes.c_void_p) for array in (first, last)),
+        len(least),
+        *(array.ctypes.data_as(ctypes.c_void_p) for array in (crossed, threshold, halves)),
+    )
+    buckets = [np.searchsorted(thresholds, ends, side="right") for ends in (least, most)]
+    np.testing.assert_array_equal(crossed, buckets[1] - buckets[0])
+    np.testing.assert_array_equal(halves, np.stack([0.5 * biases[bucket] for bucket in buckets], 1))
+    is_one = crossed == 1
+    np.testing.assert_array_equal(threshold[is_one], thresholds[buckets[0][is_one]])
+    assert {0, 1, 2} <= set(crossed.tolist())
 
 
 def test_close_thresholds_are_noticed(arithmetic: ctypes.CDLL) -> None:

@@ -91,8 +91,11 @@ def test_tensors_that_are_not_contiguous_are_copied_until_the_launch(
 def test_a_short_launch_is_split_and_a_long_one_is_not(
     launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]],
 ) -> None:
-    launch.hstu_attention_hopper(**_arguments())
+    keys = torch.zeros(1024, HEADS, DIM, dtype=torch.float16)
+    launch.hstu_attention_hopper(**_arguments(k=keys, v=keys))
     assert launched[-1][0] == 2 * HEADS, "two blocks a tile"
+    launch.hstu_attention_hopper(**_arguments())
+    assert launched[-1][0] == HEADS, "too few keys for two blocks a tile"
     long = torch.zeros(128 * 100, HEADS, DIM, dtype=torch.float16)
     launch.hstu_attention_hopper(**_arguments(q=long))
     assert launched[-1][0] == 132

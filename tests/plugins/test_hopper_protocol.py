@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, hopper_variants_for
+from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, Turns, hopper_variants_for
 from tests.plugins.hopper_protocol import DeadlockError, Fault, HazardError, Protocol, play, protocol_of, random_tiles
 
 SEEDS = range(300)
@@ -16,7 +16,9 @@ PROTOCOLS = {
     for variant in hopper_variants_for("float16", dim, dim)
 }
 #: Two warpgroups in turns with two of everything, as small as a kernel gets.
-SMALL = Protocol(stages=2, query_buffers=2, warpgroups=2, turns=True, split=1, slots=3, ask_ahead=3)
+SMALL = Protocol(
+    stages=2, query_buffers=2, warpgroups=2, turns=Turns.PRODUCTS, holds_queries=False, split=1, slots=3, ask_ahead=3
+)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

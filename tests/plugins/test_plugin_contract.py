@@ -137,10 +137,22 @@ def test_the_library_splits_the_launches_that_pytorch_splits(
 ) -> None:
     block_m = 64 * tile_of(HopperVariant("float16", block_dim, True)).warpgroups
     chosen = {}
-    for tiles in (1, *range(multiprocessors, 2 * multiprocessors + 1)):
+    edges = (
+        1,
+        multiprocessors // 2,
+        multiprocessors // 2 + 1,
+        int(1.12 * multiprocessors),
+        int(1.12 * multiprocessors) + 1,
+    )
+    for tiles in edges:
         for lq, heads in (((tiles - 1) * block_m + 1, 1), (block_m, tiles)):
-            arguments = ["split", *map(str, (lq, heads, block_m, multiprocessors))]
-            done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
-            chosen[lq, heads] = int(done.stdout)
-            assert chosen[lq, heads] == chosen_split(block_dim, lq, heads, multiprocessors), (lq, heads)
-    assert set(chosen.values()) == {1, 2}
+            for lk, batch in ((0, 0), (0, 1), (1023, 1), (1024, 1), (4 * 1024 - 1, 4), (4095, 1), (4096, 1), (8192, 2)):
+                sizes = (lq, lk, batch, heads)
+                arguments = ["split", *map(str, (*sizes, block_m, multiprocessors))]
+                done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
+                chosen[sizes] = int(done.stdout)
+                assert chosen[sizes] == chosen_split(block_dim, *sizes, multiprocessors), sizes
+    few, many = multiprocessors // 2, int(1.12 * multiprocessors)
+    assert [chosen[block_m, keys, 1, few] for keys in (1023, 1024)] == [1, 2]
+    assert [chosen[block_m, 4096, 1, tiles] for tiles in (few + 1, many, many + 1)] == [2, 2, 1]
+    assert chosen[block_m, 1024, 1, few + 1] == 1

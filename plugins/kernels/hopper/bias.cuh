@@ -5,6 +5,9 @@
 // than one threshold, one comparison with it decides between the cell's two values. Thresholds are integers, and so is the
 // comparison: no logarithm near a boundary. Thresholds that lie closer, and times that differ by more than 2^30 seconds
 // from the sequence's first, are searched for one by one.
+//
+// Buckets are wider the farther in the past they lie, and near columns have near times: most pieces of a score tile lie in
+// one bucket or two, which are looked up once for all of the piece (timeBiasRange).
 #ifndef HSTU_HOPPER_BIAS_CUH
 #define HSTU_HOPPER_BIAS_CUH
 
@@ -35,6 +38,8 @@ struct TimeTable
     static constexpr int32_t kSize = kIsUsed ? kCells : 1;
 
     int32_t thresholds[kSize]; //!< the one inside the cell, or kNever
+    int32_t previous[kSize];   //!< the last one at or before the cell's start, if there is one
+    int32_t buckets[kSize];    //!< of the cell's smallest difference
     float values[kIsUsed ? kMostTimeHeads : 1][kSize][2]; //!< half the bias below and from the threshold on
     int32_t isCrowded; //!< a cell holds two thresholds: the table is of no use
 };
@@ -80,8 +85,10 @@ __device__ __forceinline__ void buildTimeTable(AttentionParameters const& p, Tab
     {
         int32_t const below = countThresholds<Timestamp>(p, cellStart(cell));
         int32_t const inside = countThresholds<Timestamp>(p, cellStart(cell + 1) - 1) - below;
-        table.thresholds[cell] =
-            inside > 0 ? static_cast<int32_t>(static_cast<Timestamp const*>(p.tsThresholds)[below]) : kNever;
+        auto const* const thresholds = static_cast<Timestamp const*>(p.tsThresholds);
+        table.thresholds[cell] = inside > 0 ? static_cast<int32_t>(thresholds[below]) : kNever;
+        table.previous[cell] = below > 0 ? static_cast<int32_t>(thresholds[below - 1]) : 0;
+        table.buckets[cell] = below;
         for (int32_t head = 0; head < p.tsHeads; ++head)
         {
             float const* const biases = p.tsTable + int64_t{head} * (p.numBuckets + 1);
@@ -100,6 +107,32 @@ __device__ __forceinline__ float timeBias(int32_t const* thresholds, float const
 {
     int32_t const cell = cellOf(difference);
     return values[cell][difference >= thresholds[cell] ? 1 : 0];
+}
+
+//! What all differences of a range add.
+struct TimeBiasRange
+{
+    int32_t crossed;   //!< thresholds in the range: with more than one, the other members do not say all
+    int32_t threshold; //!< the one, if there is one
+    float below;       //!< half the bias below it
+    float above;       //!< and from it on
+};
+
+//! Looks the range [least, most] of differences up. `values` is the table's of a head.
+template <typename Table>
+__device__ __forceinline__ TimeBiasRange timeBiasRange(
+    Table const& table, float const (*values)[2], int32_t least, int32_t most)
+{
+    int32_t const first = cellOf(least);
+    int32_t const last = cellOf(most);
+    int32_t const isFirstPast = least >= table.thresholds[first] ? 1 : 0;
+    int32_t const isLastPast = most >= table.thresholds[last] ? 1 : 0;
+    TimeBiasRange range;
+    range.crossed = table.buckets[last] + isLastPast - table.buckets[first] - isFirstPast;
+    range.threshold = isLastPast != 0 ? table.thresholds[last] : table.previous[last];
+    range.below = values[first][isFirstPast];
+    range.above = values[last][isLastPast];
+    return range;
 }
 
 //! Half the bias of any difference.

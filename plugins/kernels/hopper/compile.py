@@ -189,6 +189,7 @@ def _switches(variant: HopperVariant) -> list[str]:
         "STAGES": tile.stages,
         "PLAIN_CAUSAL": int(variant.plain_causal),
         "TURNS": int(tile.turns),
+        "HELD_STEPS": tile.held_steps,
         "SPLIT": variant.split,
         "POS_BIAS": int(variant.pos_bias),
         "TIMESTAMP_BITS": variant.timestamp_bits,

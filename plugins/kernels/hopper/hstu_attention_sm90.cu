@@ -6,7 +6,8 @@
 // key tile are multiplied while the values of the last one are, and SiLU of the next runs beside the latter.
 //
 // Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES, HSTU_PLAIN_CAUSAL,
-// HSTU_TURNS, HSTU_SPLIT, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS and HSTU_SHARED_BYTES; compile.py chooses them.
+// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SPLIT, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS and HSTU_SHARED_BYTES; compile.py chooses
+// them.
 #include <cstdint>
 #include <type_traits>
 
@@ -53,15 +54,22 @@ constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
 constexpr int32_t kConsumerWarps = 4 * kWarpgroups;
 constexpr int32_t kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
 constexpr int32_t kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+// Of the queries' columns, 16 a step, those that a warpgroup keeps in registers: products then read half as much of shared
+// memory, whose bandwidth they else come close to.
+constexpr int32_t kHeldSteps = HSTU_HELD_STEPS;
+// Their buffer is free for the next tile's as soon as they have been taken.
+constexpr bool kHoldsQueries = kHeldSteps * kDepth == kDim;
 // The next tile's queries are copied while this one is multiplied; with 256 columns there is no room for both.
-constexpr int32_t kQueryBuffers = kDim <= 128 && HSTU_SPLIT == 1 ? 2 : 1;
+constexpr int32_t kQueryBuffers = kDim <= 128 && HSTU_SPLIT == 1 && !kHoldsQueries ? 2 : 1;
 // Blocks of a cluster that share a tile: each takes every kSplit-th key tile, and as there is no softmax their sums just
 // add. For batches with fewer tiles than there are SMs.
 constexpr int32_t kSplit = HSTU_SPLIT;
 static_assert(kSplit == 1 || kSplit == 2, "one block a tile, or two that exchange halves");
 constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the other block of its cluster
-// Warpgroups issue their products in turns, so that one multiplies while another computes SiLU.
+// Warpgroups take turns, so that one multiplies while another computes SiLU: a turn ends when products have been issued, or
+// only when scores are there. The latter keeps warpgroups apart where SiLU takes as long as the products.
 constexpr bool kTurns = HSTU_TURNS != 0;
+constexpr bool kTurnsLastForScores = HSTU_TURNS == 2;
 // Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
 constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && !kHasBias;
 
@@ -366,8 +374,9 @@ struct Consumer
     Ring<kStages> valueStage;
     Ring<1> exchange;
 
+    uint32_t queries[kHeldSteps > 0 ? kHeldSteps : 1][4]; //!< the first kHeldSteps of this warpgroup's rows
     float scores[kBlockN / 2];
-    uint32_t weights[kBlockN / 4];
+    uint32_t weights[kBlockN / kDepth][4];
     float sums[kDim / 2];
 
     __device__ __forceinline__ Consumer(AttentionParameters const& parameters, Shared& memory)
@@ -414,15 +423,23 @@ struct Consumer
     {
         constexpr uint32_t kBuffer = sizeof(shared.buffers.queries[0]) / kDescriptorUnit;
         constexpr uint32_t kStage = sizeof(shared.buffers.keys[0]) / kDescriptorUnit;
-        uint32_t const queries = queriesUnit + query.index * kBuffer;
+        uint32_t const rows = queriesUnit + query.index * kBuffer;
         uint32_t const keys = keysUnit + keyStage.index * kStage;
 #pragma unroll
         for (int32_t step = 0; step < kDim / kDepth; ++step)
         {
             uint32_t const slab = step * kDepth / kSlab * kRowBytes / kDescriptorUnit;
             uint32_t const column = step * kDepth % kSlab * 2 / kDescriptorUnit;
-            Wgmma<Element, kBlockN>::sharedShared(scores, operandDescriptor(queries + slab * kBlockM + column, 0),
-                operandDescriptor(keys + slab * kBlockN + column, 0), step > 0);
+            uint64_t const descriptor = operandDescriptor(keys + slab * kBlockN + column, 0);
+            if (step < kHeldSteps)
+            {
+                Wgmma<Element, kBlockN>::registerShared(scores, queries[step], descriptor, step > 0);
+            }
+            else
+            {
+                Wgmma<Element, kBlockN>::sharedShared(
+                    scores, operandDescriptor(rows + slab * kBlockM + column, 0), descriptor, step > 0);
+            }
         }
         productCommit();
     }
@@ -436,15 +453,36 @@ struct Consumer
         for (int32_t step = 0; step < kBlockN / kDepth; ++step)
         {
             uint32_t const row = step * kDepth * kRowBytes / kDescriptorUnit;
-            Wgmma<Element, kDim>::registerShared(
-                sums, weights + 4 * step, operandDescriptor(values + row, kBlockN * kRowBytes), step > 0 || !isFirst);
+            Wgmma<Element, kDim>::registerSharedT(
+                sums, weights[step], operandDescriptor(values + row, kBlockN * kRowBytes), step > 0 || !isFirst);
         }
         productCommit();
     }
 
-    __device__ __forceinline__ void awaitQueries() const
+    __device__ __forceinline__ void awaitQueries()
     {
         barrierWait(&shared.barriers.queriesFull[query.index], query.phase);
+#pragma unroll
+        for (int32_t step = 0; step < kHeldSteps; ++step)
+        {
+            // Four 8 x 8 matrices: rows 0-7 and 8-15 of the first eight columns, then of the second. The copy engine has
+            // swapped the 16-byte pieces of a row by its number.
+            int32_t const row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
+            int32_t const piece = step * kDepth % kSlab / 8 + lane / 16;
+            loadMatrices(queries[step],
+                &shared.buffers.queries[query.index][step * kDepth / kSlab][row][(piece ^ row % 8) * 8]);
+        }
+        if constexpr (kHoldsQueries)
+        {
+            releaseQueries();
+        }
+    }
+
+    __device__ __forceinline__ void releaseQueries()
+    {
+        __syncwarp();
+        release(&shared.barriers.queriesEmpty[query.index]);
+        query.advance();
     }
 
     __device__ __forceinline__ void awaitKeys() const
@@ -586,40 +624,91 @@ struct Consumer
 
     __device__ __forceinline__ void addTimeBias(Tile const& tile, int32_t keyStart)
     {
+        // Of the columns' times, lane l reads every 32nd from l on. Rows and columns behind the sequence repeat the last one:
+        // what becomes of them is neither stored nor seen.
         auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + tile.keyRow;
         auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
         int64_t const base = columns[0];
-        // Rows and columns behind the sequence repeat the last time: what becomes of them is neither stored nor seen.
+        bool isFar = shared.times.isCrowded != 0;
+        auto fromBase = [&](int64_t time) {
+            isFar |= abs(time - base) >= kFarthest;
+            return static_cast<int32_t>(time - base);
+        };
+        int32_t const rowTimes[2] = {
+            fromBase(rows[min(rowInTile, tile.rows - 1)]), fromBase(rows[min(rowInTile + 8, tile.rows - 1)])};
+        int32_t columnTimes[kBlockN / 32];
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN / 32; ++i)
+        {
+            columnTimes[i] = fromBase(columns[min(keyStart + 32 * i + lane, tile.numKeys - 1)]);
+        }
+        if (__any_sync(0xFFFFFFFF, isFar) != 0)
+        {
+            addSearchedTimeBias(tile, keyStart);
+            return;
+        }
+        float const(*const values)[2] = shared.times.values[p.tsHeads > 1 ? tile.head : 0];
+        int32_t const firstRow = __reduce_min_sync(0xFFFFFFFF, min(rowTimes[0], rowTimes[1]));
+        int32_t const lastRow = __reduce_max_sync(0xFFFFFFFF, max(rowTimes[0], rowTimes[1]));
+#pragma unroll
+        for (int32_t piece = 0; piece < kBlockN / 32; ++piece)
+        {
+            float(&part)[16] = *reinterpret_cast<float(*)[16]>(scores + 16 * piece);
+            int32_t const time = columnTimes[piece];
+            int32_t const first = __reduce_min_sync(0xFFFFFFFF, time);
+            int32_t const last = __reduce_max_sync(0xFFFFFFFF, time);
+            int32_t const least = max(max(firstRow - last, first - lastRow), 0);
+            int32_t const most = max(lastRow - first, last - firstRow);
+            TimeBiasRange const range = timeBiasRange(shared.times, values, least, most);
+            if (range.crossed == 0)
+            {
+#pragma unroll
+                for (int32_t i = 0; i < 16; ++i)
+                {
+                    part[i] += range.below;
+                }
+            }
+            else if (range.crossed == 1)
+            {
+                forTimeDifferences(part, rowTimes, time, [&](int32_t difference) {
+                    return difference >= range.threshold ? range.above : range.below;
+                });
+            }
+            else
+            {
+                forTimeDifferences(part, rowTimes, time,
+                    [&](int32_t difference) { return timeBias(shared.times.thresholds, values, difference); });
+            }
+        }
+    }
+
+    //! Adds what `bias` gives for the difference of the row's and the column's time to each of 32 columns' scores. `time` is
+    //! that of column l in lane l.
+    template <typename Bias>
+    __device__ __forceinline__ void forTimeDifferences(
+        float (&part)[16], int32_t const (&rowTimes)[2], int32_t time, Bias bias) const
+    {
+#pragma unroll
+        for (int32_t i = 0; i < 16; i += i % 4 == 1 ? 3 : 1)
+        {
+            int32_t const column = __shfl_sync(0xFFFFFFFF, time, columnOffset(i) + 2 * (lane % 4));
+            part[i] += bias(abs(rowTimes[0] - column));
+            part[i + 2] += bias(abs(rowTimes[1] - column));
+        }
+    }
+
+    //! For times that the table does not serve.
+    __device__ __forceinline__ void addSearchedTimeBias(Tile const& tile, int32_t keyStart)
+    {
+        auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + tile.keyRow;
+        auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
         int64_t const times[2] = {rows[min(rowInTile, tile.rows - 1)], rows[min(rowInTile + 8, tile.rows - 1)]};
-        int32_t const lastColumn = tile.numKeys - 1;
-        bool isFar = shared.times.isCrowded != 0 || abs(times[0] - base) >= kFarthest || abs(times[1] - base) >= kFarthest;
-#pragma unroll
-        for (int32_t i = 0; i < kBlockN; i += 32)
-        {
-            isFar |= abs(int64_t{columns[min(keyStart + i + lane, lastColumn)]} - base) >= kFarthest;
-        }
         int32_t const column = keyStart + 2 * (lane % 4);
-        if (__any_sync(0xFFFFFFFF, isFar) == 0)
-        {
-            float const(*const values)[2] = shared.times.values[p.tsHeads > 1 ? tile.head : 0];
-            int32_t const near[2] = {static_cast<int32_t>(times[0] - base), static_cast<int32_t>(times[1] - base)};
 #pragma unroll
-            for (int32_t i = 0; i < kBlockN / 2; i += i % 4 == 1 ? 3 : 1)
-            {
-                auto const time =
-                    static_cast<int32_t>(columns[min(column + columnOffset(i), lastColumn)] - base);
-                scores[i] += timeBias(shared.times.thresholds, values, abs(near[0] - time));
-                scores[i + 2] += timeBias(shared.times.thresholds, values, abs(near[1] - time));
-            }
-        }
-        else
+        for (int32_t i = 0; i < kBlockN / 2; ++i)
         {
-#pragma unroll
-            for (int32_t i = 0; i < kBlockN / 2; ++i)
-            {
-                int64_t const time = columns[min(column + columnOffset(i), lastColumn)];
-                scores[i] += searchedTimeBias<Timestamp>(p, tile.head, times[i % 4 / 2], time);
-            }
+            int64_t const time = columns[min(column + columnOffset(i), tile.numKeys - 1)];
+            scores[i] += searchedTimeBias<Timestamp>(p, tile.head, times[i % 4 / 2], time);
         }
     }
 
@@ -638,7 +727,7 @@ struct Consumer
 #pragma unroll
         for (int32_t i = 0; i < kBlockN / 4; ++i)
         {
-            weights[i] = packPair<Element>(scores[2 * i], scores[2 * i + 1]);
+            weights[i / 4][i % 4] = packPair<Element>(scores[2 * i], scores[2 * i + 1]);
         }
     }
 
@@ -674,12 +763,26 @@ struct Consumer
     __device__ __forceinline__ void multiplyBoth(int32_t valid, bool isFirst)
     {
         awaitKeys();
-        awaitValues(valid);
+        if constexpr (!kTurnsLastForScores)
+        {
+            awaitValues(valid);
+        }
         awaitTurn();
         productFence();
         multiplyKeys();
+        if constexpr (kTurnsLastForScores)
+        {
+            productWait<0>();
+            pin(scores);
+            passTurn();
+            awaitValues(valid);
+            productFence();
+        }
         multiplyValues(isFirst);
-        passTurn();
+        if constexpr (!kTurnsLastForScores)
+        {
+            passTurn();
+        }
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
@@ -858,8 +961,10 @@ struct Consumer
                 step(*tile, t, valid);
                 valid = kBlockN;
             }
-            release(&shared.barriers.queriesEmpty[query.index]);
-            query.advance();
+            if constexpr (!kHoldsQueries)
+            {
+                releaseQueries();
+            }
             // Given back first: the next tile may need the slot to be described in.
             Ending const ending{tile->head, tile->queryRow, tile->rows,
                 tile->numKeys - keyStart(*tile, tile->share - 1), 1.0F / tile->divisor, tile->share == 1};
@@ -879,7 +984,7 @@ struct Consumer
             }
             // The last values of this tile and the first scores of the next in one go.
             slot.advance();
-            if constexpr (kQueryBuffers > 1)
+            if constexpr (kQueryBuffers > 1 || kHoldsQueries)
             {
                 awaitQueries();
                 awaitKeys();
@@ -887,7 +992,7 @@ struct Consumer
             awaitTurn();
             productFence();
             multiplyValues(ending.isSingle);
-            if constexpr (kQueryBuffers == 1)
+            if constexpr (kQueryBuffers == 1 && !kHoldsQueries)
             {
                 awaitQueries();
                 awaitKeys();

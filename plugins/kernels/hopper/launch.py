@@ -162,7 +162,7 @@ def hstu_attention_hopper(
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     bits = 0 if row_timestamps is None else time_type.itemsize * 8
     has_bias = bits > 0 or pos_table is not None
-    chosen = split or chosen_split(dim, lq, heads, multiprocessors, has_bias=has_bias)
+    chosen = split or chosen_split(dim, lq, lk, batch, heads, multiprocessors, has_bias=has_bias)
     variant = HopperVariant(dtype_name, dim, is_plain, chosen, pos_table is not None, bits)
     image, function = _kernel(variant, q.device.index)
     stream = torch.cuda.current_stream(q.device).cuda_stream

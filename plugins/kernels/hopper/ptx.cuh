@@ -141,6 +141,16 @@ __device__ __forceinline__ void sharedProxyFence()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+//! Loads four 8 x 8 matrices of half-precision numbers, the fragments of a 16 x 16 operand; lane l gives the address of row
+//! l % 8 of matrix l / 8.
+__device__ __forceinline__ void loadMatrices(uint32_t (&fragments)[4], void const* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(sharedAddress(row))
+                 : "memory");
+}
+
 // --- warpgroup products -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void productFence()

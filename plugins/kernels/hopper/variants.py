@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import enum
+from dataclasses import dataclass, replace
 
 #: Compute capability that the kernels are for, as 10 * major + minor; the code is specific to it (sm_90a).
 HOPPER_ARCH = 90
@@ -12,14 +13,27 @@ ELEMENT_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 BLOCK_DIMS = (64, 128, 256)
 #: Head dims must be multiples of this, and tensors 16-byte aligned, or the tensor copies cannot address rows.
 DIM_MULTIPLE = 8
+#: Columns of one product instruction.
+_STEP = 16
 #: Bytes of the schedule, the barriers and the tiles' descriptions, rounded up; the source asserts that they fit.
 _BOOKKEEPING_BYTES = 256 * (8 + 4 + 28) + 768
 #: Heads with a time table of their own that a block has room for.
 MOST_TIME_HEADS = 8
-#: Per cell of bias.cuh a threshold, and two values per head; and a flag.
-_TIME_TABLE_BYTES = 249 * 4 * (1 + 2 * MOST_TIME_HEADS) + 8
+#: Per cell of bias.cuh two thresholds, a bucket, and two values per head; and a flag.
+_TIME_TABLE_BYTES = 249 * 4 * (3 + 2 * MOST_TIME_HEADS) + 8
 #: The struct of a block's memory ends at a multiple of this.
 _ALIGNMENT = 1024
+
+
+class Turns(enum.IntEnum):
+    """When a warpgroup that multiplies lets the next one begin, so that one multiplies while another computes SiLU."""
+
+    #: They do not wait for each other.
+    NONE = 0
+    #: When its products have been issued.
+    PRODUCTS = 1
+    #: When its scores are there; only then are the values multiplied.
+    SCORES = 2
 
 
 @dataclass(frozen=True)
@@ -30,14 +44,16 @@ class HopperTile:
         warpgroups: that multiply, 64 query rows each.
         block_n: keys of a step.
         stages: key and value tiles that are copied ahead.
-        turns: warpgroups issue their products in turns.
+        turns: of the warpgroups.
+        held_steps: of the queries' columns, 16 a step, those that stay in registers.
         reason: why these numbers.
     """
 
     warpgroups: int
     block_n: int
     stages: int
-    turns: bool
+    turns: Turns
+    held_steps: int
     reason: str
 
 
@@ -89,26 +105,38 @@ def splits(block_dim: int, *, has_bias: bool) -> tuple[int, ...]:
     return (1,) if block_dim == 256 or has_bias else (1, 2)
 
 
-# Gains are those of version 3 in NOTES.md: an H100, bf16, 4 heads, 65,536 tokens (results/attention_versions.csv).
+# Gains are those in NOTES.md: an H100, bf16, 4 heads, 65,536 tokens (results/attention_versions.csv).
 _TILES = {
-    (64, 1): HopperTile(2, 128, 4, True, "three warpgroups gain 6 % at 8192 keys and lose 16 % at 1024, 30 % at 256"),
-    (64, 2): HopperTile(2, 128, 4, True, "as without a split"),
-    (128, 1): HopperTile(2, 128, 2, True, "64 + 64 + 32 registers of sums, scores and weights of 232"),
-    (128, 2): HopperTile(2, 128, 2, True, "as without a split; one query buffer makes room for the exchange"),
+    (64, 1): HopperTile(
+        2, 128, 4, Turns.SCORES, 4, "SiLU takes as long as the products: turns until scores are there gain 10 %"
+    ),
+    (64, 2): HopperTile(2, 128, 4, Turns.SCORES, 4, "as without a split"),
+    (128, 1): HopperTile(
+        2, 128, 2, Turns.PRODUCTS, 8, "64 + 64 + 32 + 32 registers of sums, scores, weights and queries of 232"
+    ),
+    (128, 2): HopperTile(2, 128, 2, Turns.PRODUCTS, 4, "as without a split; more held queries would be spilled"),
     (256, 1): HopperTile(
-        2, 64, 2, False, "128 registers of sums leave 32 + 16 for scores and weights; turns lose up to 7 %"
+        2,
+        64,
+        2,
+        Turns.NONE,
+        4,
+        "128 registers of sums leave 32 + 16 + 16 for scores, weights and queries; turns lose 4 %",
     ),
 }
 
 
 def tile_of(variant: HopperVariant) -> HopperTile:
     """Return the tile that a variant is compiled with."""
-    return _TILES[variant.block_dim, variant.split]
+    tile = _TILES[variant.block_dim, variant.split]
+    # What biases are looked up with needs the registers.
+    return replace(tile, held_steps=0) if variant.has_bias else tile
 
 
 def query_buffers(variant: HopperVariant) -> int:
-    """Return how many query tiles lie in shared memory at once."""
-    return 2 if variant.block_dim <= 128 and variant.split == 1 else 1
+    """Return how many query tiles lie in shared memory at once: one where registers or shared memory hold no other."""
+    holds_queries = tile_of(variant).held_steps * _STEP == variant.block_dim
+    return 2 if variant.block_dim <= 128 and variant.split == 1 and not holds_queries else 1
 
 
 def shared_bytes(variant: HopperVariant) -> int:
@@ -160,15 +188,27 @@ def hopper_variants_for(
     return tuple(HopperVariant(dtype, dim, plain_causal, split, pos_bias, bits) for split in choices)
 
 
-#: A launch with fewer tiles an SM than this is split: whole tiles would leave SMs idle at its end. Measured at head dim
-#: 128 on 132 SMs (version 2): 144 tiles gain 13 %, 256 lose 12 %.
-_LEAST_TILES_PER_SM = 1.5
+#: A cluster takes a tile in half the time, but only half as many clusters fit on the GPU, and each exchange costs what
+#: two or three key tiles do. So it pays where every tile has a cluster of its own and enough keys, or where there are
+#: about as many tiles as SMs and very many keys. Measured at head dim 128 (results/attention_versions.csv).
+_SPLITS = ((0.5, 1024), (1.12, 4096))
 
 
-def chosen_split(block_dim: int, lq: int, heads: int, multiprocessors: int, *, has_bias: bool = False) -> int:
-    """Return into how many blocks each tile of a launch is split, from what the host knows without the offsets."""
+def chosen_split(
+    block_dim: int, lq: int, lk: int, batch: int, heads: int, multiprocessors: int, *, has_bias: bool = False
+) -> int:
+    """Return into how many blocks each tile of a launch is split, from what the host knows without the offsets.
+
+    Args:
+        block_dim: padded head dim.
+        lq: rows of q; lk those of k and v.
+        batch: sequences; heads that each has.
+        multiprocessors: of the GPU.
+        has_bias: the kernel adds a bias.
+    """
     if splits(block_dim, has_bias=has_bias) == (1,):
         return 1
     block_m = 64 * _TILES[block_dim, 1].warpgroups
     tiles = -(-lq // block_m) * heads
-    return 2 if tiles < _LEAST_TILES_PER_SM * multiprocessors else 1
+    keys = lk / max(batch, 1)
+    return 2 if any(tiles <= share * multiprocessors and keys >= least for share, least in _SPLITS) else 1

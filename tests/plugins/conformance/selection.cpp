@@ -285,10 +285,11 @@ void checkHopperGrid()
 
 int main(int argc, char** argv)
 {
-    if (argc == 6 && std::string(argv[1]) == "split")
+    if (argc == 8 && std::string(argv[1]) == "split")
     {
-        hstu::NodeSizes const sizes = sizesOf(std::stoll(argv[2]), 0, 1, std::stoll(argv[3]));
-        std::printf("%d\n", hstu::chooseSplit(sizes, std::stoi(argv[4]), std::stoi(argv[5])));
+        hstu::NodeSizes const sizes =
+            sizesOf(std::stoll(argv[2]), std::stoll(argv[3]), std::stoll(argv[4]), std::stoll(argv[5]));
+        std::printf("%d\n", hstu::chooseSplit(sizes, std::stoi(argv[6]), std::stoi(argv[7])));
         return 0;
     }
     checkArchitectures();

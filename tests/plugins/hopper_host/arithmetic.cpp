@@ -97,6 +97,28 @@ extern "C" int32_t hstu_time_bias(int64_t const* thresholds, float const* biases
     return isCrowded;
 }
 
+//! Of each range of differences what all of it adds: `crossed`, `threshold`, and half the biases in `halves`, two each.
+extern "C" void hstu_time_bias_range(int64_t const* thresholds, float const* biases, int32_t numBuckets,
+    int32_t const* least, int32_t const* most, int32_t count, int32_t* crossed, int32_t* threshold, float* halves)
+{
+    hstu::AttentionParameters p{};
+    p.tsThresholds = thresholds;
+    p.tsTable = biases;
+    p.numBuckets = numBuckets;
+    p.tsHeads = 1;
+    auto* const table = new hstu::TimeTable<true>{};
+    hstu::buildTimeTable<int64_t>(p, *table);
+    for (int32_t i = 0; i < count; ++i)
+    {
+        hstu::TimeBiasRange const range = hstu::timeBiasRange(*table, table->values[0], least[i], most[i]);
+        crossed[i] = range.crossed;
+        threshold[i] = range.threshold;
+        halves[2 * i] = range.below;
+        halves[2 * i + 1] = range.above;
+    }
+    delete table;
+}
+
 //! Half the bias of one difference, searched for.
 extern "C" float hstu_searched_time_bias(
     int64_t const* thresholds, float const* biases, int32_t numBuckets, int64_t row, int64_t column)
