@@ -293,7 +293,15 @@ class RetrievalAnswerer(Answerer[Arrays]):
         feeds = {name: array for name, array in request.items() if name not in (TRUNCATED, USER_KEY)}
         first = feeds.get(self._events[0])
         length = first.shape[0] if first is not None and first.ndim else 0
-        return check_request({**feeds, _SEQ_OFFSETS: np.array([0, length], np.int64)}, self._limits)
+        try:
+            return check_request({**feeds, _SEQ_OFFSETS: np.array([0, length], np.int64)}, self._limits)
+        except RequestError as error:
+            if error.code != "HSTU-E701":
+                raise
+            # Written for whole batches: the offsets that it asks for are none of the client's.
+            events = ", ".join(f"{name} [1, L]" for name in self._events)
+            fix = f"send {events} and {_REQUEST_TIMES} [1, 1], of the types that the model's metadata lists"
+            raise RequestError("HSTU-E701", error.what, error.why, fix, error.context) from error
 
     def _run(self, requests: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
         typed = [self._typed(request) for request in requests]

@@ -226,7 +226,7 @@ def graph_specs(tensors: GraphTensors, sizes: ProfileSizes, most: int) -> list[M
             }
             if total not in totals:
                 totals.append(total)
-        lower = {"batch_size": fewer + 1, "input": _shapes(tensors, fewer + 1, {"events": 0, "candidates": 0})}
+        lower: Message = {"batch_size": fewer + 1, "input": _shapes(tensors, fewer + 1, {"events": 0, "candidates": 0})}
         specs += [
             {"batch_size": batch, "input": _shapes(tensors, batch, total), "graph_lower_bound": lower}
             for total in totals

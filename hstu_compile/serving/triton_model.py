@@ -35,6 +35,7 @@ class TritonPythonModel:
             pb_utils.TritonModelException: with the message of whatever refused; the server shows it as the reason why
                 the model is not loaded.
         """
+        _check_numpy()
         config = json.loads(args["model_config"])
         parameters = {name: entry["string_value"] for name, entry in config["parameters"].items()}
         self._inputs = [each["name"] for each in config["input"]]
@@ -49,11 +50,8 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests in one pass; what is wrong with one is that one's error alone."""
-        try:
-            read = [self._arrays(request) for request in requests]
-        except HstuCompileError as error:
-            return [_response(error) for _ in requests]
-        return [_response(answer) for answer in self._answerer.answer(read)]
+        answers = self._answerer.answer([self._arrays(request) for request in requests])
+        return [_response(answer) for answer in answers]
 
     def finalize(self) -> None:
         """Free the runtime."""
@@ -61,29 +59,35 @@ class TritonPythonModel:
 
     def _arrays(self, request: Any) -> dict[str, NDArray[Any]]:
         tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
-        arrays = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
-        for array in arrays.values():
-            check_layout(array)
-        return arrays
+        return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
-def check_layout(array: NDArray[Any]) -> None:
-    """Refuse arrays that a Python backend made without knowing NumPy's layout.
+def _check_numpy() -> None:
+    """Refuse a Python backend that does not know the layout of the NumPy that it found.
 
-    Backends built against NumPy 1 read the size of an element from where NumPy 2 has something else. Every tensor then
-    has strides of zero: its first value, as often as it is long, with no error from anyone.
+    One built against NumPy 1 reads the size of an element from where NumPy 2 has something else. Every tensor then
+    holds its first value as often as it is long, with no error from anyone. An array that goes through the backend
+    shows it.
 
     Raises:
-        EngineError: HSTU-E401.
+        pb_utils.TritonModelException: with HSTU-E401.
     """
-    if array.size > 1 and not array.flags.c_contiguous:
-        raise EngineError(
-            "HSTU-E401",
-            "this tritonserver's Python backend does not work with the NumPy that it found",
-            f"NumPy {np.__version__} and strides {array.strides} of a tensor of shape {list(array.shape)}: the backend "
-            "was built against NumPy 1",
-            "pip install 'numpy<2' into the Python that the backend uses, or take a newer tritonserver",
-            {"numpy": np.__version__},
+    if int(np.__version__.split(".")[0]) < 2:
+        return
+    given = np.arange(3, dtype=np.int32)
+    received = pb_utils.Tensor.from_dlpack("probe", given).as_numpy()
+    if not np.array_equal(given, received):
+        raise pb_utils.TritonModelException(
+            str(
+                EngineError(
+                    "HSTU-E401",
+                    "this tritonserver's Python backend does not work with the NumPy that it found",
+                    f"with NumPy {np.__version__} it makes {received.tolist()} of {given.tolist()}: it was built "
+                    "against NumPy 1",
+                    "pip install 'numpy<2' into the Python that the backend uses, or take a newer tritonserver",
+                    {"numpy": np.__version__},
+                )
+            )
         )
 
 

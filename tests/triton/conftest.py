@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.triton.models import ServedModel, build_ranking, build_retrieval
 from tests.triton.server import Installation, TritonServer, find_installation
 
 
@@ -16,6 +17,18 @@ def triton_installation() -> Installation:
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """A retrieval bundle, built once."""
+    return build_retrieval(tmp_path_factory.mktemp("retrieval"))
+
+
+@pytest.fixture(scope="session")
+def ranking(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """A ranking bundle, built once."""
+    return build_ranking(tmp_path_factory.mktemp("ranking"))
 
 
 @pytest.fixture(scope="session")

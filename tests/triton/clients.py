@@ -1,0 +1,63 @@
+"""Requests to a real server over both protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+
+from hstu_compile.serving.samples import Sample
+from hstu_compile.serving.tensors import DATATYPES
+from tests.triton.server import TritonServer, grpc_client, http_client
+
+Protocol = Literal["http", "grpc"]
+PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
+
+
+def ask(client: Any, protocol: Protocol, model: str, sample: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """One request; the outputs as arrays.
+
+    Raises:
+        tritonclient.utils.InferenceServerException: with the server's message.
+    """
+    if protocol == "http":
+        from tritonclient.http import InferInput
+    else:
+        from tritonclient.grpc import InferInput
+    inputs = []
+    for name, array in sample.items():
+        row = np.ascontiguousarray(array)[None]
+        tensor = InferInput(name, list(row.shape), DATATYPES[str(row.dtype)])
+        tensor.set_data_from_numpy(row)
+        inputs.append(tensor)
+    result = client.infer(model, inputs, **options)
+    response = result.get_response()
+    outputs = response["outputs"] if protocol == "http" else response.outputs
+    names = [each["name"] if protocol == "http" else each.name for each in outputs]
+    return {name: result.as_numpy(name) for name in names}
+
+
+def ask_all(
+    server: TritonServer, protocol: Protocol, model: str, samples: list[Sample], threads: int = 8
+) -> list[dict[str, Any] | Exception]:
+    """All requests from several threads at once; for each its outputs, or what was raised."""
+    from tritonclient.utils import InferenceServerException
+
+    opened = http_client if protocol == "http" else grpc_client
+
+    def one_thread(mine: list[int]) -> list[tuple[int, dict[str, Any] | Exception]]:
+        answers: list[tuple[int, dict[str, Any] | Exception]] = []
+        with opened(server) as client:
+            for index in mine:
+                try:
+                    answers.append((index, ask(client, protocol, model, samples[index])))
+                except InferenceServerException as error:
+                    answers.append((index, error))
+        return answers
+
+    shares = [list(range(start, len(samples), threads)) for start in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(answer for answers in pool.map(one_thread, shares) for answer in answers)
+    return [found[index] for index in range(len(samples))]
