@@ -414,7 +414,7 @@ def triton(
 ) -> int:
     """Write BUNDLE as a model of Triton Inference Server.
 
-    DIR/launch.sh checks the repository and starts the server; DIR/NAME/client has examples.
+    DIR/launch.sh checks the repository and starts the server; DIR/NAME has examples of clients.
     """
     from hstu_compile.serving import repository
     from hstu_compile.serving.settings import RuntimeSettings, Scheduling

@@ -8,7 +8,9 @@ REPOSITORY/
     SHA256SUMS              of all below
     1/                      the model: model.py and the bundle, or the engine
     warmup/                 requests that run before the model is ready
-    client/                 examples over HTTP and gRPC, and their requests
+    client_http.py          examples of clients, and their requests in the form that perf_analyzer takes
+        client_grpc.py
+        requests.json
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def write_repository(request: RepositoryRequest) -> dict[str, Any]:
         else:
             _write_tensorrt_model(folder, files)
         _write_warmup(folder / "warmup", samples[:_NUM_WARMUPS])
-        _write_clients(folder / "client", name, samples)
+        _write_clients(folder, name, samples)
         _write_checksums(folder)
     launcher = repository / LAUNCHER
     write_whole(launcher, _template("launch.sh").encode())
@@ -267,7 +269,6 @@ def _write_warmup(folder: Path, samples: Sequence[Sample]) -> None:
 
 
 def _write_clients(folder: Path, name: str, samples: Sequence[Sample]) -> None:
-    folder.mkdir()
     for protocol, port in (("http", 8000), ("grpc", 8001)):
         text = _template("client.py.txt")
         for mark, value in (

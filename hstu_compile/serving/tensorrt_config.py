@@ -117,7 +117,7 @@ def tensorrt_config(name: str, files: BundleFiles, scheduling: Scheduling, warmu
             "cuda": {
                 "graphs": True,
                 "busy_wait_events": True,
-                "graph_spec": graph_specs(tensors, _sizes(files, most), most),
+                "graph_spec": graph_specs(tensors, profile_sizes(files, most), most),
             }
         }
     return message
@@ -199,7 +199,7 @@ def _profiles(files: BundleFiles) -> Sequence[Any]:
     return profiles
 
 
-def _sizes(files: BundleFiles, most: int) -> ProfileSizes:
+def profile_sizes(files: BundleFiles, most: int) -> ProfileSizes:
     """The numbers behind the engine's profile, for batches of at most so many users."""
     ranking = files.ranking
     graph = "retrieval" if ranking is None else "packed"

@@ -42,7 +42,7 @@ RETRIEVAL_FAULTS: dict[str, tuple[Change, str]] = {
         setting(item_ids=repeated, timestamps=repeated, ratings=repeated),
         r"HSTU-E704.*1200 events; at most 20 fit",
     ),
-    "times-back": (setting(timestamps=lambda times: times[::-1]), r"HSTU-E705.*time goes back at event 1"),
+    "times-back": (setting(timestamps=lambda times: times[::-1]), r"HSTU-E705.*goes back in time at event 1"),
     "no-time": (setting(request_timestamps=lambda time: time[:0]), r"HSTU-E701.*request_timestamps has 0 entries"),
     "asked-before": (setting(request_timestamps=lambda time: time - 10**8), r"HSTU-E705.*before its last event"),
 }
