@@ -85,3 +85,10 @@ def build_program(folder: Path, include_dir: Path, *options: str) -> Path:
     """hstu_score, as CMakeLists.txt compiles it but for the optimisation."""
     folder.mkdir(parents=True, exist_ok=True)
     return compile_cpp(folder / "hstu_score", [SAMPLE / "src" / "hstuScore.cpp"], include_dir, *options)
+
+
+def build_readers(folder: Path, include_dir: Path) -> Path:
+    """The readers' program, with the address and undefined-behaviour sanitizers; its two units hold every header."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [HERE / "unit" / name for name in ("readers.cpp", "otherUnit.cpp")]
+    return compile_cpp(folder / "readers", sources, include_dir, *SANITIZE)

@@ -314,7 +314,6 @@ Report runBundle(Options const& options, loader::Bundle const& bundle)
         throw Error(Failure::kBUNDLE, bundle.folder() + " failed its own verification", "its status is FAIL",
             "see report.html in it and build it again; --accept-failed runs it all the same");
     }
-    loader::GraphEntry const& graph = bundle.graph(options.isRanking ? "packed" : options.graph);
     if (options.isRanking)
     {
         if (!manifest.ranking)
@@ -325,6 +324,7 @@ Report runBundle(Options const& options, loader::Bundle const& bundle)
         bundle.graph("prefill");
         bundle.graph("score");
     }
+    loader::GraphEntry const& graph = bundle.graph(options.isRanking ? "packed" : options.graph);
     loader::Driver const driver(static_cast<int>(options.device));
     uint64_t const bytesAtStart = driver.usedBytes();
     loader::TensorRt tensorRt(options.tensorRtLibrary);

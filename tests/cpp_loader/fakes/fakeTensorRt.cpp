@@ -185,8 +185,8 @@ public:
         // As TensorRT does with shapes that layers use as numbers.
         cuMemcpyHtoDAsync(mShapeOnDevice, &mShapeOnHost, sizeof(mShapeOnHost), cuStream);
         fake::Engine const& engine = mEngine.content;
-        auto const* const onDevice = reinterpret_cast<int64_t const*>(mShapeOnDevice);
-        int64_t const expected = checksum();
+        auto const* const onDevice = reinterpret_cast<uint64_t const*>(mShapeOnDevice);
+        uint64_t const expected = checksum();
         std::function<void()> const work = [tensors, &engine, onDevice, expected]
         {
             fake::Pass(engine, tensors).run();
@@ -229,14 +229,14 @@ private:
         return {input(engine.nameOf("candidate_time"))[0], engine.sizes.at("tasks")};
     }
 
-    int64_t checksum() const
+    uint64_t checksum() const
     {
-        int64_t sum = 17;
+        uint64_t sum = 17;
         for (auto const& [name, shape] : mShapes)
         {
             for (int64_t const size : shape)
             {
-                sum = sum * 31 + size;
+                sum = sum * 31 + static_cast<uint64_t>(size);
             }
         }
         return sum;
@@ -246,7 +246,7 @@ private:
     int32_t mProfile;
     std::map<std::string, std::vector<int64_t>> mShapes;
     std::map<std::string, void*> mAddresses;
-    int64_t mShapeOnHost{0};
+    uint64_t mShapeOnHost{0};
     CUdeviceptr mShapeOnDevice{};
     CUdeviceptr mScratch{};
 };

@@ -1,0 +1,108 @@
+"""The loader's program and its fakes, for TensorRT 8 and 10, compiled once per session."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu_compile.errors import PluginError
+from hstu_compile.plugin_library import find_tensorrt_headers, read_tensorrt_version
+from tests.cpp_loader import toolchain
+from tests.cpp_loader.fake_bundle import write_bundle
+from tests.plugins.conformance.libraries import headers_of_major
+
+#: Sanitizers keep freed memory back and know no leak of a fake: what grows is not the program's.
+_SANITIZER = {"ASAN_OPTIONS": "quarantine_size_mb=1:detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """hstu_score for one TensorRT, beside fakes of that TensorRT and of CUDA.
+
+    Attributes:
+        folder: of the program and the fakes.
+        version: of the headers.
+    """
+
+    folder: Path
+    version: tuple[int, int, int]
+
+    @property
+    def program(self) -> Path:
+        return self.folder / "hstu_score"
+
+    def run(self, *words: object, fakes: bool = True, **variables: object) -> subprocess.CompletedProcess[str]:
+        """Run the program; `variables` are of the environment."""
+        environment = {**os.environ, **_SANITIZER, **{name: str(value) for name, value in variables.items()}}
+        environment["LD_LIBRARY_PATH"] = str(self.folder) if fakes else ""
+        command = [str(self.program), *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+    def report(self, *words: object, code: int = 0, **variables: object) -> dict[str, Any]:
+        """Run with --json; the report of a run that must end with `code`."""
+        done = self.run(*words, "--json", **variables)
+        assert done.returncode == code, done.stdout + done.stderr
+        content: dict[str, Any] = json.loads(done.stdout)
+        return content
+
+    def refusal(self, code: int, *words: object, **variables: object) -> str:
+        """Run what must be refused with `code`; what it says, which names a cause and a fix."""
+        done = self.run(*words, **variables)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert done.stderr.startswith("error["), done.stderr
+        assert "\n  Why: " in done.stderr
+        assert "\n  Fix: " in done.stderr
+        return done.stderr
+
+    def bundle(self, folder: Path, family: str, *, plugin: bool = True) -> Path:
+        """A bundle for this TensorRT."""
+        library = self.folder / "libfake_plugin.so" if plugin else None
+        return write_bundle(folder / f"{family}.hstu", family, self.version, library)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiler() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+
+
+def _loader(folder: Path, include_dir: Path, options: Sequence[str]) -> Loader:
+    toolchain.build_fakes(folder, include_dir, *options)
+    toolchain.build_program(folder, include_dir, *options)
+    return Loader(folder, read_tensorrt_version(include_dir))
+
+
+@pytest.fixture(scope="session")
+def loader8(tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    return _loader(tmp_path_factory.mktemp("loader8"), headers_of_major(8), ())
+
+
+@pytest.fixture(scope="session")
+def headers10() -> Path:
+    try:
+        headers = find_tensorrt_headers()
+    except PluginError as error:
+        pytest.skip(f"no TensorRT headers: {error.why}")
+    if headers.version[0] < 10:
+        pytest.skip(f"no TensorRT 10 headers, found {headers}")
+    return headers.include_dir
+
+
+@pytest.fixture(scope="session")
+def loader10(tmp_path_factory: pytest.TempPathFactory, headers10: Path) -> Loader:
+    """With the address and undefined-behaviour sanitizers."""
+    return _loader(tmp_path_factory.mktemp("loader10"), headers10, (*toolchain.SANITIZE, "-O0"))
+
+
+@pytest.fixture(params=["loader8", "loader10"])
+def loader(request: pytest.FixtureRequest) -> Loader:
+    found: Loader = request.getfixturevalue(request.param)
+    return found
