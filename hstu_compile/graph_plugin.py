@@ -1,4 +1,4 @@
-"""Which kernels a graph's attention nodes need from the plugin library. Level 3."""
+"""Which kernels a graph's attention and norm nodes need from the plugin library. Level 3."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import onnx
 from onnx import TensorProto
 
 from hstu_compile.errors import InternalError
-from hstu_compile.op_schema import is_attention, node_attributes
+from hstu_compile.op_schema import is_attention, is_norm, node_attributes
 from hstu_compile.plugin_library import PluginBuildRequest
 from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for
-from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
+from hstu_compile.plugins.kernels.norm_variants import NormVariant, norm_variant
+from hstu_compile.plugins.kernels.variants import DTYPE_CODES, KernelVariant, variants_for
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
@@ -24,19 +25,47 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
     """The smallest plugin library that runs these graphs, for every architecture.
 
     Args:
-        models: graphs with attention nodes and value infos.
+        models: graphs with attention and norm nodes and value infos.
         runtime_version: of the TensorRT that will load the library; its major version decides headers and whether
             timestamps are int64 (TensorRT 8 has none). None means TensorRT 10 or later.
 
     Raises:
-        InternalError: if an attention input has no static head count and width.
+        InternalError: if an attention input has no static head count and width, or a norm's rows no width.
     """
+    norms = [norm for model in models for norm in _norms_of(model)]
     nodes = [node for model in models for node in _nodes_of(model, runtime_version)]
     return PluginBuildRequest(
         variants=tuple(dict.fromkeys(variant for node in nodes for variant in node.portable)),
         hopper_variants=tuple(dict.fromkeys(variant for node in nodes for variant in node.hopper)),
+        norm_variants=tuple(dict.fromkeys(norms)),
         runtime_version=runtime_version,
     )
+
+
+def _norms_of(model: onnx.ModelProto) -> Iterator[NormVariant]:
+    """The kernel of each norm node; its scale says how wide the rows are."""
+    widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 1}
+    for value in model.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 1:
+            widths[value.name] = dims[0].dim_value
+    names = {code: name for name, code in DTYPE_CODES.items()}
+    for node in model.graph.node:
+        if not is_norm(node):
+            continue
+        attributes = node_attributes(node)
+        scale = node.input[1 + attributes["has_shift"]]
+        if not widths.get(scale):
+            raise InternalError(f"norm node {node.name}: the width of {scale} is not recorded in the graph")
+        yield norm_variant(
+            names[attributes["input_type"]],
+            names[attributes["output_type"]],
+            widths[scale],
+            num_groups=attributes["num_groups"],
+            activation=attributes["activation"],
+            gate_silu=attributes["gate_silu"] == 1,
+            concat=attributes["concat"],
+        )
 
 
 class _Bias(TypedDict):

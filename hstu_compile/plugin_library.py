@@ -1,4 +1,4 @@
-"""Finds headers, builds and loads the TensorRT plugin libraries of hstu::HstuAttention. Level 2.
+"""Finds headers, builds and loads the TensorRT plugin libraries of HstuAttention and HstuNorm. Level 2.
 
 Input: kernel variants, architectures and TensorRT headers. Output: a `PluginLibrary`, two shared objects in the user's
 cache under a hash of everything they were made from. Importing this module imports neither torch, triton nor tensorrt.
@@ -27,6 +27,7 @@ from typing import Any, Literal
 from hstu_compile.errors import InternalError, PluginError
 from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant
+from hstu_compile.plugins.kernels.norm_variants import NormVariant, default_norm_variants, norm_tasks
 from hstu_compile.plugins.kernels.variants import ARCHS, KernelVariant, default_variants, hopper_variants_of
 
 SELF_REGISTERING = "libhstu_trt_plugin.so"
@@ -78,7 +79,8 @@ class PluginBuildRequest:
     """What to build.
 
     Attributes:
-        variants: kernels to put in; empty takes the default set.
+        variants: attention kernels to put in; empty takes the default set.
+        norm_variants: norm kernels to put in; None takes the default set where `variants` is empty too, else none.
         archs: compute capabilities to compile for, as 10 * major + minor; empty takes all of `ARCHS`.
         with_ptx: also put in PTX, which newer GPUs compile when the library is loaded.
         hopper: "auto" puts the Hopper kernels in where they fit and nvcc is found, and says why where not; "require"
@@ -93,6 +95,7 @@ class PluginBuildRequest:
     """
 
     variants: tuple[KernelVariant, ...] = ()
+    norm_variants: tuple[NormVariant, ...] | None = None
     archs: tuple[int, ...] = ()
     with_ptx: bool = True
     hopper: HopperChoice = "auto"
@@ -138,7 +141,8 @@ class PluginLibrary:
         version_compatible: for IPluginRegistry::loadLibrary and trtexec --dynamicPlugins; None for TensorRT 8.5, which
             has no such call.
         trt_version: version of the headers, "10.14.1"; the library serves this major version only.
-        variants: kernels inside.
+        variants: attention kernels inside.
+        norm_variants: norm kernels inside.
         archs: compute capabilities inside.
         with_ptx: whether PTX for other GPUs is inside.
         hopper: its Hopper kernels, or why it has none.
@@ -149,6 +153,7 @@ class PluginLibrary:
     version_compatible: Path | None
     trt_version: str
     variants: tuple[KernelVariant, ...]
+    norm_variants: tuple[NormVariant, ...]
     archs: tuple[int, ...]
     with_ptx: bool
     hopper: HopperKernels
@@ -352,10 +357,13 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
     cuda_headers = find_cuda_headers(request.cuda_include_dir)
     tools = _find_tools()
     variants = request.variants or default_variants()
+    norm_variants = request.norm_variants
+    if norm_variants is None:
+        norm_variants = () if request.variants else default_norm_variants()
     archs = request.archs or ARCHS
     wanted = hopper_variants_of(variants) if request.hopper_variants is None else request.hopper_variants
     hopper = plan_hopper_kernels(request.hopper, wanted, archs)
-    content_hash = _content_hash(request, headers, cuda_headers, tools, variants, archs, hopper)
+    content_hash = _content_hash(request, headers, cuda_headers, tools, variants, norm_variants, archs, hopper)
     cache_dir = request.cache_dir or default_cache_dir()
     store = cache_dir / "plugins"
     target = store / content_hash[:32]
@@ -368,6 +376,7 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
             version_compatible=vc if vc.exists() else None,
             trt_version=version,
             variants=variants,
+            norm_variants=norm_variants,
             archs=archs,
             with_ptx=request.with_ptx,
             hopper=hopper,
@@ -387,7 +396,17 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
                 work.mkdir()
                 try:
                     _build_into(
-                        work, request, headers, cuda_headers, tools, variants, archs, hopper, cache_dir, progress
+                        work,
+                        request,
+                        headers,
+                        cuda_headers,
+                        tools,
+                        variants,
+                        norm_variants,
+                        archs,
+                        hopper,
+                        cache_dir,
+                        progress,
                     )
                     os.rename(work / "out", target)
                 finally:
@@ -453,6 +472,7 @@ def _content_hash(
     cuda_headers: Path,
     tools: _Tools,
     variants: Sequence[KernelVariant],
+    norm_variants: Sequence[NormVariant],
     archs: Sequence[int],
     hopper: HopperKernels,
 ) -> str:
@@ -466,6 +486,7 @@ def _content_hash(
     compiler = subprocess.run([tools.compiler, "--version"], capture_output=True, text=True, check=False).stdout
     options = {
         "variants": sorted(map(repr, variants)),
+        "norms": sorted(map(repr, norm_variants)),
         "archs": sorted(archs),
         "with_ptx": request.with_ptx,
         "hopper": [sorted(map(repr, hopper.variants)), hopper.nvcc],
@@ -523,46 +544,60 @@ def _build_into(
     cuda_headers: Path,
     tools: _Tools,
     variants: tuple[KernelVariant, ...],
+    norm_variants: tuple[NormVariant, ...],
     archs: tuple[int, ...],
     hopper: HopperKernels,
     cache_dir: Path,
     progress: Progress | None,
 ) -> None:
     """Compile kernels and libraries under `work`, and leave what is kept in `work/out`."""
-    from hstu_compile.plugins.kernels.aot import compile_variants, write_cpp_source
+    from hstu_compile.plugins.kernels.aot import compile_norms, compile_variants, write_cpp_source
     from hstu_compile.plugins.kernels.hopper.compile import compile_hopper
 
+    num_norms = len(norm_tasks(norm_variants, archs, with_ptx=request.with_ptx))
     num_portable = 0
 
     def portable_progress(done: int, total: int) -> None:
         nonlocal num_portable
         num_portable = total
-        if progress is not None:
-            progress("kernels", done, total + len(hopper.variants))
+        kernel_progress(done)
 
-    def hopper_progress(done: int, total: int) -> None:
+    def kernel_progress(done: int) -> None:
         if progress is not None:
-            progress("kernels", num_portable + done, num_portable + total)
+            progress("kernels", done, num_portable + num_norms + len(hopper.variants))
 
     kernels = cache_dir / "kernels"
     try:
         images = compile_variants(
             variants, archs, kernels, request.jobs, with_ptx=request.with_ptx, progress=portable_progress
         )
+        norm_images = compile_norms(
+            norm_variants,
+            archs,
+            kernels,
+            request.jobs,
+            with_ptx=request.with_ptx,
+            progress=lambda done, _: kernel_progress(num_portable + done),
+        )
         compiled = {(image.variant, image.sm) for image in images if not image.is_ptx}
         missing = [(v, arch) for v in variants for arch in archs if (v, arch) not in compiled]
         if missing:
             raise RuntimeError(f"{len(missing)} kernels are missing from the result, the first is {missing[0]}")
         hopper_images = (
-            compile_hopper(hopper.variants, kernels, jobs=request.jobs, progress=hopper_progress)
+            compile_hopper(
+                hopper.variants,
+                kernels,
+                jobs=request.jobs,
+                progress=lambda done, _: kernel_progress(num_portable + num_norms + done),
+            )
             if hopper.variants
             else []
         )
-        kernel_source, _ = write_cpp_source(images, work / "kernelImages.cpp", hopper_images)
+        kernel_source, _ = write_cpp_source(images, work / "kernelImages.cpp", hopper_images, norm_images)
     except (ValueError, RuntimeError) as error:
         raise PluginError(
             "HSTU-E501",
-            "the attention kernels cannot be compiled",
+            "the kernels cannot be compiled",
             str(error),
             "choose other variants or architectures (plugins/kernels/README.md has the list); where it was nvcc that "
             "failed, set HSTU_NVCC to another one, or build with `--hopper off`",
@@ -594,6 +629,7 @@ def _build_into(
         "archs": list(archs),
         "with_ptx": request.with_ptx,
         "variants": [dataclasses.asdict(variant) for variant in variants],
+        "norm_variants": [dataclasses.asdict(variant) for variant in norm_variants],
         "hopper": hopper.to_dict(),
         "files": {name: _sha256(out / name) for name in kept},
     }

@@ -36,7 +36,8 @@ def run_plugin_stage(
         hopper: whether the Hopper kernels go in; see `PluginBuildRequest`.
 
     Returns:
-        libraries (paths), trt_version, archs, with_ptx, variants, hopper (variants, nvcc, note, and the same in words),
+        libraries (paths), trt_version, archs, with_ptx, variants, norm_variants, hopper (variants, nvcc, note, and the
+        same in words),
         content_hash.
 
     Raises:
@@ -61,6 +62,7 @@ def run_plugin_stage(
         "archs": list(library.archs),
         "with_ptx": library.with_ptx,
         "variants": [dataclasses.asdict(variant) for variant in library.variants],
+        "norm_variants": [dataclasses.asdict(variant) for variant in library.norm_variants],
         "hopper": {**library.hopper.to_dict(), "summary": str(library.hopper)},
         "content_hash": library.content_hash,
     }

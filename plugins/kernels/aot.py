@@ -1,4 +1,4 @@
-"""Ahead-of-time compiler of the portable kernel: variants -> cubins and PTX -> one C++ source of the plugin library.
+"""Ahead-of-time compiler of the Triton kernels: variants -> cubins and PTX -> one C++ source of the plugin library.
 
 Needs no GPU, no driver and no CUDA toolkit (Triton carries ptxas).  The Hopper kernel, which nvcc compiles, is in
 hopper/compile.py; the C++ source holds the images of both.  Level: kernels; imports neither triton nor torch itself.
@@ -18,10 +18,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hstu_compile.plugins.kernels.hopper.compile import KERNEL_NAME, HopperImage
 from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH
+from hstu_compile.plugins.kernels.norm_variants import NormTask, NormVariant, norm_tasks
 from hstu_compile.plugins.kernels.variants import (
     ARCHS,
     DTYPE_CODES,
@@ -36,6 +37,8 @@ __all__ = [
     "ARCHS",
     "KernelImage",
     "KernelVariant",
+    "NormImage",
+    "compile_norms",
     "compile_variants",
     "default_variants",
     "variants_for",
@@ -48,15 +51,29 @@ HOPPER_TACTIC = 64
 #: ``HstuKernelKind``.
 _PORTABLE, _HOPPER = 0, 1
 _THREADS_PER_WARP = 32
+_KINDS = {CompileTask: "attention", NormTask: "norm"}
 
 #: Files whose text decides the machine code of a task (with the task itself, Triton and its ptxas, which one wheel
 #: pins).
-_SOURCES = ("hstu_attention.py", "compile_worker.py")
+_SOURCES = {CompileTask: ("hstu_attention.py", "compile_worker.py"), NormTask: ("hstu_norm.py", "compile_worker.py")}
+
+
+_Task = CompileTask | NormTask
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What the compiler gives for a task."""
+
+    name: str
+    num_warps: int
+    shared_bytes: int
+    data: bytes
 
 
 @dataclass(frozen=True)
 class KernelImage:
-    """One compiled portable kernel with what a launch needs to know.
+    """One compiled portable attention kernel with what a launch needs to know.
 
     Attributes:
         variant: its compile-time switches.
@@ -75,6 +92,26 @@ class KernelImage:
     is_ptx: bool
     tactic: int
     block_m: int
+    num_warps: int
+    shared_bytes: int
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class NormImage:
+    """One compiled norm kernel with what a launch needs to know.
+
+    Attributes:
+        variant: its compile-time switches.
+        sm: as in `KernelImage`, like is_ptx, num_warps, shared_bytes, name and data.
+        segments: groups of rows that one block takes, which decide the grid.
+    """
+
+    variant: NormVariant
+    sm: int
+    is_ptx: bool
+    segments: int
     num_warps: int
     shared_bytes: int
     name: str
@@ -111,12 +148,64 @@ def compile_variants(
     tasks = compile_tasks(tuple(variants), tuple(archs), with_ptx=with_ptx)
     if not tasks:
         raise ValueError("no kernel variants to compile; see variants_for and default_variants")
+    return [
+        KernelImage(
+            task.variant,
+            task.arch,
+            task.is_ptx,
+            task.tile.tactic,
+            task.tile.block_m,
+            found.num_warps,
+            found.shared_bytes,
+            found.name,
+            found.data,
+        )
+        for task, found in _compiled(tasks, cache_dir, jobs, progress).items()
+    ]
+
+
+def compile_norms(
+    variants: Sequence[NormVariant],
+    archs: Sequence[int] = ARCHS,
+    cache_dir: Path | None = None,
+    jobs: int | None = None,
+    *,
+    with_ptx: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[NormImage]:
+    """Compile every (variant, architecture) of the norm kernel and the PTX of each variant; no GPU is needed.
+
+    Arguments, result and errors are those of `compile_variants`, but that there may be no variants.
+    """
+    tasks = norm_tasks(tuple(variants), tuple(archs), with_ptx=with_ptx)
+    return [
+        NormImage(
+            task.variant,
+            task.arch,
+            task.is_ptx,
+            task.tile.segments,
+            found.num_warps,
+            found.shared_bytes,
+            found.name,
+            found.data,
+        )
+        for task, found in _compiled(tasks, cache_dir, jobs, progress).items()
+    ]
+
+
+_AnyTask = TypeVar("_AnyTask", CompileTask, NormTask)
+
+
+def _compiled(
+    tasks: Sequence[_AnyTask], cache_dir: Path | None, jobs: int | None, progress: Callable[[int, int], None] | None
+) -> dict[_AnyTask, _Compiled]:
+    """Compile what the cache does not hold; in the order of the tasks."""
     with tempfile.TemporaryDirectory(prefix="hstu-kernels-") as scratch:
         store = Path(scratch) if cache_dir is None else Path(cache_dir)
         store.mkdir(parents=True, exist_ok=True)
-        keys = {task: _key(task) for task in tasks}
-        images = {task: _load(store, task, keys[task]) for task in tasks}
-        missing = [task for task, image in images.items() if image is None]
+        keys: dict[_Task, str] = {task: _key(task) for task in tasks}
+        found = {task: _load(store, keys[task]) for task in tasks}
+        missing = [task for task, image in found.items() if image is None]
         done = len(tasks) - len(missing)
         if progress is not None:
             progress(done, len(tasks))
@@ -133,16 +222,16 @@ def compile_variants(
             {task: keys[task] for task in missing}, store, Path(scratch), jobs or len(os.sched_getaffinity(0)), finished
         )
         for task in missing:
-            images[task] = _load(store, task, keys[task])
-        lost = [_describe(task) for task, image in images.items() if image is None]
+            found[task] = _load(store, keys[task])
+        lost = [_describe(task) for task, image in found.items() if image is None]
         if lost:
-            raise RuntimeError(f"compiled attention kernels vanished from {store}: {'; '.join(lost)}")
-    return [image for image in images.values() if image is not None]
+            raise RuntimeError(f"compiled kernels vanished from {store}: {'; '.join(lost)}")
+    return {task: image for task, image in found.items() if image is not None}
 
 
-def _compile(keys: dict[CompileTask, str], store: Path, scratch: Path, jobs: int, finished: Callable[[], None]) -> None:
+def _compile(keys: dict[_Task, str], store: Path, scratch: Path, jobs: int, finished: Callable[[], None]) -> None:
     """Compile the tasks of ``keys`` into ``store`` with ``jobs`` workers on one queue; the first failure stops all."""
-    pending: queue.SimpleQueue[CompileTask] = queue.SimpleQueue()
+    pending: queue.SimpleQueue[_Task] = queue.SimpleQueue()
     # Slowest first (wide float32 tiles, many rows), so that no worker ends on a long one.
     for task in sorted(keys, key=lambda t: -_cost(t)):
         pending.put(task)
@@ -172,7 +261,7 @@ def _compile(keys: dict[CompileTask, str], store: Path, scratch: Path, jobs: int
                 except queue.Empty:
                     break
                 data_path = scratch / f"worker{number}.bin"
-                request = {**asdict(task), "data_path": str(data_path)}
+                request = {**asdict(task), "kind": type(task).__name__, "data_path": str(data_path)}
                 try:
                     worker.stdin.write(json.dumps(request) + "\n")
                     worker.stdin.flush()
@@ -198,17 +287,21 @@ def _compile(keys: dict[CompileTask, str], store: Path, scratch: Path, jobs: int
     for thread in threads:
         thread.join()
     if errors:
-        raise RuntimeError("attention kernel did not compile for " + "; ".join(errors))
+        raise RuntimeError(f"{_KINDS[type(next(iter(keys)))]} kernel did not compile for " + "; ".join(errors))
 
 
-def _describe(task: CompileTask) -> str:
-    variant = task.variant
+def _describe(task: _Task) -> str:
     target = f"PTX {task.arch}" if task.is_ptx else f"sm_{task.arch}"
+    if isinstance(task, NormTask):
+        return f"{target}, {task.variant}"
+    variant = task.variant
     dims = f"padded head dims {variant.block_dqk} and {variant.block_dv}"
     return f"{target}, {variant.dtype}, {dims}, tactic {task.tile.tactic}"
 
 
-def _cost(task: CompileTask) -> int:
+def _cost(task: _Task) -> int:
+    if isinstance(task, NormTask):
+        return task.variant.block
     tile, variant = task.tile, task.variant
     rate = 8 if variant.dtype == "float32" else 1
     return (
@@ -220,20 +313,22 @@ def _cost(task: CompileTask) -> int:
     )
 
 
-def _key(task: CompileTask) -> str:
+def _key(task: _Task) -> str:
     """Return the content hash of what a task compiles to."""
     content = hashlib.sha256()
-    for name in _SOURCES:
+    for name in _SOURCES[type(task)]:
         content.update((Path(__file__).parent / name).read_bytes())
     content.update(importlib.metadata.version("triton").encode())
-    # A tile's reason is prose: changing it must not recompile.
-    description = {**asdict(task), "tile": {**asdict(task.tile), "reason": ""}}
+    description = asdict(task)
+    if isinstance(task, CompileTask):
+        # A tile's reason is prose: changing it must not recompile.
+        description["tile"]["reason"] = ""
     content.update(json.dumps(description, sort_keys=True).encode())
     return content.hexdigest()
 
 
-def _load(store: Path, task: CompileTask, key: str) -> KernelImage | None:
-    """Return the stored image of ``task``; None when there is none or its files do not agree."""
+def _load(store: Path, key: str) -> _Compiled | None:
+    """Return what is stored under a key; None when there is nothing or its files do not agree."""
     try:
         metadata: dict[str, Any] = json.loads((store / f"{key}.json").read_text())
         data = (store / f"{key}.bin").read_bytes()
@@ -241,20 +336,10 @@ def _load(store: Path, task: CompileTask, key: str) -> KernelImage | None:
         return None
     if metadata.get("sha256") != hashlib.sha256(data).hexdigest():
         return None
-    return KernelImage(
-        variant=task.variant,
-        sm=task.arch,
-        is_ptx=task.is_ptx,
-        tactic=task.tile.tactic,
-        block_m=task.tile.block_m,
-        num_warps=metadata["num_warps"],
-        shared_bytes=metadata["shared_bytes"],
-        name=metadata["name"],
-        data=data,
-    )
+    return _Compiled(metadata["name"], metadata["num_warps"], metadata["shared_bytes"], data)
 
 
-def _save(store: Path, task: CompileTask, key: str, data: bytes, metadata: dict[str, Any]) -> None:
+def _save(store: Path, task: _Task, key: str, data: bytes, metadata: dict[str, Any]) -> None:
     """Write both files of an image so that a reader sees all of each or nothing, also with other builds at work."""
     described = {**metadata, "sha256": hashlib.sha256(data).hexdigest(), "task": asdict(task)}
     for suffix, content in ((".bin", data), (".json", json.dumps(described, indent=1).encode())):
@@ -265,7 +350,10 @@ def _save(store: Path, task: CompileTask, key: str, data: bytes, metadata: dict[
 
 
 def write_cpp_source(
-    images: Sequence[KernelImage], path: Path, hopper_images: Sequence[HopperImage] = ()
+    images: Sequence[KernelImage],
+    path: Path,
+    hopper_images: Sequence[HopperImage] = (),
+    norm_images: Sequence[NormImage] = (),
 ) -> tuple[Path, Path]:
     """Write the table of all images as C++ and their bytes beside it; return both paths (source, data).
 
@@ -275,9 +363,10 @@ def write_cpp_source(
 
     Args:
         images: at least one.
-        path: of the C++ file, which includes ``hstuKernelImages.h``; the data file is ``path`` with the suffix
-            ``.bin``.
+        path: of the C++ file, which includes ``hstuKernelImages.h`` and ``hstuNormImages.h``; the data file is
+            ``path`` with the suffix ``.bin``.
         hopper_images: behind them in the table.
+        norm_images: in a table of their own.
 
     Raises:
         ValueError: if ``images`` is empty, or the path has a character the assembler cannot quote.
@@ -289,21 +378,27 @@ def write_cpp_source(
         raise ValueError(
             f"kernel image path {str(blob)!r} has a quote, backslash or line break, which the assembler cannot quote"
         )
-    entries = [(_portable_fields(image), image.name, image.data) for image in images]
-    entries += [(_hopper_fields(image), KERNEL_NAME, image.data) for image in hopper_images]
-    rows, content = [], bytearray()
-    for numbers, name, data in entries:
+    content = bytearray()
+
+    def row(numbers: tuple[int, ...], name: str, data: bytes) -> str:
+        nonlocal content
         # 64-byte alignment: the driver reads a cubin as an ELF file in place.
         content += b"\0" * (-len(content) % 64)
         fields = ", ".join(map(str, numbers))
-        rows.append(f'    {{{fields}, "{name}", hstuKernelImageData + {len(content)}, {len(data)}}},')
+        line = f'    {{{fields}, "{name}", hstuKernelImageData + {len(content)}, {len(data)}}},'
         content += data
+        return line
+
+    rows = [row(_portable_fields(image), image.name, image.data) for image in images]
+    rows += [row(_hopper_fields(image), KERNEL_NAME, image.data) for image in hopper_images]
+    norm_rows = [row(_norm_fields(image), image.name, image.data) for image in norm_images]
     blob.write_bytes(bytes(content))
     source.write_text(
         "\n".join(
             [
-                "// Generated by hstu_compile.plugins.kernels.aot: the compiled attention kernels. Do not edit.",
+                "// Generated by hstu_compile.plugins.kernels.aot: the compiled kernels. Do not edit.",
                 '#include "hstuKernelImages.h"',
+                '#include "hstuNormImages.h"',
                 "",
                 "// clang-format off",
                 '__asm__(".pushsection .rodata\\n"',
@@ -315,11 +410,15 @@ def write_cpp_source(
                 '        ".popsection\\n");',
                 'extern "C" __attribute__((visibility("hidden"))) unsigned char const hstuKernelImageData[];',
                 "",
-                "// Fields in the order of the struct.",
+                "// Fields in the order of the structs.",
                 "HstuKernelImage const kHstuKernelImages[] = {",
                 *rows,
                 "};",
-                f"size_t const kHstuNbKernelImages = {len(entries)};",
+                f"size_t const kHstuNbKernelImages = {len(rows)};",
+                "",
+                *(["static HstuNormImage const normImages[] = {", *norm_rows, "};"] if norm_rows else []),
+                f"HstuNormImage const* const kHstuNormImages = {'normImages' if norm_rows else 'nullptr'};",
+                f"size_t const kHstuNbNormImages = {len(norm_rows)};",
                 "// clang-format on",
                 "",
             ]
@@ -374,4 +473,23 @@ def _hopper_fields(image: HopperImage) -> tuple[int, ...]:
         variant.split,
         image.shared_bytes,
         image.least_driver,
+    )
+
+
+def _norm_fields(image: NormImage) -> tuple[int, ...]:
+    """Return the numbers of ``HstuNormImage`` in the order of the struct."""
+    variant = image.variant
+    return (
+        image.sm,
+        int(image.is_ptx),
+        DTYPE_CODES[variant.input_type],
+        DTYPE_CODES[variant.output_type],
+        variant.block,
+        int(variant.aligned),
+        variant.activation,
+        int(variant.gate_silu),
+        variant.concat,
+        image.segments,
+        _THREADS_PER_WARP * image.num_warps,
+        image.shared_bytes,
     )

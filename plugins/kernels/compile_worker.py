@@ -2,8 +2,8 @@
 
 A process of its own, because TRITON_INTERPRET decides at import what ``@triton.jit`` makes, and because Triton prints
 its failures.
-Input: one JSON object per line, a :class:`CompileTask` and the path to write.  Output: one JSON line each, ``{}`` or
-``{"error"}``.
+Input: one JSON object per line, a :class:`CompileTask` or :class:`NormTask`, which of the two, and the path to write.
+Output: one JSON line each, ``{}`` or ``{"error"}``.
 Level: kernels; imports triton, not torch.
 """
 
@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hstu_compile.plugins.kernels.hstu_attention import hstu_attention
+from hstu_compile.plugins.kernels.hstu_norm import hstu_norm
+from hstu_compile.plugins.kernels.norm_variants import NormTask, NormTile, NormVariant
 from hstu_compile.plugins.kernels.tiles import TileConfig
 from hstu_compile.plugins.kernels.variants import CompileTask, KernelVariant
 
@@ -44,12 +46,47 @@ def signature_of(variant: KernelVariant) -> dict[str, str]:
     return {name: "constexpr" if name in constants else types.get(name, "i32") for name in hstu_attention.arg_names}
 
 
-def compile_kernel(task: CompileTask) -> tuple[bytes, dict[str, Any]]:
+def norm_signature_of(variant: NormVariant) -> dict[str, str]:
+    """Return the Triton type of every parameter of the norm kernel, in order; the C++ launcher passes exactly these."""
+    types = {
+        **dict.fromkeys(("x", "gate"), f"*{_ELEMENT[variant.input_type]}"),
+        **dict.fromkeys(("shift", "scale", "bias"), "*fp32"),
+        "out": f"*{_ELEMENT[variant.output_type]}",
+        "epsilon": "fp32",
+    }
+    constants = ("SEGMENTS", "BLOCK", "ACTIVATION", "GATE_SILU", "CONCAT")
+    return {name: "constexpr" if name in constants else types.get(name, "i32") for name in hstu_norm.arg_names}
+
+
+def compile_kernel(task: CompileTask | NormTask) -> tuple[bytes, dict[str, Any]]:
     """Compile one kernel; return its cubin or NUL-terminated PTX and its launch metadata.
 
     Raises:
         RuntimeError: if Triton asks for scratch memory, which the plugin's launch does not provide.
     """
+    kernel = triton.compile(
+        _norm_source(task) if isinstance(task, NormTask) else _attention_source(task),
+        target=GPUTarget("cuda", task.arch, 32),
+        options=_options(task),
+    )
+    metadata = kernel.metadata
+    scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
+    if scratch != (0, 0):
+        raise RuntimeError(f"the kernel wants {scratch} bytes of global and profile scratch; the plugin passes none")
+    data = kernel.asm["ptx"].encode() + b"\0" if task.is_ptx else kernel.asm["cubin"]
+    return data, {"name": metadata.name, "shared_bytes": metadata.shared, "num_warps": metadata.num_warps}
+
+
+def _options(task: CompileTask | NormTask) -> dict[str, int]:
+    options = {"num_warps": task.tile.num_warps}
+    if isinstance(task, CompileTask):
+        options["num_stages"] = task.tile.num_stages
+    if task.is_ptx:
+        options["ptx_version"] = _PTX_VERSION
+    return options
+
+
+def _attention_source(task: CompileTask) -> ASTSource:
     variant, tile = task.variant, task.tile
     signature = signature_of(variant)
     constants = {
@@ -63,17 +100,29 @@ def compile_kernel(task: CompileTask) -> tuple[bytes, dict[str, Any]]:
     }
     aligned = [n for n, kind in signature.items() if kind.startswith("*")] + ["Dqk", "Dv"] if variant.aligned else []
     hints = {(hstu_attention.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if task.is_ptx:
-        options["ptx_version"] = _PTX_VERSION
-    source = ASTSource(fn=hstu_attention, signature=signature, constexprs=constants, attrs=hints)
-    kernel = triton.compile(source, target=GPUTarget("cuda", task.arch, 32), options=options)
-    metadata = kernel.metadata
-    scratch = (metadata.global_scratch_size, metadata.profile_scratch_size)
-    if scratch != (0, 0):
-        raise RuntimeError(f"the kernel wants {scratch} bytes of global and profile scratch; the plugin passes none")
-    data = kernel.asm["ptx"].encode() + b"\0" if task.is_ptx else kernel.asm["cubin"]
-    return data, {"name": metadata.name, "shared_bytes": metadata.shared, "num_warps": metadata.num_warps}
+    return ASTSource(fn=hstu_attention, signature=signature, constexprs=constants, attrs=hints)
+
+
+def _norm_source(task: NormTask) -> ASTSource:
+    variant = task.variant
+    signature = norm_signature_of(variant)
+    constants = {
+        "SEGMENTS": task.tile.segments,
+        "BLOCK": variant.block,
+        "ACTIVATION": variant.activation,
+        "GATE_SILU": int(variant.gate_silu),
+        "CONCAT": variant.concat,
+    }
+    aligned = [n for n, kind in signature.items() if kind.startswith("*")] + ["P"] if variant.aligned else []
+    hints = {(hstu_norm.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return ASTSource(fn=hstu_norm, signature=signature, constexprs=constants, attrs=hints)
+
+
+def _task_of(request: dict[str, Any]) -> CompileTask | NormTask:
+    arch, is_ptx = request["arch"], request["is_ptx"]
+    if request["kind"] == NormTask.__name__:
+        return NormTask(NormVariant(**request["variant"]), NormTile(**request["tile"]), arch, is_ptx)
+    return CompileTask(KernelVariant(**request["variant"]), TileConfig(**request["tile"]), arch, is_ptx)
 
 
 def _serve() -> None:
@@ -82,9 +131,7 @@ def _serve() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        task = CompileTask(
-            KernelVariant(**request["variant"]), TileConfig(**request["tile"]), request["arch"], request["is_ptx"]
-        )
+        task = _task_of(request)
         reply: dict[str, Any] = {}
         try:
             data, metadata = compile_kernel(task)

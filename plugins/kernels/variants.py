@@ -166,6 +166,16 @@ def _tiles_of(variant: KernelVariant, arch: int) -> tuple[TileConfig, ...]:
     )
 
 
+def check_archs(archs: Iterable[int]) -> None:
+    """Refuse a capability without kernels.
+
+    Raises:
+        ValueError: naming every one that is not in ``ARCHS``.
+    """
+    if unknown := sorted(set(archs) - set(ARCHS)):
+        raise ValueError(f"no kernels for compute capability {unknown}; choose from {ARCHS}")
+
+
 def compile_tasks(
     variants: tuple[KernelVariant, ...], archs: tuple[int, ...], *, with_ptx: bool = True
 ) -> tuple[CompileTask, ...]:
@@ -174,9 +184,7 @@ def compile_tasks(
     Raises:
         ValueError: if an architecture is not one of ``ARCHS``.
     """
-    unknown = sorted(set(archs) - set(ARCHS))
-    if unknown:
-        raise ValueError(f"no kernels for compute capability {unknown}; choose from {ARCHS}")
+    check_archs(archs)
     tasks = []
     for variant in dict.fromkeys(variants):
         for arch in dict.fromkeys(archs):

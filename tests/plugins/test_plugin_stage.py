@@ -75,7 +75,9 @@ def test_the_command_says_on_the_screen_which_hopper_kernels_are_inside(monkeypa
     def build(request: PluginBuildRequest) -> PluginLibrary:
         asked.append(request)
         hopper = HopperKernels((), None, note)
-        return PluginLibrary(Path("a.so"), None, "10.14.1", (), (90,), with_ptx=True, hopper=hopper, content_hash="0")
+        return PluginLibrary(
+            Path("a.so"), None, "10.14.1", (), (), (90,), with_ptx=True, hopper=hopper, content_hash="0"
+        )
 
     monkeypatch.setattr(plugin_stage, "build_plugin_library", build)
     said = CliRunner().invoke(cli, ["plugin", "build"])
