@@ -1,4 +1,4 @@
-"""Writes hstuAttentionContract.h, the operator's contract as C++ tables, from HstuAttention_PluginConfig.yaml.
+"""Writes an operator's contract as C++ tables, hstuAttentionContract.h or hstuNormContract.h, from its YAML.
 
 CMake runs this at build time, so the field reader, the shape checker and the documentation cannot drift from the
 YAML that the ONNX schema is read from. Needs only PyYAML.
@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-# The type classes of the contract: T and S are resolved per node, the others are fixed.
-TYPE_CLASSES = {"T": "kElement", "S": "kTimestamp", "int32": "kInt32", "float32": "kFloat32"}
+# The type classes of the contracts: T, S and O are resolved per node, the others are fixed.
+TYPE_CLASSES = {"T": "kElement", "S": "kTimestamp", "O": "kOutput", "int32": "kInt32", "float32": "kFloat32"}
 ELEMENT_TYPES = {
     "float32": "kFloat32",
     "float16": "kFloat16",
@@ -70,28 +70,30 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _attribute_row(spec: dict[str, Any]) -> str:
+def _attribute_row(spec: dict[str, Any], struct: str) -> str:
     is_float = spec["type"] == "float"
     low = spec.get("min_exclusive", spec.get("min"))
     high = spec.get("max")
-    member = f"&HstuAttentionAttributes::{camel(spec['name'])}"
+    member = f"&{struct}::{camel(spec['name'])}"
     fields = [
         quoted(spec["name"]),
         "true" if is_float else "false",
         "true" if "min_exclusive" in spec else "false",
         "-std::numeric_limits<double>::infinity()" if low is None else repr(float(low)),
         "std::numeric_limits<double>::infinity()" if high is None else repr(float(high)),
+    ]
+    members = [
         member if is_float else "nullptr",
         "nullptr" if is_float else member,
     ]
-    return "    {" + ", ".join(fields) + "},"
+    return "    {{" + ", ".join(fields) + "}, " + ", ".join(members) + "},"
 
 
-def _tensor_row(spec: dict[str, Any]) -> str:
+def _tensor_row(spec: dict[str, Any], struct: str) -> str:
     dims = [parse_dim(str(dim)) for dim in spec["dims"]]
     present = spec.get("present_when")
     cells = ", ".join(f"{{Symbol::k{pascal(name)}, {factor}, {addend}}}" for name, factor, addend in dims)
-    member = f"&HstuAttentionAttributes::{camel(present)}" if present else "nullptr"
+    member = f"&{struct}::{camel(present)}" if present else "nullptr"
     kind = TYPE_CLASSES[spec["type"]]
     return f"    {{{quoted(spec['name'])}, TypeClass::{kind}, {len(dims)}, {{{{{cells}}}}}, {member}}},"
 
@@ -103,7 +105,7 @@ def header_from_contract(contract: dict[str, Any]) -> str:
         contract: the parsed YAML: name, namespace, version, types, inputs, outputs, attributes, limits.
 
     Returns:
-        The text of hstuAttentionContract.h.
+        The text of the header.
 
     Raises:
         KeyError: if the contract names a type this generator does not know.
@@ -118,30 +120,36 @@ def header_from_contract(contract: dict[str, Any]) -> str:
     attributes = contract["attributes"]
     max_rank = max(len(tensor["dims"]) for tensor in [*contract["inputs"], *contract["outputs"]])
     limits = contract["limits"]
+    name, space = contract["name"], contract.get("cpp_namespace", contract["namespace"])
+    struct = f"{name}Attributes"
+    guard = f"{re.sub('(?<!^)(?=[A-Z])', '_', name).upper()}_CONTRACT_H"
+    used = [spec["type"] for spec in [*contract["inputs"], *contract["outputs"]]]
 
     def types(key: str) -> str:
         return ", ".join(f"ElementType::{ELEMENT_TYPES[name]}" for name in contract["types"][key])
 
     lines = [
-        "// Generated from HstuAttention_PluginConfig.yaml by generate_contract.py. Do not edit.",
-        "#ifndef HSTU_ATTENTION_CONTRACT_H",
-        "#define HSTU_ATTENTION_CONTRACT_H",
+        f"// Generated from {name}_PluginConfig.yaml by generate_contract.py. Do not edit.",
+        f"#ifndef {guard}",
+        f"#define {guard}",
         "",
         "#include <array>",
         "#include <cstdint>",
         "#include <limits>",
         "",
+        '#include "contractTables.h"',
         '#include "elementType.h"',
         "",
-        "namespace hstu",
+        f"namespace {space}",
         "{",
         "",
         f"inline constexpr char kPluginName[] = {quoted(contract['name'])};",
         f"inline constexpr char kPluginNamespace[] = {quoted(contract['namespace'])};",
         f"inline constexpr char kPluginVersion[] = {quoted(str(contract['version']))};",
+        "inline constexpr OperatorIdentity kIdentity{kPluginNamespace, kPluginName, kPluginVersion};",
         "",
         "//! Attributes of one node, in the contract's order.",
-        "struct HstuAttentionAttributes",
+        f"struct {struct}",
         "{",
     ]
     for spec in attributes:
@@ -150,20 +158,10 @@ def header_from_contract(contract: dict[str, Any]) -> str:
     lines += [
         "};",
         "",
-        "//! What the contract says about one attribute. Exactly one of the two members is set.",
-        "struct AttributeSpec",
-        "{",
-        "    char const* name;",
-        "    bool isFloat;",
-        "    bool minExclusive;",
-        "    double min;",
-        "    double max;",
-        "    float HstuAttentionAttributes::*floatMember;",
-        "    int32_t HstuAttentionAttributes::*intMember;",
-        "};",
+        f"using AttributeSpec = BasicAttributeSpec<{struct}>;",
         "",
         "inline constexpr AttributeSpec kAttributes[] = {",
-        *[_attribute_row(spec) for spec in attributes],
+        *[_attribute_row(spec, struct) for spec in attributes],
         "};",
         "",
         "//! Symbolic dimensions of the inputs and the output.",
@@ -185,22 +183,19 @@ def header_from_contract(contract: dict[str, Any]) -> str:
         "//! How a tensor's element type is fixed.",
         "enum class TypeClass : int32_t",
         "{",
-        "    kElement,   //!< T: the same for q, k, v and out",
-        "    kTimestamp, //!< S: the same for all timestamps",
-        "    kInt32,",
-        "    kFloat32,",
+        *[f"    {kind}," for key, kind in TYPE_CLASSES.items() if key in used],
         "};",
         "",
         f"inline constexpr int32_t kMaxRank = {max_rank};",
         "",
-        "//! What the contract says about one tensor. A null presentWhen means always present.",
+        "//! What the contract says about one tensor. A null presentWhen means always present, else when that attribute is 1.",
         "struct TensorSpec",
         "{",
         "    char const* name;",
         "    TypeClass type;",
         "    int32_t rank;",
         "    std::array<DimSpec, kMaxRank> dims;",
-        "    int32_t HstuAttentionAttributes::*presentWhen;",
+        f"    int32_t {struct}::*presentWhen;",
         "};",
         "",
         "//! Index of each input in kInputs.",
@@ -211,25 +206,25 @@ def header_from_contract(contract: dict[str, Any]) -> str:
         f"inline constexpr int32_t kNbInputs = {len(contract['inputs'])};",
         "",
         "inline constexpr TensorSpec kInputs[] = {",
-        *[_tensor_row(spec) for spec in contract["inputs"]],
+        *[_tensor_row(spec, struct) for spec in contract["inputs"]],
         "};",
         "",
         "inline constexpr TensorSpec kOutputs[] = {",
-        *[_tensor_row(spec) for spec in contract["outputs"]],
+        *[_tensor_row(spec, struct) for spec in contract["outputs"]],
         "};",
         f"inline constexpr int32_t kNbOutputs = {len(contract['outputs'])};",
         "",
-        f"inline constexpr ElementType kElementTypes[] = {{{types('T')}}};",
-        f"inline constexpr ElementType kTimestampTypes[] = {{{types('S')}}};",
+        *[f"inline constexpr ElementType {TYPE_CLASSES[key]}Types[] = {{{types(key)}}};" for key in contract["types"]],
         "",
-        f"inline constexpr int64_t kMinHeadDim = {limits['head_dim']['min']};",
-        f"inline constexpr int64_t kMaxHeadDim = {limits['head_dim']['max']};",
-        f"inline constexpr int64_t kMinNumBuckets = {limits['num_buckets']['min']};",
-        f"inline constexpr int64_t kMaxNumBuckets = {limits['num_buckets']['max']};",
+        *[
+            f"inline constexpr int64_t k{side}{pascal(limit)} = {limits[limit][side.lower()]};"
+            for limit in limits
+            for side in ("Min", "Max")
+        ],
         "",
-        "} // namespace hstu",
+        f"}} // namespace {space}",
         "",
-        "#endif // HSTU_ATTENTION_CONTRACT_H",
+        f"#endif // {guard}",
         "",
     ]
     return "\n".join(lines)

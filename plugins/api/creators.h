@@ -1,6 +1,8 @@
 #ifndef HSTU_CREATORS_H
 #define HSTU_CREATORS_H
 
+#include <array>
+
 #include <NvInferRuntime.h>
 
 namespace hstu
@@ -12,8 +14,15 @@ using CreatorInterface = nvinfer1::IPluginCreatorInterface;
 using CreatorInterface = nvinfer1::IPluginCreator;
 #endif
 
-//! \return the library's one creator. It lives as long as the library is loaded.
+//! \return the creator of one operator. It lives as long as the library is loaded.
 CreatorInterface& attentionCreator() noexcept;
+CreatorInterface& normCreator() noexcept;
+
+//! \return the creators of every operator in the library.
+inline std::array<CreatorInterface*, 2> allCreators() noexcept
+{
+    return {&attentionCreator(), &normCreator()};
+}
 
 } // namespace hstu
 

@@ -1,12 +1,16 @@
-//! Entry of libhstu_trt_plugin.so: registers the creator when the library is loaded and takes it back when it is
-//! unloaded. REGISTER_TENSORRT_PLUGIN does neither: it registers under the empty namespace, where getCreator never
+//! Entry of libhstu_trt_plugin.so: registers the creators when the library is loaded and takes them back when it
+//! is unloaded. REGISTER_TENSORRT_PLUGIN does neither: it registers under the empty namespace, where getCreator never
 //! finds a creator that has one, and leaves a dangling pointer in the registry after dlclose.
+
+#include <array>
+#include <string>
 
 #include "creators.h"
 #include "hostLogger.h"
 #include "hostVersion.h"
 
 #include "hstuAttentionContract.h"
+#include "hstuNormContract.h"
 
 namespace hstu
 {
@@ -23,20 +27,28 @@ public:
             return;
         }
         nvinfer1::IPluginRegistry* const registry = getPluginRegistry();
-        mRegistered = registry != nullptr && registry->registerCreator(attentionCreator(), kPluginNamespace);
-        if (!mRegistered)
+        std::array<CreatorInterface*, 2> const creators = allCreators();
+        for (size_t i = 0; i < creators.size(); ++i)
         {
-            logMessage(
-                nvinfer1::ILogger::Severity::kWARNING, "[hstu] the registry did not take HstuAttention version 1, "
-                                                       "namespace hstu: another library has registered it already");
+            mRegistered[i] = registry != nullptr && registry->registerCreator(*creators[i], kPluginNamespace);
+            if (!mRegistered[i])
+            {
+                logMessage(nvinfer1::ILogger::Severity::kWARNING,
+                    std::string("[hstu] the registry did not take ") + kOperators[i]
+                        + " version 1, namespace hstu: another library has registered it already");
+            }
         }
     }
 
     ~Registrar()
     {
-        if (mRegistered)
+        std::array<CreatorInterface*, 2> const creators = allCreators();
+        for (size_t i = 0; i < creators.size(); ++i)
         {
-            getPluginRegistry()->deregisterCreator(attentionCreator());
+            if (mRegistered[i])
+            {
+                getPluginRegistry()->deregisterCreator(*creators[i]);
+            }
         }
     }
 
@@ -44,7 +56,9 @@ public:
     Registrar& operator=(Registrar const&) = delete;
 
 private:
-    bool mRegistered{false};
+    static constexpr char const* kOperators[] = {kPluginName, norm::kPluginName}; //!< as allCreators has them
+
+    std::array<bool, 2> mRegistered{};
 };
 
 Registrar const registrar;

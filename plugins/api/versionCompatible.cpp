@@ -1,6 +1,7 @@
 //! Entry of libhstu_trt_plugin_vc.so, for IPluginRegistry::loadLibrary: exports the two functions that TensorRT looks
 //! up and does not link to libnvinfer, so it can be packed into an engine. Loading it with dlopen registers nothing.
 
+#include <array>
 #include <atomic>
 
 #include <dlfcn.h>
@@ -67,7 +68,7 @@ HSTU_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
     hstu::loggerFinder = finder;
 }
 
-//! \param nbCreators receives 1, or 0 when the TensorRT that asks is not the one this library was built for.
+//! \param nbCreators receives 2, or 0 when the TensorRT that asks is not the one this library was built for.
 //! \return the creators; owned by the library.
 #if NV_TENSORRT_MAJOR >= 10
 HSTU_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
@@ -75,7 +76,7 @@ HSTU_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCre
 HSTU_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& nbCreators)
 #endif
 {
-    static hstu::CreatorInterface* const creators[] = {&hstu::attentionCreator()};
-    nbCreators = hstu::hostRefused ? 0 : 1;
-    return creators;
+    static std::array<hstu::CreatorInterface*, 2> const creators = hstu::allCreators();
+    nbCreators = hstu::hostRefused ? 0 : static_cast<int32_t>(creators.size());
+    return creators.data();
 }

@@ -28,7 +28,7 @@ unsigned long long contextKey(CudaDriver const& driver, CUcontext context)
 struct ModuleCache
 {
     std::mutex mutex;
-    std::map<std::pair<unsigned long long, HstuKernelImage const*>, std::weak_ptr<LoadedKernel const>> kernels;
+    std::map<std::pair<unsigned long long, void const*>, std::weak_ptr<KernelModule const>> modules;
 };
 
 //! Leaked on purpose: plugins may be destroyed by static destructors that run after this file's.
@@ -40,23 +40,22 @@ ModuleCache& moduleCache()
 
 } // namespace
 
-LoadedKernel::LoadedKernel(HstuKernelImage const& image)
-    : mImage(&image)
+KernelModule::KernelModule(char const* name, unsigned char const* data, bool isPtx, int32_t sharedBytes)
 {
     CudaDriver const& driver = cudaDriver();
     checkCuda(driver.ctxGetCurrent(&mContext), "cuCtxGetCurrent");
-    CUresult const loaded = driver.moduleLoadData(&mModule, image.data);
+    CUresult const loaded = driver.moduleLoadData(&mModule, data);
     if (loaded != CUDA_SUCCESS)
     {
-        checkCuda(loaded, image.isPtx != 0 ? "cuModuleLoadData of the PTX kernel" : "cuModuleLoadData of the kernel");
+        checkCuda(loaded, isPtx ? "cuModuleLoadData of the PTX kernel" : "cuModuleLoadData of the kernel");
     }
     try
     {
-        checkCuda(driver.moduleGetFunction(&mFunction, mModule, image.name), "cuModuleGetFunction");
-        if (image.sharedBytes > kDefaultSharedBytes)
+        checkCuda(driver.moduleGetFunction(&mFunction, mModule, name), "cuModuleGetFunction");
+        if (sharedBytes > kDefaultSharedBytes)
         {
             checkCuda(
-                driver.funcSetAttribute(mFunction, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, image.sharedBytes),
+                driver.funcSetAttribute(mFunction, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, sharedBytes),
                 "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)");
         }
         // CUDA 12 loads lazily by default; a first launch inside a stream capture must not be what loads the code.
@@ -72,7 +71,7 @@ LoadedKernel::LoadedKernel(HstuKernelImage const& image)
     }
 }
 
-LoadedKernel::~LoadedKernel()
+KernelModule::~KernelModule()
 {
     // At process exit or after the context is gone the driver has freed the module already.
     if (ScopedContext const context(mContext); context.isCurrent())
@@ -81,7 +80,8 @@ LoadedKernel::~LoadedKernel()
     }
 }
 
-std::shared_ptr<LoadedKernel const> acquireKernel(HstuKernelImage const& image)
+std::shared_ptr<KernelModule const> acquireModule(
+    void const* image, std::function<std::shared_ptr<KernelModule const>()> const& make)
 {
     ensureCurrentContext();
     CudaDriver const& driver = cudaDriver();
@@ -89,14 +89,24 @@ std::shared_ptr<LoadedKernel const> acquireKernel(HstuKernelImage const& image)
     checkCuda(driver.ctxGetCurrent(&context), "cuCtxGetCurrent");
     ModuleCache& cache = moduleCache();
     std::lock_guard<std::mutex> const lock(cache.mutex);
-    std::weak_ptr<LoadedKernel const>& slot = cache.kernels[{contextKey(driver, context), &image}];
-    std::shared_ptr<LoadedKernel const> kernel = slot.lock();
-    if (kernel == nullptr)
+    std::weak_ptr<KernelModule const>& slot = cache.modules[{contextKey(driver, context), image}];
+    std::shared_ptr<KernelModule const> found = slot.lock();
+    if (found == nullptr)
     {
-        kernel = std::make_shared<LoadedKernel const>(image);
-        slot = kernel;
+        found = make();
+        slot = found;
     }
-    return kernel;
+    return found;
+}
+
+bool runsOnCapability(int32_t sm, bool isPtx, GpuTraits const& gpu) noexcept
+{
+    if (isPtx)
+    {
+        return sm <= gpu.sm;
+    }
+    constexpr int32_t kFirstArchitectureSpecific = 90;
+    return sm >= kFirstArchitectureSpecific ? sm == gpu.sm : sm / 10 == gpu.sm / 10 && sm <= gpu.sm;
 }
 
 } // namespace hstu

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "contentHash.h"
 #include "hstuAttentionHopper.h"
 #include "pluginError.h"
 
@@ -10,32 +11,18 @@ namespace hstu
 namespace
 {
 
-//! 64-bit FNV-1a over everything that decides what a launch executes.
-uint64_t hashBytes(uint64_t hash, void const* data, size_t size) noexcept
-{
-    constexpr uint64_t kPrime = 1099511628211ULL;
-    auto const* const bytes = static_cast<unsigned char const*>(data);
-    for (size_t i = 0; i < size; ++i)
-    {
-        hash = (hash ^ bytes[i]) * kPrime;
-    }
-    return hash;
-}
-
 std::string computeBuildId()
 {
-    uint64_t hash = 14695981039346656037ULL;
+    ContentHash hash;
     for (size_t i = 0; i < kHstuNbKernelImages; ++i)
     {
         HstuKernelImage const& image = kHstuKernelImages[i];
         int32_t const facts[] = {image.sm, image.isPtx, image.kind, image.tactic, image.blockM, image.blockN,
             image.threads, image.split, image.sharedBytes};
-        hash = hashBytes(hash, facts, sizeof(facts));
-        hash = hashBytes(hash, image.data, image.size);
+        hash.add(facts, sizeof(facts));
+        hash.add(image.data, image.size);
     }
-    std::ostringstream text;
-    text << std::hex << hash;
-    return text.str();
+    return hash.text();
 }
 
 } // namespace

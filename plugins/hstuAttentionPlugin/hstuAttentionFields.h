@@ -5,27 +5,11 @@
 #include <string>
 #include <vector>
 
+#include "fieldReader.h"
 #include "hstuAttentionContract.h"
 
 namespace hstu
 {
-
-//! Type codes of nvinfer1::PluginFieldType that the contract uses; they are the same from TensorRT 8.5 to 11.
-enum class FieldType : int32_t
-{
-    kFloat32 = 1,
-    kInt32 = 5,
-    kChar = 6,
-};
-
-//! One field as the framework handed it over. Nothing is owned.
-struct FieldView
-{
-    char const* name;
-    int32_t type;
-    int32_t length; //!< elements
-    void const* data;
-};
 
 //! What an engine stores beside the attributes: the element types and widths that were fixed when it was built, so
 //! that kernels can be loaded when an execution context is made, before any shape is known.
@@ -38,12 +22,7 @@ struct EngineSignature
     int32_t linearDim{0};
 };
 
-//! A field of EngineSignature as it is serialised.
-struct SignatureField
-{
-    char const* name;
-    int32_t EngineSignature::* member;
-};
+using SignatureField = BasicSignatureField<EngineSignature>;
 
 inline constexpr SignatureField kSignatureFields[] = {
     {"engine_element_type", &EngineSignature::elementType},
@@ -53,14 +32,7 @@ inline constexpr SignatureField kSignatureFields[] = {
     {"engine_linear_dim", &EngineSignature::linearDim},
 };
 
-//! Reads and validates the attributes of one node.
-//!
-//! \param nodeName for messages; may be null.
-//! \param fields the fields as passed. `plugin_version` and `plugin_namespace` may be among them and must then agree
-//!     with the contract.
-//! \param signature where to read the engine's fields to (they are then all required), or nullptr to refuse them.
-//! \return the attributes. Throws PluginError listing every missing, duplicate, unknown, mistyped and out-of-range
-//!     field with the value seen and the values allowed.
+//! Reads and validates the attributes of one node; see readFields.
 HstuAttentionAttributes readAttributes(
     char const* nodeName, std::vector<FieldView> const& fields, EngineSignature* signature);
 

@@ -112,13 +112,7 @@ bool runsOn(HstuKernelImage const& image, GpuTraits const& gpu) noexcept
     {
         return false;
     }
-    if (image.isPtx != 0)
-    {
-        return image.sm <= gpu.sm;
-    }
-    constexpr int32_t kFirstArchitectureSpecific = 90;
-    return image.sm >= kFirstArchitectureSpecific ? image.sm == gpu.sm
-                                                  : image.sm / 10 == gpu.sm / 10 && image.sm <= gpu.sm;
+    return runsOnCapability(image.sm, image.isPtx != 0, gpu);
 }
 
 std::vector<TacticImages> findTactics(

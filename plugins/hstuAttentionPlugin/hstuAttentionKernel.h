@@ -33,8 +33,7 @@ struct TacticImages
 //! \return whether the tactic has a Hopper image.
 bool isHopper(TacticImages const& images) noexcept;
 
-//! \return whether code of this image runs on a device, by CUDA's compatibility rules: a cubin of 8.x runs on a higher
-//! 8.y, one of 9.0 and later is architecture-specific, PTX runs on all later ones. A driver must know the image's CUDA
+//! \return whether code of this image runs on a device: by runsOnCapability, and if the driver knows the image's CUDA
 //! version and, for Hopper images, tensor maps.
 bool runsOn(HstuKernelImage const& image, GpuTraits const& gpu) noexcept;
 

@@ -6,17 +6,10 @@
 #include <cstdint>
 
 #include "hstuAttentionContract.h"
+#include "tensorView.h"
 
 namespace hstu
 {
-
-//! Type and extents of one tensor. An extent of -1 is not known yet.
-struct TensorView
-{
-    ElementType type{ElementType::kOther};
-    int32_t rank{0};
-    std::array<int64_t, 8> dims{};
-};
 
 //! Inputs and output of one node in the contract's positions; absent inputs stay default.
 struct NodeTensors

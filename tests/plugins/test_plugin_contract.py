@@ -18,6 +18,7 @@ from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, chosen_s
 
 ROOT = Path(generate_contract.__file__).parent
 CONTRACT = ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml"
+CONTRACTS = {"hstuAttention": CONTRACT, "hstuNorm": ROOT / "hstuNormPlugin" / "HstuNorm_PluginConfig.yaml"}
 PROGRAMS = Path(__file__).parent / "conformance"
 WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 
@@ -43,13 +44,16 @@ def test_a_dimension_that_is_no_formula_is_refused() -> None:
         generate_contract.parse_dim("Lq**2")
 
 
-def test_every_attribute_input_and_limit_is_in_the_header(contract: dict[str, Any]) -> None:
+@pytest.mark.parametrize("operator", list(CONTRACTS))
+def test_every_attribute_input_and_limit_is_in_the_header(operator: str) -> None:
+    contract = yaml.safe_load(CONTRACTS[operator].read_text(encoding="utf-8"))
     header = generate_contract.header_from_contract(contract)
     for attribute in contract["attributes"]:
         assert f'{{"{attribute["name"]}", ' in header
     for tensor in [*contract["inputs"], *contract["outputs"]]:
         assert f'{{"{tensor["name"]}", TypeClass::' in header
-    assert f"kMaxHeadDim = {contract['limits']['head_dim']['max']};" in header
+    for name, limit in contract["limits"].items():
+        assert f"kMax{generate_contract.pascal(name)} = {limit['max']};" in header
     assert f'kPluginVersion[] = "{contract["version"]}";' in header
 
 
@@ -65,7 +69,8 @@ def test_a_new_attribute_reaches_the_field_reader_by_itself(contract: dict[str, 
         "std::string::npos; }\n  return 2; }\n"
     )
     includes = [f"-I{tmp_path}", f"-I{ROOT / 'common'}", f"-I{ROOT / 'hstuAttentionPlugin'}"]
-    sources = [str(tmp_path / "check.cpp"), str(ROOT / "hstuAttentionPlugin" / "hstuAttentionFields.cpp")]
+    ours = ("hstuAttentionPlugin/hstuAttentionFields.cpp", "common/fieldReader.cpp")
+    sources = [str(tmp_path / "check.cpp"), *(str(ROOT / source) for source in ours)]
     program = tmp_path / "check"
     subprocess.run(["g++", *WARNINGS, *includes, *sources, "-o", str(program)], check=True)
     assert subprocess.run([str(program)], check=False).returncode == 0

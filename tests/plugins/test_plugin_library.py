@@ -366,5 +366,6 @@ def test_both_adapters_compile_without_a_warning_against_the_headers(
     )
     assert done.returncode == 0, done.stdout
     assert "warning" not in done.stdout
-    assert any(build.rglob("hstuAttentionPluginV2.cpp.o"))
-    assert any(build.rglob("hstuAttentionPluginV3.cpp.o"))
+    for operator in ("Attention", "Norm"):
+        assert any(build.rglob(f"hstu{operator}PluginV2.cpp.o"))
+        assert any(build.rglob(f"hstu{operator}PluginV3.cpp.o"))

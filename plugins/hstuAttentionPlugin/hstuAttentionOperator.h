@@ -1,56 +1,11 @@
-#ifndef HSTU_TENSOR_RT_VIEWS_H
-#define HSTU_TENSOR_RT_VIEWS_H
+#ifndef HSTU_ATTENTION_OPERATOR_H
+#define HSTU_ATTENTION_OPERATOR_H
 
-#include <string>
-#include <vector>
-
-#include <NvInferRuntime.h>
-
-#include "hstuAttentionFields.h"
-#include "hstuAttentionKernel.h"
-#include "hstuAttentionShapes.h"
-#include "pluginError.h"
+#include "hstuAttentionCore.h"
+#include "tensorRtTypes.h"
 
 namespace hstu
 {
-
-//! \return the core's name of a TensorRT type; kOther for what the operator never takes.
-inline ElementType elementTypeOf(nvinfer1::DataType type) noexcept
-{
-    switch (type)
-    {
-    case nvinfer1::DataType::kFLOAT: return ElementType::kFloat32;
-    case nvinfer1::DataType::kHALF: return ElementType::kFloat16;
-    case nvinfer1::DataType::kINT32: return ElementType::kInt32;
-#if NV_TENSORRT_MAJOR >= 10
-    case nvinfer1::DataType::kBF16: return ElementType::kBfloat16;
-    case nvinfer1::DataType::kINT64: return ElementType::kInt64;
-#endif
-    default: return ElementType::kOther;
-    }
-}
-
-inline nvinfer1::PluginTensorDesc const& staticDesc(nvinfer1::PluginTensorDesc const& desc) noexcept
-{
-    return desc;
-}
-
-inline nvinfer1::PluginTensorDesc const& staticDesc(nvinfer1::DynamicPluginTensorDesc const& desc) noexcept
-{
-    return desc.desc;
-}
-
-inline TensorView viewOf(nvinfer1::PluginTensorDesc const& desc) noexcept
-{
-    TensorView view;
-    view.type = elementTypeOf(desc.type);
-    view.rank = desc.dims.nbDims;
-    for (int32_t axis = 0; axis < desc.dims.nbDims && axis < nvinfer1::Dims::MAX_DIMS; ++axis)
-    {
-        view.dims[static_cast<size_t>(axis)] = desc.dims.d[axis];
-    }
-    return view;
-}
 
 //! Lays the node's inputs, of which absent ones are not in the list, out in the contract's positions.
 //! Throws PluginError when their number is not what the attributes say.
@@ -132,31 +87,76 @@ inline DevicePointers pointersOf(
     return pointers;
 }
 
-//! \return views of a field collection; a null or empty collection gives none. Throws PluginError for a negative count.
-inline std::vector<FieldView> viewsOf(nvinfer1::PluginFieldCollection const* collection)
+//! What the adapters ask of HstuAttention.
+struct AttentionOperator
 {
-    std::vector<FieldView> views;
-    if (collection != nullptr)
-    {
-        HSTU_CHECK(collection->nbFields >= 0 && (collection->nbFields == 0 || collection->fields != nullptr),
-            kPluginName, ": the field collection has ", collection->nbFields, " fields and ",
-            collection->fields != nullptr ? "a" : "no", " table");
-        for (int32_t i = 0; i < collection->nbFields; ++i)
-        {
-            nvinfer1::PluginField const& field = collection->fields[i];
-            views.push_back({field.name, static_cast<int32_t>(field.type), field.length, field.data});
-        }
-    }
-    return views;
-}
+    using Core = HstuAttentionCore;
+    using Attributes = HstuAttentionAttributes;
+    using Signature = EngineSignature;
 
-//! \return the field that announces one attribute to the parser, without data.
-inline nvinfer1::PluginField announcedField(AttributeSpec const& spec) noexcept
-{
-    return {
-        spec.name, nullptr, spec.isFloat ? nvinfer1::PluginFieldType::kFLOAT32 : nvinfer1::PluginFieldType::kINT32, 1};
-}
+    static constexpr OperatorIdentity kId = kIdentity;
+    static constexpr int32_t kNbOutputs = hstu::kNbOutputs;
+    static constexpr auto& kAttributes = hstu::kAttributes;
+    static constexpr auto& kSignatureFields = hstu::kSignatureFields;
+    static constexpr uint32_t kTag = 0x31555348; //!< "HSU1" in little-endian bytes
+
+    static int32_t countInputs(Attributes const& attributes) noexcept
+    {
+        return hstu::countInputs(attributes);
+    }
+
+    static Attributes read(char const* nodeName, std::vector<FieldView> const& fields, Signature* signature)
+    {
+        return readAttributes(nodeName, fields, signature);
+    }
+
+    static char const* buildId() noexcept
+    {
+        return kernelBuildId();
+    }
+
+    static nvinfer1::DataType outputType(Attributes const& /* attributes */, nvinfer1::DataType const* inputTypes)
+    {
+        return inputTypes[static_cast<int32_t>(Input::kQ)];
+    }
+
+    //! Throws PluginError when q or v has another rank than 3.
+    static nvinfer1::DimsExprs outputDims(
+        Core const& core, nvinfer1::DimsExprs const* inputs, nvinfer1::IExprBuilder& /* expressions */)
+    {
+        nvinfer1::DimsExprs const& q = inputs[static_cast<int32_t>(Input::kQ)];
+        nvinfer1::DimsExprs const& v = inputs[static_cast<int32_t>(Input::kV)];
+        HSTU_CHECK(q.nbDims == 3 && v.nbDims == 3, kPluginName, " node '", core.nodeName(), "': q has rank ", q.nbDims,
+            " and v ", v.nbDims, "; allowed: 3");
+        nvinfer1::DimsExprs output{};
+        output.nbDims = 3;
+        output.d[0] = q.d[0];
+        output.d[1] = q.d[1];
+        output.d[2] = v.d[2];
+        return output;
+    }
+
+    template <typename Desc>
+    static bool isFormatSupported(
+        Attributes const& attributes, int32_t position, Desc const* inOut, int32_t nbInputs)
+    {
+        return hstu::isFormatSupported(attributes, position, inOut, nbInputs);
+    }
+
+    template <typename Desc>
+    static NodeTensors tensorsOf(
+        Attributes const& attributes, Desc const* in, int32_t nbInputs, Desc const* out, int32_t nbOutputs)
+    {
+        return hstu::tensorsOf(attributes, in, nbInputs, out, nbOutputs);
+    }
+
+    static DevicePointers pointersOf(
+        Attributes const& attributes, void const* const* inputs, void* const* outputs) noexcept
+    {
+        return hstu::pointersOf(attributes, inputs, outputs);
+    }
+};
 
 } // namespace hstu
 
-#endif // HSTU_TENSOR_RT_VIEWS_H
+#endif // HSTU_ATTENTION_OPERATOR_H
