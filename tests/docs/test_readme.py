@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -94,7 +95,8 @@ def test_samples_readme_names_what_exists(readme: Path):
         if program == "make":
             assert set(arguments) <= make_targets()
         elif program == ".venv/bin/python":
-            assert (ROOT / arguments[0]).is_file()
+            module = arguments[1] if arguments[0] == "-m" else None
+            assert importlib.util.find_spec(module) if module else (ROOT / arguments[0]).is_file()
         else:
             assert program == ".venv/bin/hstu-compile"
     assert f"samples/{readme.parent.name}" in README

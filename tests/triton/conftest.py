@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from hstu_compile.serving.local_server import Installation, find_installation
 from tests.triton.models import ServedModel, build_ranking, build_retrieval
-from tests.triton.server import Installation, TritonServer, find_installation
+from tests.triton.server import TritonServer
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,7 @@ def triton_installation() -> Installation:
     found = find_installation()
     if isinstance(found, str):
         pytest.skip(found)
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed (extra triton-client)")
     return found
 
 

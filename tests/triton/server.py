@@ -1,74 +1,24 @@
-"""A real tritonserver on loopback: the binary, Python backend and stubs of the nvidia-pytriton wheel.
-
-The wheel is used as a box of binaries; its Python code is not imported, so its own requirements are not needed. Its
-stubs are built against NumPy 1: under NumPy 2 every tensor arrives with strides of zero. They embed the Python of the
-environment whose `bin` is first on PATH, and ignore PYTHONPATH; so the server gets an environment of its own, made of
-NumPy 1 and, behind it, everything that the tests' environment has.
-"""
+"""A real tritonserver on loopback, of the nvidia-pytriton wheel: see hstu_compile.serving.local_server."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Where `make env` puts the NumPy that the server's Python backend needs.
-SERVER_NUMPY = Path(sys.prefix) / "triton-numpy"
+from hstu_compile.serving.local_server import Installation, copy_backend, make_python, server_environment
+
 START_SECONDS = 60.0
 #: What the server itself waits for requests and models when it is told to stop.
 DRAIN_SECONDS = 10
 _BIND_FAILURES = ("failed to start HTTP service", "failed to start GRPC service", "Socket '")
-
-
-@dataclasses.dataclass(frozen=True)
-class Installation:
-    """What of the wheel a server needs.
-
-    Attributes:
-        binary: tritonserver.
-        backend: folder of the Python backend.
-        stub: the process that embeds a Python of this interpreter's version.
-        libraries: shared libraries of all of them.
-    """
-
-    binary: Path
-    backend: Path
-    stub: Path
-    libraries: Path
-
-
-def find_installation() -> Installation | str:
-    """The installed server, or what is missing for one."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or not spec.submodule_search_locations:
-        return "tritonserver is not installed (package nvidia-pytriton; `make env` installs it)"
-    root = Path(spec.submodule_search_locations[0]) / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    found = Installation(
-        root / "bin" / "tritonserver",
-        root / "backends" / "python",
-        root / "python_backend_stubs" / version / "triton_python_backend_stub",
-        root.parent.parent / "nvidia_pytriton.libs",
-    )
-    if lacking := [str(path) for path in dataclasses.astuple(found) if not path.exists()]:
-        return f"tritonserver is not installed whole: no {', '.join(lacking)}"
-    if not (SERVER_NUMPY / "numpy").is_dir():
-        return f"NumPy 1 for tritonserver's Python backend is not installed in {SERVER_NUMPY} (`make env` does it)"
-    if importlib.util.find_spec("tritonclient") is None:
-        return "tritonclient is not installed (extra dev)"
-    return found
 
 
 def free_port() -> int:
@@ -77,37 +27,6 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def make_python(folder: Path) -> Path:
-    """An environment of this interpreter with NumPy 1 in front of what is installed here; returns its `bin`."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = folder / "lib" / version / "site-packages"
-    packages.mkdir(parents=True)
-    (folder / "bin").mkdir()
-    (folder / "bin" / "python3").symlink_to(Path(sys.base_prefix) / "bin" / version)
-    (folder / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
-    # addsitedir reads the .pth files there as well: hstu_compile may be an editable installation.
-    installed = sysconfig.get_path("purelib")
-    (packages / "server.pth").write_text(f"{SERVER_NUMPY}\nimport site; site.addsitedir({installed!r})\n")
-    return folder / "bin"
-
-
-def server_environment(found: Installation, python_bin: Path) -> dict[str, str]:
-    """Environment variables of a server whose Python backend uses that Python."""
-    environment = dict(os.environ)
-    # The stub is linked to libpython, which need not be where the loader looks.
-    environment["LD_LIBRARY_PATH"] = f"{found.libraries}:{sysconfig.get_config_var('LIBDIR')}"
-    environment["PATH"] = f"{python_bin}:{environment.get('PATH', '')}"
-    return environment
-
-
-def copy_backend(found: Installation, folder: Path) -> Path:
-    """A backend directory whose Python backend has the stub of this interpreter's version."""
-    target = folder / "backends" / "python"
-    shutil.copytree(found.backend, target, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy2(found.stub, target)
-    return target.parent
 
 
 class TritonServer:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu_compile.serving.local_server import Installation
 from hstu_compile.serving.repository import RepositoryRequest, write_repository
 from hstu_compile.serving.settings import RuntimeSettings, Scheduling
 from tests.triton.clients import PROTOCOLS, Protocol, ask, ask_all
 from tests.triton.models import ServedModel, deploy
-from tests.triton.server import Installation, TritonServer, execution_counts, grpc_client, http_client
+from tests.triton.server import TritonServer, execution_counts, grpc_client, http_client
 
 pytestmark = pytest.mark.e2e
 
