@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ def test_concurrent_requests_of_mixed_length_equal_the_eager_model_one_by_one(
     requests, passes = (now - then for now, then in zip(after, before, strict=True))
     assert requests == len(samples)
     assert passes <= len(samples) // 2, f"{passes} passes for {requests} requests: nothing was merged"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", ["retrieval", "ranking"])
+def test_the_clients_that_are_written_beside_a_model_print_its_answers(
+    triton_server: TritonServer, models: dict[str, ServedModel], name: str, protocol: Protocol
+) -> None:
+    program = triton_server.repository / name / f"client_{protocol}.py"
+    url = triton_server.http_url if protocol == "http" else triton_server.grpc_url
+    command = [sys.executable, program, "--url", url, "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outputs = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert outputs == [*models[name].eager.outputs, "truncated", "cache"] * 2
+    samples = models[name].samples(2)
+    for block, sample in zip(done.stdout.split("request ")[1:], samples, strict=True):
+        first = models[name].eager.outputs[0]
+        shown = [float(value) for value in block.split(f"  {first} ")[1].split("]  ")[1].split(" ...")[0].split()]
+        exact = models[name].expected(sample)[first].reshape(-1)[:4]
+        np.testing.assert_allclose(shown, exact, rtol=1e-3, atol=1e-4)
 
 
 def test_users_without_history_and_requests_without_candidates_are_answered(

@@ -55,6 +55,11 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_repositorys_readme_has_the_same_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(commands()) in readme
+
+
 def test_three_commands_lead_from_a_bundle_to_a_scored_request(
     triton_installation: Installation, workplace: Path
 ) -> None:
