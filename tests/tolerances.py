@@ -31,3 +31,7 @@ FLOAT64 = 1e-12
 #: weight, whose sum is divided by about its length, and for the output).  The other types' subnormals are below 1e-38.
 #: An element that must be exactly 0 gets no such allowance.
 SUBNORMAL_STEP = {"float32": 0.0, "float16": 2.0**-24, "bfloat16": 0.0}
+
+#: Absolute error that float32 arithmetic forces on products with a sigmoid far below zero: it ends at 2^-126, where GPUs
+#: flush to zero, and 1 + exp2 overflows at 2^-128; times the value that is multiplied, at most 8 in the cases.
+FLOAT32_UNDERFLOW = 8 * 2.0**-126

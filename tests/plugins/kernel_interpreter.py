@@ -1,4 +1,4 @@
-"""Runs the Triton attention kernel on CPU, in processes with TRITON_INTERPRET=1 (read at Triton's first import)."""
+"""Runs the Triton kernels on CPU, in processes with TRITON_INTERPRET=1 (read at Triton's first import)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 import numpy as np
 
 from tests.attention_cases import round_to_dtype
+from tests.norm_cases import NormCase
 from tests.oracle import Array, AttentionCase
 
 #: (BLOCK_M, BLOCK_N) of the tests: the smallest legal tile meets most boundaries per row computed.
@@ -102,6 +103,51 @@ def run_kernel(case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kin
     return out.float().numpy()
 
 
+def run_norm_kernel(case: NormCase) -> Array:
+    """Return the norm kernel's output as float32, by the tile that ships; unwritten numbers are NaN.
+
+    Only for a worker process of :class:`KernelInterpreter`.
+    """
+    import torch
+
+    from hstu_compile.plugins.kernels.hstu_norm import hstu_norm
+    from hstu_compile.plugins.kernels.norm_variants import norm_tile
+
+    variant, (rows, width) = case.variant, case.x.shape
+    tile, segments = norm_tile(variant.block), rows * case.num_groups
+    given = {
+        name: torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, kind))
+        for name, (kind, values) in case.inputs().items()
+    }
+    nothing = torch.empty(0, dtype=torch.float32)
+    columns = width * (3 if case.concat else 1)
+    # More rows than there are: a store behind the end would show.
+    out = torch.full((rows + 2, columns), float("nan"), dtype=getattr(torch, case.output_type))
+    if segments:
+        hstu_norm[(-(-segments // tile.segments),)](
+            given["x"],
+            given.get("shift", nothing),
+            given["scale"],
+            given.get("bias", nothing),
+            given.get("gate", given["x"]),
+            out,
+            case.epsilon,
+            segments,
+            width // case.num_groups,
+            case.num_groups,
+            int(case.shift is not None),
+            int(case.bias is not None),
+            SEGMENTS=tile.segments,
+            BLOCK=variant.block,
+            ACTIVATION=case.activation,
+            GATE_SILU=case.gate_silu,
+            CONCAT=case.concat,
+            num_warps=tile.num_warps,
+        )
+    assert bool(out[rows:].isnan().all()), "rows behind the end were written"
+    return out[:rows].float().numpy()
+
+
 class KernelInterpreter:
     """A pool of two interpreter processes; use as a context manager."""
 
@@ -126,3 +172,7 @@ class KernelInterpreter:
     def run(self, case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None) -> Array:
         """Return the output [Lq, H, Dv] of ``case``."""
         return self.submit(case, tile, mask_kind).result()
+
+    def submit_norm(self, case: NormCase) -> Future[Array]:
+        """Start a norm; the future's result is its output."""
+        return self._pool.submit(run_norm_kernel, case)

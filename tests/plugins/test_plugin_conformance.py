@@ -14,6 +14,7 @@ from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
 from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from tests.attention_cases import bias_cases, mask_cases, with_dtype
+from tests.norm_cases import KINDS, build_norm_case, large_norm_cases
 from tests.plugins.conformance import prepare_conformance
 from tests.plugins.conformance.libraries import headers_of_major, plugin_cache, small_library
 
@@ -26,7 +27,8 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.skip(f"the conformance program needs TensorRT 10 headers, found {library.trt_version}")
     folder = tmp_path_factory.mktemp("conformance")
     cases = [*mask_cases(), *(case for case in bias_cases() if case.name == "research")]
-    prepare_conformance.write_cases([with_dtype(case, "float16") for case in cases], folder)
+    norms = [build_norm_case(f"norm-{kind}", 5, 48, **KINDS[kind]) for kind in ("plain", "swish", "concat-rows")]
+    prepare_conformance.write_cases([*(with_dtype(case, "float16") for case in cases), *norms], folder)
     prepare_conformance.build_program(folder)
     assert library.version_compatible is not None
     return folder, library.version_compatible
@@ -47,6 +49,22 @@ def test_every_builder_method_behaves_for_every_mask_and_bias(prepared: tuple[Pa
     assert last == f"{len(results)} passed, 0 failed"
     builds = [r["case"] for r in results if r["mode"] == "build-phase"]
     assert {"causal", "targets", "window-context-targets-tail", "research"} <= set(builds)
+    assert {"norm-plain", "norm-swish", "norm-concat-rows"} <= set(builds)
+    fields = [r["case"] for r in results if r["mode"] == "field-names"]
+    assert len(fields) == 2
+    assert "norm-plain" in fields
+
+
+def test_a_norm_whose_tensors_do_not_fit_each_other_is_refused_while_the_engine_is_built(
+    prepared: tuple[Path, Path],
+) -> None:
+    _, results, _ = run(*prepared, "--host-only", "--filter", "norm-")
+    refused = {r["case"]: r["refused"] for r in results if r["mode"] == "refused-input" and r["status"] == "pass"}
+    assert refused == {
+        "norm-plain": "x scale bias out",
+        "norm-swish": "x shift scale bias out",
+        "norm-concat-rows": "x scale bias gate out",
+    }
 
 
 def test_the_hopper_tactic_comes_first_where_it_fits(prepared: tuple[Path, Path]) -> None:
@@ -55,7 +73,9 @@ def test_the_hopper_tactic_comes_first_where_it_fits(prepared: tuple[Path, Path]
     except RuntimeError as error:
         pytest.skip(str(error))
     _, results, _ = run(*prepared, "--host-only")
-    offered = {r["case"]: r["tactics"] for r in results if r["mode"] == "build-phase"}
+    offered = {
+        r["case"]: r["tactics"] for r in results if r["mode"] == "build-phase" and not r["case"].startswith("norm-")
+    }
     assert set(map(tuple, offered.values())) == {(HOPPER_TACTIC, 1, 2)}
 
 
@@ -78,6 +98,20 @@ def test_the_program_fails_where_the_library_lacks_the_kernel(prepared: tuple[Pa
     assert "hstu-compile plugin build" in failed["log"]
 
 
+def test_the_program_fails_where_the_library_lacks_the_norm_s_kernel(
+    prepared: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, library = prepared
+    prepare_conformance.write_cases([build_norm_case("norm-wide", 3, 130, **KINDS["swish"])], tmp_path)
+    (tmp_path / "conformance").symlink_to(folder / "conformance")
+    code, results, _ = run(tmp_path, library, "--host-only")
+    assert code == 1
+    log = "".join(r["log"] for r in results if r["status"] != "pass")
+    assert "HstuNorm: this library has no kernel for float16 to float16, swish, 130 columns. It has: " in log
+    assert "[float16 to float16, swish, up to 64 columns aligned, sm_90]" in log
+    assert "hstu-compile plugin build" in log
+
+
 def test_without_a_gpu_the_full_run_fails_instead_of_skipping(prepared: tuple[Path, Path]) -> None:
     code, results, _ = run(*prepared, "--filter", "one-long")
     opened = [r for r in results if r["case"] == "device"]
@@ -92,8 +126,10 @@ def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
 ) -> None:
     headers = headers_of_major(8)
     variants = [v for v in prepare_conformance.fixture_variants() if v.dtype == "float16" and not v.aligned]
+    norms = [case for case in large_norm_cases(("float16", "float16")) if case.name == "large-norm-layer"]
     build = PluginBuildRequest(
         variants=tuple(variants),
+        norm_variants=prepare_conformance.norm_variants_of(norms),
         archs=(90,),
         with_ptx=False,
         tensorrt_include_dir=headers,
@@ -102,7 +138,7 @@ def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
     )
     library = build_plugin_library(build)
     cases = [case for case in prepare_conformance.large_cases() if case.name == "large-research-int32"]
-    prepare_conformance.write_cases([with_dtype(case, "float16") for case in cases], tmp_path)
+    prepare_conformance.write_cases([*(with_dtype(case, "float16") for case in cases), *norms], tmp_path)
     program = prepare_conformance.build_program_v2(tmp_path, headers)
     done = subprocess.run(
         [str(program), str(library.self_registering), str(tmp_path), "--host-only"],
@@ -112,5 +148,5 @@ def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
         timeout=60,
         check=False,
     )
-    assert done.stdout.splitlines()[-1] == "2 passed, 0 failed", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "3 passed, 0 failed", done.stdout + done.stderr
     assert done.returncode == 0

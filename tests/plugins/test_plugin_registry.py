@@ -15,6 +15,8 @@ import pytest
 from hstu_compile.plugin_library import PluginLibrary
 from tests.plugins.conformance.libraries import headers_of_major, small_library
 
+#: What a registry lists of a library.
+OURS = ["hstu::HstuAttention", "hstu::HstuNorm"]
 PROBE = Path(__file__).parent / "conformance" / "registry_probe.py"
 
 pytestmark = pytest.mark.skipif(
@@ -53,12 +55,12 @@ def probe(lean_dir: Path, scenario: str, *paths: Path | None) -> tuple[dict[str,
 
 def test_dlopen_registers_once_and_unloading_takes_it_back(library: PluginLibrary, lean_dir: Path) -> None:
     found, _ = probe(lean_dir, "dlopen_twice", library.self_registering)
-    assert found == {"first": ["hstu"], "found": True, "second": ["hstu"], "closed": []}
+    assert found == {"first": OURS, "found": True, "second": OURS, "closed": []}
 
 
 def test_load_library_registers_once_and_deregistering_takes_it_back(library: PluginLibrary, lean_dir: Path) -> None:
     found, _ = probe(lean_dir, "load_library_twice", library.version_compatible)
-    assert found == {"first": ["hstu"], "found": True, "second": ["hstu"], "deregistered": [], "again": ["hstu"]}
+    assert found == {"first": OURS, "found": True, "second": OURS, "deregistered": [], "again": OURS}
 
 
 def test_the_wrong_load_path_registers_nothing_and_does_not_crash(library: PluginLibrary, lean_dir: Path) -> None:
@@ -68,7 +70,7 @@ def test_the_wrong_load_path_registers_nothing_and_does_not_crash(library: Plugi
 
 def test_a_second_library_is_refused_and_does_not_take_the_first_away(library: PluginLibrary, lean_dir: Path) -> None:
     found, log = probe(lean_dir, "both", library.self_registering, library.version_compatible)
-    assert found == {"together": ["hstu"], "after_close": ["hstu"], "found": True}
+    assert found == {"together": OURS, "after_close": OURS, "found": True}
     assert "another library has registered it already" in log
 
 
@@ -112,3 +114,30 @@ def test_the_announced_fields_are_the_contract_s(library: PluginLibrary, lean_di
 
     found, _ = probe(lean_dir, "fields", library.self_registering)
     assert found["announced"] == [attribute.name for attribute in attention_contract().attributes]
+
+
+NORM_REFUSED = {
+    "runtime_without_engine_fields": "field 'engine_width' is missing from the engine",
+    "engine_fields_at_build": "field 'engine_width' is unknown",
+    "engine_of_another_width": "the engine stores width 8193; allowed: 0 to 8192",
+    "missing": "field 'num_groups' is missing; allowed: an int >= 1 and <= 8192",
+    "out_of_range": "field 'epsilon' is 0; allowed: a finite float > 0",
+    "concat_without_gate": "concat 1 with activation 2; allowed: 0 and 0 unless activation is 1",
+    "wrong_type": "field 'epsilon' is INT32 of length 1; allowed: FLOAT32 of length 1",
+}
+
+
+def test_norms_are_made_of_legal_fields_and_refused_of_others_with_a_message(
+    library: PluginLibrary, lean_dir: Path
+) -> None:
+    from hstu_compile.op_schema import norm_contract
+
+    found, log = probe(lean_dir, "norm_fields", library.self_registering)
+    assert found["announced"] == [attribute.name for attribute in norm_contract().attributes]
+    assert found["legal"]
+    assert found["runtime"]
+    assert {name: found[name] for name in NORM_REFUSED} == dict.fromkeys(NORM_REFUSED, False)
+    for name, message in NORM_REFUSED.items():
+        assert message in log, name
+    assert "field 'activation' is 3; allowed: an int >= 0 and <= 2" in log, "only the first bad field is reported"
+    assert "hstu::HstuNorm node '/layers.0/attention'" in log

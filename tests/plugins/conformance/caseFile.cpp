@@ -87,7 +87,7 @@ std::vector<Case> readCases(std::string const& folder)
         if (word == "case")
         {
             Case& current = cases.emplace_back();
-            line >> current.name >> current.type;
+            line >> current.name >> current.op >> current.type >> current.outputType;
         }
         else if (word == "attribute")
         {

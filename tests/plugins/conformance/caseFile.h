@@ -27,10 +27,12 @@ struct CaseAttribute
 struct Case
 {
     std::string name;
-    std::string type; //!< of q, k, v and out
+    std::string op;         //!< HstuAttention or HstuNorm
+    std::string type;       //!< of q, k and v, or of x and gate
+    std::string outputType; //!< of out
     std::vector<CaseAttribute> attributes;
     std::vector<CaseTensor> inputs;  //!< present ones, in the contract's order
-    std::vector<int64_t> outputDims; //!< [Lq, H, Dv]
+    std::vector<int64_t> outputDims; //!< [Lq, H, Dv], or [R, C]
     std::vector<double> reference;   //!< the oracle's output
     std::vector<double> divisor;     //!< componentwise scale of the error; 0 where the output must be exactly 0
     double componentwiseBound;

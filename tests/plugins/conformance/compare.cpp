@@ -60,7 +60,7 @@ OutputError measureError(Case const& testCase, std::vector<unsigned char> const&
     double worst = -1.0;
     for (size_t i = 0; i < testCase.reference.size(); ++i)
     {
-        double const given = element(testCase.type, output, i);
+        double const given = element(testCase.outputType, output, i);
         double const expected = testCase.reference[i];
         double const difference = std::abs(given - expected);
         double ratio = kInfinity;
@@ -78,11 +78,17 @@ OutputError measureError(Case const& testCase, std::vector<unsigned char> const&
         if (ratio > worst)
         {
             worst = ratio;
-            auto const heads = static_cast<size_t>(testCase.outputDims[1]);
-            auto const width = static_cast<size_t>(testCase.outputDims[2]);
             std::ostringstream where;
-            where << "token " << i / (heads * width) << " head " << i / width % heads << " column " << i % width
-                  << ": got " << given << ", expected " << expected;
+            where << "index";
+            size_t rest = i;
+            size_t extent = testCase.reference.size();
+            for (int64_t const dim : testCase.outputDims)
+            {
+                extent /= static_cast<size_t>(dim);
+                where << " " << rest / extent;
+                rest %= extent;
+            }
+            where << ": got " << given << ", expected " << expected;
             error.where = where.str();
         }
         error.componentwise = std::max(error.componentwise, ratio);

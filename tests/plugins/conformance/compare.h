@@ -6,7 +6,7 @@
 
 #include "caseFile.h"
 
-//! Scale-free error of an output, by the rule of tests/oracle.py::attention_error.
+//! Scale-free error of an output, by the rule of tests/oracle.py::attention_error and tests/norm_cases.py::norm_error.
 struct OutputError
 {
     double componentwise{0.0}; //!< infinite when an element is not finite, or not 0 where it must be
@@ -14,7 +14,7 @@ struct OutputError
     std::string where; //!< the worst element
 };
 
-//! \param output raw bytes of [Lq, H, Dv] in the case's type.
+//! \param output raw bytes in the case's output type.
 OutputError measureError(Case const& testCase, std::vector<unsigned char> const& output);
 
 //! \return whether both errors are within the case's bounds.

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -125,10 +126,20 @@ nvinfer1::PluginTensorDesc descOf(std::string const& type, std::vector<int64_t> 
     return desc;
 }
 
+constexpr char const* kNorm = "HstuNorm";
+
 //! Whether the first axis is one that varies between calls: tokens or sequences.
 bool isRagged(std::string const& name)
 {
-    return name != "pos_table" && name != "ts_table" && name != "ts_thresholds";
+    static std::set<std::string> const fixed{"pos_table", "ts_table", "ts_thresholds", "shift", "scale", "bias"};
+    return fixed.count(name) == 0;
+}
+
+//! Whether a kernel reads the input in vectors.
+bool isVector(std::string const& name)
+{
+    static std::set<std::string> const vectors{"q", "k", "v", "x", "gate"};
+    return vectors.count(name) > 0;
 }
 
 //! Descriptions of a case's tensors, inputs first, as TensorRT passes them.
@@ -140,7 +151,7 @@ struct Descs
         {
             add(input.type, input.dims, isRagged(input.name));
         }
-        add(testCase.type, testCase.outputDims, true);
+        add(testCase.outputType, testCase.outputDims, true);
     }
 
     int32_t nbInputs() const
@@ -197,20 +208,27 @@ public:
         setFinder(&finder);
         int32_t count = 0;
         nvinfer1::IPluginCreatorInterface* const* const creators = getCreators(count);
-        require(count == 1, "getCreators gave " + std::to_string(count) + " creators");
-        nvinfer1::InterfaceInfo const info = creators[0]->getInterfaceInfo();
-        require(std::string(info.kind) == "PLUGIN CREATOR_V3ONE", std::string("creator interface is ") + info.kind);
-        mCreator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[0]);
+        require(count == 2, "getCreators gave " + std::to_string(count) + " creators");
+        for (int32_t i = 0; i < count; ++i)
+        {
+            nvinfer1::InterfaceInfo const info = creators[i]->getInterfaceInfo();
+            require(std::string(info.kind) == "PLUGIN CREATOR_V3ONE", std::string("creator interface is ") + info.kind);
+            auto* const creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators[i]);
+            mCreators[creator->getPluginName()] = creator;
+        }
     }
 
-    nvinfer1::IPluginCreatorV3One& creator() const
+    //! \return the creator of an operator, by its name.
+    nvinfer1::IPluginCreatorV3One& creator(std::string const& op) const
     {
-        return *mCreator;
+        auto const found = mCreators.find(op);
+        require(found != mCreators.end(), "the library has no creator of " + op);
+        return *found->second;
     }
 
 private:
     void* mHandle{};
-    nvinfer1::IPluginCreatorV3One* mCreator{};
+    std::map<std::string, nvinfer1::IPluginCreatorV3One*> mCreators;
 };
 
 //! Everything the builder asks of a plugin object. \return the tactics it offers.
@@ -237,7 +255,7 @@ std::vector<int32_t> checkBuildPhase(host::Plugin& plugin, nvinfer1::IPluginCrea
     DataType outputType = DataType::kBOOL;
     require(plugin.build->getOutputDataTypes(&outputType, 1, inputTypes.data(), nbInputs) == 0,
         "getOutputDataTypes failed");
-    require(outputType == dataTypeOf(testCase.type), "output type is not that of q");
+    require(outputType == dataTypeOf(testCase.outputType), "output type is not the one of the case");
     require(plugin.build->getOutputDataTypes(&outputType, 1, inputTypes.data(), nbInputs - 1) != 0,
         "a missing input is not refused");
 
@@ -254,9 +272,17 @@ std::vector<int32_t> checkBuildPhase(host::Plugin& plugin, nvinfer1::IPluginCrea
     nvinfer1::DimsExprs outputDims{};
     require(plugin.build->getOutputShapes(inputDims.data(), nbInputs, nullptr, 0, &outputDims, 1, expressions) == 0,
         "getOutputShapes failed");
-    require(outputDims.nbDims == 3 && outputDims.d[0] == inputDims[0].d[0] && outputDims.d[1] == inputDims[0].d[1]
-                && outputDims.d[2] == inputDims[2].d[2],
-        "output shape is not [Lq, H, Dv]");
+    require(outputDims.nbDims == static_cast<int32_t>(testCase.outputDims.size()) && outputDims.d[0] == inputDims[0].d[0],
+        "output shape has another rank or other rows");
+    if (testCase.op == kNorm)
+    {
+        require(outputDims.d[1]->getConstantValue() == testCase.outputDims[1], "output has other columns");
+    }
+    else
+    {
+        require(outputDims.d[1] == inputDims[0].d[1] && outputDims.d[2] == inputDims[2].d[2],
+            "output shape is not [Lq, H, Dv]");
+    }
 
     require(plugin.build->getFormatCombinationLimit() > 0, "format combination limit");
     std::vector<nvinfer1::DynamicPluginTensorDesc> inOut = descs.dynamic;
@@ -292,7 +318,7 @@ std::vector<int32_t> checkBuildPhase(host::Plugin& plugin, nvinfer1::IPluginCrea
     require(timingId != nullptr && std::string(timingId).find("kernels=") != std::string::npos,
         "timing cache id lacks the kernels' id");
     char const* const metadata = plugin.build->getMetadataString();
-    require(metadata != nullptr && std::string(metadata).find("alpha") != std::string::npos,
+    require(metadata != nullptr && std::string(metadata).find(testCase.attributes[0].name) != std::string::npos,
         "metadata lacks the attributes");
     require(plugin.build->getAliasedInput(0) == -1, "out claims to alias an input");
     return tactics;
@@ -305,12 +331,11 @@ public:
     Call(Case const& testCase, size_t misalignment)
         : mCase(testCase)
         , mDescs(testCase)
-        , mOutput(testCase.reference.size() * bytesOf(testCase.type), misalignment)
+        , mOutput(testCase.reference.size() * bytesOf(testCase.outputType), misalignment)
     {
         for (CaseTensor const& input : testCase.inputs)
         {
-            bool const isVector = input.name == "q" || input.name == "k" || input.name == "v";
-            mInputs.emplace_back(input.bytes, isVector ? misalignment : 0);
+            mInputs.emplace_back(input.bytes, isVector(input.name) ? misalignment : 0);
         }
         device::synchronize();
         for (device::Buffer const& buffer : mInputs)
@@ -441,7 +466,14 @@ public:
 
     int run()
     {
-        checkFieldNames();
+        std::set<std::string> seen;
+        for (Case const& testCase : mCases)
+        {
+            if (seen.insert(testCase.op).second)
+            {
+                checkFieldNames(testCase);
+            }
+        }
         std::string reason;
         bool const hasGpu = !mOptions.hostOnly && device::open(reason);
         if (hasGpu)
@@ -495,29 +527,29 @@ private:
         }
     }
 
-    host::Plugin create(host::FieldStore& fields, nvinfer1::TensorRTPhase phase)
+    host::Plugin create(std::string const& op, host::FieldStore& fields, nvinfer1::TensorRTPhase phase)
     {
-        host::Plugin plugin(mLibrary.creator().createPlugin("conformance", fields.collection(), phase));
+        host::Plugin plugin(mLibrary.creator(op).createPlugin("conformance", fields.collection(), phase));
         require(plugin.object != nullptr, "createPlugin gave nothing");
         return plugin;
     }
 
     //! What a deserialised engine makes of the built plugin: only the stored bytes pass.
-    host::Plugin deserialised(host::Plugin& built)
+    host::Plugin deserialised(std::string const& op, host::Plugin& built)
     {
         host::FieldStore stored(built.runtime->getFieldsToSerialize());
-        host::Plugin loaded = create(stored, nvinfer1::TensorRTPhase::kRUNTIME);
+        host::Plugin loaded = create(op, stored, nvinfer1::TensorRTPhase::kRUNTIME);
         require(host::FieldStore(loaded.runtime->getFieldsToSerialize()) == stored, "fields change over serialisation");
         return loaded;
     }
 
-    void checkFieldNames()
+    //! \param testCase the first of its operator.
+    void checkFieldNames(Case const& testCase)
     {
-        Case const& testCase = mCases.front();
         attempt(testCase, "field-names",
             [&]
             {
-                nvinfer1::PluginFieldCollection const* const names = mLibrary.creator().getFieldNames();
+                nvinfer1::PluginFieldCollection const* const names = mLibrary.creator(testCase.op).getFieldNames();
                 require(
                     static_cast<size_t>(names->nbFields) == testCase.attributes.size(), "number of announced fields");
                 for (size_t i = 0; i < testCase.attributes.size(); ++i)
@@ -533,7 +565,8 @@ private:
                 host::FieldStore fields = fieldsOf(testCase);
                 int32_t const value = 1;
                 fields.add("no_such_field", nvinfer1::PluginFieldType::kINT32, &value, 1, 4);
-                require(mLibrary.creator().createPlugin("n", fields.collection(), nvinfer1::TensorRTPhase::kBUILD)
+                require(mLibrary.creator(testCase.op).createPlugin(
+                            "n", fields.collection(), nvinfer1::TensorRTPhase::kBUILD)
                             == nullptr,
                     "not refused");
                 require(mLogger.take().find("no_such_field") != std::string::npos,
@@ -549,16 +582,20 @@ private:
         attempt(testCase, "build-phase",
             [&]
             {
-                host::Plugin plugin = create(fields, nvinfer1::TensorRTPhase::kBUILD);
-                tactics = checkBuildPhase(plugin, mLibrary.creator(), testCase);
+                host::Plugin plugin = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
+                tactics = checkBuildPhase(plugin, mLibrary.creator(testCase.op), testCase);
                 host::Plugin copy(plugin.object->clone());
                 require(copy.object != nullptr, "clone gave nothing");
                 require(host::FieldStore(copy.runtime->getFieldsToSerialize())
                             == host::FieldStore(plugin.runtime->getFieldsToSerialize()),
                     "the clone's fields differ");
-                deserialised(copy);
+                deserialised(testCase.op, copy);
                 return "\"tactics\": " + listed(tactics);
             });
+        if (testCase.op == kNorm)
+        {
+            attempt(testCase, "refused-input", [&] { return refuseInputs(testCase, fields); });
+        }
         if (!hasGpu || tactics.empty())
         {
             return;
@@ -592,11 +629,42 @@ private:
         attempt(testCase, "misaligned", [&] { return runMisaligned(testCase, fields); });
     }
 
+    //! A norm whose tensors do not fit each other is refused while the engine is built, with the tensor's name: a type
+    //! that is legal elsewhere, another width, other rows, an output of another width.
+    std::string refuseInputs(Case const& testCase, host::FieldStore& fields)
+    {
+        Descs const legal(testCase);
+        int32_t const nbInputs = legal.nbInputs();
+        std::string refused;
+        for (int32_t pos = 0; pos <= nbInputs; ++pos)
+        {
+            size_t const index = static_cast<size_t>(pos);
+            std::string const name = pos < nbInputs ? testCase.inputs[index].name : "out";
+            host::Plugin plugin = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
+            std::vector<nvinfer1::DynamicPluginTensorDesc> inOut = legal.dynamic;
+            bool const isHalf = inOut[index].desc.type == DataType::kHALF;
+            inOut[index].desc.type = isHalf ? DataType::kFLOAT : DataType::kHALF;
+            require(!plugin.build->supportsFormatCombination(pos, inOut.data(), nbInputs, 1),
+                "another float type is accepted of " + name);
+            inOut = legal.dynamic;
+            int32_t const last = inOut[index].desc.dims.nbDims - 1;
+            inOut[index].desc.dims.d[last] += 1;
+            mLogger.take();
+            require(plugin.build->configurePlugin(inOut.data(), nbInputs, &inOut.back(), 1) != 0,
+                "a width of its own is accepted of " + name);
+            require(mLogger.take().find("HstuNorm") != std::string::npos, "the logger was not told of " + name);
+            require(!plugin.build->supportsFormatCombination(nbInputs, inOut.data(), nbInputs, 1),
+                "a width of its own is supported of " + name);
+            refused += (refused.empty() ? "" : " ") + name;
+        }
+        return "\"refused\": " + quoted(refused);
+    }
+
     //! The builder times a configured clone that was never attached, tactic by tactic.
     std::string runAutotune(Case const& testCase, host::FieldStore& fields, std::vector<int32_t> const& tactics)
     {
-        host::Plugin plugin = create(fields, nvinfer1::TensorRTPhase::kBUILD);
-        checkBuildPhase(plugin, mLibrary.creator(), testCase);
+        host::Plugin plugin = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
+        checkBuildPhase(plugin, mLibrary.creator(testCase.op), testCase);
         host::Plugin timed(plugin.object->clone());
         device::Stream const stream;
         Call call(testCase, 0);
@@ -614,9 +682,9 @@ private:
     //! An execution context of a deserialised engine.
     host::Plugin attached(Case const& testCase, host::FieldStore& fields)
     {
-        host::Plugin built = create(fields, nvinfer1::TensorRTPhase::kBUILD);
-        checkBuildPhase(built, mLibrary.creator(), testCase);
-        host::Plugin context(deserialised(built).runtime->attachToContext(nullptr));
+        host::Plugin built = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
+        checkBuildPhase(built, mLibrary.creator(testCase.op), testCase);
+        host::Plugin context(deserialised(testCase.op, built).runtime->attachToContext(nullptr));
         require(context.object != nullptr, "attachToContext gave nothing");
         return context;
     }
@@ -636,7 +704,7 @@ private:
     std::string runMisaligned(Case const& testCase, host::FieldStore& fields)
     {
         host::Plugin context = attached(testCase, fields);
-        Call call(testCase, bytesOf(testCase.type));
+        Call call(testCase, std::max(bytesOf(testCase.type), bytesOf(testCase.outputType)));
         call.shapeChange(context);
         device::Stream const stream;
         call.poison();
@@ -663,13 +731,13 @@ private:
                 device::makeCurrent();
                 Case const& testCase = *cases[index];
                 host::FieldStore fields = fieldsOf(testCase);
-                host::Plugin built = create(fields, nvinfer1::TensorRTPhase::kBUILD);
-                std::vector<int32_t> tactics = checkBuildPhase(built, mLibrary.creator(), testCase);
+                host::Plugin built = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
+                std::vector<int32_t> tactics = checkBuildPhase(built, mLibrary.creator(testCase.op), testCase);
                 for (int32_t const tactic : splitTactics(testCase, tactics))
                 {
                     tactics.push_back(tactic);
                 }
-                host::Plugin engine = deserialised(built);
+                host::Plugin engine = deserialised(testCase.op, built);
                 device::Stream const stream;
                 Call call(testCase, 0);
                 ready.fetch_add(1);

@@ -8,6 +8,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -44,7 +45,7 @@ public:
     bool registerCreator(
         nvinfer1::IPluginCreator& creator, nvinfer1::AsciiChar const* const pluginNamespace) noexcept override
     {
-        registered = &creator;
+        registered.push_back(&creator);
         space = pluginNamespace;
         creator.setPluginNamespace(pluginNamespace);
         return true;
@@ -52,14 +53,21 @@ public:
 
     nvinfer1::IPluginCreator* const* getPluginCreatorList(int32_t* const count) const noexcept override
     {
-        *count = registered != nullptr ? 1 : 0;
-        return &registered;
+        *count = static_cast<int32_t>(registered.size());
+        return registered.data();
     }
 
-    nvinfer1::IPluginCreator* getPluginCreator(nvinfer1::AsciiChar const* const, nvinfer1::AsciiChar const* const,
+    nvinfer1::IPluginCreator* getPluginCreator(nvinfer1::AsciiChar const* const name, nvinfer1::AsciiChar const* const,
         nvinfer1::AsciiChar const* const) noexcept override
     {
-        return registered;
+        for (nvinfer1::IPluginCreator* const creator : registered)
+        {
+            if (std::strcmp(creator->getPluginName(), name) == 0)
+            {
+                return creator;
+            }
+        }
+        return nullptr;
     }
 
     void setErrorRecorder(nvinfer1::IErrorRecorder* const) noexcept override {}
@@ -71,12 +79,16 @@ public:
 
     bool deregisterCreator(nvinfer1::IPluginCreator const& creator) noexcept override
     {
-        bool const known = registered == &creator;
-        registered = known ? nullptr : registered;
+        auto const found = std::find(registered.begin(), registered.end(), &creator);
+        bool const known = found != registered.end();
+        if (known)
+        {
+            registered.erase(found);
+        }
         return known;
     }
 
-    nvinfer1::IPluginCreator* registered{};
+    std::vector<nvinfer1::IPluginCreator*> registered;
     std::string space;
 };
 
@@ -90,6 +102,16 @@ Registry& registry()
 {
     static Registry instance;
     return instance;
+}
+
+nvinfer1::IPluginCreator& creatorOf(std::string const& op)
+{
+    nvinfer1::IPluginCreator* const creator = registry().getPluginCreator(op.c_str(), "1", "hstu");
+    if (creator == nullptr)
+    {
+        throw std::runtime_error("no creator of " + op);
+    }
+    return *creator;
 }
 
 void require(bool condition, std::string const& what)
@@ -108,7 +130,7 @@ DataType dataTypeOf(std::string const& type)
 //! TensorRT 8 has neither bfloat16 nor int64 tensors.
 bool fitsTensorRt8(Case const& testCase)
 {
-    bool fits = testCase.type != "bfloat16";
+    bool fits = testCase.type != "bfloat16" && testCase.outputType != "bfloat16";
     for (CaseTensor const& input : testCase.inputs)
     {
         fits = fits && input.type != "int64";
@@ -124,7 +146,7 @@ struct Descs
         {
             add(input.type, input.dims);
         }
-        add(testCase.type, testCase.outputDims);
+        add(testCase.outputType, testCase.outputDims);
         nbInputs = static_cast<int32_t>(testCase.inputs.size());
     }
 
@@ -176,7 +198,7 @@ Plugin create(Case const& testCase)
         fields.emplace_back(attribute.name.c_str(), data, type, 1);
     }
     nvinfer1::PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
-    return own(registry().registered->createPlugin("conformance", &collection));
+    return own(creatorOf(testCase.op).createPlugin("conformance", &collection));
 }
 
 std::vector<char> serialised(nvinfer1::IPluginV2DynamicExt const& plugin)
@@ -187,9 +209,10 @@ std::vector<char> serialised(nvinfer1::IPluginV2DynamicExt const& plugin)
 }
 
 //! What the builder asks of a node before it times it.
-void checkBuilderCalls(nvinfer1::IPluginV2DynamicExt& plugin, Descs const& descs, bool hasGpu)
+void checkBuilderCalls(
+    nvinfer1::IPluginV2DynamicExt& plugin, Case const& testCase, Descs const& descs, bool hasGpu)
 {
-    require(std::string(plugin.getPluginType()) == "HstuAttention", "plugin type");
+    require(plugin.getPluginType() == testCase.op, "plugin type");
     require(std::string(plugin.getPluginVersion()) == "1", "plugin version");
     require(std::string(plugin.getPluginNamespace()) == "hstu", "plugin namespace");
     require(plugin.getNbOutputs() == 1, "one output expected");
@@ -198,7 +221,7 @@ void checkBuilderCalls(nvinfer1::IPluginV2DynamicExt& plugin, Descs const& descs
     {
         types.push_back(desc.type);
     }
-    require(plugin.getOutputDataType(0, types.data(), descs.nbInputs) == types[0], "output type is not that of q");
+    require(plugin.getOutputDataType(0, types.data(), descs.nbInputs) == types.back(), "output type is not the case's");
     std::vector<nvinfer1::PluginTensorDesc> inOut = descs.fixed;
     for (int32_t pos = 0; pos <= descs.nbInputs; ++pos)
     {
@@ -231,7 +254,7 @@ std::string runOnGpu(nvinfer1::IPluginV2DynamicExt& plugin, Case const& testCase
     {
         pointers.push_back(input.data());
     }
-    device::Buffer output(testCase.reference.size() * (testCase.type == "float16" ? 2 : 4), 0);
+    device::Buffer output(testCase.reference.size() * (testCase.outputType == "float16" ? 2 : 4), 0);
     void* outputs[] = {output.data()};
     device::synchronize();
     device::Stream const stream;
@@ -261,18 +284,18 @@ std::string runCase(Case const& testCase, bool hasGpu)
 {
     Descs const descs(testCase);
     Plugin const built = create(testCase);
-    checkBuilderCalls(*built, descs, hasGpu);
+    checkBuilderCalls(*built, testCase, descs, hasGpu);
     Plugin const timed = own(built->clone());
     std::string facts = hasGpu ? runOnGpu(*timed, testCase, descs, false) : "";
 
     std::vector<char> bytes = serialised(*built);
-    Plugin const engine = own(registry().registered->deserializePlugin("conformance", bytes.data(), bytes.size()));
+    Plugin const engine = own(creatorOf(testCase.op).deserializePlugin("conformance", bytes.data(), bytes.size()));
     require(serialised(*engine) == bytes, "bytes change over serialisation");
     require(serialised(*own(engine->clone())) == bytes, "the clone's bytes differ");
-    require(registry().registered->deserializePlugin("n", bytes.data(), bytes.size() - 1) == nullptr,
+    require(creatorOf(testCase.op).deserializePlugin("n", bytes.data(), bytes.size() - 1) == nullptr,
         "short bytes are accepted");
     bytes[0] = static_cast<char>(bytes[0] + 1);
-    require(registry().registered->deserializePlugin("n", bytes.data(), bytes.size()) == nullptr,
+    require(creatorOf(testCase.op).deserializePlugin("n", bytes.data(), bytes.size()) == nullptr,
         "foreign bytes are accepted");
     if (hasGpu)
     {
@@ -293,8 +316,8 @@ int run(std::string const& library, std::string const& folder, bool hostOnly, st
     std::vector<Case> const cases = readCases(folder);
     void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
     require(handle != nullptr, std::string("dlopen: ") + (handle == nullptr ? dlerror() : ""));
-    require(registry().registered != nullptr && registry().space == "hstu",
-        "loading the library registered nothing: " + logger().text);
+    require(registry().registered.size() == 2 && registry().space == "hstu",
+        "loading the library did not register two operators: " + logger().text);
     std::string reason;
     bool const hasGpu = !hostOnly && device::open(reason);
     require(hasGpu || hostOnly, "no GPU: " + reason);
@@ -326,7 +349,7 @@ int run(std::string const& library, std::string const& folder, bool hostOnly, st
             testCase.name.c_str(), testCase.type.c_str(), ok ? "pass" : "FAIL", facts.c_str());
     }
     dlclose(handle);
-    bool const isGone = registry().registered == nullptr;
+    bool const isGone = registry().registered.empty();
     (isGone ? passed : failed) += 1;
     std::printf("{\"case\": \"unload\", \"mode\": \"v2\", \"status\": \"%s\"}\n", isGone ? "pass" : "FAIL");
     std::printf("%d passed, %d failed\n", passed, failed);

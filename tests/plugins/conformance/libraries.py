@@ -16,12 +16,19 @@ from hstu_compile.plugin_library import (
     find_tensorrt_headers,
     read_tensorrt_version,
 )
+from hstu_compile.plugins.kernels.norm_variants import norm_variant
 from hstu_compile.plugins.kernels.variants import variants_for
 
-#: The two kernels of the CPU tests: no bias, and the research model's two biases.
+#: The two attention kernels of the CPU tests: no bias, and the research model's two biases.
 SMALL_VARIANTS = (
     *variants_for("float16", 16, 16),
     *variants_for("float16", 16, 16, pos_bias=True, time_bias=True),
+)
+#: The norm kernels of the CPU tests: one of a layer's output, one of each other activation.
+SMALL_NORMS = (
+    norm_variant("float16", "float16", 48, activation=1, gate_silu=True, concat=1),
+    norm_variant("float16", "float16", 48),
+    norm_variant("float16", "float16", 48, activation=2),
 )
 
 
@@ -32,7 +39,7 @@ def plugin_cache(config: pytest.Config) -> Path:
 
 
 def small_library(config: pytest.Config, include_dir: Path | None = None) -> PluginLibrary:
-    """Build the library with `SMALL_VARIANTS` for sm_90, against the given headers or those that are found.
+    """Build the library with `SMALL_VARIANTS` and `SMALL_NORMS` for sm_90, against headers given or found.
 
     Skips by name where triton or the headers are not installed.
     """
@@ -47,6 +54,7 @@ def small_library(config: pytest.Config, include_dir: Path | None = None) -> Plu
     return build_plugin_library(
         PluginBuildRequest(
             variants=SMALL_VARIANTS,
+            norm_variants=SMALL_NORMS,
             archs=(90,),
             with_ptx=False,
             tensorrt_include_dir=include_dir,

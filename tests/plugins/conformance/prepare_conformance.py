@@ -30,14 +30,16 @@ from hstu_compile.plugin_library import (
 )
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
 from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant, hopper_variants_for
+from hstu_compile.plugins.kernels.norm_variants import NormVariant
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from tests import tolerances
 from tests.attention_cases import attention_grid, bias_cases, build_case, hostile_cases, mask_cases, with_dtype
+from tests.norm_cases import NormCase, all_norm_cases, norm_bounds, norm_oracle
 from tests.oracle import AttentionCase, oracle_of
 
 HERE = Path(__file__).parent
 SHARED_SOURCES = ("caseFile.cpp", "compare.cpp", "device.cpp")
-FLOAT_ATTRIBUTES = ("alpha", "scaling_seq_len")
+FLOAT_ATTRIBUTES = ("alpha", "scaling_seq_len", "epsilon")
 
 
 def large_cases() -> Iterator[AttentionCase]:
@@ -159,39 +161,85 @@ def encoded(values: NDArray[Any], dtype: str) -> bytes:
     return np.ascontiguousarray(values, dtype=dtype).tobytes()
 
 
-def write_case(case: AttentionCase, index: TextIO, data: BinaryIO) -> None:
-    """Append one case: facts to the index, bytes to the data file."""
+def norm_variants_of(cases: Iterable[NormCase]) -> tuple[NormVariant, ...]:
+    """Return the norm kernels that the cases need, each once; those of the large cases for any pointers as well."""
+    found: dict[NormVariant, None] = {}
+    for case in cases:
+        found[case.variant] = None
+        if case.name.startswith("large-norm-layer"):
+            found[dataclasses.replace(case.variant, aligned=False)] = None
+    return tuple(found)
 
-    def placed(content: bytes) -> str:
-        offset = data.tell()
-        data.write(content)
+
+class CaseWriter:
+    """Writes facts of cases into one file and their bytes into another."""
+
+    def __init__(self, index: TextIO, data: BinaryIO) -> None:
+        self._index, self._data = index, data
+
+    def write(self, case: AttentionCase | NormCase) -> None:
+        """Append one case."""
+        if isinstance(case, NormCase):
+            self._write_norm(case)
+        else:
+            self._write_attention(case)
+
+    def _write_attention(self, case: AttentionCase) -> None:
+        required = {name: getattr(case, name) for name in ("q", "k", "v", "q_offsets", "k_offsets")}
+        inputs = {
+            name: (case.dtype if name in ("q", "k", "v") else str(values.dtype), values)
+            for name, values in {**required, **case.optional_inputs()}.items()
+            if values is not None
+        }
+        result = oracle_of(case)
+        divisor = result.scale + tolerances.SCORE_WEIGHT[case.dtype] * result.score_scale
+        bounds = (
+            tolerances.COMPONENTWISE[case.dtype],
+            tolerances.RMS[case.dtype],
+            tolerances.SUBNORMAL_STEP[case.dtype],
+        )
+        head = f"{case.name} HstuAttention {case.dtype} {case.dtype}"
+        self._append(head, attributes_of(case), inputs, result.out, divisor, bounds)
+
+    def _write_norm(self, case: NormCase) -> None:
+        result = norm_oracle(case)
+        head = f"{case.name} HstuNorm {case.input_type} {case.output_type}"
+        self._append(head, case.attributes(), case.inputs(), result.out, result.divisor, norm_bounds(case, result))
+
+    def _append(
+        self,
+        head: str,
+        attributes: dict[str, float | int],
+        inputs: dict[str, tuple[str, NDArray[Any]]],
+        out: NDArray[Any],
+        divisor: NDArray[Any],
+        bounds: tuple[float, float, float],
+    ) -> None:
+        def dims(values: NDArray[Any]) -> str:
+            return " ".join(map(str, [values.ndim, *values.shape]))
+
+        self._index.write(f"case {head}\n")
+        for name, value in attributes.items():
+            kind = "float" if name in FLOAT_ATTRIBUTES else "int"
+            self._index.write(f"attribute {name} {kind} {value!r}\n")
+        for name, (dtype, values) in inputs.items():
+            self._index.write(f"input {name} {dtype} {dims(values)} {self._placed(encoded(values, dtype))}\n")
+        reference = self._placed(encoded(out, "float64"))
+        self._index.write(f"output {dims(out)} {reference} {self._placed(encoded(divisor, 'float32'))}\n")
+        self._index.write(f"bounds {' '.join(map(repr, bounds))}\n")
+
+    def _placed(self, content: bytes) -> str:
+        offset = self._data.tell()
+        self._data.write(content)
         return f"{offset} {len(content)}"
 
-    def dims(values: NDArray[Any]) -> str:
-        return " ".join(map(str, [values.ndim, *values.shape]))
 
-    index.write(f"case {case.name} {case.dtype}\n")
-    for name, value in attributes_of(case).items():
-        kind = "float" if name in FLOAT_ATTRIBUTES else "int"
-        index.write(f"attribute {name} {kind} {value!r}\n")
-    required = {name: getattr(case, name) for name in ("q", "k", "v", "q_offsets", "k_offsets")}
-    for name, values in {**required, **case.optional_inputs()}.items():
-        if values is not None:
-            dtype = case.dtype if name in ("q", "k", "v") else str(values.dtype)
-            index.write(f"input {name} {dtype} {dims(values)} {placed(encoded(values, dtype))}\n")
-    result = oracle_of(case)
-    divisor = result.scale + tolerances.SCORE_WEIGHT[case.dtype] * result.score_scale
-    reference = placed(encoded(result.out, "float64"))
-    index.write(f"output {dims(result.out)} {reference} {placed(encoded(divisor, 'float32'))}\n")
-    bounds = (tolerances.COMPONENTWISE[case.dtype], tolerances.RMS[case.dtype], tolerances.SUBNORMAL_STEP[case.dtype])
-    index.write(f"bounds {' '.join(map(repr, bounds))}\n")
-
-
-def write_cases(cases: Iterable[AttentionCase], out: Path) -> None:
+def write_cases(cases: Iterable[AttentionCase | NormCase], out: Path) -> None:
     """Write cases.txt and cases.bin."""
     with (out / "cases.txt").open("w") as index, (out / "cases.bin").open("wb") as data:
+        writer = CaseWriter(index, data)
         for case in cases:
-            write_case(case, index, data)
+            writer.write(case)
 
 
 def build_program(out: Path) -> Path:
@@ -269,8 +317,8 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    cases = all_cases()
-    write_cases(cases, out)
+    cases, norms = all_cases(), all_norm_cases()
+    write_cases([*cases, *norms], out)
     build_program(out)
     has_hopper = HOPPER_ARCH in arguments.archs
     common: dict[str, Any] = {
@@ -282,7 +330,12 @@ def main() -> None:
     # What the program must have run, beside whatever the library offers: the Hopper kernel and both of its splits.
     required = [HOPPER_TACTIC + split for split in (0, 1, 2)] if has_hopper else []
     (out / "required_tactics").write_text(" ".join(map(str, required)) + "\n")
-    request = PluginBuildRequest(variants=variants_of(cases), hopper_variants=hopper_variants_of_cases(cases), **common)
+    request = PluginBuildRequest(
+        variants=variants_of(cases),
+        norm_variants=norm_variants_of(norms),
+        hopper_variants=hopper_variants_of_cases(cases),
+        **common,
+    )
     library = build_plugin_library(request, print_progress)
     if library.version_compatible is None:
         raise SystemExit("the headers are of TensorRT 8.5, which has no loadable plugin libraries")
@@ -291,6 +344,7 @@ def main() -> None:
     if arguments.tensorrt8_include_dir is not None:
         request = PluginBuildRequest(
             variants=fixture_variants(),
+            norm_variants=norm_variants_of(case for case in norms if case.name.startswith("large-")),
             tensorrt_include_dir=arguments.tensorrt8_include_dir,
             runtime_version="8.5",
             **common,
@@ -299,8 +353,8 @@ def main() -> None:
         shutil.copy2(build_plugin_library(request, print_progress).self_registering, out / "tensorrt85")
         build_program_v2(out, arguments.tensorrt8_include_dir)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
-    kernels = f"{len(library.variants)} kernel variants, {library.hopper}"
-    print(f"\n{out}: {len(cases)} cases, {kernels}, {size:.1f} MiB")
+    kernels = f"{len(library.variants)} attention and {len(library.norm_variants)} norm variants, {library.hopper}"
+    print(f"\n{out}: {len(cases)} attention and {len(norms)} norm cases, {kernels}, {size:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,18 @@ import numpy as np
 import tensorrt_lean_bindings as trt
 
 KEY = ("HstuAttention", "1", "hstu")
+NORM_KEY = ("HstuNorm", "1", "hstu")
+LEGAL_NORM: dict[str, Any] = {
+    "epsilon": np.float32(1e-5),
+    "num_groups": np.int32(4),
+    "activation": np.int32(1),
+    "gate_silu": np.int32(1),
+    "concat": np.int32(1),
+    "input_type": np.int32(1),
+    "output_type": np.int32(1),
+    "has_shift": np.int32(0),
+    "has_bias": np.int32(1),
+}
 LEGAL: dict[str, Any] = {
     "alpha": np.float32(0.125),
     "scaling_seq_len": np.float32(211.0),
@@ -45,26 +57,29 @@ def registry() -> Any:
 
 
 def ours() -> list[str]:
-    """Return the namespaces under which the creator is listed."""
-    return [c.plugin_namespace for c in registry().all_creators if c.name == KEY[0]]
+    """Return namespace and name of each of our creators that is listed."""
+    names = (KEY[0], NORM_KEY[0])
+    return sorted(f"{c.plugin_namespace}::{c.name}" for c in registry().all_creators if c.name in names)
 
 
 def is_found() -> bool:
-    """Whether getCreator finds it by name, version and namespace."""
-    return registry().get_creator(*KEY) is not None
+    """Whether getCreator finds both by name, version and namespace."""
+    return all(registry().get_creator(*key) is not None for key in (KEY, NORM_KEY))
 
 
-def create(changes: dict[str, Any], phase: str = "BUILD") -> bool:
+def create(
+    changes: dict[str, Any], phase: str = "BUILD", key: tuple[str, str, str] = KEY, legal: dict[str, Any] = LEGAL
+) -> bool:
     """Whether createPlugin makes a plugin of the legal fields with these changes; None drops a field."""
     kinds = {
         "float32": trt.PluginFieldType.FLOAT32,
         "int32": trt.PluginFieldType.INT32,
         "int8": trt.PluginFieldType.CHAR,
     }
-    values = {name: np.atleast_1d(v) for name, v in {**LEGAL, **changes}.items() if v is not None}
+    values = {name: np.atleast_1d(v) for name, v in {**legal, **changes}.items() if v is not None}
     # A PluginField only borrows its array: `values` must live until the plugin is made.
     fields = [trt.PluginField(name, v, kinds[v.dtype.name]) for name, v in values.items()]
-    creator = registry().get_creator(*KEY)
+    creator = registry().get_creator(*key)
     collection = trt.PluginFieldCollection(fields)
     return creator.create_plugin("/layers.0/attention", collection, getattr(trt.TensorRTPhase, phase)) is not None
 
@@ -143,9 +158,31 @@ def fields(library: str) -> dict[str, Any]:
     return {"library": handle._name, **made}
 
 
+def norm_fields(library: str) -> dict[str, Any]:
+    """The same for the other operator."""
+    handle = ctypes.CDLL(library)
+
+    def made(phase: str = "BUILD", **changes: Any) -> bool:
+        return create(changes, phase, NORM_KEY, LEGAL_NORM)
+
+    return {
+        "library": handle._name,
+        "announced": [f.name for f in registry().get_creator(*NORM_KEY).field_names],
+        "legal": made(),
+        "runtime": made("RUNTIME", engine_width=np.int32(512)),
+        "runtime_without_engine_fields": made("RUNTIME"),
+        "engine_fields_at_build": made(engine_width=np.int32(512)),
+        "engine_of_another_width": made("RUNTIME", engine_width=np.int32(8193)),
+        "missing": made(num_groups=None),
+        "out_of_range": made(epsilon=np.float32(0), activation=np.int32(3)),
+        "concat_without_gate": made(activation=np.int32(2), gate_silu=np.int32(0)),
+        "wrong_type": made(epsilon=np.int32(1)),
+    }
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
-    for function in (dlopen_twice, load_library_twice, wrong_way_round, both, mismatched, fields)
+    for function in (dlopen_twice, load_library_twice, wrong_way_round, both, mismatched, fields, norm_fields)
 }
 
 

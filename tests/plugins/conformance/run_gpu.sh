@@ -43,7 +43,7 @@ if [ -z "$sanitizer" ]; then
 fi
 
 # One case of each kind: every tool slows a kernel down by one to two orders of magnitude.
-subset=(causal targets-hostile delta-all research large-window large-many-tiles garbage-tail q-offsets k-offsets no-sequences)
+subset=(causal targets-hostile delta-all research large-window large-many-tiles garbage-tail q-offsets k-offsets no-sequences norm-concat-rows norm-swish large-norm-layer large-norm-width-8192)
 for tool in memcheck racecheck initcheck; do
     log=$results/$tool.txt
     : >"$log"
