@@ -20,7 +20,7 @@ from tests.cpp_loader.fake_bundle import write_bundle
 from tests.plugins.conformance.libraries import headers_of_major
 
 #: Sanitizers keep freed memory back and know no leak of a fake: what grows is not the program's.
-_SANITIZER = {"ASAN_OPTIONS": "quarantine_size_mb=1:detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+SANITIZER = {"ASAN_OPTIONS": "quarantine_size_mb=1:detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Loader:
 
     def run(self, *words: object, fakes: bool = True, **variables: object) -> subprocess.CompletedProcess[str]:
         """Run the program; `variables` are of the environment."""
-        environment = {**os.environ, **_SANITIZER, **{name: str(value) for name, value in variables.items()}}
+        environment = {**os.environ, **SANITIZER, **{name: str(value) for name, value in variables.items()}}
         environment["LD_LIBRARY_PATH"] = str(self.folder) if fakes else ""
         command = [str(self.program), *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)

@@ -1,4 +1,4 @@
-"""Bundles whose engines the fake TensorRT runs: manifests as `hstu-compile build` writes them, a model written in NumPy.
+"""Bundles whose engines the fake TensorRT runs: manifests as `hstu-compile build` writes them, a model in NumPy.
 
 The model is that of fakes/fakeModel.h, written down a second time: what the program computes through engines, streams,
 caches and graphs is compared with this.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +76,70 @@ def retrieval_answers(feeds: Arrays) -> Arrays:
     return {"user_embeddings": users}
 
 
-def packed_answers(feeds: Arrays) -> Arrays:
-    """What the graph `packed` answers in float64."""
-    offsets, asked, spec = feeds["seq_offsets"], feeds["candidate_offsets"], RANKING
-    lengths, counts = np.diff(offsets) + spec.contextual_len, np.diff(asked)
-    logits = np.zeros((asked[-1], len(spec.tasks)))
-    for user in np.flatnonzero(counts):
-        own, wanted = slice(offsets[user], offsets[user + 1]), slice(asked[user], asked[user + 1])
-        age = np.concatenate([np.zeros(spec.contextual_len), (feeds["query"][wanted][-1] - feeds["time"][own]) % 97])
+def prefill_answers(feeds: Arrays) -> Arrays:
+    """What the graph `prefill` answers in float64: contextual rows of a user, then one row per event."""
+    offsets, spec = feeds["seq_offsets"], RANKING
+    blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in spec.cached_names()}
+    for user in range(len(offsets) - 1):
+        own = slice(offsets[user], offsets[user + 1])
         context = feeds["user"][user * spec.contextual_len :][: spec.contextual_len]
         tokens = np.concatenate([context, feeds["movie"][own] + 7 * feeds["action"][own]])
-        total = 0.0
-        for layer in range(spec.num_layers):
-            for side, width in enumerate((spec.attention_dim, spec.linear_dim)):
-                for head in range(spec.num_heads):
-                    for element in range(width):
-                        salt = 1000 * layer + 10 * head + element + 500 * side
-                        total += (0.5 * mixed(tokens, salt) + 0.001 * age).sum()
-        for task in range(len(spec.tasks)):
-            own_part = mixed(feeds["item"][wanted], 31 + task)
-            logits[wanted, task] = own_part + (1 + task) * total / (lengths.max() + counts.max())
+        # As C++ divides: a request without candidates is asked at 0, before its history.
+        events_age = np.fmod(feeds["request_timestamps"][user] - feeds["time"][own], 97)
+        age = np.concatenate([np.zeros(spec.contextual_len), events_age])
+        for name, parts in blocks.items():
+            letter, layer = name.split("_")
+            width, side = (spec.attention_dim, 0) if letter == "k" else (spec.linear_dim, 1)
+            salts = [[1000 * int(layer) + 10 * head + e + 500 * side for e in range(width)] for head in range(2)]
+            heads = [[0.5 * mixed(tokens, salt) + 0.001 * age for salt in line] for line in salts]
+            parts.append(np.moveaxis(np.array(heads), 2, 0))
+    return {name: np.concatenate(parts) for name, parts in blocks.items()}
+
+
+def score_answers(feeds: Arrays) -> Arrays:
+    """What the graph `score` answers in float64."""
+    asked, cached = feeds["candidate_offsets"], feeds["cache_offsets"]
+    logits = np.zeros((asked[-1], len(RANKING.tasks)))
+    for user in range(len(asked) - 1):
+        rows, wanted = slice(cached[user], cached[user + 1]), slice(asked[user], asked[user + 1])
+        total = sum(feeds[name][rows].astype(np.float64).sum() for name in RANKING.cached_names())
+        for task in range(len(RANKING.tasks)):
+            own = mixed(feeds["item"][wanted], 31 + task)
+            logits[wanted, task] = own + (1 + task) * total / feeds["scaling_seq_lens"][user]
     return {"preds": 1 / (1 + np.exp(-logits)), "logits": logits}
+
+
+def prefill_feeds(packed: Arrays) -> Arrays:
+    """Feeds of `prefill` for a packed batch, whose divisor is that of the whole batch."""
+    lengths, asked = np.diff(packed["seq_offsets"]) + RANKING.contextual_len, packed["candidate_offsets"]
+    counts = np.diff(asked)
+    last = np.array([packed["query"][stop - 1] if count else 0 for stop, count in zip(asked[1:], counts, strict=True)])
+    return {
+        **{name: packed[name] for name in (*RANKING.history_names, "user", "seq_offsets")},
+        "request_timestamps": last.astype(np.int64),
+        "scaling_seq_lens": np.full(len(counts), lengths.max() + counts.max(), np.float32),
+        "num_candidates": counts.astype(np.int32),
+    }
+
+
+def score_feeds(packed: Arrays) -> Arrays:
+    """Feeds of `score` for a packed batch of at most a micro-batch of candidates."""
+    history = prefill_feeds(packed)
+    lengths = np.diff(packed["seq_offsets"]) + RANKING.contextual_len
+    return {
+        **{name: packed[name] for name in (*RANKING.candidate_names, "candidate_offsets")},
+        **{name: history[name] for name in ("request_timestamps", "scaling_seq_lens")},
+        "cache_offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        **{name: rows.astype(np.float32) for name, rows in prefill_answers(history).items()},
+    }
+
+
+def packed_answers(feeds: Arrays) -> Arrays:
+    """What the graph `packed` answers in float64."""
+    history = prefill_feeds(feeds)
+    lengths = np.diff(feeds["seq_offsets"]) + RANKING.contextual_len
+    cached = {"cache_offsets": np.concatenate([[0], np.cumsum(lengths)]), **prefill_answers(history)}
+    return score_answers({**feeds, **history, **cached})
 
 
 def retrieval_feeds(lengths: Sequence[int], seed: int) -> Arrays:
@@ -186,7 +229,11 @@ def graphs_of(family: str) -> list[Graph]:
     return [
         Graph("packed", [*_history(), *_candidates(MAX_BATCH * MAX_CANDIDATES)], predictions),
         Graph("prefill", [*_history(), *_query(), counts], [(n, "float32", ("L + 2*B", *w)) for n, w in cached]),
-        Graph("score", [*_candidates(MICRO_BATCH), *_query(), _row("cache_offsets", "int32", "B_plus_1", 9, 2), *blocks], predictions),
+        Graph(
+            "score",
+            [*_candidates(MICRO_BATCH), *_query(), _row("cache_offsets", "int32", "B_plus_1", 9, 2), *blocks],
+            predictions,
+        ),
     ]
 
 
@@ -195,7 +242,12 @@ def engine_text(graph: Graph, version: int, plugin: bool) -> str:
     lines = ["hstu-fake-engine", f"version {version}", f"model {graph.name}"]
     lines += ["plugin HstuAttention 1 hstu"] if plugin else []
     lines += [f"name {role} {name}" for role, name in _NAMES.items()]
-    sizes = {"width": WIDTH, "context": RANKING.contextual_len, "tasks": len(RANKING.tasks), "layers": RANKING.num_layers}
+    sizes = {
+        "width": WIDTH,
+        "context": RANKING.contextual_len,
+        "tasks": len(RANKING.tasks),
+        "layers": RANKING.num_layers,
+    }
     sizes |= {"heads": RANKING.num_heads, "attention_dim": RANKING.attention_dim, "linear_dim": RANKING.linear_dim}
     lines += [f"size {name} {value}" for name, value in sizes.items()]
     for name, dtype, _, least, most in graph.inputs:
@@ -203,6 +255,26 @@ def engine_text(graph: Graph, version: int, plugin: bool) -> str:
         lines.append(f"in {name} {held} " + " ".join(f"{low} {high}" for low, high in zip(least, most, strict=True)))
     lines += [f"out {name} {dtype}" for name, dtype, _ in graph.outputs]
     return "\n".join(lines) + "\n"
+
+
+def reference_of(graph: str) -> dict[str, tuple[Arrays, Arrays]]:
+    """Feeds of a graph and what the model answers, by the feed's name."""
+    if graph == "retrieval":
+        lengths = {"one event": [1], "mixed": [5, 0, 17], "longest": [MAX_SEQ_LEN, 3], "no events": [0]}
+        batches = [retrieval_feeds(sizes, seed) for seed, sizes in enumerate(lengths.values())]
+        return {name: (feed, retrieval_answers(feed)) for name, feed in zip(lengths, batches, strict=True)}
+    shapes = {"one": [(1, 1)], "mixed": [(9, 3), (0, 5), (20, 0)], "longest": [(MAX_SEQ_LEN, 11), (2, 16)]}
+    if graph == "score":
+        shapes = {"one": [(1, 1)], "mixed": [(9, 3), (0, 1)], "longest": [(MAX_SEQ_LEN, 4)]}
+    packed = [packed_feeds(sizes, seed) for seed, sizes in enumerate(shapes.values())]
+    make: dict[str, tuple[Callable[[Arrays], Arrays], Callable[[Arrays], Arrays]]] = {
+        "packed": (dict, packed_answers),
+        "prefill": (prefill_feeds, prefill_answers),
+        "score": (score_feeds, score_answers),
+    }
+    feeds_of, answers_of = make[graph]
+    feeds = [feeds_of(each) for each in packed]
+    return {name: (feed, answers_of(feed)) for name, feed in zip(shapes, feeds, strict=True)}
 
 
 def write_bundle(folder: Path, family: str, version: tuple[int, int, int], plugin: Path | None = None) -> Path:
@@ -220,23 +292,19 @@ def write_bundle(folder: Path, family: str, version: tuple[int, int, int], plugi
     graphs = graphs_of(family)
     if plugin is not None:
         (folder / SELF_REGISTERING).write_bytes(plugin.read_bytes())
-    if family == "retrieval":
-        named = {"one event": ([1],), "mixed": ([5, 0, 17],), "longest": ([MAX_SEQ_LEN, 3],), "no events": ([0],)}
-        feeds = [retrieval_feeds(sizes, seed) for seed, (sizes,) in enumerate(named.values())]
-        answers = [retrieval_answers(feed) for feed in feeds]
-    else:
-        shapes = {"one": [(1, 1)], "mixed": [(9, 3), (0, 5), (20, 0)], "longest": [(MAX_SEQ_LEN, 11), (2, 16)]}
-        named = {name: (sizes,) for name, sizes in shapes.items()}
-        feeds = [packed_feeds(sizes, seed) for seed, sizes in enumerate(shapes.values())]
-        answers = [packed_answers(feed) for feed in feeds]
-    files = reference_files(graphs[0].name)
-    save_feeds(folder / files.feeds, feeds)
-    save_outputs(folder / files.exact, "eager-float64", answers)
     entries = []
     for graph in graphs:
-        engine = model_files(graph.name)[1]
+        engine, files = model_files(graph.name)[1], reference_files(graph.name)
         (folder / engine).write_text(engine_text(graph, number, plugin is not None), "utf-8")
-        main = graph is graphs[0]
+        stored = reference_of(graph.name)
+        save_feeds(folder / files.feeds, [feeds for feeds, _ in stored.values()])
+        save_outputs(folder / files.exact, "eager-float64", [answers for _, answers in stored.values()])
+        verification = {
+            "primary": graph.outputs[0][0],
+            "feeds": list(stored),
+            "eager_error": {output[0]: 1e-6 for output in graph.outputs},
+            "polygraphy_arguments": [],
+        }
         entries.append(
             {
                 "name": graph.name,
@@ -245,14 +313,7 @@ def write_bundle(folder: Path, family: str, version: tuple[int, int, int], plugi
                 "inputs": [{"name": n, "dtype": t, "shape": list(s)} for n, t, s, *_ in graph.inputs],
                 "outputs": [{"name": n, "dtype": t, "shape": list(s)} for n, t, s in graph.outputs],
                 "profiles": [],
-                "verification": {
-                    "primary": graph.outputs[0][0],
-                    "feeds": list(named),
-                    "eager_error": {output[0]: 1e-6 for output in graph.outputs},
-                    "polygraphy_arguments": [],
-                }
-                if main or graph.name == "score"
-                else None,
+                "verification": verification,
             }
         )
     manifest = {

@@ -1,4 +1,4 @@
-"""hstu_score from end to end on fakes of TensorRT 8 and 10 and of the CUDA driver: answers, graphs, cache, soak, refusals."""
+"""hstu_score from end to end on fakes of TensorRT 8 and 10 and of CUDA: answers, graphs, cache, soak, refusals."""
 
 from __future__ import annotations
 
@@ -80,6 +80,14 @@ def test_rows_are_appended_under_one_header(loader: Loader, retrieval: Path, tmp
     assert sum(line.startswith("case,") for line in lines) == 1
 
 
+@pytest.mark.parametrize("graph", ["packed", "prefill", "score"])
+@pytest.mark.parametrize("graphs", [0, 16])
+def test_each_graph_of_a_ranking_bundle_runs_alone(loader: Loader, ranking: Path, graph: str, graphs: int) -> None:
+    report = loader.report(ranking, "--graph", graph, "--cuda-graphs", graphs, *QUICK)
+    outputs = len(RANKING.cached_names()) if graph == "prefill" else 2
+    assert [row["passed"] for row in report["comparisons"]] == [True] * 3 * outputs
+
+
 def cached_answers(folder: Path, count: int) -> list[dict[str, Any]]:
     return [stored(folder / f"{index}.npz") for index in range(count)]
 
@@ -110,7 +118,9 @@ def test_a_ranking_bundle_scores_with_the_cache_as_packed(
             for name in ("preds", "logits"):
                 assert answer[name].dtype == np.float32
                 np.testing.assert_allclose(answer[name], expected[name], rtol=0, atol=1e-5)
-            passes += -(-(wanted.stop - wanted.start) // (3 if words[:1] == ("--micro-batch",) else RANKING.micro_batch))
+            passes += -(
+                -(wanted.stop - wanted.start) // (3 if words[:1] == ("--micro-batch",) else RANKING.micro_batch)
+            )
     assert np.ptp(np.concatenate([answer["logits"] for answer in cached_answers(tmp_path / "out", len(users))])) > 0.1
     # Each user with candidates: encoded once, scored in four rounds.
     assert (report["cache"]["misses"], report["cache"]["hits"]) == (5, 15)
@@ -149,9 +159,7 @@ def test_a_wrong_bit_in_a_soak_is_found(loader: Loader, retrieval: Path) -> None
 
 
 def test_memory_that_grows_in_a_soak_fails_it(loader: Loader, retrieval: Path) -> None:
-    report = loader.report(
-        retrieval, "--soak", 200, *QUICK, "--cuda-graphs", 0, code=GROWTH, HSTU_FAKE_LEAK=1 << 17
-    )
+    report = loader.report(retrieval, "--soak", 200, *QUICK, "--cuda-graphs", 0, code=GROWTH, HSTU_FAKE_LEAK=1 << 17)
     assert report["status"] == "FAIL: memory grew"
     assert report["soak"]["device_mib_after"] - report["soak"]["device_mib_before"] == pytest.approx(180 / 8)
 
@@ -215,7 +223,9 @@ BAD_FEEDS: dict[str, Any] = {
     "ids are 0..500": lambda feeds: feeds["item_ids"].fill(501),
     "seq_offsets ends at 3, and there are 4 rows": lambda feeds: feeds.update(seq_offsets=np.array([0, 3])),
     "seq_offsets begins at 1": lambda feeds: feeds.update(seq_offsets=np.array([1, 4])),
-    "rows 9 to 4": lambda feeds: feeds.update(seq_offsets=np.array([0, 9, 4]), request_timestamps=np.zeros(2, np.int64)),
+    "rows 9 to 4": lambda feeds: feeds.update(
+        seq_offsets=np.array([0, 9, 4]), request_timestamps=np.zeros(2, np.int64)
+    ),
     "at most 64 rows": lambda feeds: feeds.update(
         seq_offsets=np.array([0, 65]), item_ids=np.ones(65, np.int32), timestamps=np.zeros(65, np.int64)
     ),
@@ -244,7 +254,9 @@ BAD_RANKING: dict[str, Any] = {
     "item[0] is 300; ids are 0..299": lambda feeds: feeds["item"].fill(300),
     "movie[0] is -1; ids are 0..299": lambda feeds: feeds["movie"].fill(-1),
     "user[0] is 100; ids are 0..99": lambda feeds: feeds["user"].fill(100),
-    "time goes back at event 1": lambda feeds: feeds["time"][:2].sort() or feeds.update(time=feeds["time"][::-1].copy()),
+    "time goes back at event 1": lambda feeds: (
+        feeds["time"][:2].sort() or feeds.update(time=feeds["time"][::-1].copy())
+    ),
     "candidate 0 is asked for before the last event": lambda feeds: feeds["query"].fill(5),
 }
 

@@ -30,30 +30,44 @@ def run(command: Sequence[object]) -> None:
 
 def compile_cpp(target: Path, sources: Sequence[Path], include_dir: Path, *options: str) -> Path:
     """Compile with every warning an error; the headers of TensorRT and CUDA are exempt."""
-    command = ["g++", "-std=c++17", "-O1", *WARNINGS, "-I", SAMPLE / "include", "-I", SAMPLE / "src", "-I", target.parent]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        *WARNINGS,
+        "-I",
+        SAMPLE / "include",
+        "-I",
+        SAMPLE / "src",
+        "-I",
+        target.parent,
+    ]
     command += ["-isystem", include_dir, "-isystem", find_cuda_headers(), *options, *sources]
     run([*command, "-o", target, "-pthread", "-ldl"])
     return target
 
 
 def write_stubs(path: Path, include_dir: Path) -> None:
-    """A class for each interface, whose every function ends the process: what a fake does not implement is not called."""
+    """A class for each interface whose every function ends the process: what a fake lacks must not be called."""
     headers = "\n".join((include_dir / name).read_text("utf-8") for name in sorted(_header_names(include_dir)))
     text = "#include <cstdio>\n#include <cstdlib>\n"
     text += "namespace nvinfer1\n{\nnamespace apiv\n{\n[[noreturn]] inline void unexpected(char const* name)\n{\n"
-    text += '    std::fprintf(stderr, "the fake TensorRT has no %s\\n", name);\n    std::abort();\n}\n} // namespace apiv\n'
+    text += (
+        '    std::fprintf(stderr, "the fake TensorRT has no %s\\n", name);\n    std::abort();\n}\n} // namespace apiv\n'
+    )
     for interface, stub in _STUBBED.items():
         found = re.search(rf"^class {interface}\b(?!;)[^;{{]*\{{(.*?)^\}};", headers, re.MULTILINE | re.DOTALL)
         assert found is not None, f"{include_dir} declares no {interface}"
         space = "apiv::" if interface.startswith("V") else ""
         body = re.sub(r"#if ENABLE_FEATURE_DISABLE_RUNTIME_ALLOCATION.*?#endif[^\n]*", "", found[1], flags=re.DOTALL)
-        text += f"namespace apiv\n{{\n" if space else ""
+        text += "namespace apiv\n{\n" if space else ""
         text += f"class {stub} : public {space}{interface}\n{{\npublic:\n"
         for declaration in re.findall(r"virtual ([^;{]*?\))( const)?\s*(noexcept)?\s*= 0;", body):
             signature = re.sub(r"//[^\n]*|\bTRT_NODISCARD\b", "", declaration[0])
             name = re.search(r"(\w+)\(", signature)
             assert name is not None
-            text += f'    {" ".join(signature.split())}{declaration[1]} {declaration[2]} override {{ apiv::unexpected("{name[1]}"); }}\n'
+            head = " ".join([*signature.split(), *declaration[1:], "override"])
+            text += f'    {head} {{ apiv::unexpected("{name[1]}"); }}\n'
         text += "};\n" + ("} // namespace apiv\n" if space else "")
     path.write_text(text + "} // namespace nvinfer1\n", "utf-8")
 
@@ -70,7 +84,14 @@ def build_fakes(folder: Path, include_dir: Path, *options: str) -> None:
     write_stubs(folder / "stubs.inc", include_dir)
     fakes, major = HERE / "fakes", read_tensorrt_version(include_dir)[0]
     # Interfaces of TensorRT hide functions of their implementations by design, and deprecate some that must be there.
-    shared = ("-shared", "-fPIC", "-Wno-deprecated-declarations", "-Wno-unused-parameter", "-Wno-conversion", "-Wno-shadow")
+    shared = (
+        "-shared",
+        "-fPIC",
+        "-Wno-deprecated-declarations",
+        "-Wno-unused-parameter",
+        "-Wno-conversion",
+        "-Wno-shadow",
+    )
     cuda = folder / "libcuda.so.1"
     compile_cpp(cuda, [fakes / "fakeDriver.cpp"], include_dir, *shared, *options, "-Wl,-soname,libcuda.so.1")
     nvinfer = folder / f"libnvinfer.so.{major}"

@@ -33,6 +33,7 @@ SOURCES = {
     "rtx": "rtx.json",
     "ranking": "ranking.json",
     "ranking-soak": "ranking-soak.json",
+    "cpp_loader": "cpp_loader.json",
 }
 TIMINGS = {"tensorrt85": "tensorrt85-timing.json", "rtx": "rtx-timing.json"}
 #: Results whose engines were compared with float64.

@@ -5,6 +5,7 @@
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
 #        ranking                              packed, prefill and score engines, M-FALCON and the KV cache over them
 #        ranking-soak                         20,000 requests on the engines that ranking left in WORK
+#        cpp-loader                           the C++ loader on the engines that trt85 and ranking left in WORK
 #        bench-m-falcon-peers                 the M-FALCON benchmark's references and its PyTorch peers
 #        bench-m-falcon-engines               tests/bench/bench_m_falcon.py on the engines that ranking left in WORK
 #        trt85-accuracy                       where float32 engines of TensorRT 8.5 lose accuracy, layer by layer
@@ -21,6 +22,7 @@
 #   M_FALCON_CASES     of bench-m-falcon-engines, such as "--n 4096 --m 256 1024"
 #   KERNELS_OPTIONS    of run_kernels.py, such as --only-hopper
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
+#   CPP_LOADER_OPTIONS of run_cpp_loader.py, such as "--bundles research-fp16 --soak-requests 1000"
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
 #   ATTENTION_BUDGET   its seconds
@@ -97,6 +99,12 @@ ranking() {
 ranking-soak() {
     in_tensorrt85 timeout 540 python3.10 "$gpu_tests/run_ranking.py" "$job" "$1" --models "$models" --only-soak \
         --engines "$engines"
+}
+cpp-loader() {
+    # One run of at most four minutes: every command inside has a limit of its own, and all share a budget.
+    # shellcheck disable=SC2086
+    in_tensorrt85 timeout 238 python3.10 "$gpu_tests/run_cpp_loader.py" "$job" "$1" --scratch "$work/cpp-loader-bundles" \
+        --engines "$work/trt85/engines" "$engines" ${CPP_LOADER_OPTIONS:-}
 }
 bench-m-falcon-peers() {
     local status=0
@@ -204,7 +212,7 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | bench-plugin | \
+        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | cpp-loader | bench-plugin | \
             bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac

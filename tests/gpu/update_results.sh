@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon,attention}.csv,
-# the plots of the last two, both tables of plugins/README.md, and the M-FALCON and attention tables where a document has
+# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon,attention,cpp_loader}.csv,
+# the plots of the last two, both tables of plugins/README.md, and the M-FALCON, attention and C++ loader tables where a document has
 # their marks. What the run lacks stays as it is.
 #
 # Usage: update_results.sh RUN        (RUN: folder with job.sh's STEP.tar.gz files, at any depth)
@@ -45,7 +45,13 @@ if [ -n "$(find "$unpacked/bench-attention" -path '*/parts/*.json' -print -quit 
     "$python" "$bench/bench_attention.py" --merge "$unpacked/bench-attention/parts"
     show attention attention
 fi
-steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json ranking.json ranking-soak.json)
+if [ -n "$(find "$unpacked/cpp-loader" -name rows.csv -print -quit 2>/dev/null)" ]; then
+    "$python" "$bench/cpp_loader_table.py" --merge "$unpacked/cpp-loader"
+    while IFS= read -r document; do
+        "$python" "$bench/cpp_loader_table.py" --into "$repository/$document" >/dev/null
+    done < <(git -C "$repository" grep -l "<!-- cpp-loader benchmark: begin -->" -- '*.md')
+fi
+steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json ranking.json ranking-soak.json cpp_loader.json)
 for file in "${steps[@]}"; do
     if [ -n "$(find "$unpacked" -name "$file" -print -quit)" ]; then
         "$python" "$repository/tests/gpu/collect.py" "$unpacked" --into "$readme"
