@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from
 from hstu_compile.export import TORCH_DTYPES  # noqa: E402
 from hstu_compile.graph_plugin import plugin_request_of  # noqa: E402
 from hstu_compile.model.config import RetrievalConfig  # noqa: E402
-from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library  # noqa: E402
+from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library, find_cuda_headers  # noqa: E402
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for  # noqa: E402
 from tests.exported_models import small_model  # noqa: E402
 
@@ -221,6 +222,30 @@ def prepare_conformance(job: Path, headers: Path, archs: Sequence[int], jobs: in
     subprocess.run(command, check=True, cwd=REPOSITORY)
 
 
+def build_cpp_loader(job: Path, headers: Path) -> None:
+    """The C++ loader's program for TensorRT 8.5, as its README builds it; libstdc++ comes with it."""
+    source = REPOSITORY / "samples" / "cpp_loader"
+    with tempfile.TemporaryDirectory() as folder:
+        configure = ["cmake", "-S", str(source), "-B", folder, "-D", "HSTU_STATIC_RUNTIME=ON"]
+        configure += ["-D", f"HSTU_TENSORRT_INCLUDE_DIR={headers.resolve()}"]
+        configure += ["-D", f"HSTU_CUDA_INCLUDE_DIR={find_cuda_headers().resolve()}"]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", folder], check=True)
+        (job / "cpp_loader").mkdir(exist_ok=True)
+        shutil.copy2(Path(folder) / "hstu_score", job / "cpp_loader")
+
+
+def layers_of(job: Path, names: Sequence[str]) -> dict[str, int]:
+    """Attention nodes of each bundle that is there; of the others, what an earlier run counted."""
+    record = job / "job.json"
+    layers: dict[str, int] = json.loads(record.read_text(encoding="utf-8"))["num_layers"] if record.exists() else {}
+    for name in names:
+        graph = job / "models" / name / "model.onnx"
+        if graph.exists():
+            layers[name] = sum(node.domain == "hstu" for node in onnx.load(graph).graph.node)
+    return layers
+
+
 def copy_packages(job: Path) -> None:
     """The carried packages' Python files; their compiled parts are optional and fit one interpreter only."""
     for distribution, package in CARRIED_PACKAGES.items():
@@ -246,7 +271,7 @@ def main() -> int:
     parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parts = [*MODELS, "dlrm", "m_falcon", "plugin", "conformance"]
+    parts = [*MODELS, "dlrm", "m_falcon", "plugin", "conformance", "cpp-loader"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
     arguments = parser.parse_args()
     job: Path = arguments.out.resolve()
@@ -276,14 +301,12 @@ def main() -> int:
         build_tensorrt8_plugin(job, graphs_of(job), arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "conformance" in arguments.only:
         prepare_conformance(job, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
+    if "cpp-loader" in arguments.only:
+        build_cpp_loader(job, arguments.tensorrt8_include_dir)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.strip()
-    layers = {
-        name: len([n for n in onnx.load(job / "models" / name / "model.onnx").graph.node if n.domain == "hstu"])
-        for name in names
-    }
-    (job / "job.json").write_text(json.dumps({"commit": commit, "num_layers": layers}, indent=1) + "\n")
+    (job / "job.json").write_text(json.dumps({"commit": commit, "num_layers": layers_of(job, names)}, indent=1) + "\n")
     size = sum(path.stat().st_size for path in job.rglob("*") if path.is_file())
     print(f"{job}: {size / 2**20:.1f} MiB")
     return 0
