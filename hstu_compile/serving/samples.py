@@ -19,7 +19,7 @@ _MINUTE = 60
 
 
 def sample_requests(files: BundleFiles, count: int, seed: int = 0) -> list[Sample]:
-    """Legal requests of one user each, the same for the same arguments.
+    """Legal requests of one user each, each the same for the same seed and place.
 
     The first has one event, the second as many as the model takes; the others as histories are, many short and few
     long. A ranking model's requests have between one candidate and half of what a forward takes.
@@ -32,13 +32,18 @@ def sample_requests(files: BundleFiles, count: int, seed: int = 0) -> list[Sampl
     Returns:
         For each request, input name to array, without the batch axis.
     """
-    rng = np.random.default_rng(seed)
     longest = longest_history(files)
-    drawn = np.exp(rng.uniform(0, np.log(longest), count)).astype(int)
-    lengths = [1, longest, *drawn.tolist()][:count]
-    if files.ranking is not None:
-        return [_ranking(files.ranking, length, rng) for length in lengths]
-    return [_retrieval(files.limits, length, rng) for length in lengths]
+    samples = []
+    for index in range(count):
+        # A request of its own seed: it is the same, however many are asked for.
+        rng = np.random.default_rng([seed, index])
+        drawn = int(np.exp(rng.uniform(0, np.log(longest))))
+        length = {0: 1, 1: longest}.get(index, drawn)
+        if files.ranking is not None:
+            samples.append(_ranking(files.ranking, length, rng))
+        else:
+            samples.append(_retrieval(files.limits, length, rng))
+    return samples
 
 
 def _retrieval(limits: RequestLimits, length: int, rng: np.random.Generator) -> Sample:

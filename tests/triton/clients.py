@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -46,10 +47,14 @@ def ask_all(
     from tritonclient.utils import InferenceServerException
 
     opened = http_client if protocol == "http" else grpc_client
+    # All are connected before anyone asks: otherwise the first thread may be done when the last one begins.
+    together = threading.Barrier(threads, timeout=60)
 
     def one_thread(mine: list[int]) -> list[tuple[int, dict[str, Any] | Exception]]:
         answers: list[tuple[int, dict[str, Any] | Exception]] = []
         with opened(server) as client:
+            client.is_server_live()
+            together.wait()
             for index in mine:
                 try:
                     answers.append((index, ask(client, protocol, model, samples[index])))
