@@ -27,7 +27,8 @@ TRITON_NUMPY := numpy>=1.26,<2
 ENV_STAMP := $(VENV)/.made-from
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TREE := build/tree
-SAMPLES := $(wildcard samples/*/)
+# Those that are Python.
+SAMPLES := $(sort $(dir $(wildcard samples/*/*.py)))
 # Where mypy finds what the programs import: the package, and the samples, which share the data set's module.
 SAMPLES_PATH := $(TREE):$(subst $() ,:,$(strip $(SAMPLES)))
 

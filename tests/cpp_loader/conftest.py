@@ -82,7 +82,7 @@ def _loader(folder: Path, include_dir: Path, options: Sequence[str]) -> Loader:
 
 @pytest.fixture(scope="session")
 def loader8(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    return _loader(tmp_path_factory.mktemp("loader8"), headers_of_major(8), ())
+    return _loader(tmp_path_factory.mktemp("loader8"), headers_of_major(8), ("-O0",))
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +100,11 @@ def headers10() -> Path:
 def loader10(tmp_path_factory: pytest.TempPathFactory, headers10: Path) -> Loader:
     """With the address and undefined-behaviour sanitizers."""
     return _loader(tmp_path_factory.mktemp("loader10"), headers10, (*toolchain.SANITIZE, "-O0"))
+
+
+@pytest.fixture(scope="session")
+def readers(tmp_path_factory: pytest.TempPathFactory, headers10: Path) -> Path:
+    return toolchain.build_readers(tmp_path_factory.mktemp("readers"), headers10)
 
 
 @pytest.fixture(params=["loader8", "loader10"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from hstu_compile.polygraphy_files import load_feeds, load_outputs, save_outputs
-from tests.cpp_loader.conftest import Loader
+from tests.cpp_loader.conftest import SANITIZER, Loader
 from tests.cpp_loader.fake_bundle import (
     MAX_SEQ_LEN,
     RANKING,
@@ -136,6 +138,16 @@ def test_the_least_recently_used_user_goes_first_and_answers_stay(loader: Loader
     assert report["soak"]["different"] == 0
     assert report["cache"]["evictions"] > 20
     assert report["cache"]["used_bytes"] <= 2 * 9 * 1024
+
+
+def test_a_cached_history_is_reused_only_for_what_it_was_made_from(
+    readers: Path, loader10: Loader, tmp_path: Path
+) -> None:
+    bundle = loader10.bundle(tmp_path, "ranking")
+    environment = {**os.environ, **SANITIZER, "LD_LIBRARY_PATH": str(loader10.folder)}
+    command = [str(readers), "cache-rules", str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_user_larger_than_the_cache_is_refused(loader: Loader, ranking: Path) -> None:

@@ -16,15 +16,9 @@ import numpy as np
 import pytest
 
 from hstu_compile.polygraphy_files import save_feeds, save_outputs
-from tests.cpp_loader import toolchain
 from tests.cpp_loader.fake_bundle import retrieval_answers, retrieval_feeds, write_bundle
 
 REFUSED = 3
-
-
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory: pytest.TempPathFactory, headers10: Path) -> Path:
-    return toolchain.build_readers(tmp_path_factory.mktemp("readers"), headers10)
 
 
 def run(readers: Path, *words: object) -> subprocess.CompletedProcess[str]:

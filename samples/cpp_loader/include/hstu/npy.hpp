@@ -213,10 +213,15 @@ inline Bytes npyFromTensor(HostTensor const& tensor)
     // Numpy wants the data at a multiple of 64.
     header.append(63 - (10 + header.size()) % 64, ' ');
     header += '\n';
-    Bytes content{0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, static_cast<uint8_t>(header.size() & 0xFF),
+    uint8_t const start[] = {0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0, static_cast<uint8_t>(header.size() & 0xFF),
         static_cast<uint8_t>(header.size() >> 8)};
-    content.insert(content.end(), header.begin(), header.end());
-    content.insert(content.end(), tensor.bytes.begin(), tensor.bytes.end());
+    Bytes content(sizeof(start) + header.size() + tensor.bytes.size());
+    std::memcpy(content.data(), start, sizeof(start));
+    std::memcpy(content.data() + sizeof(start), header.data(), header.size());
+    if (!tensor.bytes.empty())
+    {
+        std::memcpy(content.data() + sizeof(start) + header.size(), tensor.bytes.data(), tensor.bytes.size());
+    }
     return content;
 }
 
