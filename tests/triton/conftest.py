@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,16 +24,30 @@ def triton_installation() -> Installation:
     return found
 
 
+def built_once(
+    name: str, build: Callable[[Path], ServedModel], tmp_path_factory: pytest.TempPathFactory
+) -> ServedModel:
+    """What `build` makes in a folder that all worker processes of this run share: the first makes it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / f"triton-{name}"
+    with (root / f"triton-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir(exist_ok=True)
+        return build(folder)
+
+
 @pytest.fixture(scope="session")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    """A retrieval bundle, built once."""
-    return build_retrieval(tmp_path_factory.mktemp("retrieval"))
+    """A retrieval bundle, built once per run."""
+    return built_once("retrieval", build_retrieval, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def ranking(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    """A ranking bundle, built once."""
-    return build_ranking(tmp_path_factory.mktemp("ranking"))
+    """A ranking bundle, built once per run."""
+    return built_once("ranking", build_ranking, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -102,21 +102,23 @@ def deploy(server: TritonServer, model: ServedModel, name: str, **options: Any) 
 
 
 def build_retrieval(folder: Path) -> ServedModel:
-    """Two layers over 20 events, with a list of items and the graphs of a growing history."""
+    """Two layers, 20 events, a list of items and the graphs of a growing history; a bundle that is there stays."""
     config = small_config(num_ratings=4, preprocessor="rated", item_embedding_dim=28)
-    checkpoint = save_checkpoint(folder / "small.pt", config)
     bundle = folder / "retrieval.hstu"
-    _build(checkpoint, bundle, "--top-k", TOP_K, "--incremental", "max-append=4")
+    if not bundle.exists():
+        checkpoint = save_checkpoint(folder / "small.pt", config)
+        _build(checkpoint, bundle, "--top-k", TOP_K, "--incremental", "max-append=4")
     model = small_model(config).cast(torch.float64)
     return ServedModel("retrieval", bundle, retrieval_graph(model, TOP_K))
 
 
-def build_ranking(folder: Path, form: DlrmForm = RANKING_FORM) -> ServedModel:
-    """Two layers over 48 events and up to 24 candidates, with the graphs of M-FALCON."""
-    checkpoint, config = save_ranking_checkpoint(folder, form)
+def build_ranking(folder: Path) -> ServedModel:
+    """Two layers over 48 events and 24 candidates, with the graphs of M-FALCON; a bundle that is there stays."""
     bundle = folder / "ranking.hstu"
-    _build(checkpoint, bundle, "--config", config, "--m-falcon", "micro-batch=5")
-    return ServedModel("ranking", bundle, packed_graph(ranking_model(form, torch.float64)))
+    if not bundle.exists():
+        checkpoint, config = save_ranking_checkpoint(folder, RANKING_FORM)
+        _build(checkpoint, bundle, "--config", config, "--m-falcon", "micro-batch=5")
+    return ServedModel("ranking", bundle, packed_graph(ranking_model(RANKING_FORM, torch.float64)))
 
 
 def _build(checkpoint: Path, bundle: Path, *options: object) -> None:
