@@ -22,7 +22,12 @@ from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult, checked_requests
 from hstu_compile.runtime.request import check_request
 from hstu_compile.runtime.retrieval import RetrievalSession
-from hstu_compile.runtime.retrieval_request import RetrievalRequest, RetrievalResult, checked_histories
+from hstu_compile.runtime.retrieval_request import (
+    RetrievalRequest,
+    RetrievalResult,
+    Truncation,
+    checked_histories,
+)
 from hstu_compile.runtime.session import Session
 from hstu_compile.serving.settings import RuntimeSettings
 
@@ -61,7 +66,7 @@ def open_answerer(bundle: Path, settings: RuntimeSettings) -> Answerer[Any]:
     use_gpu = settings.device == "gpu" and settings.runtime == "onnxruntime"
     cached = keeps_cache(files, settings)
     if files.ranking is not None:
-        policy = RankingPolicy(truncation=settings.truncation, unknown_ids=settings.unknown_ids)  # type: ignore[arg-type]
+        policy = RankingPolicy(truncation=settings.truncation, unknown_ids=settings.unknown_ids)
         if cached:
             session = open_ranking_session(
                 bundle,
@@ -81,7 +86,7 @@ def open_answerer(bundle: Path, settings: RuntimeSettings) -> Answerer[Any]:
                 bundle,
                 settings.runtime,
                 kv_budget_bytes=settings.kv_budget_bytes,
-                truncation=settings.truncation,  # type: ignore[arg-type]
+                truncation=settings.truncation,
                 over_budget="uncached",
                 use_gpu=use_gpu,
             ),
@@ -223,7 +228,7 @@ class GrowingAnswerer(Answerer[RetrievalRequest]):
         truncation: the session's.
     """
 
-    def __init__(self, session: RetrievalSession, truncation: str) -> None:
+    def __init__(self, session: RetrievalSession, truncation: Truncation) -> None:
         self._session, self._truncation = session, truncation
 
     def _read(self, arrays: Arrays) -> RetrievalRequest:
@@ -236,12 +241,12 @@ class GrowingAnswerer(Answerer[RetrievalRequest]):
         return RetrievalRequest(_key(arrays), events, asked.item())
 
     def _check(self, request: RetrievalRequest) -> None:
-        checked_histories([request], self._session.spec, self._truncation)  # type: ignore[arg-type]
+        checked_histories([request], self._session.spec, self._truncation)
 
     def _run(self, requests: Sequence[RetrievalRequest]) -> list[dict[str, NDArray[Any]]]:
         known = [index for index, each in enumerate(requests) if each.user != _NOBODY]
         others = [index for index in range(len(requests)) if index not in set(known)]
-        checked_histories(requests, self._session.spec, self._truncation)  # type: ignore[arg-type]
+        checked_histories(requests, self._session.spec, self._truncation)
         results: dict[int, RetrievalResult] = {}
         for chosen, cache in ((others, False), (known, True)):
             if chosen:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, get_args
 
 from hstu_compile.errors import UsageError
 from hstu_compile.profiles import check_counts
+from hstu_compile.runtime.ranking_request import Truncation, UnknownIds
 from hstu_compile.runtime.session import RUNTIMES
 from hstu_compile.serving.pbtxt import Message
 
@@ -15,8 +17,8 @@ PREFIX = "hstu_"
 _CHOICES = {
     "runtime": RUNTIMES,
     "device": ("cpu", "gpu"),
-    "truncation": ("refuse", "keep_last"),
-    "unknown_ids": ("refuse", "clamp"),
+    "truncation": get_args(Truncation),
+    "unknown_ids": get_args(UnknownIds),
 }
 _MEBI = 1 << 20
 
@@ -62,8 +64,8 @@ class RuntimeSettings:
     runtime: str = "onnxruntime"
     device: str = "cpu"
     kv_budget_mib: int = 256
-    truncation: str = "refuse"
-    unknown_ids: str = "refuse"
+    truncation: Truncation = "refuse"
+    unknown_ids: UnknownIds = "refuse"
 
     def __post_init__(self) -> None:
         check_counts({"--kv-budget-mib": self.kv_budget_mib}, lowest=0)
@@ -114,4 +116,5 @@ class RuntimeSettings:
                 "it is not a whole number of 0 or more",
                 "correct it in config.pbtxt",
             )
-        return cls(kv_budget_mib=int(budget), **ours)
+        values: dict[str, Any] = dict(ours)  # __post_init__ looks at each
+        return cls(kv_budget_mib=int(budget), **values)
