@@ -19,6 +19,7 @@ from hstu_compile.artifacts import OnnxGraph, PassRecord, Precision
 from hstu_compile.errors import RewriteError
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
+from hstu_compile.rewrite.narrow_adds import NarrowAdds
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
 from hstu_compile.rewrite.prune_last_layer import ROW_OFFSETS
 from hstu_compile.rewrite.spell_out_sigmoid import SpellOutSigmoid
@@ -721,15 +722,17 @@ def tensorrt8_passes(precision: Precision, *, native: bool, has_cublas: bool = T
     """The passes in order.
 
     Args:
-        precision: of the graph; float32 graphs keep their sigmoids from being computed with tanh.
+        precision: of the graph; float32 graphs keep their sigmoids from being computed with tanh, and
+            float16 graphs lose conversions around sums.
         native: replace attention by its native body; otherwise it stays one node, for the plugin.
         has_cublas: without it, projections become convolutions.
     """
     first: tuple[Pass, ...] = (InlineNativeBody(), MergeDuplicates()) if native else (DropNativeBody(),)
     sigmoids: tuple[Pass, ...] = (SpellOutSigmoid(),) if precision == "fp32" else ()
+    sums: tuple[Pass, ...] = (NarrowAdds(),) if precision == "fp16" else ()
     projections: tuple[Pass, ...] = () if has_cublas else (ProjectByConvolution(),)
     middle = (FoldConstants(), NarrowInt64(), DecomposeLayerNormalization())
-    return (*first, *middle, *sigmoids, *projections, LowerToOpset17())
+    return (*first, *middle, *sigmoids, *sums, *projections, LowerToOpset17())
 
 
 def lowered_for_tensorrt8(

@@ -1,0 +1,109 @@
+"""Additions of half-precision values in half precision, where the graph widens them only to round the sum again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from hstu_compile.rewrite._pass import Pass, PassResult
+
+_STANDARD = ("", "ai.onnx")
+_SUFFIX = "/float16"
+
+
+class NarrowAdds(Pass):
+    """Cast(Cast(a) + Cast(b)) to float16, of float16 values a and b, becomes a + b.
+
+    Exact to the bit. The sum of two numbers of 11 bits, rounded to float32's 24 and then to 11, is what one rounding to
+    11 gives: 24 >= 2 * 11 + 2 (Figueroa, "When is double rounding innocuous?", 1995). Overflow, subnormals and NaN come
+    out alike.
+
+    TensorRT 8 runs each Cast that it cannot fuse as a kernel, and keeps the projection in front of such an addition,
+    and keys and values beside it, in float32: it converts what is cached to float32 and back in every layer.
+
+    Cases: 1. both terms are widened float16 values; 2. one is a float32 constant whose numbers float16 has, such as a
+    half-precision parameter that the exporter widened; 3. a sum that somebody else reads stays.
+    Runs before project_by_convolution, which takes such an addition into the projection.
+    """
+
+    name = "narrow_adds"
+
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        graph = model.graph
+        constants = {tensor.name: tensor for tensor in graph.initializer}
+        given = set(constants)
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
+        kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        producers = {name: node for node in graph.node for name in node.output}
+        readers: dict[str, int] = {value.name: 1 for value in graph.output}
+        for name in (name for node in graph.node for name in node.input):
+            readers[name] = readers.get(name, 0) + 1
+
+        def half_of(name: str) -> str | None:
+            """The float16 value that has the numbers of a float32 one."""
+            if name in constants:
+                return _narrowed(constants, name)
+            node = producers.get(name)
+            is_cast = node is not None and node.op_type == "Cast" and node.domain in _STANDARD
+            return node.input[0] if is_cast and kinds.get(node.input[0]) == TensorProto.FLOAT16 else None
+
+        replaced: dict[str, onnx.NodeProto] = {}
+        for node in graph.node:
+            if node.op_type != "Cast" or node.domain not in _STANDARD or _to(node) != TensorProto.FLOAT16:
+                continue
+            add = producers.get(node.input[0])
+            if add is None or add.op_type != "Add" or readers[add.output[0]] != 1:
+                continue
+            if any(kinds.get(name) != TensorProto.FLOAT for name in add.input):
+                continue
+            terms = [half_of(name) for name in add.input]
+            if None in terms or all(name in given for name in add.input):
+                continue
+            replaced[node.output[0]] = helper.make_node("Add", terms, node.output, name=add.name)
+        if replaced:
+            used = {name for add in replaced.values() for name in add.input}
+            graph.initializer.extend(constants[name] for name in sorted(used - given) if name in constants)
+            _rebuild(graph, replaced)
+        return PassResult({"adds": len(replaced)})
+
+
+def _to(node: onnx.NodeProto) -> int:
+    return next(a.i for a in node.attribute if a.name == "to")
+
+
+def _narrowed(constants: dict[str, TensorProto], name: str) -> str | None:
+    """Name of the same numbers in float16, added to the constants; None where float16 lacks one of them."""
+    array: NDArray[Any] = numpy_helper.to_array(constants[name])
+    if array.dtype != np.float32:
+        return None
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), array):
+        return None
+    narrow = f"{name}{_SUFFIX}"
+    constants[narrow] = numpy_helper.from_array(half, narrow)
+    return narrow
+
+
+def _rebuild(graph: onnx.GraphProto, replaced: Mapping[str, onnx.NodeProto]) -> None:
+    """Put the sums in place of their last Casts, and drop the Casts and additions that nobody reads any more."""
+    needed = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        made = replaced.get(node.output[0], node) if node.output else node
+        unread = made.op_type in ("Cast", "Add") and needed.isdisjoint(made.output)
+        if not unread:
+            kept.append(onnx.NodeProto.FromString(made.SerializeToString()))
+            needed.update(made.input)
+    written = {name for node in kept for name in node.output}
+    infos = [info for info in graph.value_info if info.name in written]
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    del graph.value_info[:]
+    graph.value_info.extend(infos)
