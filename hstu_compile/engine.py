@@ -16,6 +16,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def engine_from_onnx(
 ) -> EngineArtifact:
     """Build an engine.
 
-    With a plugin library every attention node becomes one plugin layer. Without one, the native body that the graph
-    carries is built instead.
+    With a plugin library every attention and norm node becomes one plugin layer. Without one, the native bodies that
+    the graph carries are built instead.
 
     Args:
         model: the graph, or its file. It is not changed.
@@ -92,7 +93,7 @@ def engine_from_onnx(
 
     Raises:
         EngineError: HSTU-E401 backend absent; E402 refused by parser or builder; E403 fewer plugin layers than
-            attention nodes; E405 profiles do not fit the graph's inputs.
+            such nodes; E405 profiles do not fit the graph's inputs.
         PluginError: HSTU-E503 or E504.
         RewriteError: HSTU-E302, if TensorRT 8 cannot take the graph.
         UsageError: HSTU-E901, if an option does not exist in this backend.
@@ -124,10 +125,12 @@ def engine_from_onnx(
         with tf32_override_off(api.is_rtx and build.is_float32):
             layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
     if wanted and layers["plugin"] < len(wanted):
+        kinds = Counter(node.op_type for node in wanted)
         raise EngineError(
             "HSTU-E403",
             f"the engine has {layers['plugin']} plugin layers",
-            f"the graph has {len(wanted)} {wanted[0].op_type} nodes; each must be one plugin layer",
+            f"the graph has {' and '.join(f'{n} {kind}' for kind, n in kinds.items())} nodes; "
+            "each must be one plugin layer",
             "rebuild with --exportLayerInfo layers.json and look for what took the missing nodes",
             {"plugin_layers": layers["plugin"], "nodes": [node.name for node in wanted]},
         )

@@ -238,8 +238,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E503": ErrorCode(
         "The plugin is not registered",
-        "The engine or the ONNX file asks for hstu::HstuAttention and no creator with that name, version and "
-        "namespace is "
+        "The engine or the ONNX file asks for hstu::HstuAttention or hstu::HstuNorm, and no creator with that name, "
+        "version and namespace is "
         "registered. `hstu-compile doctor BUNDLE` tells which library which loader needs.",
     ),
     "HSTU-E504": ErrorCode(

@@ -12,6 +12,7 @@ from hstu_compile.rewrite.attach_native_body import AttachNativeBody
 from hstu_compile.rewrite.bound_native_body import affordable
 from hstu_compile.rewrite.check_operators import CheckOperators
 from hstu_compile.rewrite.detach_taps import DetachTaps
+from hstu_compile.rewrite.fuse_norms import FuseNorms
 from hstu_compile.rewrite.name_dims import NameDims
 from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
 from hstu_compile.rewrite.strip_metadata import StripMetadata
@@ -32,6 +33,7 @@ def export_passes(
         DetachTaps(tap_names),
         NameDims(),
         *((PruneLastLayer(num_layers, selection),) if selection is not None else ()),
+        FuseNorms(tap_names),
         AnnotateAttention(num_layers),
         AttachNativeBody(num_layers),
         CheckOperators(),

@@ -195,7 +195,7 @@ class _Finder:
         array = self.values.constant(name)
         if array is None or array.dtype != np.float32 or array.shape != (1, groups, 1):
             return None
-        expanded = f"{name}/columns"
+        expanded = f"{name}_columns"
         self.expanded[expanded] = numpy_helper.from_array(np.repeat(array.ravel(), group), expanded)
         return expanded
 

@@ -77,7 +77,7 @@ def test_the_manifest_says_what_was_built(build_small: Build) -> None:
     # rows that are read and once for the keys and values of all. The list of best items is float32.
     assert manifest["precision"]["built"] == {
         "HstuAttention fp16": 2,
-        "LayerNormalization fp32": 5,
+        "HstuNorm fp16": 5,
         "MatMul fp16": 5,
         "MatMul fp32": 1,
     }

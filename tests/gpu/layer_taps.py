@@ -96,6 +96,19 @@ def with_tanh(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def _norm(attributes: Mapping[str, Any], inputs: Sequence[Array]) -> Array:
+    """hstu::HstuNorm as research models have it: a layer norm, gated or not."""
+    beyond = ("num_groups", 1), ("gate_silu", 0), ("concat", 0), ("has_shift", 0)
+    if attributes["activation"] == 2 or any(attributes[name] != value for name, value in beyond):
+        raise ValueError(f"an HstuNorm of {attributes} is not part of a research layer")
+    x, scale, *rest = inputs
+    centred = x - x.mean(axis=-1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + attributes["epsilon"]) * scale
+    if attributes["has_bias"]:
+        normed = normed + rest.pop(0)
+    return rest[0] * normed if attributes["activation"] == 1 else normed
+
+
 def _tanh_nodes(x: str, output: str) -> list[onnx.NodeProto]:
     steps = (
         ("Mul", [x, "half"], f"{output}/scaled"),
@@ -176,10 +189,8 @@ class Float64Graph:
         if node.op_type == "HstuAttention":
             return [self._attention(node, attributes, found)]
         inputs = [self._value(name, found) for name in node.input]
-        if node.op_type == "LayerNormalization":
-            centred = inputs[0] - inputs[0].mean(axis=-1, keepdims=True)
-            deviation = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + attributes["epsilon"])
-            return [centred / deviation * inputs[1].astype(np.float64) + sum(inputs[2:])]
+        if node.op_type == "HstuNorm":
+            return [_norm(attributes, [value.astype(np.float64) for value in inputs])]
         if node.op_type == "Split":
             return np.split(inputs[0], np.cumsum(inputs[1])[:-1], axis=attributes["axis"])
         if node.op_type == "Reshape":

@@ -21,7 +21,7 @@ from hstu_compile import bundle as bundles
 from hstu_compile.artifacts import Precision, TensorSpec
 from hstu_compile.compare import error_bound
 from hstu_compile.errors import RequestError
-from hstu_compile.op_schema import is_attention
+from hstu_compile.op_schema import is_attention, is_norm
 from hstu_compile.recheck import stored_reference
 from hstu_compile.runtime._feeds import converted
 from hstu_compile.runtime.kv_cache import KvLayout
@@ -85,9 +85,9 @@ class PreparedBundle:
         """A graph's file."""
         return self.folder / bundles.model_files(graph)[0]
 
-    def num_attention(self, graph: str) -> int:
-        """Attention nodes of a graph: `prefill` needs none for its last layer."""
-        return sum(is_attention(node) for node in onnx.load(self.onnx(graph)).graph.node)
+    def num_plugin_nodes(self, graph: str) -> int:
+        """Attention and norm nodes of a graph: `prefill` needs no attention for its last layer."""
+        return sum(is_attention(node) or is_norm(node) for node in onnx.load(self.onnx(graph)).graph.node)
 
     @property
     def bound(self) -> float:

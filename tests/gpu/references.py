@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
 from hstu_compile.artifacts import Precision
 from hstu_compile.metrics import RankMetrics, rank_metrics, target_ranks
+from hstu_compile.op_schema import is_norm
 from hstu_compile.recheck import stored_reference
 from hstu_compile.session_check import Reference
 
@@ -45,6 +47,11 @@ class PreparedModel:
     def onnx(self) -> Path:
         """The graph's file."""
         return self.folder / bundles.ONNX_FILE
+
+    @property
+    def num_norms(self) -> int:
+        """Norm nodes of the graph."""
+        return sum(is_norm(node) for node in onnx.load(self.onnx).graph.node)
 
 
 def prepared_model(job: Path, name: str) -> PreparedModel:

@@ -97,7 +97,7 @@ def build_engine(bundle: PreparedBundle, graph: str, engine: Path, plugin: Path)
 
 
 def check_build(checks: Checks, bundle: PreparedBundle, graph: str, engine: Path, done: Finished) -> bool:
-    """The build, and that every attention node became a plugin layer; True if there is an engine to go on with."""
+    """The build, and that attention and norm nodes became plugin layers; True if there is an engine to go on with."""
     label = f"{bundle.name} {graph}"
     with checks.check(f"{label}: hstu-compile engine") as check:
         check.facts |= {"exit_code": done.exit_code, "wall_seconds": round(done.seconds, 1)}
@@ -106,9 +106,9 @@ def check_build(checks: Checks, bundle: PreparedBundle, graph: str, engine: Path
         check.passed = done.exit_code == 0
     if done.exit_code != 0:
         return False
-    with checks.check(f"{label}: the inspector shows one plugin layer per attention node") as check:
+    with checks.check(f"{label}: the inspector shows one plugin layer per attention and norm node") as check:
         names = plugin_layers(engine.with_suffix(".layers.json"))
-        check.facts |= {"layers": names, "nodes": bundle.num_attention(graph)}
+        check.facts |= {"layers": names, "nodes": bundle.num_plugin_nodes(graph)}
         check.passed = len(names) == check.facts["nodes"] > 0
     return True
 

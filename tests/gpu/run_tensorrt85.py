@@ -204,10 +204,10 @@ def check_plugin_engine(checks: Checks, model: PreparedModel, engine: Path, done
         check.passed = done.exit_code == 0
     if done.exit_code != 0:
         return
-    with checks.check(f"{label}: the inspector shows one plugin layer per HSTU layer") as check:
+    with checks.check(f"{label}: the inspector shows one plugin layer per HSTU layer and norm") as check:
         names = plugin_layers(engine.with_suffix(".layers.json"))
-        check.facts["layers"] = names
-        check.passed = len(names) == model.num_layers
+        check.facts |= {"layers": names, "norms": model.num_norms}
+        check.passed = len(names) == model.num_layers + model.num_norms
     with checks.check(f"{label}: our session opens") as check:
         session = open_session("tensorrt", engine=engine, plugin_library=plugin)
         check.passed = True

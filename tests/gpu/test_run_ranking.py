@@ -172,7 +172,7 @@ def test_right_graphs_pass_every_check(modules: Mapping[str, ModuleType], bundle
     for graph in ranking.GRAPHS:
         with opener(bundle)(graph) as session:
             ranking.check_feeds(checks, bundle, graph, session)
-        assert bundle.num_attention(graph) > 0
+        assert bundle.num_plugin_nodes(graph) > 0
     ranking.check_m_falcon(checks, bundle, opener(bundle), ranking.synthetic_requests(bundle.spec))
     assert failed(checks, tmp_path / "ranking.json") == []
     content = json.loads((tmp_path / "ranking.json").read_text())

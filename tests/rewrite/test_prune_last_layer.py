@@ -655,7 +655,7 @@ def test_both_halves_of_the_projection_become_convolutions() -> None:
     _, model = full_and_pruned("affine norms and every bias")
     feeds = feeds_of((0, 7, 20, 1))
     before = run_onnx(model, feeds)["user_embeddings"]
-    assert ProjectByConvolution().call(model).counts == {"projections": 2 * 2 + 1}
+    assert ProjectByConvolution().call(model).counts == {"projections": 2 * 2 + 1, "biases": 5, "sums": 2}
     assert "MatMul" not in {node.op_type for node in model.graph.node}
     after = run_onnx(model, feeds)["user_embeddings"]
     assert row_error(after, before.astype(np.float64)).error <= 2 * SAME_FP32

@@ -187,7 +187,7 @@ def test_half_graphs_norm_in_float32_and_multiply_in_half_except_the_top_k_score
     _, graph = built("research", precision, 10)
     assert graph_facts(graph.model)["precision_counts"] == {
         f"HstuAttention {precision}": 2,
-        "LayerNormalization fp32": 4,
+        f"HstuNorm {precision}": 4,
         f"MatMul {precision}": 4,
         "MatMul fp32": 1,  # the top-k scores
     }
