@@ -358,14 +358,12 @@ class Block:
             tile, held = taken, holding
             for t in range(1, tile.share):
                 yield self.keys[key.index].full.wait(key.phase)
-                if p.turns is not Turns.SCORES:
-                    yield self.values[value.index].full.wait(value.phase)
+                yield self.values[value.index].full.wait(value.phase)
                 yield from await_turn()
                 end_keys = product_of_keys(f"tile {tile.number} keys {t}")
                 if p.turns is Turns.SCORES:
                     yield PREEMPTED
                     pass_turn()
-                    yield self.values[value.index].full.wait(value.phase)
                 end_values = product_of_values(f"tile {tile.number} keys {t - 1}")
                 if p.turns is not Turns.SCORES:
                     pass_turn()

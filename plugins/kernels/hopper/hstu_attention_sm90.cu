@@ -36,8 +36,6 @@ constexpr int32_t kBlockN = HSTU_BLOCK_N;
 constexpr int32_t kStages = HSTU_STAGES;
 constexpr bool kPosBias = HSTU_POS_BIAS != 0;
 constexpr bool kTimeBias = HSTU_TIMESTAMP_BITS != 0;
-// Looking biases up branches, and no product may be under way where the compiler cannot see that all lanes branch alike.
-constexpr bool kHasBias = kPosBias || kTimeBias;
 using Timestamp = std::conditional_t<HSTU_TIMESTAMP_BITS == 32, int32_t, int64_t>;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
 
@@ -52,8 +50,15 @@ constexpr int32_t kFirstGroupBarrier = 1; // named barriers; 0 is that of __sync
 constexpr int32_t kFirstTurnBarrier = 4;
 constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
 constexpr int32_t kConsumerWarps = 4 * kWarpgroups;
-constexpr int32_t kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-constexpr int32_t kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+// Looking times up beside 128 columns of sums takes more registers; elsewhere the scheduler would have to spill.
+constexpr bool kNeedsMost = kTimeBias && kDim == 128;
+constexpr int32_t kProducerRegisters = kWarpgroups != 2 ? 32 : kNeedsMost ? 24 : 40;
+constexpr int32_t kConsumerRegisters = kWarpgroups != 2 ? 160 : kNeedsMost ? 240 : 232;
+// A thread has as many at first as fit all threads, in steps of eight. Whoever asks for more than others give back waits
+// forever.
+constexpr int32_t kFirstRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= kFirstRegisters * (1 + kWarpgroups),
+    "there are not as many registers");
 // Of the queries' columns, 16 a step, those that a warpgroup keeps in registers: products then read half as much of shared
 // memory, whose bandwidth they else come close to.
 constexpr int32_t kHeldSteps = HSTU_HELD_STEPS;
@@ -71,7 +76,10 @@ constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the 
 constexpr bool kTurns = HSTU_TURNS != 0;
 constexpr bool kTurnsLastForScores = HSTU_TURNS == 2;
 // Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
-constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && !kHasBias;
+constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && !kTimeBias;
+
+// A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn.
+constexpr bool kSkipsUnseen = kBlockN == 64 && !kTurns;
 
 struct alignas(1024) Buffers
 {
@@ -351,7 +359,7 @@ struct Ending
     int32_t rows;
     int32_t valid; //!< keys of the last key tile that belong to the sequence
     float scale;
-    bool isSingle; //!< there was one key tile
+    bool isSingle; //!< one key tile was multiplied
 };
 
 //! One of kWarpgroups that multiply: 64 rows of every tile.
@@ -415,6 +423,36 @@ struct Consumer
         if constexpr (kTurns)
         {
             namedBarrierArrive(kFirstTurnBarrier + (warpgroup + 1) % kWarpgroups, 256);
+        }
+    }
+
+    //! How many of the tile's first key tiles this warpgroup's rows see nothing of. Those are not multiplied.
+    __device__ __forceinline__ int32_t unseenTiles(Tile const& tile) const
+    {
+        if constexpr (!kSkipsUnseen)
+        {
+            return 0;
+        }
+        bool const isUnseen = tile.mask == Mask::kDiagonal && tile.maskedShare > 1
+                              && keyStart(tile, 0) >= tile.firstRow + 64 * (warpgroup + 1);
+        return uniform(isUnseen ? 1 : 0);
+    }
+
+    __device__ __forceinline__ void skipKeys(int32_t tiles)
+    {
+        if (kSkipsUnseen && tiles > 0)
+        {
+            awaitKeys();
+            releaseKeys();
+        }
+    }
+
+    __device__ __forceinline__ void skipValues(int32_t tiles)
+    {
+        if (kSkipsUnseen && tiles > 0)
+        {
+            barrierWait(&shared.barriers.valuesFull[valueStage.index], valueStage.phase);
+            releaseValues();
         }
     }
 
@@ -563,14 +601,17 @@ struct Consumer
     //! scores, until now products, become half of what SiLU is taken of.
     __device__ __forceinline__ void scale(Tile const& tile, int32_t t)
     {
-#pragma unroll
-        for (int32_t i = 0; i < kBlockN / 2; ++i)
-        {
-            scores[i] *= halfAlpha;
-        }
         if constexpr (kTimeBias)
         {
-            addTimeBias(tile, keyStart(tile, t));
+            scaleWithTimeBias(tile, keyStart(tile, t));
+        }
+        else
+        {
+#pragma unroll
+            for (int32_t i = 0; i < kBlockN / 2; ++i)
+            {
+                scores[i] *= halfAlpha;
+            }
         }
         if constexpr (kPosBias)
         {
@@ -622,7 +663,7 @@ struct Consumer
         }
     }
 
-    __device__ __forceinline__ void addTimeBias(Tile const& tile, int32_t keyStart)
+    __device__ __forceinline__ void scaleWithTimeBias(Tile const& tile, int32_t keyStart)
     {
         // Of the columns' times, lane l reads every 32nd from l on. Rows and columns behind the sequence repeat the last one:
         // what becomes of them is neither stored nor seen.
@@ -636,69 +677,89 @@ struct Consumer
         };
         int32_t const rowTimes[2] = {
             fromBase(rows[min(rowInTile, tile.rows - 1)]), fromBase(rows[min(rowInTile + 8, tile.rows - 1)])};
-        int32_t columnTimes[kBlockN / 32];
+        constexpr int32_t kPieces = kBlockN / 32;
+        constexpr int32_t kMany = 2;
+        int32_t columnTimes[kPieces];
 #pragma unroll
-        for (int32_t i = 0; i < kBlockN / 32; ++i)
+        for (int32_t i = 0; i < kPieces; ++i)
         {
             columnTimes[i] = fromBase(columns[min(keyStart + 32 * i + lane, tile.numKeys - 1)]);
         }
         if (__any_sync(0xFFFFFFFF, isFar) != 0)
         {
-            addSearchedTimeBias(tile, keyStart);
+            scaleWithSearchedTimeBias(tile, keyStart);
             return;
         }
         float const(*const values)[2] = shared.times.values[p.tsHeads > 1 ? tile.head : 0];
         int32_t const firstRow = __reduce_min_sync(0xFFFFFFFF, min(rowTimes[0], rowTimes[1]));
         int32_t const lastRow = __reduce_max_sync(0xFFFFFFFF, max(rowTimes[0], rowTimes[1]));
+        // Lane l looks up what piece l, of 32 columns, adds.
+        int32_t first = columnTimes[0];
+        int32_t last = columnTimes[0];
 #pragma unroll
-        for (int32_t piece = 0; piece < kBlockN / 32; ++piece)
+        for (int32_t piece = 0; piece < kPieces; ++piece)
+        {
+            int32_t const earliest = __reduce_min_sync(0xFFFFFFFF, columnTimes[piece]);
+            int32_t const latest = __reduce_max_sync(0xFFFFFFFF, columnTimes[piece]);
+            first = lane == piece ? earliest : first;
+            last = lane == piece ? latest : last;
+        }
+        int32_t const least = max(max(firstRow - last, first - lastRow), 0);
+        int32_t const most = max(lastRow - first, last - firstRow);
+        TimeBiasRange range = timeBiasRange(shared.times, values, least, most);
+        // Where a column comes after a row, one comparison does not tell how far apart they are.
+        bool const isOrdered = last <= firstRow;
+        range.crossed = range.crossed == 0 || (range.crossed == 1 && isOrdered) ? range.crossed : kMany;
+#pragma unroll
+        for (int32_t piece = 0; piece < kPieces; ++piece)
         {
             float(&part)[16] = *reinterpret_cast<float(*)[16]>(scores + 16 * piece);
-            int32_t const time = columnTimes[piece];
-            int32_t const first = __reduce_min_sync(0xFFFFFFFF, time);
-            int32_t const last = __reduce_max_sync(0xFFFFFFFF, time);
-            int32_t const least = max(max(firstRow - last, first - lastRow), 0);
-            int32_t const most = max(lastRow - first, last - firstRow);
-            TimeBiasRange const range = timeBiasRange(shared.times, values, least, most);
-            if (range.crossed == 0)
+            int32_t const crossed = __shfl_sync(0xFFFFFFFF, range.crossed, piece);
+            float const below = __shfl_sync(0xFFFFFFFF, range.below, piece);
+            if (crossed == 0)
             {
 #pragma unroll
                 for (int32_t i = 0; i < 16; ++i)
                 {
-                    part[i] += range.below;
+                    part[i] = fmaf(halfAlpha, part[i], below);
                 }
             }
-            else if (range.crossed == 1)
+            else if (crossed == 1)
             {
-                forTimeDifferences(part, rowTimes, time, [&](int32_t difference) {
-                    return difference >= range.threshold ? range.above : range.below;
-                });
+                float const above = __shfl_sync(0xFFFFFFFF, range.above, piece);
+                int64_t const threshold = __shfl_sync(0xFFFFFFFF, range.threshold, piece);
+                // Columns until then have reached the threshold.
+                constexpr int64_t kBeforeAll = INT32_MIN;
+                int32_t const until[2] = {static_cast<int32_t>(max(rowTimes[0] - threshold, kBeforeAll)),
+                    static_cast<int32_t>(max(rowTimes[1] - threshold, kBeforeAll))};
+                scalePiece(part, columnTimes[piece],
+                    [&](int32_t row, int32_t time) { return time <= until[row] ? above : below; });
             }
             else
             {
-                forTimeDifferences(part, rowTimes, time,
-                    [&](int32_t difference) { return timeBias(shared.times.thresholds, values, difference); });
+                scalePiece(part, columnTimes[piece], [&](int32_t row, int32_t time) {
+                    return timeBias(shared.times.thresholds, values, abs(rowTimes[row] - time));
+                });
             }
         }
     }
 
-    //! Adds what `bias` gives for the difference of the row's and the column's time to each of 32 columns' scores. `time` is
-    //! that of column l in lane l.
+    //! Scales the scores of 32 columns and adds what `bias` gives for each of this thread's rows, 0 or 1, and each column's
+    //! time. `times` is that of column l in lane l.
     template <typename Bias>
-    __device__ __forceinline__ void forTimeDifferences(
-        float (&part)[16], int32_t const (&rowTimes)[2], int32_t time, Bias bias) const
+    __device__ __forceinline__ void scalePiece(float (&part)[16], int32_t times, Bias bias) const
     {
 #pragma unroll
         for (int32_t i = 0; i < 16; i += i % 4 == 1 ? 3 : 1)
         {
-            int32_t const column = __shfl_sync(0xFFFFFFFF, time, columnOffset(i) + 2 * (lane % 4));
-            part[i] += bias(abs(rowTimes[0] - column));
-            part[i + 2] += bias(abs(rowTimes[1] - column));
+            int32_t const time = __shfl_sync(0xFFFFFFFF, times, columnOffset(i) + 2 * (lane % 4));
+            part[i] = fmaf(halfAlpha, part[i], bias(0, time));
+            part[i + 2] = fmaf(halfAlpha, part[i + 2], bias(1, time));
         }
     }
 
     //! For times that the table does not serve.
-    __device__ __forceinline__ void addSearchedTimeBias(Tile const& tile, int32_t keyStart)
+    __device__ __forceinline__ void scaleWithSearchedTimeBias(Tile const& tile, int32_t keyStart)
     {
         auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + tile.keyRow;
         auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
@@ -707,8 +768,10 @@ struct Consumer
 #pragma unroll
         for (int32_t i = 0; i < kBlockN / 2; ++i)
         {
+            asm volatile("" ::: "memory"); // one after the other: times loaded ahead would take the registers of others
             int64_t const time = columns[min(column + columnOffset(i), tile.numKeys - 1)];
-            scores[i] += searchedTimeBias<Timestamp>(p, tile.head, times[i % 4 / 2], time);
+            float const bias = searchedTimeBias<Timestamp>(p, tile.head, times[i % 4 / 2], time);
+            scores[i] = fmaf(halfAlpha, scores[i], bias);
         }
     }
 
@@ -763,10 +826,8 @@ struct Consumer
     __device__ __forceinline__ void multiplyBoth(int32_t valid, bool isFirst)
     {
         awaitKeys();
-        if constexpr (!kTurnsLastForScores)
-        {
-            awaitValues(valid);
-        }
+        // Before the turn: a wait between the two products would leave the tensor cores idle.
+        awaitValues(valid);
         awaitTurn();
         productFence();
         multiplyKeys();
@@ -775,7 +836,6 @@ struct Consumer
             productWait<0>();
             pin(scores);
             passTurn();
-            awaitValues(valid);
             productFence();
         }
         multiplyValues(isFirst);
@@ -786,10 +846,11 @@ struct Consumer
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
-    __device__ __forceinline__ void step(Tile const& tile, int32_t t, int32_t valid)
+    __device__ __forceinline__ void step(Tile const& tile, int32_t t, int32_t valid, bool isFirst)
     {
-        multiplyBoth(valid, t == 1);
-        productWait<kHasBias ? 0 : 1>();
+        multiplyBoth(valid, isFirst);
+        // Looking times up takes registers, and branches where the compiler does not see that all lanes branch alike.
+        productWait<kTimeBias ? 0 : 1>();
         pin(scores);
         releaseKeys();
         scale(tile, t);
@@ -801,9 +862,9 @@ struct Consumer
     }
 
     //! A key tile that the mask cuts.
-    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t)
+    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst)
     {
-        multiplyBoth(uniform(tile.numKeys - keyStart(tile, t - 1)), t == 1);
+        multiplyBoth(uniform(tile.numKeys - keyStart(tile, t - 1)), isFirst);
         productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
         releaseKeys();
@@ -816,13 +877,13 @@ struct Consumer
         packWeights();
     }
 
-    //! The first key tile, whose scores are there.
-    __device__ __forceinline__ void weighFirst(Tile const& tile)
+    //! The first key tile that is multiplied; its scores are there.
+    __device__ __forceinline__ void weighFirst(Tile const& tile, int32_t t)
     {
-        scale(tile, 0);
+        scale(tile, t);
         if (tile.maskedShare > 0)
         {
-            mask(tile, 0);
+            mask(tile, t);
         }
         weigh();
         packWeights();
@@ -935,6 +996,9 @@ struct Consumer
             return;
         }
         slot.advance();
+        int32_t first = unseenTiles(*tile);
+        skipKeys(first);
+        skipValues(first);
         awaitQueries();
         awaitKeys();
         awaitTurn();
@@ -944,21 +1008,21 @@ struct Consumer
         productWait<0>();
         pin(scores);
         releaseKeys();
-        weighFirst(*tile);
+        weighFirst(*tile, first);
         while (true)
         {
             int32_t const masked = uniform(tile->maskedShare);
             int32_t const share = uniform(tile->share);
-            int32_t t = 1;
+            int32_t t = first + 1;
             for (; t < masked; ++t)
             {
-                maskedStep(*tile, t);
+                maskedStep(*tile, t, t == first + 1);
             }
             // Of the key tiles, only a masked one can reach past the sequence.
             int32_t valid = uniform(tile->numKeys - keyStart(*tile, t - 1));
             for (; t < share; ++t)
             {
-                step(*tile, t, valid);
+                step(*tile, t, valid, t == first + 1);
                 valid = kBlockN;
             }
             if constexpr (!kHoldsQueries)
@@ -967,7 +1031,7 @@ struct Consumer
             }
             // Given back first: the next tile may need the slot to be described in.
             Ending const ending{tile->head, tile->queryRow, tile->rows,
-                tile->numKeys - keyStart(*tile, tile->share - 1), 1.0F / tile->divisor, tile->share == 1};
+                tile->numKeys - keyStart(*tile, tile->share - 1), 1.0F / tile->divisor, tile->share == first + 1};
             releaseTile(*tile);
             tile = takeTile();
             awaitValues(ending.valid);
@@ -984,8 +1048,10 @@ struct Consumer
             }
             // The last values of this tile and the first scores of the next in one go.
             slot.advance();
+            first = unseenTiles(*tile);
             if constexpr (kQueryBuffers > 1 || kHoldsQueries)
             {
+                skipKeys(first);
                 awaitQueries();
                 awaitKeys();
             }
@@ -994,6 +1060,7 @@ struct Consumer
             multiplyValues(ending.isSingle);
             if constexpr (kQueryBuffers == 1 && !kHoldsQueries)
             {
+                skipKeys(first);
                 awaitQueries();
                 awaitKeys();
             }
@@ -1003,11 +1070,12 @@ struct Consumer
             productWait<1>();
             pin(sums);
             releaseValues();
+            skipValues(first);
             finish(ending);
             productWait<0>();
             pin(scores);
             releaseKeys();
-            weighFirst(*tile);
+            weighFirst(*tile, first);
         }
     }
 };

@@ -56,7 +56,8 @@ struct Tile
         {
             return ownLeft + (t - edgeTiles) * blockN;
         }
-        return t >= leftTiles ? right + (t - leftTiles) * blockN : left + t * blockN;
+        // From the diagonal's last to its first: of the last, a tile's first rows see nothing.
+        return t >= leftTiles ? right + (edgeTiles - 1 - t) * blockN : left + t * blockN;
     }
 };
 

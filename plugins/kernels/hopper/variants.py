@@ -114,7 +114,9 @@ _TILES = {
     (128, 1): HopperTile(
         2, 128, 2, Turns.PRODUCTS, 8, "64 + 64 + 32 + 32 registers of sums, scores, weights and queries of 232"
     ),
-    (128, 2): HopperTile(2, 128, 2, Turns.PRODUCTS, 4, "as without a split; more held queries would be spilled"),
+    (128, 2): HopperTile(
+        2, 128, 2, Turns.PRODUCTS, 0, "as without a split; held queries lose 4 % where memory is the bound"
+    ),
     (256, 1): HopperTile(
         2,
         64,
@@ -129,8 +131,8 @@ _TILES = {
 def tile_of(variant: HopperVariant) -> HopperTile:
     """Return the tile that a variant is compiled with."""
     tile = _TILES[variant.block_dim, variant.split]
-    # What biases are looked up with needs the registers.
-    return replace(tile, held_steps=0) if variant.has_bias else tile
+    # What times are looked up with needs the registers.
+    return replace(tile, held_steps=0) if variant.timestamp_bits else tile
 
 
 def query_buffers(variant: HopperVariant) -> int:
