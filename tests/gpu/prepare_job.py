@@ -34,6 +34,7 @@ from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from
 from hstu_compile.export import TORCH_DTYPES  # noqa: E402
 from hstu_compile.graph_plugin import plugin_request_of  # noqa: E402
 from hstu_compile.model.config import RetrievalConfig  # noqa: E402
+from hstu_compile.op_schema import is_attention  # noqa: E402
 from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library, find_cuda_headers  # noqa: E402
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for  # noqa: E402
 from tests.exported_models import small_model  # noqa: E402
@@ -198,12 +199,13 @@ def m_falcon_place(job: Path) -> Path:
 
 def build_tensorrt8_plugin(job: Path, graphs: Sequence[Path], headers: Path, archs: Sequence[int], jobs: int) -> None:
     """One library with the kernels of every graph and of the benchmark."""
-    variants = dict.fromkeys(bench_variants())
-    for path in graphs:
-        variants.update(dict.fromkeys(plugin_request_of([onnx.load(path)], TENSORRT8).variants))
+    requests = [plugin_request_of([onnx.load(path)], TENSORRT8) for path in graphs]
+    variants = dict.fromkeys([*bench_variants(), *(each for request in requests for each in request.variants)])
+    norms = dict.fromkeys(each for request in requests for each in request.norm_variants or ())
     library = build_plugin_library(
         PluginBuildRequest(
             variants=tuple(variants),
+            norm_variants=tuple(norms),
             archs=tuple(archs),
             with_ptx=False,
             tensorrt_include_dir=headers,
@@ -242,7 +244,7 @@ def layers_of(job: Path, names: Sequence[str]) -> dict[str, int]:
     for name in names:
         graph = job / "models" / name / "model.onnx"
         if graph.exists():
-            layers[name] = sum(node.domain == "hstu" for node in onnx.load(graph).graph.node)
+            layers[name] = sum(is_attention(node) for node in onnx.load(graph).graph.node)
     return layers
 
 
