@@ -68,21 +68,37 @@ class Loader:
         return write_bundle(folder / f"{family}.hstu", family, self.version, library)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test of a session compiles, in half a minute, or several on a machine that others use as well."""
+    for item in items:
+        if item.path.is_relative_to(toolchain.HERE):
+            item.add_marker(pytest.mark.timeout(300))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiler() -> None:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
 
 
-def _loader(folder: Path, include_dir: Path, options: Sequence[str]) -> Loader:
-    toolchain.build_fakes(folder, include_dir, *options)
-    toolchain.build_program(folder, include_dir, *options)
+def cache_of(config: pytest.Config) -> Path:
+    """A folder that outlives the run; what is compiled is found there by its content."""
+    assert config.cache is not None
+    return config.cache.mkdir("hstu-cpp-loader")
+
+
+def _loader(config: pytest.Config, include_dir: Path, options: Sequence[str]) -> Loader:
+    def build(folder: Path) -> None:
+        toolchain.build_fakes(folder, include_dir, *options)
+        toolchain.build_program(folder, include_dir, *options)
+
+    folder = toolchain.built(cache_of(config), include_dir, ["loader", *options], build)
     return Loader(folder, read_tensorrt_version(include_dir))
 
 
 @pytest.fixture(scope="session")
-def loader8(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    return _loader(tmp_path_factory.mktemp("loader8"), headers_of_major(8), ("-O0",))
+def loader8(request: pytest.FixtureRequest) -> Loader:
+    return _loader(request.config, headers_of_major(8), ("-O0",))
 
 
 @pytest.fixture(scope="session")
@@ -97,14 +113,23 @@ def headers10() -> Path:
 
 
 @pytest.fixture(scope="session")
-def loader10(tmp_path_factory: pytest.TempPathFactory, headers10: Path) -> Loader:
+def loader10(request: pytest.FixtureRequest, headers10: Path) -> Loader:
     """With the address and undefined-behaviour sanitizers."""
-    return _loader(tmp_path_factory.mktemp("loader10"), headers10, (*toolchain.SANITIZE, "-O0"))
+    return _loader(request.config, headers10, (*toolchain.SANITIZE, "-O0"))
 
 
 @pytest.fixture(scope="session")
-def readers(tmp_path_factory: pytest.TempPathFactory, headers10: Path) -> Path:
-    return toolchain.build_readers(tmp_path_factory.mktemp("readers"), headers10)
+def fakes10(request: pytest.FixtureRequest, headers10: Path) -> Path:
+    """Fakes without sanitizers, for programs that have none."""
+    cache = cache_of(request.config)
+    return toolchain.built(cache, headers10, ["fakes"], lambda folder: toolchain.build_fakes(folder, headers10))
+
+
+@pytest.fixture(scope="session")
+def readers(request: pytest.FixtureRequest, headers10: Path) -> Path:
+    cache = cache_of(request.config)
+    folder = toolchain.built(cache, headers10, ["readers"], lambda made: toolchain.build_readers(made, headers10))
+    return folder / "readers"
 
 
 @pytest.fixture(params=["loader8", "loader10"])

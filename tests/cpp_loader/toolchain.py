@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hstu_compile.plugin_library import find_cuda_headers, read_tensorrt_version
@@ -20,6 +23,34 @@ _STUBBED = {
     "VExecutionContext": "ContextStub",
     "IPluginRegistry": "RegistryStub",
 }
+
+
+def built(cache: Path, include_dir: Path, options: Sequence[str], build: Callable[[Path], object]) -> Path:
+    """A folder that `build` filled, made once for its sources: by one of several test processes, or earlier.
+
+    Args:
+        cache: folder that outlives the run.
+        include_dir: headers of TensorRT.
+        options: all else that the result depends on.
+        build: fills a folder.
+    """
+    content = hashlib.sha256(repr([str(include_dir), read_tensorrt_version(include_dir), *options]).encode())
+    content.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
+    for folder in (SAMPLE / "include", SAMPLE / "src", HERE / "fakes", HERE / "unit"):
+        for path in sorted(folder.rglob("*.[ch]pp")) + sorted(folder.rglob("*.h")):
+            content.update(path.name.encode() + path.read_bytes())
+    content.update(Path(__file__).read_bytes())
+    target = cache / content.hexdigest()[:16]
+    with (cache / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            # Under another name until it is complete: an interrupted build is no result.
+            work = cache / f"{target.name}.partial"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            build(work)
+            work.rename(target)
+    return target
 
 
 def run(command: Sequence[object]) -> None:
