@@ -14,7 +14,7 @@ from tests.triton.clients import PROTOCOLS, Protocol, ask, ask_all
 from tests.triton.models import ServedModel, deploy
 from tests.triton.server import TritonServer, execution_counts, grpc_client, http_client
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 Change = Callable[[Sample], dict[str, Any]]
 BAD_REQUEST = {"http": "400", "grpc": "StatusCode.INVALID_ARGUMENT"}

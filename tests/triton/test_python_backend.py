@@ -17,7 +17,7 @@ from tests.triton.clients import PROTOCOLS, Protocol, ask, ask_all
 from tests.triton.models import ServedModel, deploy
 from tests.triton.server import TritonServer, execution_counts, grpc_client, http_client
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 #: Long enough for eight clients on a busy machine to be in the queue together.
 PATIENT = Scheduling(max_queue_delay_us=20_000)

@@ -21,7 +21,7 @@ from tests.triton.server import free_port
 import train
 import train_ranker
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "samples" / "03_triton" / "README.md").read_text(encoding="utf-8")

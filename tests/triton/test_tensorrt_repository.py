@@ -20,7 +20,7 @@ from tests.triton.models import MAX_BATCH, ServedModel
 from tests.triton.ragged_backend import RaggedBackend, parse_config
 from tests.triton.server import TritonServer, http_client
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 GRAPHS = Scheduling(cuda_graphs=True)
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
