@@ -87,11 +87,11 @@ _OPTIONAL_INPUTS = (
 
 @hstu_attention_op.register_kernel("cuda")
 def _cuda_hstu_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *rest: Any) -> Tensor:
-    """The fused kernel: jagged, without padding."""
-    from hstu_compile.plugins.kernels.launch import hstu_attention_triton
+    """A fused kernel: jagged, without padding."""
+    from hstu_compile.plugins.kernels.dispatch import hstu_attention_cuda
 
     inputs = dict(zip(_OPTIONAL_INPUTS, rest, strict=False))
     attrs = dataclasses.asdict(AttentionAttrs(*rest[len(_OPTIONAL_INPUTS) :]))
     # They bound the padded native body; the kernel needs no bounds.
     del attrs["max_query_len"], attrs["max_seq_len"]
-    return hstu_attention_triton(q, k, v, q_offsets, k_offsets, **inputs, **attrs)
+    return hstu_attention_cuda(q, k, v, q_offsets, k_offsets, **inputs, **attrs)

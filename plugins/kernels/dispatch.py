@@ -1,0 +1,50 @@
+"""Which kernel computes HSTU attention on a GPU for PyTorch. Level: kernels; imports torch."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+
+from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
+from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper, why_not
+from hstu_compile.plugins.kernels.hopper.variants import MOST_TIME_HEADS
+from hstu_compile.plugins.kernels.launch import hstu_attention_triton
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Whether the Hopper kernel can be compiled here; says why not, once."""
+    try:
+        usable_nvcc()
+    except RuntimeError as error:
+        warnings.warn(f"HSTU attention runs its portable kernel, slower on this GPU: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def hstu_attention_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_offsets: torch.Tensor,
+    k_offsets: torch.Tensor,
+    *,
+    ts_table: torch.Tensor | None = None,
+    **given: Any,
+) -> torch.Tensor:
+    """Return HSTU attention [Lq, H, Dv] in q's dtype, by the Hopper kernel where it takes the tensors.
+
+    Args:
+        q: as in ``hstu_attention_triton``, like everything else.
+        k: likewise; v, q_offsets, k_offsets too.
+        ts_table: [1 or H, num_buckets + 1] float32.
+        given: the other inputs and the attributes.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    has_few_tables = ts_table is None or ts_table.shape[0] <= MOST_TIME_HEADS
+    takes_hopper = why_not(q, k, v) is None and has_few_tables and _can_compile()
+    kernel = hstu_attention_hopper if takes_hopper else hstu_attention_triton
+    return kernel(q, k, v, q_offsets, k_offsets, ts_table=ts_table, **given)
