@@ -47,4 +47,5 @@ def hstu_attention_cuda(
     has_few_tables = ts_table is None or ts_table.shape[0] <= MOST_TIME_HEADS
     takes_hopper = why_not(q, k, v) is None and has_few_tables and _can_compile()
     kernel = hstu_attention_hopper if takes_hopper else hstu_attention_triton
-    return kernel(q, k, v, q_offsets, k_offsets, ts_table=ts_table, **given)
+    out: torch.Tensor = kernel(q, k, v, q_offsets, k_offsets, ts_table=ts_table, **given)
+    return out
