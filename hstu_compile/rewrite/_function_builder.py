@@ -51,8 +51,12 @@ class FunctionBuilder:
     def function(
         self, domain: str, name: str, inputs: list[str], output: str, attributes: list[str], opset: int, overload: str
     ) -> onnx.FunctionProto:
-        """The finished function, its one output renamed to `out`."""
-        self.nodes.append(helper.make_node("Identity", [output], ["out"], name="out"))
+        """The finished function, its one output renamed to `out`: an Identity would be a layer in every engine."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for index, value in enumerate(names):
+                    if value == output:
+                        names[index] = "out"
         function = helper.make_function(
             domain, name, inputs, ["out"], self.nodes, [helper.make_opsetid("", opset)], attributes
         )
