@@ -1,6 +1,6 @@
 """What each Hopper kernel takes of an SM, as the assembler says: registers, spilled bytes, shared memory, threads.
 
-  hopper_resources.py [--csv FILE]     (needs nvcc, no GPU; about a minute on two cores)
+  hopper_resources.py [--csv FILE]     (needs nvcc, no GPU; minutes on two cores)
 
 is_serialized: the assembler's remark that products wait for each other.
 """
@@ -24,20 +24,25 @@ RESULTS = Path(__file__).parent / "results" / "hopper_resources.csv"
 
 
 def all_variants() -> list[HopperVariant]:
-    """Every mask without a bias in both types, and one with position and time bias for each head dim."""
-    plain = [
+    """Every kernel that a model can ask for."""
+    found = [
         variant
         for dtype in ("bfloat16", "float16")
         for dim in BLOCK_DIMS
         for is_causal in (False, True)
-        for variant in hopper_variants_for(dtype, dim, dim, plain_causal=is_causal)
+        for pos_bias in (False, True)
+        for bits in (0, 32, 64)
+        for variant in hopper_variants_for(
+            dtype,
+            dim,
+            dim,
+            plain_causal=is_causal,
+            pos_bias=pos_bias,
+            time_bias=bits > 0,
+            timestamp_bits=bits or 64,
+        )
     ]
-    biased = [
-        variant
-        for dim in BLOCK_DIMS
-        for variant in hopper_variants_for("bfloat16", dim, dim, pos_bias=True, time_bias=True)
-    ]
-    return plain + biased
+    return list(dict.fromkeys(found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
