@@ -188,7 +188,7 @@ def header_from_contract(contract: dict[str, Any]) -> str:
         "",
         f"inline constexpr int32_t kMaxRank = {max_rank};",
         "",
-        "//! What the contract says about one tensor. A null presentWhen means always present, else when that attribute is 1.",
+        "//! What the contract says about one tensor. Null presentWhen: always present; else when that attribute is 1.",
         "struct TensorSpec",
         "{",
         "    char const* name;",

@@ -17,7 +17,7 @@ from hstu_compile.rewrite._norm_body import ELEMENT_TYPES, norm_body
 from hstu_compile.rewrite._pass import Pass, PassResult
 
 _STANDARD = ("", "ai.onnx")
-_CODES = {element: code for code, element in enumerate(ELEMENT_TYPES)}
+_CODES: dict[int, int] = {int(element): code for code, element in enumerate(ELEMENT_TYPES)}
 _NONE, _GATE, _SWISH = 0, 1, 2
 _WITH_ROWS, _WITH_NORMED = 1, 2
 
@@ -312,7 +312,7 @@ class _Pattern:
             if finder.is_row(shift, self.width) and len(finder.dims(rows)) == 2:
                 self.touched.add(add)
                 self.value = rows
-                return shift
+                return str(shift)
         return ""
 
     def _swish(self) -> str | None:
@@ -327,7 +327,7 @@ class _Pattern:
             return None
         self.touched.update((sigmoid, product))
         self.last = product
-        return finder.nodes[product].output[0]
+        return str(finder.nodes[product].output[0])
 
     def _rounded(self, output: str) -> str:
         """Take in the Cast of the result to a half type, if nobody reads it before."""
@@ -337,7 +337,7 @@ class _Pattern:
             return output
         self.touched.add(cast)
         self.last = cast
-        return finder.nodes[cast].output[0]
+        return str(finder.nodes[cast].output[0])
 
 
 @dataclasses.dataclass(frozen=True)

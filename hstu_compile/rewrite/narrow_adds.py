@@ -50,8 +50,10 @@ class NarrowAdds(Pass):
             if name in constants:
                 return _narrowed(constants, name)
             node = producers.get(name)
-            is_cast = node is not None and node.op_type == "Cast" and node.domain in _STANDARD
-            return node.input[0] if is_cast and kinds.get(node.input[0]) == TensorProto.FLOAT16 else None
+            if node is None or node.op_type != "Cast" or node.domain not in _STANDARD:
+                return None
+            source = str(node.input[0])
+            return source if kinds.get(source) == TensorProto.FLOAT16 else None
 
         replaced: dict[str, onnx.NodeProto] = {}
         for node in graph.node:
@@ -62,8 +64,8 @@ class NarrowAdds(Pass):
                 continue
             if any(kinds.get(name) != TensorProto.FLOAT for name in add.input):
                 continue
-            terms = [half_of(name) for name in add.input]
-            if None in terms or all(name in given for name in add.input):
+            terms = [half for name in add.input if (half := half_of(name)) is not None]
+            if len(terms) != len(add.input) or all(name in given for name in add.input):
                 continue
             replaced[node.output[0]] = helper.make_node("Add", terms, node.output, name=add.name)
         if replaced:
@@ -74,7 +76,7 @@ class NarrowAdds(Pass):
 
 
 def _to(node: onnx.NodeProto) -> int:
-    return next(a.i for a in node.attribute if a.name == "to")
+    return int(next(a.i for a in node.attribute if a.name == "to"))
 
 
 def _narrowed(constants: dict[str, TensorProto], name: str) -> str | None:
