@@ -765,3 +765,14 @@ def test_table_and_drawing_have_every_backend_and_reason(tmp_path: Path) -> None
 def test_table_without_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table.main(["--csv", str(tmp_path / "none.csv")]) == 1
     assert "has no rows" in capsys.readouterr().err
+
+
+def test_a_round_that_the_host_was_late_for_is_measured_again() -> None:
+    late, quick, later = (worker.Round({}, {}, seconds) for seconds in (3e-3, 0.5e-3, 9e-3))
+    given = iter([late, quick, later])
+    assert worker.in_time(lambda: next(given), 1e-3) is quick
+    assert next(given) is later, "no more rounds than needed"
+    rounds = [later, late, *[later] * (worker.MOST_REPEATS - 1)]
+    given = iter(rounds)
+    assert worker.in_time(lambda: next(given), 1e-3) is late
+    assert next(given, None) is None
