@@ -247,11 +247,11 @@ def hostile_norm_cases(types: tuple[str, str]) -> Iterator[NormCase]:
 
 
 def large_norm_cases(types: tuple[str, str]) -> Iterator[NormCase]:
-    """Real widths, more rows than a GPU has multiprocessors, and the widest row."""
+    """Real widths with more programs than a GPU has multiprocessors, layers of several programs, and the widest row."""
     yield build_norm_case("large-norm-512", 301, 512, types, **KINDS["plain"])
     yield build_norm_case("large-norm-swish", 301, 256, types, **KINDS["swish"])
-    yield build_norm_case("large-norm-layer", 301, 512, types, **KINDS["concat-rows"])
-    yield build_norm_case("large-norm-groups", 301, 512, types, num_groups=4, **KINDS["concat-rows"])
+    yield build_norm_case("large-norm-layer", 101, 512, types, **KINDS["concat-rows"])
+    yield build_norm_case("large-norm-groups", 101, 512, types, num_groups=4, **KINDS["concat-rows"])
     for width in (1000, 2048, 3000, 8192):
         yield build_norm_case(f"large-norm-width-{width}", 3, width, types, **KINDS["plain"])
 

@@ -76,6 +76,21 @@ std::string kindOf(int32_t inputType, int32_t outputType, int32_t activation, in
     return text.str();
 }
 
+//! Whether the framework has said how wide every tensor is: it may ask for types before it knows.
+bool areWidthsKnown(HstuNormAttributes const& attributes, NodeTensors const& tensors) noexcept
+{
+    auto isKnown = [](TensorSpec const& spec, TensorView const& tensor)
+    { return tensor.rank == spec.rank && tensor.dims[static_cast<size_t>(spec.rank) - 1] > 0; };
+    bool known = isKnown(kOutputs[0], tensors.output);
+    for (int32_t input = 0; input < kNbInputs; ++input)
+    {
+        known = known
+                && (!isInputPresent(attributes, input)
+                    || isKnown(kInputs[input], tensors.inputs[static_cast<size_t>(input)]));
+    }
+    return known;
+}
+
 bool isAligned(DevicePointers const& pointers) noexcept
 {
     constexpr uintptr_t kAlignment = 16;
@@ -211,6 +226,10 @@ HstuNormCore::HstuNormCore(
 
 std::string HstuNormCore::problemOf(NodeTensors const& tensors) const
 {
+    if (!areWidthsKnown(mAttributes, tensors))
+    {
+        return {}; // configure, which sees every extent, decides
+    }
     try
     {
         int64_t const width = resolveSizes(mAttributes, tensors, /* requireStatic = */ false).width;

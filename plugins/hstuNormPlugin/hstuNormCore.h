@@ -120,8 +120,8 @@ public:
         return mNodeName;
     }
 
-    //! \return whether the node's extents are legal and the library has a kernel for them on this device. Says once, as
-    //! a warning through `warn`, what is wrong.
+    //! \return whether the node's extents are legal and the library has a kernel for them on this device, as far as widths
+    //! are known. Says once, as a warning through `warn`, what is wrong.
     template <typename Warn>
     bool canRun(NodeTensors const& tensors, Warn const& warn)
     {

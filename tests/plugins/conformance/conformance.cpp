@@ -636,6 +636,13 @@ private:
         Descs const legal(testCase);
         int32_t const nbInputs = legal.nbInputs();
         std::string refused;
+        host::Plugin undecided = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
+        std::vector<nvinfer1::DynamicPluginTensorDesc> unknown = legal.dynamic;
+        unknown[0].desc.dims.d[1] = -1;
+        require(undecided.build->supportsFormatCombination(nbInputs, unknown.data(), nbInputs, 1),
+            "types are refused while a width is not known");
+        require(undecided.build->configurePlugin(unknown.data(), nbInputs, &unknown.back(), 1) != 0,
+            "a width that is not fixed is accepted");
         for (int32_t pos = 0; pos <= nbInputs; ++pos)
         {
             size_t const index = static_cast<size_t>(pos);
