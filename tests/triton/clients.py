@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,19 @@ Protocol = Literal["http", "grpc"]
 PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
 
 
-def ask(client: Any, protocol: Protocol, model: str, sample: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """One request; the outputs as arrays.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request as tritonclient takes it, made once and sent any number of times.
 
-    Raises:
-        tritonclient.utils.InferenceServerException: with the server's message.
+    Attributes:
+        inputs: of the protocol's own class.
     """
+
+    inputs: list[Any]
+
+
+def prepared(protocol: Protocol, sample: Mapping[str, Any]) -> Prepared:
+    """A request of one user, whose arrays get the batch axis."""
     if protocol == "http":
         from tritonclient.http import InferInput
     else:
@@ -33,11 +41,25 @@ def ask(client: Any, protocol: Protocol, model: str, sample: Mapping[str, Any], 
         tensor = InferInput(name, list(row.shape), DATATYPES[str(row.dtype)])
         tensor.set_data_from_numpy(row)
         inputs.append(tensor)
-    result = client.infer(model, inputs, **options)
+    return Prepared(inputs)
+
+
+def send(client: Any, protocol: Protocol, model: str, request: Prepared, **options: Any) -> dict[str, Any]:
+    """One request; the outputs as arrays.
+
+    Raises:
+        tritonclient.utils.InferenceServerException: with the server's message.
+    """
+    result = client.infer(model, request.inputs, **options)
     response = result.get_response()
     outputs = response["outputs"] if protocol == "http" else response.outputs
     names = [each["name"] if protocol == "http" else each.name for each in outputs]
     return {name: result.as_numpy(name) for name in names}
+
+
+def ask(client: Any, protocol: Protocol, model: str, sample: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """`send` of a request that is prepared now."""
+    return send(client, protocol, model, prepared(protocol, sample), **options)
 
 
 def ask_all(
