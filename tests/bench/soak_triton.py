@@ -27,9 +27,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if str(Path(__file__).resolve().parents[2]) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hstu_compile.serving.local_server import SERVER_NUMPY, Installation, find_installation
 from hstu_compile.serving.settings import RuntimeSettings
@@ -74,7 +73,7 @@ def versions() -> dict[str, str]:
     """Of what ran on both sides."""
     (server_numpy,) = SERVER_NUMPY.glob("numpy-*.dist-info")
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return found | {"numpy of the server": server_numpy.name.split("-")[1], "python": platform.python_version()}
+    return found | {"numpy of the server": server_numpy.stem.partition("-")[2], "python": platform.python_version()}
 
 
 def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -85,8 +84,9 @@ def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"{report['requests']:,} requests of {result['distinct_requests']} distinct ones by {plan['clients']} clients, "
         f"half of them over HTTP and half over gRPC: {report['lost']} lost, {report['wrong']} wrong. tritonserver "
         f"{packages['tritonserver']}, ONNX Runtime {packages['onnxruntime']}, {machine['cpu']}, {machine['cores']} "
-        f"cores that clients, server, models and other programs shared (load average {machine['load_before']:.1f} before); "
-        f"commit {result['commit'][:7]}, {result['date']}. This shows that load is held; it says nothing about speed. "
+        "cores that clients, server, models and other programs shared (load average before: "
+        f"{machine['load_before']:.1f}); commit {result['commit'][:7]}, {result['date']}. This shows that load is held; "
+        "it says nothing about speed. "
         f"Made by `{result['command']}`; raw: "
         "[soak_triton.json](../tests/bench/results/soak_triton.json)."
     )

@@ -211,7 +211,7 @@ def run_load(
                 answer: dict[str, Any] | Exception
                 try:
                     answer = send(client, protocol, pool[index].model, ready[protocol][index][keyed])
-                except Exception as error:  # noqa: BLE001 - whatever it is, this request has no answer
+                except Exception as error:  # whatever it is, this request has no answer
                     answer = error
                 tally.add(pool[index], protocol, time.perf_counter() - started, answer)
 
