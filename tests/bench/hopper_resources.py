@@ -18,7 +18,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
 from bench_plugin import write_rows  # noqa: E402
 
 from hstu_compile.plugins.kernels.hopper.compile import compile_hopper, resource_report  # noqa: E402
-from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, HopperVariant, hopper_variants_for  # noqa: E402
+from hstu_compile.plugins.kernels.hopper.variants import (  # noqa: E402
+    BLOCK_DIMS,
+    SILU_FORMS,
+    HopperVariant,
+    hopper_variants_for,
+)
 
 RESULTS = Path(__file__).parent / "results" / "hopper_resources.csv"
 
@@ -32,6 +37,7 @@ def all_variants() -> list[HopperVariant]:
         for is_causal in (False, True)
         for pos_bias in (False, True)
         for bits in (0, 32, 64)
+        for silu in SILU_FORMS
         for variant in hopper_variants_for(
             dtype,
             dim,
@@ -40,6 +46,7 @@ def all_variants() -> list[HopperVariant]:
             pos_bias=pos_bias,
             time_bias=bits > 0,
             timestamp_bits=bits or 64,
+            silu=silu,
         )
     ]
     return list(dict.fromkeys(found))

@@ -1,8 +1,9 @@
-"""The Hopper kernel's masks, key tiles and time table, compiled for this machine and compared with the oracle."""
+"""The Hopper kernel's masks, key tiles, time table and SiLU, compiled for this machine and compared with the oracle."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -210,3 +211,97 @@ def test_searched_buckets_are_exact_for_any_times(arithmetic: ctypes.CDLL, row: 
     )
     distance = min(abs(row - column), 2**63 - 1)
     assert bias == 0.5 * np.searchsorted(thresholds, distance, side="right")
+
+
+#: Relative errors that the PTX ISA documents: of tanh.approx, of ex2.approx (2 ulps) and of rcp.approx (1 ulp).
+DOCUMENTED = (2.0**-11, 2.0**-22, 2.0**-23)
+#: What silu.cuh says is lost where the accurate form's denominator leaves float32's range.
+FLUSHED = 2.0**-119
+
+
+def _silu(library: ctypes.CDLL, halves: np.ndarray, errors: tuple[float, ...], *, is_accurate: bool) -> np.ndarray:
+    out = np.full(len(halves), np.nan, np.float32)
+    library.hstu_silu(
+        int(is_accurate),
+        halves.ctypes.data_as(ctypes.c_void_p),
+        len(halves),
+        (ctypes.c_double * 3)(*errors),
+        out.ctypes.data_as(ctypes.c_void_p),
+    )
+    return out.astype(np.float64)
+
+
+def _exact_silu(x: np.ndarray) -> np.ndarray:
+    # By the power that is at most one: the other overflows.
+    power = np.exp(-np.abs(x))
+    return np.where(x >= 0, x, x * power) / (1.0 + power)
+
+
+def _halves() -> np.ndarray:
+    """Halves of scores of both signs: of every magnitude, and densely where SiLU bends."""
+    magnitudes = np.concatenate([np.geomspace(2.0**-140, 2.0**126, 20_000), np.linspace(0, 64, 200_001)])
+    return np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
+
+
+def _worst_share(library: ctypes.CDLL, *, is_accurate: bool) -> float:
+    """The largest error as a share of the bound in silu.cuh, over all directions of the approximations' errors."""
+    halves = _halves()
+    x = 2.0 * halves.astype(np.float64)
+    exact = _exact_silu(x)
+    if is_accurate:
+        bound = (4.0 + np.maximum(-x, 0.0)) * 2.0**-23 * np.abs(exact) + FLUSHED
+    else:
+        # Half of the least float32 beside it: of a subnormal sum, rounding is no share.
+        bound = 2.0**-12 * _exact_silu(np.abs(x)) + 2.0**-24 * np.abs(exact) + 2.0**-150
+    shares = [0.0]
+    # The documented errors include the rounding of the results, which the functions of arithmetic.cpp add.
+    for signs in itertools.product((-1.0, 1.0), repeat=3):
+        errors = tuple(sign * (error - 2.0**-24) for sign, error in zip(signs, DOCUMENTED, strict=True))
+        found = _silu(library, halves, errors, is_accurate=is_accurate)
+        assert np.isfinite(found).all()
+        shares.append(float(np.max(np.abs(found - exact)[bound > 0] / bound[bound > 0])))
+    return max(shares)
+
+
+@pytest.mark.parametrize("is_accurate", [False, True])
+def test_silu_keeps_the_bound_that_is_stated_and_comes_near_it(arithmetic: ctypes.CDLL, is_accurate: bool) -> None:
+    # A bound twice as wide as it need be would be no statement. The exact values are float64's, which is the tolerance.
+    assert 0.5 < _worst_share(arithmetic, is_accurate=is_accurate) <= 1.0 + 1e-12
+
+
+def test_the_fast_silu_adds_to_a_positive_score_half_of_what_float16_rounds_by(arithmetic: ctypes.CDLL) -> None:
+    halves = _halves()
+    halves = halves[(halves > 2.0**-14) & (halves < 2.0**14)]
+    exact = _exact_silu(2.0 * halves.astype(np.float64))
+    for sign in (-1.0, 1.0):
+        found = _silu(arithmetic, halves, (sign * DOCUMENTED[0], 0.0, 0.0), is_accurate=False)
+        assert np.max(np.abs(found - exact) / exact) < 1.001 * 2.0**-12
+
+
+def test_the_accurate_silu_is_hundreds_of_times_closer_to_the_weights_of_negative_scores(
+    arithmetic: ctypes.CDLL,
+) -> None:
+    halves = np.linspace(-8, -1, 1001).astype(np.float32)
+    exact = _exact_silu(2.0 * halves.astype(np.float64))
+    worst = [
+        np.max(np.abs(_silu(arithmetic, halves, DOCUMENTED, is_accurate=form) - exact) / np.abs(exact))
+        for form in (False, True)
+    ]
+    assert worst[0] > 2.0**-11
+    assert worst[1] < 2.0**-18
+    assert worst[1] * 1000 < worst[0]
+
+
+@pytest.mark.parametrize("is_accurate", [False, True])
+def test_silu_of_what_is_not_a_number(arithmetic: ctypes.CDLL, is_accurate: bool) -> None:
+    halves = np.array([np.nan, -np.inf, np.inf, 0.0, -1e30, 1e30], np.float32)
+    found = _silu(arithmetic, halves, (0.0, 0.0, 0.0), is_accurate=is_accurate)
+    np.testing.assert_array_equal(found, np.array([np.nan, np.nan, np.inf, 0.0, 0.0, np.float32(2e30)]))
+
+
+def test_the_comparison_of_silu_sees_a_tanh_that_is_twice_as_far_off(
+    arithmetic: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "DOCUMENTED", (2.0**-10, 2.0**-20, 2.0**-21))
+    assert _worst_share(arithmetic, is_accurate=False) > 1.5
+    assert _worst_share(arithmetic, is_accurate=True) > 1.5

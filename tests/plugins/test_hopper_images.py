@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -29,7 +30,9 @@ from hstu_compile.plugins.kernels.hopper.compile import (
 from hstu_compile.plugins.kernels.hopper.driver import AttentionParameters
 from hstu_compile.plugins.kernels.hopper.variants import (
     BLOCK_DIMS,
+    SILU_FORMS,
     HopperVariant,
+    Silu,
     hopper_variants_for,
     shared_bytes,
     tile_of,
@@ -40,11 +43,15 @@ from tests.plugins.conformance.libraries import plugin_cache
 
 KERNELS = Path(aot.__file__).parent
 COMMON = KERNELS.parent / "common"
-#: Both splits at both head dims that must not spill; the first two are also in the small library.
+#: Both splits at both head dims that must not spill; the first two are also in the small library. Then those with an
+#: accurate SiLU that came closest to spilling, and one at the third head dim.
 COMPILED = (
     *hopper_variants_for("float16", 64, 64),
     *hopper_variants_for("bfloat16", 128, 128),
     hopper_variants_for("float16", 64, 64, plain_causal=True)[0],
+    hopper_variants_for("float16", 64, 64, silu="accurate")[1],
+    hopper_variants_for("bfloat16", 128, 128, plain_causal=True, silu="accurate")[0],
+    hopper_variants_for("bfloat16", 256, 256, silu="accurate")[0],
 )
 VARIANT = COMPILED[0]
 REGISTERS_OF_AN_SM = 65536
@@ -95,10 +102,13 @@ def test_a_block_fits_an_sm(images: list[HopperImage]) -> None:
 def test_every_kernel_s_shared_memory_fits_an_sm(block_dim: int) -> None:
     for pos_bias in (False, True):
         for time_bias in (False, True):
-            variants = hopper_variants_for("float16", block_dim, block_dim, pos_bias=pos_bias, time_bias=time_bias)
-            assert variants
-            for variant in variants:
-                assert shared_bytes(variant) <= SHARED_LIMIT[90], variant
+            for silu in SILU_FORMS:
+                variants = hopper_variants_for(
+                    "float16", block_dim, block_dim, pos_bias=pos_bias, time_bias=time_bias, silu=silu
+                )
+                assert variants
+                for variant in variants:
+                    assert shared_bytes(variant) <= SHARED_LIMIT[90], variant
 
 
 def test_products_are_warpgroups_and_copies_are_tensor_copies(sass: list[str]) -> None:
@@ -132,6 +142,15 @@ def test_descriptors_stay_in_uniform_registers(sass: list[str]) -> None:
         products = sum(opcode.startswith("HGMMA") for opcode in loop)
         assert products == variant.block_dim // 16 + tile_of(variant).block_n // 16
         assert sum(opcode.startswith("R2UR") for opcode in loop) < products / 2, variant
+
+
+def test_the_form_of_silu_is_in_the_machine_code(sass: list[str]) -> None:
+    for variant, text in zip(COMPILED, sass, strict=True):
+        loop = _innermost_product_loop(text)
+        found = {name: loop.count(f"MUFU.{name}") for name in ("TANH", "EX2", "RCP")}
+        accurate = tile_of(variant).block_n // 2 * variant.is_accurate
+        fast = tile_of(variant).block_n // 2 - accurate
+        assert found == {"TANH": fast, "EX2": accurate, "RCP": accurate}, variant
 
 
 def test_shared_memory_is_read_as_such(sass: list[str]) -> None:
@@ -238,6 +257,15 @@ def test_which_kernels_a_library_gets() -> None:
     assert hopper_variants_of(variants_for("float16", 50, 50)) == (), "no multiple of 8, as far as the kernel tells"
     (biased,) = hopper_variants_of(variants_for("float16", 64, 64, pos_bias=True, time_bias=True, timestamp_bits=32))
     assert (biased.pos_bias, biased.timestamp_bits, biased.split) == (True, 32, 1)
+
+
+def test_the_form_of_silu_is_chosen_by_name() -> None:
+    fast = hopper_variants_for("float16", 64, 64)
+    accurate = hopper_variants_for("float16", 64, 64, silu="accurate")
+    assert [variant.is_accurate for variant in (*fast, *accurate)] == [False, False, True, True]
+    assert [dataclasses.replace(variant, is_accurate=False) for variant in accurate] == list(fast)
+    with pytest.raises(ValueError, match="silu must be one of fast, accurate, got 'exact'"):
+        hopper_variants_for("float16", 64, 64, silu=cast(Silu, "exact"))
 
 
 def test_a_library_says_why_it_has_no_hopper_kernels(no_nvcc: Path) -> None:

@@ -101,6 +101,20 @@ def test_a_short_launch_is_split_and_a_long_one_is_not(
     assert launched[-1][0] == 132
 
 
+def test_the_form_of_silu_chooses_the_kernel(
+    launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    kernel = launch._kernel
+    monkeypatch.setattr(launch, "_kernel", lambda variant, _: asked.append(variant.is_accurate) or kernel(variant, _))
+    for silu in ({}, {"silu": "fast"}, {"silu": "accurate"}):
+        launch.hstu_attention_hopper(**_arguments(**silu))
+    assert asked == [False, False, True]
+    assert len(launched) == 3
+    with pytest.raises(ValueError, match="silu must be one of fast, accurate, got 'exact'"):
+        launch.hstu_attention_hopper(**_arguments(silu="exact"))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, Turns, hopper_variants_for
+from hstu_compile.plugins.kernels.hopper.variants import BLOCK_DIMS, SILU_FORMS, Turns, hopper_variants_for
 from tests.plugins.hopper_protocol import DeadlockError, Fault, HazardError, Protocol, play, protocol_of, random_tiles
 
 SEEDS = range(300)
 PROTOCOLS = {
-    f"dim{dim}-split{variant.split}": protocol_of(variant)
+    f"dim{dim}-split{variant.split}-{silu}": protocol_of(variant)
     for dim in BLOCK_DIMS
-    for variant in hopper_variants_for("float16", dim, dim)
+    for silu in SILU_FORMS
+    for variant in hopper_variants_for("float16", dim, dim, silu=silu)
 }
 #: Two warpgroups in turns with two of everything, as small as a kernel gets.
 SMALL = Protocol(

@@ -1,5 +1,4 @@
-// SiLU of the scores. silu(x) = h (1 + tanh h), h = x / 2: one special-function instruction where an exponential and a
-// reciprocal would be two.
+// From scores to the weights that values are multiplied with: SiLU by this GPU's instructions, and rounding.
 #ifndef HSTU_HOPPER_ACTIVATION_CUH
 #define HSTU_HOPPER_ACTIVATION_CUH
 
@@ -7,6 +6,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "silu.cuh"
 
 namespace hstu
 {
@@ -30,14 +31,39 @@ __device__ __forceinline__ uint32_t packPair<__nv_bfloat16>(float low, float hig
     return pair;
 }
 
-//! x: h on entry, silu(2 h) on return. tanh.approx.f32 has a relative error of up to 2^-11, so silu one of |h| 2^-11: as
-//! much as fp16 rounds the weight of a large score by. Its half-precision pair would save nothing here: this GPU computes
-//! it as two instructions of the same unit.
+//! Instructions of the special-function unit, with the errors that the PTX ISA documents for them.
+struct SpecialFunctions
+{
+    //! Relative error up to 2^-11. Its half-precision pair would save nothing: this GPU computes that as two instructions.
+    static __device__ __forceinline__ float tanh(float x)
+    {
+        float result;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+
+    //! Up to 2 ulps, 2^-22. Results below 2^-126 are zero: keeping them would take a comparison and two products.
+    static __device__ __forceinline__ float powerOfTwo(float x)
+    {
+        float result;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+
+    //! Up to 1 ulp, 2^-23; zero where the result is below 2^-126.
+    static __device__ __forceinline__ float reciprocal(float x)
+    {
+        float result;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+};
+
+//! x: h on entry, silu(2 h) on return.
+template <bool kIsAccurate>
 __device__ __forceinline__ void activate(float& x)
 {
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x));
-    x = fmaf(x, t, x);
+    x = kIsAccurate ? accurateSilu<SpecialFunctions>(x) : fastSilu<SpecialFunctions>(x);
 }
 
 } // namespace hstu

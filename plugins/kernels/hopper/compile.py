@@ -193,6 +193,7 @@ def _switches(variant: HopperVariant) -> list[str]:
         "SPLIT": variant.split,
         "POS_BIAS": int(variant.pos_bias),
         "TIMESTAMP_BITS": variant.timestamp_bits,
+        "ACCURATE": int(variant.is_accurate),
         "SHARED_BYTES": shared_bytes(variant),
     }
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17", "-Xptxas=-v"]

@@ -6,8 +6,8 @@
 // key tile are multiplied while the values of the last one are, and SiLU of the next runs beside the latter.
 //
 // Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES, HSTU_PLAIN_CAUSAL,
-// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SPLIT, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS and HSTU_SHARED_BYTES; compile.py chooses
-// them.
+// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SPLIT, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS, HSTU_ACCURATE and HSTU_SHARED_BYTES;
+// compile.py chooses them.
 #include <cstdint>
 #include <type_traits>
 
@@ -38,6 +38,7 @@ constexpr bool kPosBias = HSTU_POS_BIAS != 0;
 constexpr bool kTimeBias = HSTU_TIMESTAMP_BITS != 0;
 using Timestamp = std::conditional_t<HSTU_TIMESTAMP_BITS == 32, int32_t, int64_t>;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
+constexpr bool kIsAccurate = HSTU_ACCURATE != 0;
 
 constexpr int32_t kSlab = 64; // columns of a 128-byte swizzled row
 constexpr int32_t kSlabs = kDim / kSlab;
@@ -76,7 +77,8 @@ constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the 
 constexpr bool kTurns = HSTU_TURNS != 0;
 constexpr bool kTurnsLastForScores = HSTU_TURNS == 2;
 // Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
-constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && !kTimeBias;
+constexpr bool kHasRoomForBounds = !kTimeBias && !(kIsAccurate && kDim == 128);
+constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && kHasRoomForBounds;
 
 // A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn.
 constexpr bool kSkipsUnseen = kBlockN == 64 && !kTurns;
@@ -781,7 +783,7 @@ struct Consumer
 #pragma unroll
         for (int32_t i = 0; i < kBlockN / 2; ++i)
         {
-            activate(scores[i]);
+            activate<kIsAccurate>(scores[i]);
         }
     }
 

@@ -24,7 +24,9 @@ from hstu_compile.plugins.kernels.hopper.variants import (
     HOPPER_ARCH,
     MOST_TIME_HEADS,
     HopperVariant,
+    Silu,
     block_dim_of,
+    check_silu,
     chosen_split,
 )
 
@@ -92,6 +94,7 @@ def hstu_attention_hopper(
     max_attn_len: int = 0,
     min_full_attn_seq_len: int = 0,
     split: int | None = None,
+    silu: Silu = "fast",
 ) -> torch.Tensor:
     """Return HSTU attention [Lq, H, Dv] in q's dtype; one launch, no synchronisation, fit for a CUDA graph.
 
@@ -105,11 +108,13 @@ def hstu_attention_hopper(
         pos_table: [1 or H, 2 * pos_table_len - 1] float32.
         alpha: multiplier of the products; the other attributes as in the contract.
         split: blocks that share a tile of query rows; None chooses by the shapes.
+        silu: "fast" or "accurate"; silu.cuh has the error of each.
 
     Raises:
-        ValueError: tensors that the kernel does not take, in the words of ``why_not``.
+        ValueError: tensors that the kernel does not take, in the words of ``why_not``; no such silu.
         RuntimeError: the kernel does not compile, or the driver refuses it.
     """
+    check_silu(silu)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     reason = why_not(q, k, v)
     if reason is not None:
@@ -163,7 +168,7 @@ def hstu_attention_hopper(
     bits = 0 if row_timestamps is None else time_type.itemsize * 8
     has_bias = bits > 0 or pos_table is not None
     chosen = split or chosen_split(dim, lq, lk, batch, heads, multiprocessors, has_bias=has_bias)
-    variant = HopperVariant(dtype_name, dim, is_plain, chosen, pos_table is not None, bits)
+    variant = HopperVariant(dtype_name, dim, is_plain, chosen, pos_table is not None, bits, silu == "accurate")
     image, function = _kernel(variant, q.device.index)
     stream = torch.cuda.current_stream(q.device).cuda_stream
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 #: Compute capability that the kernels are for, as 10 * major + minor; the code is specific to it (sm_90a).
 HOPPER_ARCH = 90
@@ -23,6 +24,12 @@ MOST_TIME_HEADS = 8
 _TIME_TABLE_BYTES = 249 * 4 * (3 + 2 * MOST_TIME_HEADS) + 8
 #: The struct of a block's memory ends at a multiple of this.
 _ALIGNMENT = 1024
+
+
+#: How SiLU is computed; the errors are derived in silu.cuh. "fast" adds up to 2^-12 of the weight that the score's
+#: magnitude has, half of what float16 rounds it by; "accurate" a few times 2^-23 of the weight itself.
+Silu = Literal["fast", "accurate"]
+SILU_FORMS: tuple[Silu, ...] = get_args(Silu)
 
 
 class Turns(enum.IntEnum):
@@ -68,6 +75,7 @@ class HopperVariant:
         split: blocks that share a tile of query rows, 1 or 2; 2 is for launches with fewer tiles than the GPU has SMs.
         pos_bias: adds the position bias.
         timestamp_bits: of the timestamps of a time bias, 32 or 64; 0 without one.
+        is_accurate: SiLU by an exponential and a reciprocal instead of a tanh.
     """
 
     dtype: str
@@ -76,6 +84,7 @@ class HopperVariant:
     split: int = 1
     pos_bias: bool = False
     timestamp_bits: int = 0
+    is_accurate: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no kernel is compiled for."""
@@ -131,6 +140,11 @@ _TILES = {
 def tile_of(variant: HopperVariant) -> HopperTile:
     """Return the tile that a variant is compiled with."""
     tile = _TILES[variant.block_dim, variant.split]
+    if variant.is_accurate:
+        # The powers and reciprocals in flight need the registers: with held queries these kernels spill at head dims 64
+        # and 128, and at 64 a shared tile does with turns that end when scores are there.
+        turns = min(tile.turns, Turns.PRODUCTS) if variant.split > 1 else tile.turns
+        return replace(tile, held_steps=0, turns=turns, reason="no registers for what the tanh's tile holds")
     # What times are looked up with needs the registers.
     return replace(tile, held_steps=0) if variant.timestamp_bits else tile
 
@@ -163,6 +177,16 @@ def block_dim_of(dqk: int, dv: int) -> int | None:
     return next(dim for dim in BLOCK_DIMS if dim >= max(dqk, dv))
 
 
+def check_silu(silu: str) -> None:
+    """Refuse a form of SiLU that does not exist.
+
+    Raises:
+        ValueError: naming those that do.
+    """
+    if silu not in SILU_FORMS:
+        raise ValueError(f"silu must be one of {', '.join(SILU_FORMS)}, got {silu!r}")
+
+
 def hopper_variants_for(
     dtype: str,
     dqk: int,
@@ -172,6 +196,7 @@ def hopper_variants_for(
     pos_bias: bool = False,
     time_bias: bool = False,
     timestamp_bits: int = 64,
+    silu: Silu = "fast",
 ) -> tuple[HopperVariant, ...]:
     """Return the Hopper kernels that one model can use: none for float32 or for head dims they cannot address.
 
@@ -181,13 +206,19 @@ def hopper_variants_for(
         plain_causal: the model has no targets, contextual prefix or window.
         pos_bias: the model adds a position bias; time_bias likewise.
         timestamp_bits: 64 or 32; ignored without a time bias.
+        silu: "fast" or "accurate".
+
+    Raises:
+        ValueError: silu is neither.
     """
+    check_silu(silu)
     dim = block_dim_of(dqk, dv)
     if dim is None or dtype not in ELEMENT_TYPES:
         return ()
     bits = timestamp_bits if time_bias else 0
     choices = splits(dim, has_bias=pos_bias or time_bias)
-    return tuple(HopperVariant(dtype, dim, plain_causal, split, pos_bias, bits) for split in choices)
+    is_accurate = silu == "accurate"
+    return tuple(HopperVariant(dtype, dim, plain_causal, split, pos_bias, bits, is_accurate) for split in choices)
 
 
 #: A cluster takes a tile in half the time, but only half as many clusters fit on the GPU, and each exchange costs what

@@ -2,6 +2,7 @@
 #include "device.h"
 
 #include "bias.cuh"
+#include "silu.cuh"
 #include "tile.cuh"
 
 namespace
@@ -54,6 +55,34 @@ int32_t tileMask(hstu::AttentionParameters const& p, hstu::Tile& tile, int32_t r
     }
     return 0;
 }
+
+//! Approximations that are off by what is documented for the GPU's, each in a direction of the caller's choice.
+struct Documented
+{
+    static inline double tanhError = 0.0;       //!< relative, as are the others
+    static inline double powerError = 0.0;
+    static inline double reciprocalError = 0.0;
+
+    static float tanh(float x)
+    {
+        return static_cast<float>(std::tanh(static_cast<double>(x)) * (1.0 + tanhError));
+    }
+
+    static float powerOfTwo(float x)
+    {
+        return flushed(std::exp2(static_cast<double>(x)) * (1.0 + powerError));
+    }
+
+    static float reciprocal(float x)
+    {
+        return flushed(1.0 / static_cast<double>(x) * (1.0 + reciprocalError));
+    }
+
+    static float flushed(double value)
+    {
+        return std::fabs(value) < 0x1p-126 ? 0.0F : static_cast<float>(value);
+    }
+};
 
 } // namespace
 
@@ -129,4 +158,16 @@ extern "C" float hstu_searched_time_bias(
     p.numBuckets = numBuckets;
     p.tsHeads = 1;
     return hstu::searchedTimeBias<int64_t>(p, 0, row, column);
+}
+
+//! silu(2 h) of each h. The relative errors of the approximations are `errors`: tanh, power of two, reciprocal.
+extern "C" void hstu_silu(int32_t isAccurate, float const* halves, int32_t count, double const* errors, float* out)
+{
+    Documented::tanhError = errors[0];
+    Documented::powerError = errors[1];
+    Documented::reciprocalError = errors[2];
+    for (int32_t i = 0; i < count; ++i)
+    {
+        out[i] = isAccurate != 0 ? hstu::accurateSilu<Documented>(halves[i]) : hstu::fastSilu<Documented>(halves[i]);
+    }
 }
