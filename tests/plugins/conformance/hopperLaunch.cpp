@@ -215,9 +215,11 @@ private:
 
     void checkSharedTiles()
     {
-        Shape const shape{2, 300, 300, 4, 64, 64};
+        Shape const few{2, 300, 2047, 4, 64, 64};
+        expect(launchOf(coreOf(few), few, pointersOf(attributesOf(false))).image == kCode + 1, "few keys are not worth it");
+        Shape const shape{2, 300, 2048, 4, 64, 64};
         fake::Launch const launch = launchOf(coreOf(shape), shape, pointersOf(attributesOf(false)));
-        expect(launch.image == kCode + 2, "few tiles are split");
+        expect(launch.image == kCode + 2, "few tiles with many keys are split");
         expect(launch.grid[0] == 2 * (300 / 128 + 2) * 4, "a pair for every tile that there may be");
         expect(launch.block[0] == 384 && launch.sharedBytes == 1002, "the split image's threads and shared memory");
         expect(launch.maps[0].box[2] == 128, "and its tile");
