@@ -146,6 +146,20 @@ class TritonServer:
         with http_client(self) as client:
             client.load_model(model)
 
+    def send_signal(self, sig: int) -> None:
+        """To the server's own process; `wait` tells how it ends."""
+        assert self._process is not None
+        self._process.send_signal(sig)
+
+    def wait(self, seconds: float) -> int:
+        """The exit code of a server that was told to end; what it started is left alone.
+
+        Raises:
+            subprocess.TimeoutExpired: if it still runs.
+        """
+        assert self._process is not None
+        return self._process.wait(seconds)
+
     def stop(self, sig: int = signal.SIGTERM) -> int:
         """End the server and every process that it started; its exit code."""
         process, self._process = self._process, None
