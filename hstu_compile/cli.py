@@ -144,6 +144,13 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
     help="Tables in the graph, or embedding rows as inputs (ranking models).",
 )
 @click.option(
+    "--attention-silu",
+    type=click.Choice(["fast", "accurate"]),
+    default="fast",
+    show_default=True,
+    help="Error of the plugin's SiLU on Hopper: fast adds half of what fp16 rounds a positive score's weight by.",
+)
+@click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare every artifact with the eager model."
 )
 @click.option(
@@ -203,7 +210,10 @@ def _print_plan(plan: BuildPlan, precision: str) -> None:
     config = plan.spec.config
     click.echo(f"checkpoint  {facts['checkpoint']['file']}, dialect {plan.spec.dialect}")
     click.echo(f"model       {config.num_layers} layers, {facts['parameters']} parameters, precision {precision}")
-    click.echo(f"attention   {facts['attention_nodes']} hstu::HstuAttention nodes, one per layer; all layers covered")
+    click.echo(
+        f"attention   {facts['attention_nodes']} hstu::HstuAttention nodes, one per layer; all layers covered; "
+        f"SiLU {plan.attention_silu}"
+    )
     limits = plan.limits
     click.echo(f"graphs      {', '.join(plan.graphs)}")
     click.echo(
@@ -395,6 +405,13 @@ def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) 
     default="refuse",
     show_default=True,
     help="Ids outside their table (python, ranking models).",
+)
+@click.option(
+    "--lost-process",
+    type=click.Choice(["report", "stop_server"]),
+    default="report",
+    show_default=True,
+    help="When the model's process ends unasked (python).",
 )
 @click.option("--execution-env", metavar="PATH", help="Python of the python backend: a conda-pack archive or folder.")
 @click.option("--force", is_flag=True, help="Replace a model of that name.")

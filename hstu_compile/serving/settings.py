@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from hstu_compile.errors import UsageError
 from hstu_compile.profiles import check_counts
@@ -14,11 +14,13 @@ from hstu_compile.serving.pbtxt import Message
 
 #: Prefix of our parameters in a config.pbtxt: whoever edits one sees whose it is.
 PREFIX = "hstu_"
+LostProcess = Literal["report", "stop_server"]
 _CHOICES = {
     "runtime": RUNTIMES,
     "device": ("cpu", "gpu"),
     "truncation": get_args(Truncation),
     "unknown_ids": get_args(UnknownIds),
+    "lost_process": get_args(LostProcess),
 }
 _MEBI = 1 << 20
 
@@ -56,6 +58,7 @@ class RuntimeSettings:
         kv_budget_mib: memory of the KV cache in MiB, of a model that has one; 0 keeps nothing.
         truncation: a history over the limit: refuse it, or keep its last events and say how many went.
         unknown_ids: an id outside its table: refuse it, or take the table's first or last row (ranking models).
+        lost_process: the model's process has ended unasked: say so in the server's log, or end the server as well.
 
     Raises:
         UsageError: HSTU-E901 for a value that is none.
@@ -66,6 +69,7 @@ class RuntimeSettings:
     kv_budget_mib: int = 256
     truncation: Truncation = "refuse"
     unknown_ids: UnknownIds = "refuse"
+    lost_process: LostProcess = "report"
 
     def __post_init__(self) -> None:
         check_counts({"--kv-budget-mib": self.kv_budget_mib}, lowest=0)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.errors import EngineError, HstuCompileError, RequestError
 from hstu_compile.serving.answering import Answer, open_answerer
+from hstu_compile.serving.process_guard import ProcessGuard
 from hstu_compile.serving.settings import RuntimeSettings
 
 BUNDLE_FOLDER = "bundle"
@@ -44,9 +45,12 @@ class TritonPythonModel:
             # This process serves one instance, and the runtime takes the first GPU that it sees.
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         try:
-            self._answerer = open_answerer(bundle, RuntimeSettings.from_parameters(parameters))
+            settings = RuntimeSettings.from_parameters(parameters)
+            self._answerer = open_answerer(bundle, settings)
         except HstuCompileError as error:
             raise pb_utils.TritonModelException(str(error)) from error
+        # Last: a model that is not loaded ends its process without being asked to.
+        self._guard = ProcessGuard.of_this_process(args["model_name"], settings.lost_process == "stop_server")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests in one pass; what is wrong with one is that one's error alone."""
@@ -55,6 +59,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Free the runtime."""
+        self._guard.release()
         self._answerer.close()
 
     def _arrays(self, request: Any) -> dict[str, NDArray[Any]]:

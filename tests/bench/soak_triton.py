@@ -85,8 +85,8 @@ def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"half of them over HTTP and half over gRPC: {report['lost']} lost, {report['wrong']} wrong. tritonserver "
         f"{packages['tritonserver']}, ONNX Runtime {packages['onnxruntime']}, {machine['cpu']}, {machine['cores']} "
         "cores that clients, server, models and other programs shared (load average before: "
-        f"{machine['load_before']:.1f}); commit {result['commit'][:7]}, {result['date']}. This shows that load is held; "
-        "it says nothing about speed. "
+        f"{machine['load_before']:.1f}); commit {result['commit'][:7]}, {result['date']}. This shows that load is "
+        "held; it says nothing about speed. "
         f"Made by `{result['command']}`; raw: "
         "[soak_triton.json](../tests/bench/results/soak_triton.json)."
     )
@@ -137,6 +137,7 @@ def main() -> int:
         print(f"error: {found}", file=sys.stderr)
         return 2
     plan = LoadPlan(options.requests, options.clients, options.seed)
+    commit = commit_of()  # of what runs; it takes minutes
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
     with tempfile.TemporaryDirectory(prefix="soak-triton-") as folder:
         report, pool, server = soak(found, Path(folder), plan, options.users)
@@ -150,7 +151,7 @@ def main() -> int:
         "report": dataclasses.asdict(report),
         "versions": versions() | server,
         "machine": machine,
-        "commit": commit_of(),
+        "commit": commit,
         "date": today(),
         "command": shlex.join(["python", "tests/bench/soak_triton.py", *sys.argv[1:]]),
     }

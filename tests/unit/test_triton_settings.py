@@ -9,7 +9,7 @@ from hstu_compile.serving.settings import RuntimeSettings, Scheduling
 
 
 def test_settings_come_back_from_the_parameters_of_a_configuration():
-    settings = RuntimeSettings("tensorrt", "cpu", 12, "keep_last", "clamp")
+    settings = RuntimeSettings("tensorrt", "cpu", 12, "keep_last", "clamp", "stop_server")
     parameters = {**settings.to_parameters(), "EXECUTION_ENV_PATH": "/env"}
     assert RuntimeSettings.from_parameters(parameters) == settings
     assert RuntimeSettings.from_parameters({}) == RuntimeSettings()
@@ -24,6 +24,7 @@ def test_settings_come_back_from_the_parameters_of_a_configuration():
         ({"hstu_unknown_ids": "drop"}, "there is no unknown_ids 'drop'.*--unknown-ids"),
         ({"hstu_runtime": "torch"}, "there is no runtime 'torch'.*onnxruntime"),
         ({"hstu_device": "tpu"}, "there is no device 'tpu'"),
+        ({"hstu_lost_process": "ignore"}, "there is no lost_process 'ignore'.*report, stop_server.*--lost-process"),
         ({"hstu_kv_budget_mib": "a lot"}, "hstu_kv_budget_mib 'a lot' is no number"),
         ({"hstu_kv_budget_mib": "-1"}, "hstu_kv_budget_mib '-1' is no number"),
     ],
