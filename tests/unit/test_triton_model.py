@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -53,6 +53,21 @@ class ModelError(Exception):
     """What ends the loading of a model."""
 
 
+class Guard:
+    """What watches the process; the tests' own needs no watching."""
+
+    made: ClassVar[list[tuple[str, bool]]] = []
+    released = 0
+
+    @classmethod
+    def of_this_process(cls, model: str, stop_server: bool) -> Guard:
+        cls.made.append((model, stop_server))
+        return cls()
+
+    def release(self) -> None:
+        Guard.released += 1
+
+
 @pytest.fixture
 def model_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """hstu_compile.serving.triton_model over the stand-in."""
@@ -63,7 +78,9 @@ def model_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utilities)
     monkeypatch.delitem(sys.modules, "hstu_compile.serving.triton_model", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    yield importlib.import_module("hstu_compile.serving.triton_model")
+    module = importlib.import_module("hstu_compile.serving.triton_model")
+    monkeypatch.setattr(module, "ProcessGuard", Guard)
+    yield module
     sys.modules.pop("hstu_compile.serving.triton_model", None)
 
 
@@ -93,6 +110,7 @@ def arguments(kind: str = "CPU", **parameters: str) -> dict[str, str]:
     }
     return {
         "model_config": json.dumps(config),
+        "model_name": "m",
         "model_repository": "/models/m",
         "model_version": "3",
         "model_instance_kind": kind,
@@ -115,8 +133,23 @@ def test_requests_become_arrays_and_answers_responses(model_module: Any, monkeyp
     assert [(each.name, each.array.tolist()) for each in good.tensors] == [("y", [[1.0]])]
     assert (wrong.error.code, failed.error.code) == ("invalid", "internal")
     assert wrong.error.message.startswith("error[HSTU-E703] request:")
+    assert Guard.made[-1] == ("m", False)
+    released = Guard.released
     model.finalize()
     assert answers.closed
+    assert Guard.released == released + 1
+
+
+def test_the_process_is_watched_as_the_configuration_says_and_only_if_the_model_was_opened(
+    model_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = len(Guard.made)
+    with pytest.raises(ModelError):
+        model_module.TritonPythonModel().initialize(arguments())
+    assert len(Guard.made) == made
+    monkeypatch.setattr(model_module, "open_answerer", lambda *each: Answers())
+    model_module.TritonPythonModel().initialize(arguments(hstu_lost_process="stop_server"))
+    assert Guard.made[made:] == [("m", True)]
 
 
 def test_an_instance_on_a_gpu_sees_that_one_alone(model_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
