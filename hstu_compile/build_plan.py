@@ -7,7 +7,7 @@ from typing import Any
 
 from hstu_compile.artifacts import CheckpointSpec
 from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint
-from hstu_compile.config import BuildConfig, Limits
+from hstu_compile.config import AttentionSilu, BuildConfig, Limits
 from hstu_compile.environment import BackendChoice, choose_backend
 from hstu_compile.errors import UsageError
 from hstu_compile.graph_limits import GraphLimits
@@ -25,12 +25,14 @@ class BuildPlan:
         limits: of shapes, resolved.
         backend: engine builder and why.
         prune: compute the last layer only for the rows that are read.
+        attention_silu: error that the attention kernels' SiLU may have.
     """
 
     spec: CheckpointSpec
     limits: Limits
     backend: BackendChoice
     prune: bool = True
+    attention_silu: AttentionSilu = "fast"
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -60,6 +62,7 @@ class BuildPlan:
             "backend": dataclasses.asdict(self.backend),
             "graphs": list(self.graphs),
             "prune_last_layer": self.prune,
+            "attention_silu": self.attention_silu,
             "attention_nodes": self.spec.config.num_layers,
             "parameters": sum(tensor.numel() for tensor in self.spec.state_dict.values()),
             "ignored_keys": list(self.spec.ignored_keys),
@@ -78,7 +81,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     user_config = config_from_file(config.config_file) if config.config_file is not None else None
     external = config.embeddings == "external"
     spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect, external_embeddings=external)
-    model = spec.config
+    model, silu = spec.config, config.attention_silu
     if isinstance(model, RankingConfig):
         if config.max_append is not None:
             raise _not_incremental(
@@ -91,7 +94,9 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         limits = _ranking_limits(config, model)
         narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
         prune = config.prune is not False
-        return BuildPlan(dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend), prune)
+        return BuildPlan(
+            dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend), prune, silu
+        )
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon micro-batch=": config.micro_batch,
@@ -115,7 +120,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
     backend = choose_backend(config.backend)
     prune = _prunes_retrieval(backend) if config.prune is None else config.prune
-    return BuildPlan(dataclasses.replace(spec, config=narrowed_retrieval), limits, backend, prune)
+    return BuildPlan(dataclasses.replace(spec, config=narrowed_retrieval), limits, backend, prune, silu)
 
 
 def _prunes_retrieval(backend: BackendChoice) -> bool:

@@ -100,6 +100,7 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
             "config": spec.config.to_dict(),
         },
         "precision": main.graph.precision,
+        "attention_silu": plan.attention_silu,
         "backend": {
             "name": plan.backend.name,
             "reason": plan.backend.reason,

@@ -8,6 +8,7 @@ from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Embeddings = Literal["inside", "external"]
+AttentionSilu = Literal["fast", "accurate"]
 BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
 
 
@@ -33,6 +34,7 @@ class BuildConfig:
             retrieval alone.
             Ranking models only, as is max_candidates.
         embeddings: inside, ids are inputs and tables are weights; external, inputs are embedding rows.
+        attention_silu: error that the attention kernels' SiLU may have; see the operator's contract.
         prune: compute the last layer only for the rows that are read; None does so except where the builder is known to
             crash on it (retrieval graphs in TensorRT 8).
         plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
@@ -57,6 +59,7 @@ class BuildConfig:
     micro_batch: int | None = None
     max_append: int | None = None
     embeddings: Embeddings = "inside"
+    attention_silu: AttentionSilu = "fast"
     prune: bool | None = None
     plugin: bool | None = None
     verify: bool = True

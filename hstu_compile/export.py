@@ -19,6 +19,7 @@ from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.errors import ExportError
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
+from hstu_compile.plugins.kernels.hopper.variants import silu_code
 from hstu_compile.served import ServedGraph
 
 OPSET = 20
@@ -52,6 +53,7 @@ def _translate_attention(
     contextual_seq_len: int,
     max_attn_len: int,
     min_full_attn_seq_len: int,
+    silu: str = "fast",
 ) -> Any:
     """Turn torch.ops.hstu.hstu_attention into one node: present inputs in order, every attribute stored."""
     contract = attention_contract()
@@ -79,6 +81,7 @@ def _translate_attention(
         "contextual_seq_len": contextual_seq_len,
         "max_attn_len": max_attn_len,
         "min_full_attn_seq_len": min_full_attn_seq_len,
+        "silu": silu_code(silu),
         "has_num_targets": int(num_targets is not None),
         "has_contextual_seq_lens": int(contextual_seq_lens is not None),
         "has_scaling_seq_lens": int(scaling_seq_lens is not None),

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from hstu_compile.errors import InternalError
 from hstu_compile.op_schema import is_attention, is_norm, node_attributes
 from hstu_compile.plugin_library import PluginBuildRequest
-from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for
+from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, HopperVariant, hopper_variants_for
 from hstu_compile.plugins.kernels.norm_variants import NormVariant, norm_variant
 from hstu_compile.plugins.kernels.variants import DTYPE_CODES, KernelVariant, variants_for
 
@@ -104,5 +104,5 @@ def _nodes_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterator[_
         }
         yield _Node(
             variants_for(dtype, *dims, **bias, mask_kinds=(0,) if is_plain else (1,)),
-            hopper_variants_for(dtype, *dims, **bias, plain_causal=is_plain),
+            hopper_variants_for(dtype, *dims, **bias, plain_causal=is_plain, silu=SILU_FORMS[attributes["silu"]]),
         )

@@ -271,6 +271,7 @@ def _header(report: Mapping[str, Any]) -> Html:
             else joined((code(checkpoint["file"]), f", dialect {checkpoint['dialect']}")),
         ),
         ("Precision", report["precision"]),
+        *((("SiLU of attention", report["attention_silu"]),) if "attention_silu" in report else ()),
         ("Backend", NOT_APPLICABLE if backend is None else _backend_in_words(backend)),
         ("Built", joined((element("time", report["created"]), f" by hstu-compile {report['hstu_compile']}"))),
         (

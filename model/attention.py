@@ -17,7 +17,10 @@ _MAX_SCORES = 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class AttentionAttrs:
-    """Attributes of one hstu::HstuAttention node; meanings and ranges are the operator contract's."""
+    """Attributes of one hstu::HstuAttention node; meanings and ranges are the operator contract's.
+
+    `silu`, "fast" or "accurate", is what a kernel may be off by; the eager reference is exact to rounding.
+    """
 
     alpha: float
     scaling_seq_len: float
@@ -27,6 +30,7 @@ class AttentionAttrs:
     contextual_seq_len: int = 0
     max_attn_len: int = 0
     min_full_attn_seq_len: int = 0
+    silu: str = "fast"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -37,6 +37,7 @@ def hstu_attention_op(
     contextual_seq_len: int,
     max_attn_len: int,
     min_full_attn_seq_len: int,
+    silu: str = "fast",
 ) -> Tensor:
     """`hstu_attention` with its attributes spelled out as the operator contract orders them."""
     attrs = AttentionAttrs(
@@ -48,6 +49,7 @@ def hstu_attention_op(
         contextual_seq_len,
         max_attn_len,
         min_full_attn_seq_len,
+        silu,
     )
     return hstu_attention(
         q,

@@ -22,7 +22,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class AttentionAttrs:
-    """Attributes of one HstuAttention node that change its result (names and meaning as in the contract)."""
+    """Attributes of one HstuAttention node that change its result (names and meaning as in the contract).
+
+    ``silu`` changes what a kernel may be off by; the oracle is exact.
+    """
 
     alpha: float = 1.0
     scaling_seq_len: float = 1.0
@@ -30,6 +33,7 @@ class AttentionAttrs:
     contextual_seq_len: int = 0
     max_attn_len: int = 0
     min_full_attn_seq_len: int = 0
+    silu: str = "fast"
     pos_table_len: int = 1
 
 

@@ -6,6 +6,7 @@ the stage that drives it.
 
 from __future__ import annotations
 
+from hstu_compile.plugins.kernels.hopper.variants import Silu
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
 from hstu_compile.rewrite.annotate_attention import AnnotateAttention
 from hstu_compile.rewrite.attach_native_body import AttachNativeBody
@@ -19,7 +20,7 @@ from hstu_compile.rewrite.strip_metadata import StripMetadata
 
 
 def export_passes(
-    num_layers: int, tap_names: tuple[str, ...], selection: RowSelection | None = None
+    num_layers: int, tap_names: tuple[str, ...], selection: RowSelection | None = None, silu: Silu = "fast"
 ) -> tuple[Pass, ...]:
     """The passes that turn an exported graph into the one that ships, in order.
 
@@ -27,6 +28,7 @@ def export_passes(
         num_layers: attention layers that the model has; passes that find fewer refuse.
         tap_names: outputs of the export that become intermediate values.
         selection: rows of the last layer that the outputs need; None keeps the whole layer.
+        silu: error that the attention's SiLU may have, "fast" or "accurate".
     """
     return (
         StripMetadata(),
@@ -34,7 +36,7 @@ def export_passes(
         NameDims(),
         *((PruneLastLayer(num_layers, selection),) if selection is not None else ()),
         FuseNorms(tap_names),
-        AnnotateAttention(num_layers),
+        AnnotateAttention(num_layers, silu),
         AttachNativeBody(num_layers),
         CheckOperators(),
     )

@@ -36,6 +36,7 @@ struct HstuKernelImage
     char const* name;      //!< of the function inside the image
     unsigned char const* data;
     size_t size; //!< bytes of data, the NUL of a PTX included
+    int32_t silu{0}; //!< Hopper: value of the attribute that a node must have; portable: 0, and serves every node
 };
 
 extern HstuKernelImage const kHstuKernelImages[];

@@ -18,7 +18,7 @@ std::string computeBuildId()
     {
         HstuKernelImage const& image = kHstuKernelImages[i];
         int32_t const facts[] = {image.sm, image.isPtx, image.kind, image.tactic, image.blockM, image.blockN,
-            image.threads, image.split, image.sharedBytes};
+            image.threads, image.split, image.sharedBytes, image.silu};
         hash.add(facts, sizeof(facts));
         hash.add(image.data, image.size);
     }

@@ -48,11 +48,18 @@ bool fitsDims(HstuKernelImage const& image, EngineSignature const& signature) no
            && image.blockDv == paddedHeadDim(signature.linearDim) && (image.aligned == 0 || alignable);
 }
 
+//! The portable kernel's SiLU is accurate and serves every node. A Hopper image serves one form alone: an accurate node must
+//! not get the fast one, and the results of a fast node must not depend on what else the library holds.
+bool fitsSilu(HstuKernelImage const& image, HstuAttentionAttributes const& attributes) noexcept
+{
+    return image.kind != kHstuKernelHopper || image.silu == attributes.silu;
+}
+
 bool fitsNode(
     HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
 {
-    return image.dtype == signature.elementType && fitsDims(image, signature) && image.posBias == attributes.posBias
-           && image.timeBias == attributes.timeBias
+    return image.dtype == signature.elementType && fitsDims(image, signature) && fitsSilu(image, attributes)
+           && image.posBias == attributes.posBias && image.timeBias == attributes.timeBias
            && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
            && image.maskKind >= neededMaskKind(attributes);
 }
@@ -178,7 +185,7 @@ std::string describeMissingKernel(
             kind << image.timestampBits;
         }
         kind << (image.maskKind == kPlainCausal ? " causal" : " general") << (image.aligned != 0 ? " aligned" : "")
-             << (image.kind == kHstuKernelHopper ? " hopper" : "");
+             << (image.kind == kHstuKernelHopper ? " hopper" : "") << (image.silu != 0 ? " accurate" : "");
         kinds.insert(kind.str());
     }
 

@@ -380,17 +380,20 @@ def write_cpp_source(
         )
     content = bytearray()
 
-    def row(numbers: tuple[int, ...], name: str, data: bytes) -> str:
+    def row(numbers: tuple[int, ...], name: str, data: bytes, *more: int) -> str:
         nonlocal content
         # 64-byte alignment: the driver reads a cubin as an ELF file in place.
         content += b"\0" * (-len(content) % 64)
         fields = ", ".join(map(str, numbers))
-        line = f'    {{{fields}, "{name}", hstuKernelImageData + {len(content)}, {len(data)}}},'
+        tail = "".join(f", {number}" for number in more)
+        line = f'    {{{fields}, "{name}", hstuKernelImageData + {len(content)}, {len(data)}{tail}}},'
         content += data
         return line
 
     rows = [row(_portable_fields(image), image.name, image.data) for image in images]
-    rows += [row(_hopper_fields(image), KERNEL_NAME, image.data) for image in hopper_images]
+    rows += [
+        row(_hopper_fields(image), KERNEL_NAME, image.data, int(image.variant.is_accurate)) for image in hopper_images
+    ]
     norm_rows = [row(_norm_fields(image), image.name, image.data) for image in norm_images]
     blob.write_bytes(bytes(content))
     source.write_text(

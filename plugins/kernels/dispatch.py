@@ -10,7 +10,7 @@ import torch
 
 from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper, why_not
-from hstu_compile.plugins.kernels.hopper.variants import MOST_TIME_HEADS
+from hstu_compile.plugins.kernels.hopper.variants import MOST_TIME_HEADS, Silu, check_silu
 from hstu_compile.plugins.kernels.launch import hstu_attention_triton
 
 
@@ -33,6 +33,7 @@ def hstu_attention_cuda(
     k_offsets: torch.Tensor,
     *,
     ts_table: torch.Tensor | None = None,
+    silu: Silu = "fast",
     **given: Any,
 ) -> torch.Tensor:
     """Return HSTU attention [Lq, H, Dv] in q's dtype, by the Hopper kernel where it takes the tensors.
@@ -41,11 +42,17 @@ def hstu_attention_cuda(
         q: as in ``hstu_attention_triton``, like everything else.
         k: likewise; v, q_offsets, k_offsets too.
         ts_table: [1 or H, num_buckets + 1] float32.
+        silu: error that SiLU may have; the portable kernel's is always accurate.
         given: the other inputs and the attributes.
+
+    Raises:
+        ValueError: no such silu; or what the chosen kernel refuses.
     """
+    check_silu(silu)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     has_few_tables = ts_table is None or ts_table.shape[0] <= MOST_TIME_HEADS
     takes_hopper = why_not(q, k, v) is None and has_few_tables and _can_compile()
-    kernel = hstu_attention_hopper if takes_hopper else hstu_attention_triton
-    out: torch.Tensor = kernel(q, k, v, q_offsets, k_offsets, ts_table=ts_table, **given)
-    return out
+    inputs = (q, k, v, q_offsets, k_offsets)
+    if takes_hopper:
+        return hstu_attention_hopper(*inputs, ts_table=ts_table, silu=silu, **given)
+    return hstu_attention_triton(*inputs, ts_table=ts_table, **given)

@@ -128,7 +128,7 @@ def attention_graph(case: Any, *, static: bool = False) -> Any:
     from hstu_compile.rewrite.attach_native_body import AttachNativeBody
 
     contract = attention_contract()
-    zeros = ("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len")
+    zeros = ("contextual_seq_len", "max_attn_len", "min_full_attn_seq_len", "silu")
     zeros += ("has_num_targets", "has_contextual_seq_lens", "has_scaling_seq_lens")
     attributes: dict[str, Any] = {
         **dict.fromkeys(zeros, 0),

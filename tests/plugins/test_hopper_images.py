@@ -323,8 +323,9 @@ def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
     biased = dataclasses.replace(VARIANT, plain_causal=True, pos_bias=True, timestamp_bits=32)
     hopper.append(dataclasses.replace(hopper[0], variant=biased))
     source, _ = write_cpp_source([portable], tmp_path / "kernelImages.cpp", hopper)
-    fields = re.findall(r"^    (?:int32_t|size_t) (\w+);", (COMMON / "hstuKernelImages.h").read_text(), re.MULTILINE)
-    assert len(fields) == 19
+    header = (COMMON / "hstuKernelImages.h").read_text()
+    fields = re.findall(r"^    (?:int32_t|size_t) (\w+)(?:\{0\})?;", header, re.MULTILINE)
+    assert len(fields) == 20
     (tmp_path / "main.cpp").write_text(
         '#include "hstuKernelImages.h"\n#include <cstdio>\n#include <string>\n'
         "int main() { for (size_t i = 0; i < kHstuNbKernelImages; ++i) {\n"
@@ -359,6 +360,7 @@ def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
             "split": variant.split,
             "sharedBytes": image.shared_bytes,
             "leastDriver": 12000,
+            "silu": int(variant.is_accurate),
             "name": "hstu_attention_sm90",
             "data": variant.dtype,
         }

@@ -38,7 +38,21 @@ def _call(**given: object) -> torch.Tensor:
 def test_the_hopper_kernel_gets_every_argument(called: list[tuple[str, dict[str, object]]]) -> None:
     table = torch.zeros(8, 3)
     _call(ts_table=table, alpha=0.5)
-    assert called == [("hstu_attention_hopper", {"ts_table": table, "alpha": 0.5})]
+    assert called == [("hstu_attention_hopper", {"ts_table": table, "alpha": 0.5, "silu": "fast"})]
+
+
+def test_the_form_of_silu_goes_to_the_kernel_that_has_two(
+    called: list[tuple[str, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _call(silu="accurate")
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: "another GPU")
+    _call(silu="accurate")
+    assert called == [
+        ("hstu_attention_hopper", {"ts_table": None, "silu": "accurate"}),
+        ("hstu_attention_triton", {"ts_table": None}),
+    ]
+    with pytest.raises(ValueError, match="silu must be one of fast, accurate, got 'exact'"):
+        _call(silu="exact")
 
 
 def test_what_the_hopper_kernel_does_not_take_goes_to_the_portable_one(

@@ -91,6 +91,7 @@ REFUSED = {
     "missing": "field 'max_seq_len' is missing; allowed: an int >= 1 and <= 1048576",
     "unknown": "field 'window' is unknown; allowed: alpha, scaling_seq_len",
     "out_of_range": "field 'target_group_size' is 0; allowed: an int >= 1 and <= 1048576",
+    "no_such_silu": "field 'silu' is 2; allowed: an int >= 0 and <= 1",
     "not_finite": "field 'alpha' is nan; allowed: a finite float",
     "wrong_type": "field 'has_num_targets' is FLOAT32 of length 1; allowed: INT32 of length 1",
     "wrong_length": "field 'max_attn_len' is INT32 of length 2; allowed: INT32 of length 1",

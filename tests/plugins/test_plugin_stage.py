@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from hstu_compile import plugin_stage
 from hstu_compile.cli import cli
 from hstu_compile.plugin_library import HopperKernels, PluginBuildRequest, PluginLibrary
-from hstu_compile.plugins.kernels.hopper.variants import hopper_variants_for
+from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, hopper_variants_for
+from hstu_compile.rewrite.annotate_attention import AnnotateAttention
 from tests.exported_models import shipped, small_config
 
 
@@ -62,6 +63,20 @@ def test_hopper_kernels_are_those_of_the_real_head_dims(
     fitting = hopper_variants_for(dtype, width, width, plain_causal=True, pos_bias=True, time_bias=True)
     assert requested(monkeypatch, [tmp_path / "model.onnx"]).hopper_variants == fitting
     assert bool(fitting) is ((precision, width) == ("fp16", 24))
+
+
+def test_hopper_kernels_have_the_silu_of_the_node_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(num_layers=1, attention={"attention_dim": 24, "linear_dim": 24})
+    _, graph = shipped(config, "fp16")
+    found = {}
+    for silu in SILU_FORMS:
+        AnnotateAttention(1, silu).call(graph.model)
+        onnx.save(graph.model, tmp_path / f"{silu}.onnx")
+        found[silu] = requested(monkeypatch, [tmp_path / f"{silu}.onnx"])
+        assert {variant.is_accurate for variant in found[silu].hopper_variants or ()} == {silu == "accurate"}
+    assert found["fast"].variants == found["accurate"].variants, "the portable kernel serves both"
+    both = requested(monkeypatch, [tmp_path / f"{silu}.onnx" for silu in SILU_FORMS]).hopper_variants
+    assert both == (*(found["fast"].hopper_variants or ()), *(found["accurate"].hopper_variants or ()))
 
 
 def test_without_a_graph_the_default_set_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

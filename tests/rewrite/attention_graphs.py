@@ -11,6 +11,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.op_schema import attention_contract
+from hstu_compile.plugins.kernels.hopper.variants import silu_code
 from tests.oracle import Array, AttentionCase
 
 OPSET = 20
@@ -30,6 +31,7 @@ def contract_attributes(case: AttentionCase, max_query_len: int = 0, max_seq_len
         "contextual_seq_len": attrs.contextual_seq_len,
         "max_attn_len": attrs.max_attn_len,
         "min_full_attn_seq_len": attrs.min_full_attn_seq_len,
+        "silu": silu_code(attrs.silu),
         "has_num_targets": int(case.num_targets is not None),
         "has_contextual_seq_lens": int(case.contextual_seq_lens is not None),
         "has_scaling_seq_lens": int(case.scaling_seq_lens is not None),

@@ -4,7 +4,7 @@ import onnx
 import pytest
 
 from hstu_compile.errors import InternalError, RewriteError
-from hstu_compile.op_schema import is_attention
+from hstu_compile.op_schema import is_attention, node_attributes
 from hstu_compile.rewrite.annotate_attention import AnnotateAttention
 
 
@@ -36,6 +36,15 @@ def test_a_second_run_reports_nothing(exported: onnx.ModelProto) -> None:
     model = without_annotations(exported)
     AnnotateAttention(2).call(model)
     assert not AnnotateAttention(2).call(model).modified
+
+
+def test_every_node_gets_the_silu_that_the_build_asked_for(exported: onnx.ModelProto) -> None:
+    assert [node_attributes(node)["silu"] for node in attention_nodes(exported)] == [0, 0]
+    assert AnnotateAttention(2, "accurate").call(exported).counts["silu"] == 2
+    assert [node_attributes(node)["silu"] for node in attention_nodes(exported)] == [1, 1]
+    assert not AnnotateAttention(2, "accurate").call(exported).modified
+    assert AnnotateAttention(2).call(exported).counts["silu"] == 2
+    assert [node_attributes(node)["silu"] for node in attention_nodes(exported)] == [0, 0]
 
 
 def test_fewer_attention_nodes_than_layers_are_refused(exported: onnx.ModelProto) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import onnx
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ import hstu_compile
 from hstu_compile import cli
 from hstu_compile.__main__ import main
 from hstu_compile.errors import ERROR_CODES, EngineError
+from hstu_compile.op_schema import is_attention, node_attributes
 from tests.research_reference import ResearchForm, research_state_dict
 
 FORM = ResearchForm(num_items=30, num_blocks=1)
@@ -164,8 +166,26 @@ def test_dry_run_says_what_would_be_built_and_writes_nothing(
     assert main(arguments) == 0
     assert "precision fp16" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["attention_nodes"] == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["attention_nodes"], facts["attention_silu"]) == (1, "fast")
+    assert main([*arguments, "--attention-silu", "accurate"]) == 0
+    assert "SiLU accurate" in capsys.readouterr().out
     assert under(checkpoint.parent) == before
+
+
+def test_a_build_writes_the_silu_that_was_asked_for_into_graph_and_report(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    bundle = tmp_path / "accurate.hstu"
+    arguments = ["build", "ckpt.pt", "--config", "config.json", "--backend", "onnx", "--no-verify", "-o", str(bundle)]
+    assert main([*arguments, "--attention-silu", "accurate"]) == 0
+    nodes = [node for node in onnx.load(bundle / "model.onnx").graph.node if is_attention(node)]
+    assert [node_attributes(node)["silu"] for node in nodes] == [1]
+    assert json.loads((bundle / "report.json").read_text())["attention_silu"] == "accurate"
+    assert "SiLU of attention" in (bundle / "report.html").read_text()
+    assert main([*arguments, "--attention-silu", "exact"]) == 2
+    assert "'exact' is not one of 'fast', 'accurate'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "stage"), [(signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGINT, 5)])

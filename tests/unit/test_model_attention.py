@@ -86,6 +86,8 @@ def test_operator_and_function_are_the_same() -> None:
     attrs = (case.attrs.alpha, case.attrs.scaling_seq_len, 9, 9, 1, 0, 0, 0)
     out = hstu_attention_op(*arguments, *attrs)
     np.testing.assert_array_equal(out.numpy(), eager(case))
+    accurate = hstu_attention_op(*arguments, *attrs, "accurate")
+    np.testing.assert_array_equal(accurate.numpy(), out.numpy(), "the eager reference has one SiLU")
     torch.library.opcheck(hstu_attention_op, (*arguments, *attrs), test_utils=("test_schema", "test_faketensor"))
 
 

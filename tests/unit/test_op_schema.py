@@ -21,6 +21,7 @@ LEGAL: dict[str, Any] = {
     "contextual_seq_len": 0,
     "max_attn_len": 0,
     "min_full_attn_seq_len": 0,
+    "silu": 0,
     "has_num_targets": 0,
     "has_contextual_seq_lens": 0,
     "has_scaling_seq_lens": 0,
@@ -46,6 +47,7 @@ def test_the_contract_names_the_attributes_used_here() -> None:
         ("max_attn_len", 1.0, "max_attn_len is 1.0; it must be an integer"),
         ("pos_bias", True, "pos_bias is True; it must be an integer"),
         ("time_bias", 2, "time_bias is 2; the maximum is 1"),
+        ("silu", 2, "silu is 2; the maximum is 1"),
     ],
 )
 def test_an_illegal_attribute_is_named_with_its_value_and_range(name: str, value: Any, problem: str) -> None:

@@ -187,6 +187,19 @@ def check_silu(silu: str) -> None:
         raise ValueError(f"silu must be one of {', '.join(SILU_FORMS)}, got {silu!r}")
 
 
+def silu_code(silu: str) -> int:
+    """Return a form of SiLU as the contract's attribute has it.
+
+    Raises:
+        ValueError: naming the forms that there are.
+
+    >>> silu_code("fast"), silu_code("accurate")
+    (0, 1)
+    """
+    check_silu(silu)
+    return int(silu == "accurate")
+
+
 def hopper_variants_for(
     dtype: str,
     dqk: int,

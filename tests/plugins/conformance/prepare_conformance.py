@@ -29,7 +29,7 @@ from hstu_compile.plugin_library import (
     find_tensorrt_headers,
 )
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
-from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant, hopper_variants_for
+from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant, hopper_variants_for, silu_code
 from hstu_compile.plugins.kernels.norm_variants import NormVariant
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from tests import tolerances
@@ -86,6 +86,16 @@ def all_cases() -> list[AttentionCase]:
     some = [*mask_cases(), *bias_cases(), *hostile_cases(), *large[:2]]
     cases = [with_dtype(case, "float16") for case in [*attention_grid(), *large]]
     cases += [with_dtype(case, dtype) for dtype in ("bfloat16", "float32") for case in some]
+    # The other form of SiLU, under the same bounds: a case of several tiles and masks in each half type.
+    cases += [
+        dataclasses.replace(
+            with_dtype(case, dtype),
+            name=f"{case.name}-accurate",
+            attrs=dataclasses.replace(case.attrs, silu="accurate"),
+        )
+        for dtype in ("float16", "bfloat16")
+        for case in large[1:2]
+    ]
     int32 = next(case for case in large if case.name == "large-research-int32")
     return [*cases, with_dtype(int32, "float32")]
 
@@ -126,6 +136,7 @@ def hopper_variants_of_cases(cases: Iterable[AttentionCase]) -> tuple[HopperVari
                 pos_bias=case.pos_table is not None,
                 time_bias=bits > 0,
                 timestamp_bits=bits,
+                silu=case.attrs.silu,
             )
             found.update(dict.fromkeys(fitting))
     return tuple(found)
@@ -146,6 +157,7 @@ def attributes_of(case: AttentionCase) -> dict[str, float | int]:
         "contextual_seq_len": case.attrs.contextual_seq_len,
         "max_attn_len": case.attrs.max_attn_len,
         "min_full_attn_seq_len": case.attrs.min_full_attn_seq_len,
+        "silu": silu_code(case.attrs.silu),
         "has_num_targets": int(case.num_targets is not None),
         "has_contextual_seq_lens": int(case.contextual_seq_lens is not None),
         "has_scaling_seq_lens": int(case.scaling_seq_lens is not None),

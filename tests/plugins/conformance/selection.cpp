@@ -35,6 +35,13 @@ constexpr HstuKernelImage hopperImage(int32_t blockDim, int32_t maskKind, int32_
         12000, "hopper", kCode, sizeof(kCode)};
 }
 
+constexpr HstuKernelImage accurateImage(int32_t blockDim, int32_t maskKind, int32_t split)
+{
+    HstuKernelImage accurate = hopperImage(blockDim, maskKind, split);
+    accurate.silu = 1;
+    return accurate;
+}
+
 //! bfloat16, for any pointers.
 constexpr HstuKernelImage bfloatImage(int32_t blockDim, int32_t tactic)
 {
@@ -61,6 +68,7 @@ HstuKernelImage const kHstuKernelImages[] = {
     hopperImage(128, 0, 1), // 13
     hopperImage(64, 0, 1), // 14
     bfloatImage(128, 1),   // 15
+    accurateImage(64, 1, 1), // 16
 };
 size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
 
@@ -242,6 +250,26 @@ void checkHopperTactics()
     expect(hstu::findTactics(general(), bfloatSignature(64, 64), blind).size() == 2, "a driver without tensor maps");
 }
 
+void checkSilu()
+{
+    hstu::HstuAttentionAttributes accurate = general();
+    accurate.silu = 1;
+    auto const tactics = hstu::findTactics(accurate, bfloatSignature(64, 64), gpuOf(90));
+    expect(tactics.size() == 3 && tactics[0].tactic == kHopperTactic && tactics[0].hopper[0] == at(16),
+        "an accurate node takes the accurate Hopper kernel");
+    expect(tactics[0].hopper[1] == nullptr, "and no fast one in the place of a split that is not there");
+    expect(tactics[0].unaligned == at(10) && tactics[1].unaligned == at(10), "the portable kernel serves both");
+    auto const fast = hstu::findTactics(general(), bfloatSignature(64, 64), gpuOf(90));
+    expect(fast[0].hopper[0] == at(12) && fast[0].hopper[1] == at(11), "a fast node takes no accurate one");
+    accurate.hasNumTargets = 0;
+    auto const wide = hstu::findTactics(accurate, bfloatSignature(128, 128), gpuOf(90));
+    expect(wide.size() == 1 && wide[0].unaligned == at(15), "without its Hopper kernel an accurate node runs the portable one");
+    expect(hstu::describeMissingKernel(accurate, bfloatSignature(256, 256), gpuOf(90)).find(
+               "[bfloat16 64x64 general aligned hopper accurate]")
+               != std::string::npos,
+        "the message says which kernels are accurate");
+}
+
 void checkHopperCalls()
 {
     hstu::DevicePointers pointers;
@@ -298,6 +326,7 @@ int main(int argc, char** argv)
     checkAlignment();
     checkTimestamps();
     checkMessage();
+    checkSilu();
     checkHopperTactics();
     checkHopperCalls();
     checkHopperGrid();
