@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from hstu_compile.serving.local_server import Installation, copy_backend, make_p
 START_SECONDS = 60.0
 #: What the server itself waits for requests and models when it is told to stop.
 DRAIN_SECONDS = 10
+_SHARED_MEMORY = Path("/dev/shm")
 _BIND_FAILURES = ("failed to start HTTP service", "failed to start GRPC service", "Socket '")
 
 
@@ -59,6 +61,12 @@ class TritonServer:
         self.repository.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
         self.http_port = self.grpc_port = self.metrics_port = 0
+        self._region = f"hstu_test_{secrets.token_hex(6)}"
+
+    @property
+    def shared_memory(self) -> list[Path]:
+        """What the Python backend has in shared memory: one region for each model that is loaded."""
+        return sorted(_SHARED_MEMORY.glob(f"{self._region}*"))
 
     @property
     def http_url(self) -> str:
@@ -114,6 +122,7 @@ class TritonServer:
             *("--grpc-address=127.0.0.1", f"--grpc-port={self.grpc_port}"),
             *("--metrics-address=127.0.0.1", f"--metrics-port={self.metrics_port}"),
             f"--exit-timeout-secs={DRAIN_SECONDS}",
+            f"--backend-config=python,shm-region-prefix-name={self._region}",
             *self._arguments,
         ]
         with self.log_file.open("wb") as log:
@@ -171,7 +180,11 @@ class TritonServer:
                 process.wait(DRAIN_SECONDS + 20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
+        code = process.wait()
+        # A server that does not end by itself leaves it behind.
+        for region in self.shared_memory:
+            region.unlink(missing_ok=True)
+        return code
 
     def __enter__(self) -> TritonServer:
         return self.start()

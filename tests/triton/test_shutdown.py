@@ -21,7 +21,6 @@ from tests.triton.workload import Question, questions
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-SHARED_MEMORY = Path("/dev/shm")
 #: What the server waits for connections, requests and models; short where a test lets it pass.
 DRAIN_SECONDS, SHORT_DRAIN_SECONDS = 20, 3
 #: Of one request on a busy machine; a request that hangs takes the clients' limit of a minute.
@@ -131,25 +130,13 @@ def wait_for_stubs(stubs: dict[str, int]) -> None:
     assert [name for name, pid in stubs.items() if is_alive(pid)] == []
 
 
-def regions() -> set[str]:
-    return {each.name for each in SHARED_MEMORY.glob("triton_python_backend_shm_region_*")}
-
-
-def regions_of(pids: dict[str, int]) -> set[str]:
-    """Names of the shared memory that the processes were started with."""
-    words = [Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").split("\0") for pid in pids.values()]
-    return {word for each in words for word in each if word.startswith("triton_python_backend_shm_region_")}
-
-
 def test_sigterm_under_load_answers_or_refuses_and_ends_with_0(
     start: Callable[[int], tuple[TritonServer, list[Question]]],
 ) -> None:
     """Over gRPC clients go on asking; over HTTP they finish their request and close, as behind a load balancer."""
     server, pool = start(DRAIN_SECONDS)
     stubs = stub_processes(server.pid)
-    shared = regions_of(stubs)
-    assert len(stubs) == len(shared) == 2
-    assert shared <= regions()
+    assert len(stubs) == len(server.shared_memory) == 2
     http, grpc = (Clients(server, pool, (protocol,)) for protocol in PROTOCOLS)
     http.start()
     grpc.start()
@@ -169,7 +156,7 @@ def test_sigterm_under_load_answers_or_refuses_and_ends_with_0(
     assert code == 0, server.log()[-3000:]
     assert seconds < DRAIN_SECONDS
     wait_for_stubs(stubs)
-    assert not shared & regions()
+    assert server.shared_memory == []
 
 
 def test_http_connections_that_stay_open_use_the_exit_timeout_up(
@@ -234,7 +221,6 @@ def test_models_that_are_unloaded_first_leave_nothing_to_wait_for(
 
     server, pool = start(SHORT_DRAIN_SECONDS)
     stubs = stub_processes(server.pid)
-    shared = regions_of(stubs)
     question = pool[0]
     with http_client(server) as client:
         assert question.fault(ask(client, "http", question.model, question.keyed())) is None
@@ -246,4 +232,4 @@ def test_models_that_are_unloaded_first_leave_nothing_to_wait_for(
         assert refusal.value.status() in ("400", "404")
         server.send_signal(signal.SIGTERM)
         assert server.wait(SHORT_DRAIN_SECONDS + 20) == 0, server.log()[-3000:]
-    assert not shared & regions()
+    assert server.shared_memory == []
