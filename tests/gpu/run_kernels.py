@@ -71,7 +71,7 @@ def kernel_output(run: KernelRun) -> np.ndarray[Any, Any]:
     attributes = {
         field.name: getattr(case.attrs, field.name)
         for field in dataclasses.fields(case.attrs)
-        if field.name != "pos_table_len"
+        if field.name not in ("pos_table_len", "silu")
     }
 
     def on_gpu(values: Any) -> torch.Tensor:
@@ -91,7 +91,7 @@ def kernel_output(run: KernelRun) -> np.ndarray[Any, Any]:
         tensors = (q, k, v, on_gpu(case.q_offsets), on_gpu(case.k_offsets))
         if run.hopper_split:
             given = {name: values for name, values in inputs.items() if values is not None}
-            out = hstu_attention_hopper(*tensors, **given, **attributes, split=run.hopper_split)
+            out = hstu_attention_hopper(*tensors, **given, **attributes, split=run.hopper_split, silu=case.attrs.silu)
         else:
             out = launch.hstu_attention_triton(*tensors, **inputs, **attributes, config=run.tile)
     finally:
