@@ -17,6 +17,9 @@ if sys.argv[3] == "unload":
     guard.release()
     sys.exit()
 print("watched", flush=True)
+if sys.argv[3] == "hang":
+    import time
+    time.sleep(60)
 sys.stdin.readline()
 os.abort()
 """
@@ -67,3 +70,15 @@ def test_a_process_that_ends_after_its_server_is_not_reported(server: subprocess
     server.kill()
     server.wait()
     assert "error: the process" not in end_of(stub)
+
+
+def test_a_process_that_hangs_is_ended_after_its_server(server: subprocess.Popen[bytes]) -> None:
+    stub = start_stub(server.pid, "report", "hang")
+    assert stub.stdout is not None
+    assert stub.stdout.readline() == "watched\n"
+    # Not before: it lives as long as the server does.
+    with pytest.raises(subprocess.TimeoutExpired):
+        stub.wait(2)
+    server.kill()
+    server.wait()
+    assert stub.wait(30) == -signal.SIGKILL
