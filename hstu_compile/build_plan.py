@@ -26,6 +26,7 @@ class BuildPlan:
         backend: engine builder and why.
         prune: compute the last layer only for the rows that are read.
         attention_silu: error that the attention kernels' SiLU may have.
+        fuse_norms: one operator for each norm and what surrounds it.
     """
 
     spec: CheckpointSpec
@@ -33,6 +34,7 @@ class BuildPlan:
     backend: BackendChoice
     prune: bool = True
     attention_silu: AttentionSilu = "fast"
+    fuse_norms: bool = True
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -63,6 +65,7 @@ class BuildPlan:
             "graphs": list(self.graphs),
             "prune_last_layer": self.prune,
             "attention_silu": self.attention_silu,
+            "fuse_norms": self.fuse_norms,
             "attention_nodes": self.spec.config.num_layers,
             "parameters": sum(tensor.numel() for tensor in self.spec.state_dict.values()),
             "ignored_keys": list(self.spec.ignored_keys),
@@ -95,7 +98,12 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
         prune = config.prune is not False
         return BuildPlan(
-            dataclasses.replace(spec, config=narrowed), limits, choose_backend(config.backend), prune, silu
+            dataclasses.replace(spec, config=narrowed),
+            limits,
+            choose_backend(config.backend),
+            prune,
+            silu,
+            config.fuse_norms,
         )
     given = {
         "--max-candidates": config.max_candidates,
@@ -120,7 +128,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
     backend = choose_backend(config.backend)
     prune = _prunes_retrieval(backend) if config.prune is None else config.prune
-    return BuildPlan(dataclasses.replace(spec, config=narrowed_retrieval), limits, backend, prune, silu)
+    retrieval = dataclasses.replace(spec, config=narrowed_retrieval)
+    return BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms)
 
 
 def _prunes_retrieval(backend: BackendChoice) -> bool:

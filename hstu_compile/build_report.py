@@ -101,6 +101,7 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
         },
         "precision": main.graph.precision,
         "attention_silu": plan.attention_silu,
+        "fuse_norms": plan.fuse_norms,
         "backend": {
             "name": plan.backend.name,
             "reason": plan.backend.reason,

@@ -159,6 +159,12 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
     help="Compute the last layer only for the rows that are read (default: yes; retrieval on TensorRT 8: no).",
 )
 @click.option(
+    "--fuse-norms/--no-fuse-norms",
+    default=True,
+    show_default=True,
+    help="Make one operator, and in TensorRT one kernel of the plugin, of each norm and what surrounds it.",
+)
+@click.option(
     "--plugin/--no-plugin",
     default=None,
     help="Build the TensorRT plugin of this model into the bundle (default: when the backend is tensorrt).",

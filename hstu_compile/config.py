@@ -37,6 +37,7 @@ class BuildConfig:
         attention_silu: error that the attention kernels' SiLU may have; see the operator's contract.
         prune: compute the last layer only for the rows that are read; None does so except where the builder is known to
             crash on it (retrieval graphs in TensorRT 8).
+        fuse_norms: one operator for each norm and what surrounds it, which TensorRT runs as one kernel of the plugin.
         plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
         verify: compare every artifact with the eager model.
         keep_intermediates: folder for the artifact of every stage, or None.
@@ -61,6 +62,7 @@ class BuildConfig:
     embeddings: Embeddings = "inside"
     attention_silu: AttentionSilu = "fast"
     prune: bool | None = None
+    fuse_norms: bool = True
     plugin: bool | None = None
     verify: bool = True
     keep_intermediates: Path | None = None

@@ -150,7 +150,9 @@ class _Build:
     def rewritten(self, graph: OnnxGraph, served: ServedGraph, plan: BuildPlan, folder: str) -> OnnxGraph:
         """Apply every export pass, keeping each step, and note the graph's limits in it."""
         selection = _selection(served) if plan.prune else None
-        passes = export_passes(served.num_attention, served.taps, selection, plan.attention_silu)
+        passes = export_passes(
+            served.num_attention, served.taps, selection, plan.attention_silu, fuse_norms=plan.fuse_norms
+        )
         for number, graph in enumerate(apply_passes(graph, passes), start=1):  # noqa: B020
             self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph.model)
         write_limits(graph.model, plan.graph_limits(served.name))

@@ -32,6 +32,6 @@ FLOAT64 = 1e-12
 #: An element that must be exactly 0 gets no such allowance.
 SUBNORMAL_STEP = {"float32": 0.0, "float16": 2.0**-24, "bfloat16": 0.0}
 
-#: Absolute error that float32 arithmetic forces on products with a sigmoid far below zero: it ends at 2^-126, where GPUs
-#: flush to zero, and 1 + exp2 overflows at 2^-128; times the value that is multiplied, at most 8 in the cases.
+#: Absolute error that float32 arithmetic forces on products with a sigmoid far below zero: it ends at 2^-126, where
+#: GPUs flush to zero, and 1 + exp2 overflows at 2^-128; times the value that is multiplied, at most 8 in the cases.
 FLOAT32_UNDERFLOW = 8 * 2.0**-126

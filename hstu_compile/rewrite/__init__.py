@@ -20,7 +20,12 @@ from hstu_compile.rewrite.strip_metadata import StripMetadata
 
 
 def export_passes(
-    num_layers: int, tap_names: tuple[str, ...], selection: RowSelection | None = None, silu: Silu = "fast"
+    num_layers: int,
+    tap_names: tuple[str, ...],
+    selection: RowSelection | None = None,
+    silu: Silu = "fast",
+    *,
+    fuse_norms: bool = True,
 ) -> tuple[Pass, ...]:
     """The passes that turn an exported graph into the one that ships, in order.
 
@@ -29,13 +34,14 @@ def export_passes(
         tap_names: outputs of the export that become intermediate values.
         selection: rows of the last layer that the outputs need; None keeps the whole layer.
         silu: error that the attention's SiLU may have, "fast" or "accurate".
+        fuse_norms: make one operator of each norm and what surrounds it.
     """
     return (
         StripMetadata(),
         DetachTaps(tap_names),
         NameDims(),
         *((PruneLastLayer(num_layers, selection),) if selection is not None else ()),
-        FuseNorms(tap_names),
+        *((FuseNorms(tap_names),) if fuse_norms else ()),
         AnnotateAttention(num_layers, silu),
         AttachNativeBody(num_layers),
         CheckOperators(),

@@ -3,7 +3,7 @@
   attention_table.py [--csv FILE] [--into FILE.md] [--svg FILE]
 
 A ratio is of times in one run: above 1, ours is faster. A row gets none where one call in ten took 5 % longer than the
-median. (One call in a hundred that the host was late for makes the coefficient of variation large, and no median wrong.)
+median. (The coefficient of variation is large where one call in a hundred waited for the host; the median is not.)
 Standard library and NumPy alone.
 """
 

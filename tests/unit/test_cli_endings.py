@@ -173,7 +173,7 @@ def test_dry_run_says_what_would_be_built_and_writes_nothing(
     assert under(checkpoint.parent) == before
 
 
-def test_a_build_writes_the_silu_that_was_asked_for_into_graph_and_report(
+def test_a_build_writes_the_silu_and_the_norms_that_were_asked_for_into_graph_and_report(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkpoint.parent)
@@ -184,6 +184,12 @@ def test_a_build_writes_the_silu_that_was_asked_for_into_graph_and_report(
     assert [node_attributes(node)["silu"] for node in nodes] == [1]
     assert json.loads((bundle / "report.json").read_text())["attention_silu"] == "accurate"
     assert "SiLU of attention" in (bundle / "report.html").read_text()
+    assert "HstuNorm" in {node.op_type for node in onnx.load(bundle / "model.onnx").graph.node}
+    assert main([*arguments, "--no-fuse-norms", "--force"]) == 0
+    kinds = {node.op_type for node in onnx.load(bundle / "model.onnx").graph.node}
+    assert "LayerNormalization" in kinds
+    assert "HstuNorm" not in kinds
+    assert json.loads((bundle / "report.json").read_text())["fuse_norms"] is False
     assert main([*arguments, "--attention-silu", "exact"]) == 2
     assert "'exact' is not one of 'fast', 'accurate'" in capsys.readouterr().err
 
