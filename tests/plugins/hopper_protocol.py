@@ -37,6 +37,10 @@ class Fault(enum.Enum):
     KEYS_RELEASED_EARLY = enum.auto()
     #: The sums of the other block are overwritten before they are read.
     EXCHANGE_NOT_AWAITED = enum.auto()
+    #: Keys of which a warpgroup sees nothing are given back although their copy may not have begun.
+    UNSEEN_KEYS_NOT_AWAITED = enum.auto()
+    #: A key tile that is left out is not given back.
+    UNSEEN_NOT_RELEASED = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Protocol:
         split: blocks of a cluster that share a tile.
         slots: descriptions of tiles in shared memory.
         ask_ahead: how many key tiles before a tile's end the next tile is asked for.
+        skips_unseen: a warpgroup leaves out a tile's first key tile where its rows see nothing of it.
     """
 
     stages: int
@@ -61,6 +66,7 @@ class Protocol:
     split: int
     slots: int
     ask_ahead: int
+    skips_unseen: bool = False
 
 
 def protocol_of(variant: HopperVariant) -> Protocol:
@@ -72,6 +78,8 @@ def protocol_of(variant: HopperVariant) -> Protocol:
         assert found is not None, f"{SOURCE.name} has no {pattern}: follow what it has become"
         return int(found[1])
 
+    skipping_block_n = constant(r"kSkipsUnseen = kBlockN == (\d+) && !kTurns;")
+
     return Protocol(
         stages=tile.stages,
         query_buffers=query_buffers(variant),
@@ -81,6 +89,7 @@ def protocol_of(variant: HopperVariant) -> Protocol:
         split=variant.split,
         slots=constant(r"kTileSlots = (\d+);"),
         ask_ahead=tile.stages + constant(r"kAskAhead = kStages \+ (\d+);"),
+        skips_unseen=tile.block_n == skipping_block_n and tile.turns is Turns.NONE,
     )
 
 
@@ -154,14 +163,16 @@ class Tile:
         number: of the tile in its block.
         is_empty: its rows see no key.
         share: key tiles of this block.
+        unseen: for each warpgroup, how many of the first key tiles its rows see nothing of.
     """
 
     number: int
     is_empty: bool
     share: int
+    unseen: tuple[int, ...]
 
 
-END = Tile(-1, True, 0)
+END = Tile(-1, True, 0, ())
 
 
 class Buffer:
@@ -211,8 +222,13 @@ class Block:
 
     def _describe(self, number: int, keys: int) -> Tile:
         share = (keys - self.rank + self.protocol.split - 1) // self.protocol.split
+        # The last warpgroup's rows see something of every key tile; others may leave out the first of several.
+        unseen = [
+            int(self.protocol.skips_unseen and share > 1 and (number + self.rank + w) % 3 != 0)
+            for w in range(self.protocol.warpgroups - 1)
+        ]
         # A block without a key tile of its own takes part with one of which nothing counts.
-        return Tile(number, keys == 0, max(share, 1) if keys else 0)
+        return Tile(number, keys == 0, max(share, 1) if keys else 0, (*unseen, 0))
 
     def processes(self) -> dict[str, Process]:
         consumers = {f"warpgroup {w}": self.consumer(w) for w in range(self.protocol.warpgroups)}
@@ -328,6 +344,22 @@ class Block:
 
             return end
 
+        def skip(buffers: list[Buffer], ring: Ring, is_awaited: bool) -> Process:
+            """Give back the first key tile's keys or values, if this warpgroup's rows see nothing of it."""
+            if taken.unseen[warpgroup] == 0:
+                return
+            if is_awaited:
+                yield buffers[ring.index].full.wait(ring.phase)
+            if Fault.UNSEEN_NOT_RELEASED not in self.faults:
+                buffers[ring.index].empty.arrive()
+            ring.advance()
+
+        def skip_keys() -> Process:
+            return skip(self.keys, key, Fault.UNSEEN_KEYS_NOT_AWAITED not in self.faults)
+
+        def skip_values() -> Process:
+            return skip(self.values, value, True)
+
         def finish(number: int) -> Process:
             self.finished.append(number)
             if p.split > 1:
@@ -348,15 +380,17 @@ class Block:
         if taken is END:
             return
         slot.advance()
+        yield from skip_keys()
+        yield from skip_values()
         yield from await_queries_and_keys()
         yield from await_turn()
-        end_keys = product_of_keys(f"tile {taken.number} keys 0")
+        end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}")
         pass_turn()
         yield PREEMPTED
         end_keys()
         while True:
             tile, held = taken, holding
-            for t in range(1, tile.share):
+            for t in range(tile.unseen[warpgroup] + 1, tile.share):
                 yield self.keys[key.index].full.wait(key.phase)
                 yield self.values[value.index].full.wait(value.phase)
                 yield from await_turn()
@@ -389,17 +423,20 @@ class Block:
                 return
             slot.advance()
             if p.query_buffers > 1 or p.holds_queries:
+                yield from skip_keys()
                 yield from await_queries_and_keys()
             yield from await_turn()
             end_values = product_of_values(last)
             if p.query_buffers == 1 and not p.holds_queries:
+                yield from skip_keys()
                 yield from await_queries_and_keys()
-            end_keys = product_of_keys(f"tile {taken.number} keys 0")
+            end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}")
             pass_turn()
             if keeps_slot:
                 self.tile_empty[held].arrive()
             yield PREEMPTED
             end_values()
+            yield from skip_values()
             yield from finish(tile.number)
             yield PREEMPTED
             end_keys()

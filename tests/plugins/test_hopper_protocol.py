@@ -71,3 +71,39 @@ def test_other_mistakes_are_found(fault: Fault, failure: type[AssertionError]) -
 
 def test_an_exchange_that_nobody_awaits_is_found() -> None:
     assert HazardError in failures(replace(SMALL, split=2, query_buffers=1), Fault.EXCHANGE_NOT_AWAITED)
+
+
+#: As the kernel of 256 columns: no turns, one buffer of queries, two stages.
+SKIPPING = replace(SMALL, query_buffers=1, turns=Turns.NONE, skips_unseen=True)
+
+
+def test_a_kernel_leaves_out_what_a_warpgroup_sees_nothing_of() -> None:
+    assert {name.split("-")[0] for name, protocol in PROTOCOLS.items() if protocol.skips_unseen} == {"dim256"}
+
+
+@pytest.mark.parametrize("warpgroups", [2, 3])
+@pytest.mark.parametrize("query_buffers", [1, 2])
+@pytest.mark.parametrize("split", [1, 2])
+def test_a_warpgroup_leaves_out_key_tiles_that_another_multiplies(
+    warpgroups: int, query_buffers: int, split: int
+) -> None:
+    protocol = replace(SKIPPING, warpgroups=warpgroups, query_buffers=query_buffers, split=split)
+    assert failures(protocol) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "failure"),
+    [
+        (Fault.UNSEEN_KEYS_NOT_AWAITED, HazardError),
+        (Fault.UNSEEN_NOT_RELEASED, DeadlockError),
+    ],
+)
+def test_mistakes_with_key_tiles_that_are_left_out_are_found(fault: Fault, failure: type[AssertionError]) -> None:
+    assert failure in failures(SKIPPING, fault)
+    assert failures(replace(SKIPPING, skips_unseen=False), fault) == set(), "the mistake shows where tiles are left out"
+
+
+def test_leaving_key_tiles_out_takes_two_stages() -> None:
+    """With one, the keys to multiply wait for values that wait for the last tile's, which wait for those keys."""
+    assert failures(replace(SKIPPING, stages=1)) == {DeadlockError}
+    assert failures(replace(SKIPPING, stages=1, skips_unseen=False)) == set()
