@@ -28,7 +28,8 @@ class ProjectByConvolution(Pass):
     each sum that is no longer rounded.
 
     Cases: 1. right operand an initializer of rank 2, left operand of rank 2; 2. its one reader adds a constant [N] of
-    its type; 3. the one reader of that adds rows [L, N]; 4. any other MatMul stays.
+    its type; 3. the one reader of that adds rows [L, N]; 4. of two projections that are added to each other, the first
+    takes the sum in; 5. any other MatMul stays.
     """
 
     name = "project_by_convolution"
@@ -36,7 +37,13 @@ class ProjectByConvolution(Pass):
     def call(self, model: onnx.ModelProto) -> PassResult:
         graph = model.graph
         finder = _Finder(graph)
-        found = {each.last: each for node in graph.node if (each := finder.projection(node)) is not None}
+        found: dict[str, _Projection] = {}
+        for node in graph.node:
+            each = finder.projection(node)
+            if each is not None:
+                if each.last in found:
+                    each = each.without_rows()
+                found[each.last] = each
         absorbed = {name for each in found.values() for name in each.absorbed}
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
@@ -77,6 +84,10 @@ class _Projection:
     def last(self) -> str:
         """Output of the last node."""
         return self.absorbed[-1]
+
+    def without_rows(self) -> _Projection:
+        """The same, but for the addition of rows."""
+        return dataclasses.replace(self, rows=None, absorbed=self.absorbed[:-1])
 
 
 class _Finder:

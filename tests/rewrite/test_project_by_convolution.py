@@ -87,9 +87,11 @@ def sums_model(dtype, *nodes, outputs=("y",)):
         ([("Add", "m m", "y")], ("y",), (1, 0, 0), 1),
         ([("Add", "m bias", "s"), ("Add", "rows s", "y")], ("y", "s"), (1, 1, 0), 1),
         ([("Add", "m bias", "s"), ("Neg", "m", "y")], ("y", "s"), (1, 0, 0), 1),
+        ([("MatMul", "x kernel", "n"), ("Add", "m n", "y")], ("y",), (2, 0, 1), 1),
+        ([("MatMul", "x kernel", "n"), ("Add", "m bias", "s"), ("Add", "n s", "y")], ("y",), (2, 1, 1), 1),
     ],
     ids=["bias and rows", "bias", "rows", "rows before bias", "a bias of two axes", "the product twice",
-         "the first sum is an output", "the product is read twice"],
+         "the first sum is an output", "the product is read twice", "two products", "two products and a bias"],
 )  # fmt: skip
 def test_what_is_added_to_a_product_goes_into_the_convolution(dtype, nodes, outputs, counts, left):
     model = sums_model(dtype, *nodes, outputs=outputs)
