@@ -403,23 +403,29 @@ def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) 
     type=click.Choice(["refuse", "keep_last"]),
     default="refuse",
     show_default=True,
-    help="Histories that are too long (python).",
+    help="Histories that are too long (python, or the check).",
 )
 @click.option(
     "--unknown-ids",
     type=click.Choice(["refuse", "clamp"]),
     default="refuse",
     show_default=True,
-    help="Ids outside their table (python, ranking models).",
+    help="Ids outside their table (python, or the check; ranking models).",
 )
 @click.option(
     "--lost-process",
     type=click.Choice(["report", "stop_server"]),
     default="report",
     show_default=True,
-    help="When the model's process ends unasked (python).",
+    help="When the model's process ends unasked (python, or the check).",
 )
 @click.option("--execution-env", metavar="PATH", help="Python of the python backend: a conda-pack archive or folder.")
+@click.option(
+    "--checked/--unchecked",
+    default=True,
+    show_default=True,
+    help="Check each request in front of the engine (tensorrt).",
+)
 @click.option("--force", is_flag=True, help="Replace a model of that name.")
 @_JSON
 def triton(
@@ -433,6 +439,7 @@ def triton(
     max_queue_delay_us: int,
     instances: int,
     cuda_graphs: bool,
+    checked: bool,
     **settings: Any,
 ) -> int:
     """Write BUNDLE as a model of Triton Inference Server.
@@ -452,6 +459,7 @@ def triton(
             RuntimeSettings(**settings),
             PurePosixPath(execution_env) if execution_env is not None else None,
             force,
+            checked,
         )
     )
     if as_json:

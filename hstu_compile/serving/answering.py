@@ -20,6 +20,7 @@ from hstu_compile.ranking_bundle import open_ranking_session
 from hstu_compile.retrieval_bundle import open_retrieval_session
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult, checked_requests
+from hstu_compile.runtime.ranking_spec import RankingSpec
 from hstu_compile.runtime.request import check_request
 from hstu_compile.runtime.retrieval import RetrievalSession
 from hstu_compile.runtime.retrieval_request import (
@@ -183,17 +184,7 @@ class RankingAnswerer(Answerer[RankingRequest]):
         self._session, self._cached = session, cached
 
     def _read(self, arrays: Arrays) -> RankingRequest:
-        spec = self._session.spec
-
-        def of(names: Sequence[str]) -> dict[str, NDArray[Any]]:
-            return {name: arrays[name] for name in names if name in arrays}
-
-        return RankingRequest(
-            user=_key(arrays),
-            history=of(spec.history_names),
-            candidates=of(spec.candidate_names),
-            context=of(spec.contextual_names),
-        )
+        return ranking_request(arrays, self._session.spec)
 
     def _check(self, request: RankingRequest) -> None:
         checked_requests([request], self._session.spec, self._session.policy)
@@ -279,11 +270,51 @@ class RetrievalAnswerer(Answerer[Arrays]):
 
     def __init__(self, files: BundleFiles, session: Session, settings: RuntimeSettings) -> None:
         self._limits, self._session = files.limits, session
+        self._histories = WholeHistories(files, settings)
+
+    def _read(self, arrays: Arrays) -> Arrays:
+        return self._histories.read(arrays)
+
+    def _check(self, request: Arrays) -> None:
+        self._histories.typed(request)
+
+    def _run(self, requests: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
+        typed = [self._histories.typed(request) for request in requests]
+        outputs: list[dict[str, NDArray[Any]]] = []
+        for start in range(0, len(typed), self._limits.max_batch):
+            batch = typed[start : start + self._limits.max_batch]
+            feeds = {name: np.concatenate([each[name] for each in batch]) for name in batch[0] if name != _SEQ_OFFSETS}
+            feeds[_SEQ_OFFSETS] = np.cumsum([0, *(each[_SEQ_OFFSETS][1] for each in batch)], dtype=np.int32)
+            results = self._session.run(feeds)
+            outputs += [{name: rows[row : row + 1] for name, rows in results.items()} for row in range(len(batch))]
+        for each, request in zip(outputs, requests, strict=True):
+            each[TRUNCATED] = request[TRUNCATED].reshape(1, 1)
+        return outputs
+
+    def close(self) -> None:
+        """See `Answerer.close`."""
+        self._session.close()
+
+
+class WholeHistories:
+    """Reads and checks retrieval requests whose whole history is encoded.
+
+    Args:
+        files: the bundle; its manifest is enough.
+        settings: whether a long history is cut.
+    """
+
+    def __init__(self, files: BundleFiles, settings: RuntimeSettings) -> None:
+        self._limits = files.limits
         self._cuts = settings.truncation == "keep_last"
         self._events = [each.name for each in files.inputs if each.shape == ("L",)]
 
-    def _read(self, arrays: Arrays) -> Arrays:
-        # The dropped count travels with the request under the name of the output.
+    def read(self, arrays: Arrays) -> Arrays:
+        """The request, cut if that is meant; how many events went is in it under TRUNCATED.
+
+        Args:
+            arrays: input name to array of any shape, without the batch axis.
+        """
         lengths = {arrays[name].shape[0] for name in self._events if name in arrays and arrays[name].ndim}
         dropped = 0
         if self._cuts and len(lengths) == 1:
@@ -291,10 +322,12 @@ class RetrievalAnswerer(Answerer[Arrays]):
         given = {name: array[dropped:] if name in self._events else array for name, array in arrays.items()}
         return {**given, TRUNCATED: np.array(dropped, np.int32)}
 
-    def _check(self, request: Arrays) -> None:
-        self._typed(request)
+    def typed(self, request: Arrays) -> dict[str, NDArray[Any]]:
+        """The request in the model's dtypes, with its seq_offsets [2].
 
-    def _typed(self, request: Arrays) -> dict[str, NDArray[Any]]:
+        Raises:
+            RequestError: HSTU-E701 to E705, with every fault.
+        """
         feeds = {name: array for name, array in request.items() if name not in (TRUNCATED, USER_KEY)}
         first = feeds.get(self._events[0])
         length = first.shape[0] if first is not None and first.ndim else 0
@@ -308,23 +341,23 @@ class RetrievalAnswerer(Answerer[Arrays]):
             fix = f"send {events} and {_REQUEST_TIMES} [1, 1], of the types that the model's metadata lists"
             raise RequestError("HSTU-E701", error.what, error.why, fix, error.context) from error
 
-    def _run(self, requests: Sequence[Arrays]) -> list[dict[str, NDArray[Any]]]:
-        typed = [self._typed(request) for request in requests]
-        outputs: list[dict[str, NDArray[Any]]] = []
-        for start in range(0, len(typed), self._limits.max_batch):
-            batch = typed[start : start + self._limits.max_batch]
-            feeds = {name: np.concatenate([each[name] for each in batch]) for name in batch[0] if name != _SEQ_OFFSETS}
-            lengths = [each[self._events[0]].shape[0] for each in batch]
-            feeds[_SEQ_OFFSETS] = np.cumsum([0, *lengths], dtype=np.int32)
-            results = self._session.run(feeds)
-            outputs += [{name: rows[row : row + 1] for name, rows in results.items()} for row in range(len(batch))]
-        for each, request in zip(outputs, requests, strict=True):
-            each[TRUNCATED] = request[TRUNCATED].reshape(1, 1)
-        return outputs
 
-    def close(self) -> None:
-        """See `Answerer.close`."""
-        self._session.close()
+def ranking_request(arrays: Arrays, spec: RankingSpec) -> RankingRequest:
+    """The request in the arrays, input name to array without the batch axis.
+
+    Raises:
+        RequestError: HSTU-E701 for more than one key.
+    """
+
+    def of(names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        return {name: arrays[name] for name in names if name in arrays}
+
+    return RankingRequest(
+        user=_key(arrays),
+        history=of(spec.history_names),
+        candidates=of(spec.candidate_names),
+        context=of(spec.contextual_names),
+    )
 
 
 def _without_batch_axis(arrays: Arrays) -> dict[str, NDArray[Any]]:

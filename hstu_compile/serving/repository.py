@@ -11,30 +11,31 @@ REPOSITORY/
     client_http.py          examples of clients, and their requests in the form that perf_analyzer takes
         client_grpc.py
         requests.json
+
+An engine with a check in front of it is three models: NAME, which clients ask, NAME_check and NAME_engine.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 import hstu_compile
 from hstu_compile.bundle import ENGINE_FILE, MANIFEST, ONNX_FILE, BundleFiles, read_bundle
-from hstu_compile.errors import BundleError, UsageError
-from hstu_compile.files import write_whole, writing_to
+from hstu_compile.errors import UsageError
+from hstu_compile.files import write_whole
 from hstu_compile.plugin_library import SELF_REGISTERING
+from hstu_compile.serving.ensemble_config import CHECK_PY, check_config, ensemble_config, step_names
+from hstu_compile.serving.new_models import DEPLOYMENT, new_models
 from hstu_compile.serving.pbtxt import Message, Word, pbtxt
 from hstu_compile.serving.python_config import MODEL_PY, python_config
 from hstu_compile.serving.samples import Sample, sample_requests
@@ -44,7 +45,7 @@ from hstu_compile.serving.tensors import DATATYPES, most_users
 
 Backend = Literal["auto", "python", "tensorrt"]
 
-CONFIG, DEPLOYMENT, CHECKSUMS, LAUNCHER = "config.pbtxt", "deployment.json", "SHA256SUMS", "launch.sh"
+CONFIG, CHECKSUMS, LAUNCHER = "config.pbtxt", "SHA256SUMS", "launch.sh"
 _VERSION = "1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NUM_SAMPLES, _NUM_WARMUPS = 32, 3
@@ -60,9 +61,10 @@ class RepositoryRequest:
         backend: Triton's backend; "auto" takes tensorrt for a bundle with a TensorRT engine, and python otherwise.
         name: of the model; None takes the bundle's.
         scheduling: batching, instances, CUDA graphs.
-        settings: how the Python backend answers.
+        settings: how the Python backend answers, or what the check refuses.
         execution_env: of the Python backend; None is the server's own Python.
         force: replace a model of that name.
+        checked: put our checks in front of the TensorRT backend, which has none. The Python backend always checks.
     """
 
     bundle: Path
@@ -73,6 +75,7 @@ class RepositoryRequest:
     settings: RuntimeSettings = dataclasses.field(default_factory=RuntimeSettings)
     execution_env: PurePosixPath | None = None
     force: bool = False
+    checked: bool = True
 
 
 def write_repository(request: RepositoryRequest) -> dict[str, Any]:
@@ -91,24 +94,13 @@ def write_repository(request: RepositoryRequest) -> dict[str, Any]:
     if backend == "auto":
         backend = "tensorrt" if _has_tensorrt_engine(files) else "python"
     name = _model_name(request)
-    if backend == "python":
-        _check_python(request, files)
-    elif request.execution_env is not None:
-        raise UsageError(
-            "HSTU-E901",
-            "--execution-env and --backend tensorrt exclude each other",
-            "the TensorRT backend runs no Python",
-            "leave one of them out",
-        )
+    _check_options(request, backend, files)
     samples = sample_requests(files, _NUM_SAMPLES)
-    warmup = _warmup(samples[:_NUM_WARMUPS])
-    if backend == "python":
-        config = python_config(name, files, request.scheduling, request.settings, warmup, request.execution_env)
-    else:
-        config = tensorrt_config(name, files, request.scheduling, warmup)
+    steps = step_names(name) if backend == "tensorrt" and request.checked else ()
     deployment = {
         "model": name,
         "backend": backend,
+        "steps": list(steps),
         "hstu_compile": hstu_compile.__version__,
         "bundle_sha256": hashlib.sha256((files.path / MANIFEST).read_bytes()).hexdigest(),
         "built_with": files.manifest.get("versions"),
@@ -116,23 +108,54 @@ def write_repository(request: RepositoryRequest) -> dict[str, Any]:
         "precision": files.manifest["precision"]["requested"],
         "status": files.manifest["status"],
     }
+    configs = _configs(request, backend, (name, *steps), files, _warmup(samples[:_NUM_WARMUPS]))
     repository = request.repository
-    with _new_model(repository, name, request.force) as folder:
-        (folder / CONFIG).write_text(pbtxt(config), encoding="utf-8")
-        (folder / DEPLOYMENT).write_text(json.dumps(deployment, indent=1) + "\n", encoding="utf-8")
-        (folder / _VERSION).mkdir()
+    with new_models(repository, (name, *steps), request.force) as folders:
+        for folder, (model, config) in zip(folders, configs.items(), strict=True):
+            (folder / CONFIG).write_text(pbtxt(config), encoding="utf-8")
+            own = {} if model == name else {"model": model, "backend": config["backend"], "steps": []}
+            text = json.dumps({**deployment, **own}, indent=1) + "\n"
+            (folder / DEPLOYMENT).write_text(text, encoding="utf-8")
+            (folder / _VERSION).mkdir()
+            if "model_warmup" in config:
+                _write_warmup(folder / "warmup", samples[:_NUM_WARMUPS])
+        if steps:
+            _write_ensemble(folders[0])
+            _write_check(folders[1], files)
         if backend == "python":
-            _write_python_model(folder, files, request.settings)
+            _write_python_model(folders[0], files, request.settings)
         else:
-            _write_tensorrt_model(folder, files)
-        _write_warmup(folder / "warmup", samples[:_NUM_WARMUPS])
-        _write_clients(folder, name, samples)
-        _write_checksums(folder)
+            _write_tensorrt_model(folders[-1], files)
+        _write_clients(folders[0], name, samples)
+        for folder in folders:
+            _write_checksums(folder)
     launcher = repository / LAUNCHER
     write_whole(launcher, _template("launch.sh").encode())
     launcher.chmod(0o755)
-    notes = _notes(files, backend, repository / name)
+    notes = _notes(files, backend, [repository / model for model in configs])
     return {**deployment, "path": str(repository / name), "launch": str(launcher), "notes": notes}
+
+
+def _configs(
+    request: RepositoryRequest,
+    backend: str,
+    names: Sequence[str],
+    files: BundleFiles,
+    warmup: Sequence[Message],
+) -> dict[str, Message]:
+    """Model to configuration; first what clients ask, last what runs the graph."""
+    settings, env = request.settings, request.execution_env
+    if backend == "python":
+        return {names[0]: python_config(names[0], files, request.scheduling, settings, warmup, env)}
+    engine = tensorrt_config(names[-1], files, request.scheduling, warmup)
+    if len(names) == 1:
+        return {names[0]: engine}
+    name, check, _ = names
+    return {
+        name: ensemble_config(name, files),
+        check: check_config(check, files, settings, warmup, env),
+        names[-1]: engine,
+    }
 
 
 def _has_tensorrt_engine(files: BundleFiles) -> bool:
@@ -151,63 +174,47 @@ def _model_name(request: RepositoryRequest) -> str:
     return name
 
 
-def _check_python(request: RepositoryRequest, files: BundleFiles) -> None:
-    """Refuse what could only fail when the model is loaded."""
-
-    def refuse(what: str, why: str, fix: str) -> None:
-        raise UsageError("HSTU-E901", what, why, fix)
-
-    settings = request.settings
+def _check_options(request: RepositoryRequest, backend: str, files: BundleFiles) -> None:
+    """Refuse what could only fail when the model is loaded, and options of what is not written."""
+    settings, tensorrt = request.settings, backend == "tensorrt"
+    if tensorrt and not request.checked and request.execution_env is not None:
+        _refuse(
+            "--execution-env and --unchecked exclude each other",
+            "without its check the TensorRT backend runs no Python",
+            "leave one of them out",
+        )
+    if settings.unknown_ids != "refuse" and files.ranking is None:
+        _refuse("--unknown-ids is for ranking models", "this is a retrieval model", "leave --unknown-ids out")
+    if tensorrt:
+        return
+    if not request.checked:
+        _refuse(
+            "--unchecked and --backend python exclude each other",
+            "the Python backend's runtime checks every request itself",
+            "leave --unchecked out",
+        )
     if request.scheduling.cuda_graphs:
-        refuse(
+        _refuse(
             "--cuda-graphs and --backend python exclude each other",
             "the Python backend's runtime records its graphs itself",
             "leave --cuda-graphs out",
         )
     if settings.runtime != "onnxruntime" and files.manifest["backend"]["name"] != settings.runtime:
-        refuse(
+        _refuse(
             f"--runtime {settings.runtime} has nothing to run",
             f"the bundle's engine is of the backend {files.manifest['backend']['name']}",
             "leave --runtime out, or build the bundle with that --backend",
         )
     if settings.runtime != "onnxruntime" and settings.device == "gpu":
-        refuse("--device is ONNX Runtime's", f"{settings.runtime} always runs on a GPU", "leave --device out")
-    if settings.unknown_ids != "refuse" and files.ranking is None:
-        refuse("--unknown-ids is for ranking models", "this is a retrieval model", "leave --unknown-ids out")
+        _refuse("--device is ONNX Runtime's", f"{settings.runtime} always runs on a GPU", "leave --device out")
+
+
+def _refuse(what: str, why: str, fix: str) -> NoReturn:
+    raise UsageError("HSTU-E901", what, why, fix)
 
 
 def _template(name: str) -> str:
     return resources.files("hstu_compile").joinpath(f"templates/triton/{name}").read_text(encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _new_model(repository: Path, name: str, force: bool) -> Iterator[Path]:
-    """A folder that becomes the model when the block ends, and is removed if it fails.
-
-    Raises:
-        BundleError: HSTU-E801 if the model exists and is not to be replaced, E802 if it cannot be written.
-    """
-    target = repository / name
-    if target.exists() and not (force and (target / DEPLOYMENT).is_file()):
-        whose = "it is a model that hstu-compile wrote" if (target / DEPLOYMENT).is_file() else "it is not ours"
-        fix = "pass --force, or another --name" if (target / DEPLOYMENT).is_file() else "pass another --name or -o DIR"
-        raise BundleError("HSTU-E801", f"{target} exists", whose, fix)
-    mark = secrets.token_hex(4)
-    # A server that looks for new models at this moment must not find half of one: names with a dot are no models.
-    folder, replaced = (repository / f".{name}.{mark}.{state}" for state in ("partial", "old"))
-    with writing_to(target):
-        repository.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.mkdir()
-            yield folder
-            if target.exists():
-                os.rename(target, replaced)
-            os.rename(folder, target)
-        finally:
-            if replaced.exists() and not target.exists():
-                os.rename(replaced, target)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_python_model(folder: Path, files: BundleFiles, settings: RuntimeSettings) -> None:
@@ -219,6 +226,10 @@ def _write_python_model(folder: Path, files: BundleFiles, settings: RuntimeSetti
         shutil.copy2(files.path / name, bundle / name)
     extra = "[cpu]" if settings.runtime == "onnxruntime" and settings.device == "cpu" else ""
     extra = "[gpu]" if settings.on_gpu and settings.runtime != "tensorrt-rtx" else extra or "[rtx]"
+    _write_requirements(folder, extra)
+
+
+def _write_requirements(folder: Path, extra: str) -> None:
     (folder / "requirements.txt").write_text(
         "# For the Python that Triton's Python backend uses.\n"
         f"hstu-compile{extra}=={hstu_compile.__version__}\n"
@@ -226,6 +237,20 @@ def _write_python_model(folder: Path, files: BundleFiles, settings: RuntimeSetti
         "numpy>=1.26,<2\n",
         encoding="utf-8",
     )
+
+
+def _write_ensemble(folder: Path) -> None:
+    """An ensemble is its configuration, but the server wants a folder of its version."""
+    (folder / _VERSION / "README").write_text(
+        "An ensemble has no files of its own. This one keeps its folder: object stores have no empty ones.\n",
+        encoding="utf-8",
+    )
+
+
+def _write_check(folder: Path, files: BundleFiles) -> None:
+    (folder / _VERSION / "model.py").write_text(CHECK_PY, encoding="utf-8")
+    shutil.copy2(files.path / MANIFEST, folder / _VERSION / MANIFEST)
+    _write_requirements(folder, "")
 
 
 def _write_tensorrt_model(folder: Path, files: BundleFiles) -> None:
@@ -296,8 +321,9 @@ def _write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def _notes(files: BundleFiles, backend: str, model: Path) -> list[str]:
-    notes = []
+def _notes(files: BundleFiles, backend: str, models: Sequence[Path]) -> list[str]:
+    """What is still to be done or to be known about the models, of which the last one runs the graph."""
+    notes, model = [], models[-1]
     if files.manifest["status"] != "PASS":
         notes.append(f"the bundle's verification says {files.manifest['status']}")
     if backend == "python":
@@ -317,5 +343,9 @@ def _notes(files: BundleFiles, backend: str, model: Path) -> list[str]:
         notes.append(
             "one request a batch: with scaling_seq_len: batch an answer would depend on who is asked about beside it"
         )
-    notes.append("the TensorRT backend checks no ids, times or lengths; --backend python does")
+    if len(models) == 1:
+        notes.append("the TensorRT backend checks no ids, times or lengths: a wrong request changes others' answers")
+        return notes
+    notes.append(f"the server's Python needs {models[1] / 'requirements.txt'}")
+    notes.append(f"{model.name} checks nothing: let clients reach {models[0].name} alone")
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 from hstu_compile.errors import UsageError
@@ -92,9 +92,13 @@ class RuntimeSettings:
         """Whether anything of the model is on a GPU."""
         return self.device == "gpu" or self.runtime != "onnxruntime"
 
-    def to_parameters(self) -> dict[str, str]:
-        """Parameters of a config."""
-        return {f"{PREFIX}{name}": str(value) for name, value in dataclasses.asdict(self).items()}
+    def to_parameters(self, names: Collection[str] | None = None) -> dict[str, str]:
+        """Parameters of a config; of these settings alone, if names are given."""
+        return {
+            f"{PREFIX}{name}": str(value)
+            for name, value in dataclasses.asdict(self).items()
+            if names is None or name in names
+        }
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> RuntimeSettings:

@@ -1,4 +1,4 @@
-"""`TritonPythonModel`: what Triton's Python backend calls, one process per instance. Level 5; no torch.
+"""What Triton's Python backend calls, one process per instance. Level 5; no torch.
 
 `triton_python_backend_utils` exists only inside that process, so nothing else imports this module.
 """
@@ -16,7 +16,8 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from hstu_compile.errors import EngineError, HstuCompileError, RequestError
-from hstu_compile.serving.answering import Answer, open_answerer
+from hstu_compile.serving.answering import Answer, Answerer, open_answerer
+from hstu_compile.serving.checking import open_checker
 from hstu_compile.serving.process_guard import ProcessGuard
 from hstu_compile.serving.settings import RuntimeSettings
 
@@ -40,17 +41,20 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {name: entry["string_value"] for name, entry in config["parameters"].items()}
         self._inputs = [each["name"] for each in config["input"]]
-        bundle = Path(args["model_repository"]) / args["model_version"] / BUNDLE_FOLDER
+        version = Path(args["model_repository"]) / args["model_version"]
         if args["model_instance_kind"] == "GPU":
             # This process serves one instance, and the runtime takes the first GPU that it sees.
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         try:
             settings = RuntimeSettings.from_parameters(parameters)
-            self._answerer = open_answerer(bundle, settings)
+            self._answerer = self._opened(version, settings)
         except HstuCompileError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         # Last: a model that is not loaded ends its process without being asked to.
         self._guard = ProcessGuard.of_this_process(args["model_name"], settings.lost_process == "stop_server")
+
+    def _opened(self, version: Path, settings: RuntimeSettings) -> Answerer[Any]:
+        return open_answerer(version / BUNDLE_FOLDER, settings)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a batch of requests in one pass; what is wrong with one is that one's error alone."""
@@ -65,6 +69,13 @@ class TritonPythonModel:
     def _arrays(self, request: Any) -> dict[str, NDArray[Any]]:
         tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
         return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+class TritonCheckModel(TritonPythonModel):
+    """Checks requests for an engine; the folder of the model's version has the manifest of the engine's bundle."""
+
+    def _opened(self, version: Path, settings: RuntimeSettings) -> Answerer[Any]:
+        return open_checker(version, settings)
 
 
 def _check_numpy() -> None:

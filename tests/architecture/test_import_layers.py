@@ -136,7 +136,8 @@ SERVING = (
     "bundle", "cli", "doctor", "engine", "engine_stage", "environment", "graph_plugin", "inspection", "plugin_library",
     "plugin_stage", "polygraphy_files", "ranking_bundle", "recheck", "report", "retrieval_bundle", "runtime",
     "runtime.kv_cache", "runtime.onnxruntime_session", "runtime.ranking", "runtime.request", "runtime.retrieval",
-    "runtime.session", "runtime.tensorrt_session", "serving.answering", "serving.repository", "session_check",
+    "runtime.session", "runtime.tensorrt_session", "serving.answering", "serving.checking",
+    "serving.repository", "session_check",
 )  # fmt: skip
 
 

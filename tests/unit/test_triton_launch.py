@@ -39,7 +39,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def add_model(repository: Path, name: str, plugin: bytes | None = None, engine: str | None = "tensorrt") -> Path:
     bundle = write_bundle(repository.parent / f"{name}.hstu", engine=engine, plugin=plugin)
-    write_repository(RepositoryRequest(bundle, repository, "tensorrt", name))
+    write_repository(RepositoryRequest(bundle, repository, "tensorrt", name, checked=False))
     return repository / name
 
 
@@ -128,6 +128,22 @@ def test_a_path_that_the_server_would_split_is_refused(tmp_path: Path, libraries
     done = launch(repository)
     assert done.returncode == 5
     assert "which separate libraries" in done.stderr
+
+
+def test_a_checked_engine_is_started_as_three_models_and_needs_all_of_them(tmp_path: Path, libraries: dict[str, bytes]):
+    repository = tmp_path / "models"
+    bundle = write_bundle(tmp_path / "a.hstu", engine="tensorrt", plugin=libraries["good"])
+    write_repository(RepositoryRequest(bundle, repository))
+    done = launch(repository)
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (
+        0,
+        [f"--backend-config=tensorrt,plugins={repository}/a_engine/libhstu_trt_plugin.so"],
+    )
+    shutil.rmtree(repository / "a_check")
+    done = launch(repository)
+    assert (done.returncode, done.stdout) == (8, "")
+    assert "error[HSTU-E803] launch:" in done.stderr
+    assert "it asks a_check, which is missing" in done.stderr
 
 
 def test_no_server_is_said(tmp_path: Path):

@@ -140,6 +140,17 @@ def test_requests_become_arrays_and_answers_responses(model_module: Any, monkeyp
     assert Guard.released == released + 1
 
 
+def test_the_check_opens_the_manifest_beside_it(model_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(model_module, "open_checker", lambda *each: opened.append(each) or Answers())
+    model = model_module.TritonCheckModel()
+    model.initialize(arguments(hstu_truncation="keep_last"))
+    ((folder, settings),) = opened
+    assert (folder, settings.truncation) == (Path("/models/m/3"), "keep_last")
+    (good,) = model.execute([{"x": Tensor("x", np.array([[1]]))}])
+    assert [each.name for each in good.tensors] == ["y"]
+
+
 def test_the_process_is_watched_as_the_configuration_says_and_only_if_the_model_was_opened(
     model_module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

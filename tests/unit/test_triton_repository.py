@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from hstu_compile.__main__ import main
 from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature
-from hstu_compile.serving import repository
+from hstu_compile.serving import new_models, repository
 from hstu_compile.serving.repository import RepositoryRequest, write_repository
 from hstu_compile.serving.settings import RuntimeSettings, Scheduling
 from tests.ranking_fakes import spec_of
@@ -61,7 +62,7 @@ def test_requirements_are_those_of_the_runtime(tmp_path: Path, settings: Runtime
 
 def test_tensorrt_model_holds_engine_plugin_and_graph(tmp_path: Path):
     bundle = write_bundle(tmp_path / "model.hstu", engine="tensorrt", plugin=b"plugin")
-    facts = write_repository(RepositoryRequest(bundle, tmp_path / "models"))
+    facts = write_repository(RepositoryRequest(bundle, tmp_path / "models", checked=False))
     assert facts["backend"] == "tensorrt"
     model = tmp_path / "models" / "model"
     assert (model / "1" / "model.plan").read_bytes() == b"engine"
@@ -70,12 +71,106 @@ def test_tensorrt_model_holds_engine_plugin_and_graph(tmp_path: Path):
     assert "1/model.py" not in names(model)
 
 
+def test_a_tensorrt_model_stands_behind_its_check_unless_told_otherwise(tmp_path: Path):
+    bundle = write_bundle(tmp_path / "model.hstu", engine="tensorrt", plugin=b"plugin")
+    request = RepositoryRequest(bundle, tmp_path / "models", execution_env=PurePosixPath("/env.tar.gz"))
+    facts = write_repository(request)
+    assert (facts["backend"], facts["steps"]) == ("tensorrt", ["model_check", "model_engine"])
+    models = tmp_path / "models"
+    common = {"config.pbtxt", "deployment.json", "SHA256SUMS"}
+    clients = {"client_http.py", "client_grpc.py", "requests.json"}
+    assert names(models / "model") == common | clients | {"1/README"}
+    warmup = {f"warmup/request_{i}_{name}" for i in range(3) for name, _, _ in RETRIEVAL if name != "seq_offsets"}
+    check = {"requirements.txt", "1/model.py", "1/manifest.json"}
+    assert names(models / "model_check") == common | warmup | check
+    engine = {"1/model.plan", "model.onnx", "libhstu_trt_plugin.so"}
+    assert names(models / "model_engine") == common | warmup | engine
+    assert (models / "model_check" / "requirements.txt").read_text().count("hstu-compile==") == 1
+    config = (models / "model_check" / "config.pbtxt").read_text()
+    assert 'key: "EXECUTION_ENV_PATH"' in config
+    assert {line.split('"')[1] for line in config.splitlines() if 'key: "hstu_' in line} == {
+        "hstu_truncation",
+        "hstu_unknown_ids",
+        "hstu_lost_process",
+    }
+    deployed = [json.loads((models / name / "deployment.json").read_text()) for name in ("model", *facts["steps"])]
+    assert [(each["model"], each["backend"], each["steps"]) for each in deployed] == [
+        ("model", "tensorrt", ["model_check", "model_engine"]),
+        ("model_check", "python", []),
+        ("model_engine", "tensorrt", []),
+    ]
+    assert [note for note in facts["notes"] if "let clients reach model alone" in note]
+    for each in ("model", *facts["steps"]):
+        done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=models / each, check=False)
+        assert done.returncode == 0
+
+
+def test_the_engine_behind_a_check_is_the_one_without(tmp_path: Path):
+    bundle = write_bundle(tmp_path / "model.hstu", engine="tensorrt")
+    for folder, checked in (("a", True), ("b", False)):
+        write_repository(RepositoryRequest(bundle, tmp_path / folder, checked=checked))
+    behind, alone = tmp_path / "a" / "model_engine", tmp_path / "b" / "model"
+    config = (behind / "config.pbtxt").read_text()
+    assert config.replace('"model_engine"', '"model"') == (alone / "config.pbtxt").read_text()
+    assert (behind / "1" / "model.plan").read_bytes() == (alone / "1" / "model.plan").read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"checked": False}, {"backend": "python"}])
+def test_the_steps_of_a_model_go_when_it_is_replaced_by_one_without(tmp_path: Path, changes: dict[str, Any]):
+    bundle = write_bundle(tmp_path / "model.hstu", engine="tensorrt")
+    for name in ("model", "other"):
+        write_repository(RepositoryRequest(bundle, tmp_path / "models", name=name))
+    write_repository(RepositoryRequest(bundle, tmp_path / "models", force=True, **changes))
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {
+        "launch.sh",
+        "model",
+        *("other", "other_check", "other_engine"),
+    }
+
+
+def test_a_step_that_is_not_ours_is_never_replaced(tmp_path: Path):
+    theirs = tmp_path / "models" / "model_engine" / "config.pbtxt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    bundle = write_bundle(tmp_path / "model.hstu", engine="tensorrt")
+    with pytest.raises(BundleError, match=r"(?s)HSTU-E801.*model_engine exists.*it is not ours"):
+        write_repository(RepositoryRequest(bundle, tmp_path / "models", force=True))
+    assert names(tmp_path / "models") == {"model_engine/config.pbtxt"}
+
+
+def test_models_that_cannot_all_be_put_in_place_leave_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bundle = write_bundle(tmp_path / "model.hstu", engine="tensorrt")
+    write_repository(RepositoryRequest(bundle, tmp_path / "models"))
+    before = {name: (tmp_path / "models" / name).read_bytes() for name in names(tmp_path / "models")}
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        # The engine is in place by then.
+        if source.name.startswith(".model_check.") and source.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(new_models.os, "rename", full)
+    with pytest.raises(BundleError, match=r"(?s)HSTU-E802.*No space left"):
+        write_repository(
+            RepositoryRequest(bundle, tmp_path / "models", settings=RuntimeSettings(truncation="keep_last"), force=True)
+        )
+    assert {name: (tmp_path / "models" / name).read_bytes() for name in names(tmp_path / "models")} == before
+
+
+def test_an_input_named_as_an_output_of_the_check_is_refused(tmp_path: Path):
+    inputs = [*RETRIEVAL, ("truncated", "int32", ["L"])]
+    bundle = write_bundle(tmp_path / "model.hstu", inputs=inputs)
+    with pytest.raises(BundleError, match=r"(?s)HSTU-E804.*named truncated"):
+        write_repository(RepositoryRequest(bundle, tmp_path / "models", "tensorrt"))
+
+
 @pytest.mark.parametrize("engine", [None, "tensorrt-rtx"])
 def test_an_engine_that_the_backend_cannot_load_is_not_written_and_the_note_says_how_to_build_one(
     tmp_path: Path, engine: str | None
 ):
     bundle = write_bundle(tmp_path / "model.hstu", engine=engine)
-    facts = write_repository(RepositoryRequest(bundle, tmp_path / "models", "tensorrt"))
+    facts = write_repository(RepositoryRequest(bundle, tmp_path / "models", "tensorrt", checked=False))
     assert "1/model.plan" not in names(tmp_path / "models" / "model")
     (note,) = [note for note in facts["notes"] if "no TensorRT engine" in note]
     assert "hstu-compile engine" in note
@@ -206,7 +301,9 @@ def test_a_feature_named_as_the_key_of_the_cache_is_refused(tmp_path: Path):
     ("changes", "message"),
     [
         ({"backend": "python", "scheduling": Scheduling(cuda_graphs=True)}, "--cuda-graphs and --backend python"),
-        ({"backend": "tensorrt", "execution_env": "/env"}, "--execution-env and --backend tensorrt"),
+        ({"backend": "tensorrt", "execution_env": "/env", "checked": False}, "--execution-env and --unchecked"),
+        ({"backend": "python", "checked": False}, "--unchecked and --backend python"),
+        ({"backend": "tensorrt", "settings": RuntimeSettings(unknown_ids="clamp")}, "--unknown-ids is for ranking"),
         ({"settings": RuntimeSettings(runtime="tensorrt")}, "--runtime tensorrt has nothing to run"),
         ({"settings": RuntimeSettings(unknown_ids="clamp")}, "--unknown-ids is for ranking models"),
         ({"name": "a/b"}, "cannot be named 'a/b'"),
@@ -252,7 +349,7 @@ def test_a_ranking_model_with_external_embeddings_is_served_by_the_python_backen
 def test_cuda_graphs_name_every_input_and_cover_batches_by_powers_of_two(tmp_path: Path):
     bundle = write_bundle(tmp_path / "model.hstu", limits={"max_batch": 6})
     scheduling = Scheduling(cuda_graphs=True)
-    write_repository(RepositoryRequest(bundle, tmp_path / "models", "tensorrt", scheduling=scheduling))
+    write_repository(RepositoryRequest(bundle, tmp_path / "models", "tensorrt", scheduling=scheduling, checked=False))
     text = (tmp_path / "models" / "model" / "config.pbtxt").read_text()
     specs = text.split("graph_spec {")[1:]
     assert [int(spec.split("batch_size: ")[1].split("\n")[0]) for spec in specs] == [
@@ -264,7 +361,7 @@ def test_cuda_graphs_name_every_input_and_cover_batches_by_powers_of_two(tmp_pat
 
 def test_command_line_prints_what_is_to_be_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bundle = write_bundle(tmp_path / "model.hstu")
-    command = ["triton", str(bundle), "-o", str(tmp_path / "models"), "--backend", "tensorrt"]
+    command = ["triton", str(bundle), "-o", str(tmp_path / "models"), "--backend", "tensorrt", "--unchecked"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{tmp_path / 'models' / 'model'}  tensorrt backend")

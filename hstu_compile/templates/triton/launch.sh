@@ -18,6 +18,10 @@ for model in "$here"/*/; do
 	if ! problems="$(cd "$model" && sha256sum --check --quiet SHA256SUMS 2>&1)"; then
 		refuse HSTU-E803 "$model is damaged" "$problems" "write the model again with hstu-compile triton" 8
 	fi
+	for step in $(sed -n 's/^ *model_name: "\(.*\)"$/\1/p' "$model/config.pbtxt"); do
+		[ -f "$here/$step/config.pbtxt" ] || refuse HSTU-E803 "$model is not whole" "it asks $step, which is missing" \
+			"write the model again with hstu-compile triton, and copy the whole repository" 8
+	done
 	grep -q '^backend: "tensorrt"' "$model/config.pbtxt" || continue
 	if [ ! -f "$model/1/model.plan" ]; then
 		refuse HSTU-E404 "$model has no engine" "$model/1/model.plan is missing" \
