@@ -50,7 +50,9 @@ class FuseNorms(Pass):
     def call(self, model: onnx.ModelProto) -> PassResult:
         contract = norm_contract()
         finder = _Finder(model.graph, self._tap_names)
-        found = [norm for i in range(len(finder.nodes)) if (norm := finder.norm_at(i)) is not None]
+        matches = [norm for i in range(len(finder.nodes)) if (norm := finder.norm_at(i)) is not None]
+        # Where two norms are multiplied, each is the other's gate: the last takes the product in, the other stays.
+        found = list({norm.last: norm for norm in matches}.values())
         opset = next(o.version for o in model.opset_import if o.domain in _STANDARD)
         overloads: dict[tuple[Any, ...], str] = {}
         made: dict[int, onnx.NodeProto] = {}
@@ -278,15 +280,19 @@ class _Pattern:
         source, _ = self.finder.widened(self.value)
         element = self.finder.type_of(source)
         # A gate is as wide in memory as the rows, so what is behind a norm depends on what is in front of it.
-        if (swish := self._swish()) is not None:
+        swish = self._swish()
+        gate = None if swish is not None else _Gate.of(self, source, element)
+        if swish is not None:
             output, attributes["activation"] = swish, _SWISH
-        elif (gate := _Gate.of(self, source, element)) is not None:
+        elif gate is not None:
             inputs["gate"], output = gate.input, gate.output
             attributes |= {"activation": _GATE, "gate_silu": int(gate.has_silu), "concat": gate.concat}
             self.touched |= gate.touched
             self.last = gate.last
         shift = self._shift()
         source, cast = self.finder.widened(self.value)
+        if gate is not None and self.finder.type_of(source) != element:
+            source, cast = self.value, None  # behind the addition there were half-precision rows, the gate is float32
         if cast is not None:
             self.touched.add(cast)
         inputs["x"] = source

@@ -301,6 +301,38 @@ def test_a_shift_per_row_and_a_gate_that_is_a_constant_are_not_taken_in() -> Non
     assert wanted.items() <= attributes.items()
 
 
+@pytest.mark.parametrize("silu", [True, False])
+def test_a_gate_in_float32_keeps_shifted_rows_in_float32(silu: bool) -> None:
+    """The operator's gate is of the type of its rows: taken in at half precision, the gate would be rounded to it."""
+    gate = [node("Sigmoid", "x32", "gs"), node("Mul", "x32 gs", "u")] if silu else []
+    nodes = [
+        *gate,
+        node("Cast", "x", "xw", **TO_WIDE),
+        node("Add", "xw shift", "v"),
+        layer_norm("v", "n"),
+        node("Mul", f"{'u' if silu else 'x32'} n", "out"),
+    ]
+    _, (attributes,) = fused_of(small_model_of(nodes, {"out": TensorProto.FLOAT}))
+    wanted = {"activation": 1, "gate_silu": int(silu), "has_shift": 1, "input_type": 0, "output_type": 0}
+    assert wanted.items() <= attributes.items()
+
+
+def test_of_two_norms_that_gate_each_other_one_takes_the_product_in() -> None:
+    nodes = [layer_norm("x32", "n"), node("Neg", "x32", "m"), layer_norm("m", "k"), node("Mul", "n k", "out")]
+    model = small_model_of(nodes, {"out": TensorProto.FLOAT})
+    fused, (attributes,) = fused_of(model)
+    assert attributes["activation"] == 1
+    assert Counter(each.op_type for each in fused.graph.node)["LayerNormalization"] == 1
+    assert FuseNorms().call(copied(model)).counts == {"norms": 0, "gates": 1, "swishes": 0}
+
+
+def test_shifted_rows_that_are_also_the_gate_stay_for_it() -> None:
+    nodes = [node("Add", "x32 shift", "v"), layer_norm("v", "n"), node("Mul", "v n", "out")]
+    fused, (attributes,) = fused_of(small_model_of(nodes, {"out": TensorProto.FLOAT}))
+    assert attributes["activation"] == 1
+    assert [each.op_type for each in fused.graph.node if not is_norm(each)] == ["Add"]
+
+
 def test_rows_multiplied_with_themselves_are_no_gate() -> None:
     nodes = [layer_norm("x32", "n"), node("Mul", "n n", "out")]
     _, (attributes,) = fused_of(small_model_of(nodes, {"out": TensorProto.FLOAT}))
