@@ -55,7 +55,9 @@ def row_errors(actual: Array, reference: Array) -> Array:
     if reference.size == 0:
         return np.zeros(reference.shape[0])
     worst, scale = _row_differences(actual, reference)
-    scaled: Array = np.where(scale > 0, worst / np.where(scale > 0, scale, 1.0), np.where(worst > 0, math.inf, 0.0))
+    divisor = np.where((scale > 0) & np.isfinite(scale), scale, 1.0)
+    scaled: Array = np.where(scale > 0, worst / divisor, np.where(worst > 0, math.inf, 0.0))
+    scaled[~np.isfinite(scale)] = math.inf  # of a reference that is not finite
     return scaled
 
 
@@ -88,7 +90,12 @@ def row_error(actual: Array, reference: Array) -> RowError:
 
 
 def error_bound(eager_error: float, precision: str) -> float:
-    """Largest error allowed for an artifact whose eager model, in the same precision, errs by `eager_error`."""
+    """Largest error allowed for an artifact whose eager model, in the same precision, errs by `eager_error`.
+
+    Zero where that is not finite: an eager model that overflows says nothing about how far an artifact may be off.
+    """
+    if not math.isfinite(eager_error):
+        return 0.0
     return EAGER_FACTOR * max(eager_error, EAGER_FLOOR[precision])
 
 

@@ -124,7 +124,15 @@ def test_nothing_equals_nothing_only_in_the_same_shape() -> None:
 
 
 def test_reference_that_is_not_finite_passes_nothing() -> None:
-    assert row_error(np.ones((1, 2)), np.array([[1.0, math.nan]])).error == math.inf
+    for value in (math.nan, math.inf, -math.inf):
+        assert row_error(np.ones((1, 2)), np.array([[1.0, value]])).error == math.inf
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("eager_error", [math.inf, math.nan])
+def test_an_eager_model_that_overflows_allows_nothing(precision: str, eager_error: float) -> None:
+    """An infinite bound would accept zeros, and infinity itself."""
+    assert error_bound(eager_error, precision) == 0.0
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
