@@ -24,8 +24,8 @@ class ProjectByConvolution(Pass):
 
     A constant row that is added next becomes the convolution's bias, and rows that are added then are added to its
     result in four axes, where TensorRT 8 can fuse the addition: it does not see through the Squeeze. A fused sum in
-    half precision is rounded once, separate ones once each: the difference is at most half a unit in the last place of
-    each sum that is no longer rounded.
+    half precision is rounded once, separate ones once each: before that last rounding, which may then go the other way,
+    the difference is at most half a unit in the last place of each sum that is no longer rounded.
 
     Cases: 1. right operand an initializer of rank 2, left operand of rank 2; 2. its one reader adds a constant [N] of
     its type; 3. the one reader of that adds rows [L, N]; 4. of two projections that are added to each other, the first
