@@ -6,6 +6,8 @@ else is what `hstu-compile triton` wrote: the ensemble, the check, and the engin
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,25 @@ def test_right_requests_among_wrong_ones_are_answered_as_if_these_were_not_there
         assert not isinstance(answer, Exception), answer
         model.check(answer, sample)
     assert after[0] - before[0] == len(good)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_client_beside_the_ensemble_prints_its_answers(
+    triton_server: TritonServer, models: dict[str, ServedModel], protocol: Protocol
+) -> None:
+    program = triton_server.repository / "ranking_checked" / f"client_{protocol}.py"
+    url = triton_server.http_url if protocol == "http" else triton_server.grpc_url
+    command = [sys.executable, program, "--url", url, "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
+    outputs = [*models["ranking"].eager.outputs, "truncated"]
+    assert [line[0] for line in printed] == outputs * 2
+    for number, sample in enumerate(models["ranking"].samples(2)):
+        shown = printed[number * len(outputs)]
+        values = [float(value) for value in shown[shown.index("2]") + 1 : -1]]
+        exact = models["ranking"].expected(sample)[outputs[0]].reshape(-1)[:4]
+        np.testing.assert_allclose(values, exact, rtol=1e-3, atol=1e-4)
 
 
 def test_a_request_of_two_users_never_reaches_the_engine(
