@@ -150,6 +150,15 @@ def test_a_cached_history_is_reused_only_for_what_it_was_made_from(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_session_recovers_and_loads_only_what_it_has_hashed(readers: Path, loader10: Loader, tmp_path: Path) -> None:
+    """Half a pair of staging buffers was taken for a whole one, and a replaced engine for the one that was hashed."""
+    bundle = loader10.bundle(tmp_path, "retrieval")
+    environment = {**os.environ, **SANITIZER, "LD_LIBRARY_PATH": str(loader10.folder)}
+    command = [str(readers), "session-rules", str(bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_user_larger_than_the_cache_is_refused(loader: Loader, ranking: Path) -> None:
     text = loader.refusal(REQUEST, ranking, "--ranking", *QUICK, "--kv-budget-kib", 2)
     assert "the KV cache is too small for user 'longest/0'" in text
@@ -187,6 +196,48 @@ def test_a_pass_that_cannot_be_recorded_is_run_without_a_graph(loader: Loader, r
     report = loader.report(retrieval, *QUICK, HSTU_FAKE_NO_CAPTURE=1)
     assert report["status"] == "PASS"
     assert (report["graphs"]["captures"], report["graphs"]["failures"]) == (0, 4)
+
+
+def test_an_infinite_reference_is_not_met(loader: Loader, retrieval: Path) -> None:
+    """Infinity over infinity is no number, and no number is larger than a bound."""
+    path = retrieval / "reference_outputs.json"
+    outputs = load_outputs(path)
+    outputs[1]["user_embeddings"][2, 0] = np.inf
+    save_outputs(path, "eager-float64", outputs)
+    write_manifest(retrieval, read_manifest(retrieval))
+    report = loader.report(retrieval, *QUICK, code=DIFFERENT)
+    assert [row["passed"] for row in report["comparisons"]] == [True, False, True, True]
+
+
+def with_eager_error(bundle: Path, errors: dict[str, float]) -> None:
+    manifest = read_manifest(bundle)
+    manifest["graphs"][0]["verification"]["eager_error"] = errors
+    write_manifest(bundle, manifest)
+
+
+def test_an_infinite_error_of_the_eager_model_allows_nothing(loader: Loader, retrieval: Path) -> None:
+    with_eager_error(retrieval, {"user_embeddings": np.inf})
+    report = loader.report(retrieval, *QUICK, code=DIFFERENT)
+    # The last feed has no events: its answer is zero, exactly as in float64.
+    assert [row["passed"] for row in report["comparisons"]] == [False, False, False, True]
+    assert [row["bound"] for row in report["comparisons"]] == [0.0] * 4
+
+
+def test_a_reference_of_no_output_is_no_comparison(loader: Loader, retrieval: Path) -> None:
+    with_eager_error(retrieval, {})
+    report = loader.report(retrieval, *QUICK)
+    assert (report["compared"], report["comparisons"]) == (False, [])
+
+
+@pytest.mark.parametrize("words", [(), ("--ranking",)], ids=["packed", "ranking"])
+def test_context_of_fewer_users_than_there_are_is_refused(
+    loader: Loader, ranking: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """The rows of the last users would be read from behind the tensor."""
+    feeds = packed_feeds([(3, 2), (4, 1), (2, 2)], seed=1)
+    np.savez(tmp_path / "in.npz", **{**feeds, "user": feeds["user"][:2]})
+    text = loader.refusal(REQUEST, ranking, *words, *QUICK, "--inputs", tmp_path / "in.npz")
+    assert "user has 2 rows; 3 sequences of 2 make 6" in text
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.9])

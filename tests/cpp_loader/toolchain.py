@@ -140,7 +140,7 @@ def build_program(folder: Path, include_dir: Path, *options: str) -> Path:
 
 
 def build_readers(folder: Path, include_dir: Path) -> Path:
-    """The readers' program, with the address and undefined-behaviour sanitizers; its two units hold every header."""
+    """The readers' program, with the address and undefined-behaviour sanitizers; each unit holds every header."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [HERE / "unit" / name for name in ("readers.cpp", "cacheRules.cpp")]
+    sources = [HERE / "unit" / name for name in ("readers.cpp", "cacheRules.cpp", "sessionRules.cpp")]
     return compile_cpp(folder / "readers", sources, include_dir, *SANITIZE, "-O0")

@@ -206,8 +206,8 @@ void compareWithReference(loader::Bundle const& bundle, loader::GraphEntry const
             loader::compareOutputs(graph, bundle.manifest().precision, work.reference[i], answers[i]))
         {
             report.comparisons.push_back(std::move(row));
+            report.isCompared = true;
         }
-        report.isCompared = true;
     }
 }
 

@@ -2,7 +2,7 @@
 //! before. So a program that reads an answer too early, or reuses a staging buffer too early, gets a wrong answer here.
 //!
 //! Environment: HSTU_FAKE_NO_DEVICE=1 cuInit fails; HSTU_FAKE_SM=80 compute capability (default 90);
-//! HSTU_FAKE_MEMORY_MIB=N device memory (default 65536).
+//! HSTU_FAKE_MEMORY_MIB=N device memory (default 65536); HSTU_FAKE_NO_PINNED=1 no page-locked memory.
 
 #include "fakeDriver.h"
 
@@ -226,6 +226,10 @@ extern "C"
     CUresult cuMemAllocHost(void** address, size_t bytes)
     {
         std::lock_guard<std::mutex> const lock(gMutex);
+        if (std::getenv("HSTU_FAKE_NO_PINNED") != nullptr)
+        {
+            return CUDA_ERROR_OUT_OF_MEMORY;
+        }
         *address = std::malloc(bytes);
         gPinned[*address] = bytes;
         return *address != nullptr ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;

@@ -5,12 +5,16 @@
 //!   readers npz FILE OUT                reads an archive and writes it again
 //!   readers manifest FILE | feeds FILE | outputs FILE
 //!   readers cache-rules BUNDLE          what a cached history may be reused for; prints what does not hold
+//!   readers session-rules BUNDLE        what a session does after failures; alters the bundle
 //!   readers fuzz KIND FILE COUNT SEED   reads COUNT mutations of the file; prints how many were taken and refused
 //! Exit 0; 3 for a refusal, whose text goes to stderr. Anything else is a failure.
 
+#include <clocale>
 #include <cstdio>
 #include <cstdlib>
+#include <locale>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -18,6 +22,8 @@
 
 //! Of cacheRules.cpp.
 int checkCacheRules(std::string const& path);
+//! Of sessionRules.cpp.
+int checkSessionRules(std::string const& path);
 
 namespace
 {
@@ -34,9 +40,12 @@ std::string written(Json const& value)
     case Json::Type::kSTRING: return jsonQuoted(value.string(""));
     case Json::Type::kNUMBER:
     {
-        char number[40];
-        std::snprintf(number, sizeof(number), "%.17g", value.number(""));
-        return std::string(number) == "nan" ? "NaN" : number;
+        // In every locale with a point.
+        std::ostringstream number;
+        number.imbue(std::locale::classic());
+        number.precision(17);
+        number << value.number("");
+        return number.str() == "nan" ? "NaN" : number.str();
     }
     case Json::Type::kARRAY:
         for (Json const& each : value.array(""))
@@ -54,7 +63,7 @@ std::string written(Json const& value)
     return "";
 }
 
-void readAs(std::string const& kind, Bytes const& content, std::string const& scratch)
+void readAs(std::string const& kind, Bytes const& content)
 {
     if (kind == "manifest")
     {
@@ -66,8 +75,7 @@ void readAs(std::string const& kind, Bytes const& content, std::string const& sc
     }
     else
     {
-        writeFile(scratch, content.data(), content.size());
-        kind == "feeds" ? void(readPolygraphyFeeds(scratch)) : void(readPolygraphyOutputs(scratch));
+        kind == "feeds" ? void(polygraphyFeedsOf(content, "fuzzed")) : void(polygraphyOutputsOf(content, "fuzzed"));
     }
 }
 
@@ -102,14 +110,14 @@ Bytes mutated(Bytes content, std::mt19937& random)
 int fuzz(std::string const& kind, std::string const& file, long count, unsigned seed)
 {
     Bytes const content = readFile(file, 1U << 30, Failure::kBUNDLE);
-    readAs(kind, content, file + ".fuzzed");
+    readAs(kind, content);
     std::mt19937 random(seed);
     long taken = 0;
     for (long i = 0; i < count; ++i)
     {
         try
         {
-            readAs(kind, mutated(content, random), file + ".fuzzed");
+            readAs(kind, mutated(content, random));
             ++taken;
         }
         catch (Error const& error)
@@ -136,6 +144,10 @@ int run(std::vector<std::string> const& words)
     {
         return checkCacheRules(words.at(1));
     }
+    if (kind == "session-rules")
+    {
+        return checkSessionRules(words.at(1));
+    }
     if (kind == "fuzz")
     {
         return fuzz(words.at(1), words.at(2), std::stol(words.at(3)), static_cast<unsigned>(std::stoul(words.at(4))));
@@ -148,7 +160,7 @@ int run(std::vector<std::string> const& words)
     Bytes const content = readFile(words.at(1), 1U << 30, Failure::kBUNDLE);
     if (kind != "json-lines")
     {
-        readAs(kind, content, words.at(1) + ".copy");
+        readAs(kind, content);
         return 0;
     }
     std::string const text(content.begin(), content.end());
@@ -172,6 +184,8 @@ int run(std::vector<std::string> const& words)
 
 int main(int argc, char** argv)
 {
+    // As many programs do that the loader may be a part of.
+    std::setlocale(LC_ALL, "");
     try
     {
         return run({argv + 1, argv + argc});

@@ -172,6 +172,26 @@ inline void checkOffsets(std::string const& name, HostTensor const& offsets,
     }
 }
 
+//! Contextual features have several rows of each user, and a size's name does not say how many.
+inline void checkContext(Manifest const& manifest, Tensors const& feeds, Problems& problems)
+{
+    auto const offsets = feeds.find("seq_offsets");
+    if (!manifest.ranking || offsets == feeds.end())
+    {
+        return;
+    }
+    int64_t const users = static_cast<int64_t>(offsets->second.elements()) - 1;
+    for (RankingFeature const& feature : manifest.ranking->contextual)
+    {
+        auto const found = feeds.find(feature.name);
+        if (found != feeds.end() && static_cast<int64_t>(found->second.rows()) != users * feature.maxLength)
+        {
+            problems.add(feature.name, " has ", found->second.rows(), " rows; ", users, " sequences of ",
+                feature.maxLength, " make ", users * feature.maxLength);
+        }
+    }
+}
+
 } // namespace detail
 
 //! Checks a request against a graph of the manifest: names, types, sizes, offsets and item ids.
@@ -230,6 +250,7 @@ inline Tensors checkedFeeds(Manifest const& manifest, GraphEntry const& graph, T
                     detail::checkOffsets(name, tensor, sizes, name == "seq_offsets" ? manifest.maxSeqLen : 0, problems);
                 }
             }
+            detail::checkContext(manifest, feeds, problems);
             auto const items = feeds.find("item_ids");
             for (std::size_t i = 0; manifest.numItems > 0 && items != feeds.end() && i < items->second.elements(); ++i)
             {

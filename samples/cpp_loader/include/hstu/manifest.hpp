@@ -436,6 +436,25 @@ public:
         return found->second;
     }
 
+    //! Reads a file that the manifest vouches for. What is returned is what was hashed: a file that was replaced since
+    //! the bundle was opened is refused.
+    //! \param most bytes; a larger file is refused before it is read.
+    Bytes readVouched(std::string const& file, uint64_t most) const
+    {
+        FileEntry const& entry = fileEntry(file);
+        Bytes content = readFile(pathOf(file), most, Failure::kBUNDLE);
+        Sha256 digest;
+        digest.update(content.data(), content.size());
+        std::string const found = digest.hex();
+        if (found != entry.sha256)
+        {
+            throw Error(Failure::kBUNDLE, pathOf(file) + " was altered after the bundle was opened",
+                "its sha256 is " + found + ", and the manifest records " + entry.sha256,
+                "write bundles into new folders, and open this one again");
+        }
+        return content;
+    }
+
 private:
     static constexpr uint64_t kMOST_MANIFEST_BYTES = 64ULL << 20;
 

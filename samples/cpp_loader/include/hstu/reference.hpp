@@ -30,10 +30,9 @@ namespace detail
 
 static constexpr uint64_t kMOST_REFERENCE_BYTES = 2ULL << 30;
 
-inline Json readJsonFile(std::string const& path)
+inline Json jsonOf(Bytes const& text, std::string const& name)
 {
-    Bytes const text = readFile(path, kMOST_REFERENCE_BYTES, Failure::kBUNDLE);
-    return Json::parse(reinterpret_cast<char const*>(text.data()), text.size(), path);
+    return Json::parse(reinterpret_cast<char const*>(text.data()), text.size(), name);
 }
 
 inline HostTensor tensorFromPolygraphy(Json const& entry, std::string const& where)
@@ -45,12 +44,13 @@ inline HostTensor tensorFromPolygraphy(Json const& entry, std::string const& whe
 } // namespace detail
 
 //! Reads Polygraphy's list of feeds (`--load-inputs`).
-inline std::vector<Tensors> readPolygraphyFeeds(std::string const& path)
+//! \param path of the file, for messages.
+inline std::vector<Tensors> polygraphyFeedsOf(Bytes const& text, std::string const& path)
 {
     return typed("reading feeds",
         [&]
         {
-            Json const root = detail::readJsonFile(path);
+            Json const root = detail::jsonOf(text, path);
             std::vector<Tensors> feeds;
             for (Json const& entry : root.array(path))
             {
@@ -66,12 +66,13 @@ inline std::vector<Tensors> readPolygraphyFeeds(std::string const& path)
 }
 
 //! Reads Polygraphy's outputs of one runner (`--load-outputs`), one entry per feed.
-inline std::vector<Tensors> readPolygraphyOutputs(std::string const& path)
+//! \param path of the file, for messages.
+inline std::vector<Tensors> polygraphyOutputsOf(Bytes const& text, std::string const& path)
 {
     return typed("reading reference outputs",
         [&]
         {
-            Json const root = detail::readJsonFile(path);
+            Json const root = detail::jsonOf(text, path);
             Json::Array const& runners = root.at("lst", path).array(path);
             if (runners.size() != 1 || runners[0].array(path).size() != 2)
             {
@@ -103,10 +104,9 @@ inline std::vector<ReferenceFeed> readReference(Bundle const& bundle, GraphEntry
     std::string const prefix = isMain ? "" : graph.name + "_";
     std::string const feedsFile = prefix + "feeds.json";
     std::string const exactFile = prefix + "reference_outputs.json";
-    bundle.fileEntry(feedsFile);
-    bundle.fileEntry(exactFile);
-    std::vector<Tensors> feeds = readPolygraphyFeeds(bundle.pathOf(feedsFile));
-    std::vector<Tensors> exact = readPolygraphyOutputs(bundle.pathOf(exactFile));
+    uint64_t const most = detail::kMOST_REFERENCE_BYTES;
+    std::vector<Tensors> feeds = polygraphyFeedsOf(bundle.readVouched(feedsFile, most), bundle.pathOf(feedsFile));
+    std::vector<Tensors> exact = polygraphyOutputsOf(bundle.readVouched(exactFile, most), bundle.pathOf(exactFile));
     if (feeds.size() != exact.size() || feeds.size() != graph.feedNames.size() || feeds.empty())
     {
         throw Error(Failure::kBUNDLE, "the references of the graph " + graph.name + " do not go together",
@@ -157,7 +157,9 @@ inline RowError rowErrorOf(std::string const& name, HostTensor const& actual, Ho
             squares += expected * expected;
         }
         double const scale = columns == 0 ? 0 : std::sqrt(squares / static_cast<double>(columns));
-        double const error = scale > 0 ? largest / scale : largest > 0 ? infinity : 0;
+        // Before it is divided by: infinity over infinity would compare as no error.
+        bool const isFinite = std::isfinite(largest) && std::isfinite(scale);
+        double const error = !isFinite ? infinity : scale > 0 ? largest / scale : largest > 0 ? infinity : 0;
         if (error > worst.error)
         {
             worst = {error, row};
@@ -167,11 +169,12 @@ inline RowError rowErrorOf(std::string const& name, HostTensor const& actual, Ho
 }
 
 //! \return largest error allowed: twice that of the eager model in the same precision, which rounds in the same places
-//! in another order; at least what roundoff alone makes of a few operations.
+//! in another order; at least what roundoff alone makes of a few operations. Zero where the eager error is not finite: a
+//! model that overflows says nothing about how far an answer may be off.
 inline double errorBound(double eagerError, std::string const& precision)
 {
     double const floor = precision == "fp32" ? 5e-6 : precision == "fp16" ? 4.0 / 2048.0 : 4.0 / 256.0;
-    return 2.0 * std::max(eagerError, floor);
+    return std::isfinite(eagerError) ? 2.0 * std::max(eagerError, floor) : 0.0;
 }
 
 //! One output of one feed, compared.

@@ -108,7 +108,7 @@ public:
             [&]
             {
                 checkFits(tensorRt, driver, bundle, graph);
-                Bytes const plan = readFile(bundle.pathOf(graph.engineFile), kMOST_ENGINE_BYTES, Failure::kBUNDLE);
+                Bytes const plan = bundle.readVouched(graph.engineFile, kMOST_ENGINE_BYTES);
                 driver.makeCurrent();
                 tensorRt.logger().clear();
                 std::shared_ptr<Engine> engine(new Engine);
@@ -368,8 +368,10 @@ private:
             }
             device.reset();
             host.reset();
+            // Both or neither: after a failure, half a pair would pass for a whole one.
+            auto twin = std::make_unique<PinnedMemory>(driver, size);
             device = std::make_unique<DeviceMemory>(driver, size);
-            host = std::make_unique<PinnedMemory>(driver, size);
+            host = std::move(twin);
         }
     };
 

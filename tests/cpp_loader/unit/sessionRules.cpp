@@ -1,0 +1,99 @@
+//! What a session does after a failure, and what it loads of a bundle that changes under it, on the fakes of TensorRT
+//! and CUDA.
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "hstu_bundle.hpp"
+
+//! Prints what does not hold. The bundle is altered. \return 0 if everything does.
+int checkSessionRules(std::string const& path);
+
+namespace
+{
+
+using namespace hstu::loader;
+
+int gFailures = 0;
+
+void expect(bool holds, std::string const& what)
+{
+    if (!holds)
+    {
+        std::printf("does not hold: %s\n", what.c_str());
+        ++gFailures;
+    }
+}
+
+template <typename Action>
+bool isRefused(Failure failure, Action&& action)
+{
+    try
+    {
+        action();
+    }
+    catch (Error const& error)
+    {
+        return error.failure() == failure;
+    }
+    return false;
+}
+
+void expectAnswer(Session& session, Bundle const& bundle, GraphEntry const& graph, std::string const& what)
+{
+    for (ReferenceFeed const& feed : readReference(bundle, graph))
+    {
+        Tensors const answer = session.run(checkedFeeds(bundle.manifest(), graph, feed.inputs));
+        std::vector<Comparison> const rows = compareOutputs(graph, bundle.manifest().precision, feed, answer);
+        expect(!rows.empty(), what + ": something is compared");
+        for (Comparison const& row : rows)
+        {
+            expect(row.passed(), what + ": " + row.tensor + " of " + row.feed);
+        }
+    }
+}
+
+void checkExhaustion(TensorRt& tensorRt, Driver const& driver, Bundle const& bundle, GraphEntry const& graph)
+{
+    Session session(tensorRt, driver, Engine::open(tensorRt, driver, bundle, graph), 0);
+    Tensors const feeds = checkedFeeds(bundle.manifest(), graph, readReference(bundle, graph).front().inputs);
+    ::setenv("HSTU_FAKE_NO_PINNED", "1", 1);
+    for (int attempt = 0; attempt < 2; ++attempt)
+    {
+        expect(isRefused(Failure::kENGINE, [&] { session.run(feeds); }), "no page-locked memory is an error each time");
+    }
+    ::unsetenv("HSTU_FAKE_NO_PINNED");
+    expectAnswer(session, bundle, graph, "a session answers once there is memory again");
+}
+
+void alter(std::string const& path)
+{
+    Bytes content = readFile(path, 1U << 30, Failure::kBUNDLE);
+    content.push_back('\n');
+    writeFile(path, content.data(), content.size());
+}
+
+void checkAlteredFiles(TensorRt& tensorRt, Driver const& driver, Bundle const& bundle, GraphEntry const& graph)
+{
+    alter(bundle.pathOf("reference_outputs.json"));
+    expect(isRefused(Failure::kBUNDLE, [&] { readReference(bundle, graph); }), "an altered reference is refused");
+    alter(bundle.pathOf(graph.engineFile));
+    expect(isRefused(Failure::kBUNDLE, [&] { Engine::open(tensorRt, driver, bundle, graph); }),
+        "an engine that was altered after the bundle was opened is refused");
+}
+
+} // namespace
+
+int checkSessionRules(std::string const& path)
+{
+    Bundle const bundle = Bundle::open(path);
+    Driver const driver(0);
+    TensorRt tensorRt("");
+    tensorRt.loadPlugin(bundle.pathOf(kPLUGIN_FILE), bundle.manifest());
+    GraphEntry const& graph = bundle.graph("");
+    checkExhaustion(tensorRt, driver, bundle, graph);
+    checkAlteredFiles(tensorRt, driver, bundle, graph);
+    return gFailures == 0 ? 0 : 1;
+}
