@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
+import shutil
 import struct
 import subprocess
 import zipfile
@@ -58,6 +60,25 @@ def test_json_reads_what_python_writes(readers: Path, tmp_path: Path) -> None:
         assert line.startswith("ok "), f"{value!r} was refused"
         text = line.removeprefix("ok ").replace("inf", "Infinity")
         assert json.loads(text) == value
+
+
+def test_a_locale_with_a_decimal_comma_changes_no_number(readers: Path, tmp_path: Path) -> None:
+    """With strtod, 0.5 is read as 0, and an error bound of 1.5e-3 as 1, which nearly every answer is within."""
+    if shutil.which("localedef") is None:
+        pytest.skip("localedef is not installed")
+    made = subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "de_DE.UTF-8")], check=False)
+    if made.returncode != 0:
+        pytest.skip("the sources of the locale de_DE are not installed")
+    (tmp_path / "lines").write_text("[0.5,-1.25e-3]\n", "utf-8")
+    environment = {**os.environ, "LOCPATH": str(tmp_path), "LC_ALL": "de_DE.UTF-8"}
+    done = subprocess.run(
+        [str(readers), "json-lines", str(tmp_path / "lines")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert json.loads(done.stdout.removeprefix("ok ")) == [0.5, -1.25e-3]
 
 
 HOSTILE_JSON = [

@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <locale>
 #include <map>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -384,7 +386,7 @@ private:
             refuse("a number is too long");
         }
         std::string const text(mText + start, mAt - start);
-        value.mNumber = std::strtod(text.c_str(), nullptr);
+        value.mNumber = parsedNumber(text);
         if (!std::isfinite(value.mNumber))
         {
             refuse("the number " + text + " is too large");
@@ -396,6 +398,17 @@ private:
             value.mIsInteger = errno == 0;
             value.mInteger = value.mIsInteger ? integer : 0;
         }
+    }
+
+    //! Not with strtod: in a program whose locale has a decimal comma, it reads 0.5 as 0.
+    //! \return infinity if the number overflows.
+    static double parsedNumber(std::string const& text)
+    {
+        std::istringstream stream(text);
+        stream.imbue(std::locale::classic());
+        double number = 0;
+        stream >> number;
+        return stream.fail() ? std::numeric_limits<double>::infinity() : number;
     }
 
     unsigned readHex()
@@ -552,9 +565,12 @@ inline std::string jsonNumber(double value)
     {
         return "null";
     }
-    char text[32];
-    std::snprintf(text, sizeof(text), "%.9g", value);
-    return text;
+    // Not with printf, which takes the decimal point of the program's locale.
+    std::ostringstream text;
+    text.imbue(std::locale::classic());
+    text.precision(9);
+    text << value;
+    return text.str();
 }
 
 } // namespace hstu::loader
