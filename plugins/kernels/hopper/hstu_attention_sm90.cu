@@ -82,6 +82,7 @@ constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SP
 
 // A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn.
 constexpr bool kSkipsUnseen = kBlockN == 64 && !kTurns;
+static_assert(!kSkipsUnseen || kStages > 1, "the copies of a tile that one leaves out would wait for the other for ever");
 
 struct alignas(1024) Buffers
 {
