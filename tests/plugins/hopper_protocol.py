@@ -35,6 +35,8 @@ class Fault(enum.Enum):
     NO_FIRST_TURN = enum.auto()
     #: Keys are given back when their product begins, not when it has ended.
     KEYS_RELEASED_EARLY = enum.auto()
+    #: Queries that are kept in registers are given back before they have been read.
+    QUERIES_RELEASED_UNREAD = enum.auto()
     #: The sums of the other block are overwritten before they are read.
     EXCHANGE_NOT_AWAITED = enum.auto()
     #: Keys of which a warpgroup sees nothing are given back although their copy may not have begun.
@@ -306,8 +308,14 @@ class Block:
         def await_queries_and_keys() -> Process:
             yield self.queries[query.index].full.wait(query.phase)
             if p.holds_queries:
-                self.queries[query.index].expect(f"tile {taken.number}")
-                release_queries()
+                buffer = self.queries[query.index]
+                is_early = Fault.QUERIES_RELEASED_UNREAD in self.faults
+                if is_early:
+                    release_queries()
+                yield PREEMPTED
+                buffer.expect(f"tile {taken.number}")
+                if not is_early:
+                    release_queries()
             yield self.keys[key.index].full.wait(key.phase)
 
         def release_queries() -> None:

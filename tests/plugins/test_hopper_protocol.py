@@ -69,6 +69,12 @@ def test_other_mistakes_are_found(fault: Fault, failure: type[AssertionError]) -
     assert failure in failures(SMALL, fault)
 
 
+def test_queries_that_are_given_back_unread_are_found() -> None:
+    holding = replace(SMALL, query_buffers=1, holds_queries=True)
+    assert failures(holding) == set()
+    assert HazardError in failures(holding, Fault.QUERIES_RELEASED_UNREAD)
+
+
 def test_an_exchange_that_nobody_awaits_is_found() -> None:
     assert HazardError in failures(replace(SMALL, split=2, query_buffers=1), Fault.EXCHANGE_NOT_AWAITED)
 
