@@ -60,8 +60,8 @@ constexpr int32_t kConsumerRegisters = kWarpgroups != 2 ? 160 : kNeedsMost ? 240
 constexpr int32_t kFirstRegisters = 65536 / kThreads / 8 * 8;
 static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= kFirstRegisters * (1 + kWarpgroups),
     "there are not as many registers");
-// Of the queries' columns, 16 a step, those that a warpgroup keeps in registers: products then read half as much of shared
-// memory, whose bandwidth they else come close to.
+// Of the queries' columns, 16 a step, those that a warpgroup keeps in registers: their products then read keys alone from
+// shared memory, whose bandwidth they else come close to.
 constexpr int32_t kHeldSteps = HSTU_HELD_STEPS;
 // Their buffer is free for the next tile's as soon as they have been taken.
 constexpr bool kHoldsQueries = kHeldSteps * kDepth == kDim;

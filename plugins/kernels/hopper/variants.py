@@ -124,7 +124,7 @@ _TILES = {
         2, 128, 2, Turns.PRODUCTS, 8, "64 + 64 + 32 + 32 registers of sums, scores, weights and queries of 232"
     ),
     (128, 2): HopperTile(
-        2, 128, 2, Turns.PRODUCTS, 0, "as without a split; held queries lose 4 % where memory is the bound"
+        2, 128, 2, Turns.PRODUCTS, 0, "as without a split; held queries change nothing where memory is the bound"
     ),
     (256, 1): HopperTile(
         2,
