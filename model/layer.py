@@ -13,6 +13,7 @@ from hstu_compile.model.attention import AttentionAttrs, compute_dtype, hstu_att
 from hstu_compile.model.config import LayerConfig
 from hstu_compile.model.jagged import sequence_index
 from hstu_compile.model.ops import hstu_attention_op
+from hstu_compile.model.product import Product
 from hstu_compile.model.rab import time_bucket_thresholds
 
 
@@ -140,11 +141,13 @@ class HstuLayer(nn.Module):
         )
         self.uvqk_weight = nn.Parameter(torch.empty(width, packed).normal_(0, 0.02))
         self.uvqk_bias = nn.Parameter(torch.zeros(packed)) if config.uvqk_bias else None
+        self.uvqk_product = Product()
         groups = attn.num_heads if config.output_norm == "group" else 1
         self.output_norm = Norm(inner, groups, affine=config.output_norm_affine, eps=config.norm_eps)
         parts = 1 if config.output_concat == "gated" else 3
         if config.output_projection:
             self.output_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(inner * parts, width)))
+            self.output_product = Product()
         self.output_bias = nn.Parameter(torch.zeros(width)) if config.output_bias else None
         # Tables and thresholds stay float32 and int64 at every precision: they are small, and buckets must be exact.
         heads = attn.num_heads if attn.bias_per_head else 1
@@ -161,7 +164,7 @@ class HstuLayer(nn.Module):
         """[L, D] -> u, v [L, H * linear_dim], q, k [L, H * attention_dim], SiLU applied where the family has it."""
         attn, wide = self.config.attention, compute_dtype(x.dtype)
         normed = x if self.input_norm is None else self.input_norm(x).to(x.dtype)
-        packed = (normed @ self.uvqk_weight).to(wide)
+        packed: Tensor = self.uvqk_product(normed, self.uvqk_weight).to(wide)
         if self.uvqk_bias is not None:
             packed = packed + self.uvqk_bias.to(wide)
         if self.config.silu_scope == "uvqk":
@@ -257,7 +260,8 @@ class HstuLayer(nn.Module):
             gated = torch.cat([u, normed.to(x.dtype), gated], dim=1)
         elif self.config.output_concat == "u_attn_gated":
             gated = torch.cat([u, attention, gated], dim=1)
-        update: Tensor = (gated @ self.output_weight if self.config.output_projection else gated).to(wide)
+        projected = self.output_product(gated, self.output_weight) if self.config.output_projection else gated
+        update: Tensor = projected.to(wide)
         if self.output_bias is not None:
             update = update + self.output_bias.to(wide)
         return (update + x.to(wide)).to(x.dtype)

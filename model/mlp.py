@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hstu_compile.model.attention import compute_dtype
 from hstu_compile.model.layer import Norm
+from hstu_compile.model.product import Product
 
 NORM_EPS = 1e-5
 
@@ -21,11 +22,13 @@ class Affine(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(inputs, outputs)))
         self.bias = nn.Parameter(torch.zeros(outputs))
+        self.product = Product()
 
     def forward(self, x: Tensor) -> Tensor:
         """[L, inputs] -> [L, outputs] in `compute_dtype`."""
         wide = compute_dtype(x.dtype)
-        return (x @ self.weight).to(wide) + self.bias.to(wide)
+        product: Tensor = self.product(x, self.weight)
+        return product.to(wide) + self.bias.to(wide)
 
 
 class SwishNormMlp(nn.Module):
