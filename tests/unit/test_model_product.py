@@ -37,7 +37,8 @@ def test_a_hook_on_a_site_sees_both_operands_and_can_replace_them() -> None:
     assert seen == [(x.shape, layer.uvqk_weight.shape)]
     assert np.abs(before.q.detach().numpy()).max() > 0
     expected = 0 if layer.uvqk_bias is None else torch.nn.functional.silu(layer.uvqk_bias)
-    assert torch.equal(torch.cat([after.u, after.v, after.q, after.k], 1), torch.zeros(3, 1) + expected)
+    packed = torch.cat([after.u, after.v, after.q, after.k], 1)
+    assert torch.equal(packed, torch.zeros_like(packed) + expected)
 
 
 def test_the_graph_has_a_constant_of_each_sites_name() -> None:
