@@ -2,7 +2,8 @@
 
 A rank is 1-based among the items that the user has not seen. Ties are counted against the target: an item that is not
 strictly worse ranks before it. A constant, a saturated or a NaN score can then never look like a good recommendation,
-which an averaged tie would allow.
+which an averaged tie would allow. AUC counts a tie as half a pair, as it is defined: a constant score gets 1/2, that of
+guessing.
 """
 
 from __future__ import annotations
@@ -192,6 +193,64 @@ def kendall_tau(first: FloatArray, second: FloatArray) -> float:
     discordant = _num_inversions(second_rank[np.lexsort((second_rank, first_rank))])
     difference = pairs - first_ties - second_ties + both_ties - 2 * discordant
     return difference / math.sqrt((pairs - first_ties) * (pairs - second_ties))
+
+
+def area_under_curve(scores: FloatArray, labels: NDArray[np.bool_]) -> float:
+    """Probability that a positive scores above a negative, a tie counting half: exact over all pairs, O(n log n).
+
+    auc = (pairs with positive > negative + pairs with positive == negative / 2) / pairs
+
+    Args:
+        scores: [n] float -- compared in their own type; any increasing function of them gives the same number.
+        labels: [n] bool -- whether each is a positive.
+
+    Raises:
+        ValueError: if the shapes differ, a score is NaN, or all labels are the same: there is no pair.
+    """
+    positives = _num_positives(scores, labels)
+    _, group = np.unique(scores, return_inverse=True)
+    group = group.reshape(-1)
+    size = int(group.max()) + 1
+    positive, negative = (np.bincount(group[which], minlength=size).astype(np.int64) for which in (labels, ~labels))
+    # Twice the number of pairs in the right order, in whole numbers: negatives below each positive, and its ties once.
+    twice = int((positive * (2 * (np.cumsum(negative) - negative) + negative)).sum())
+    return twice / (2 * positives * (labels.shape[0] - positives))
+
+
+def normalised_entropy(logits: FloatArray, labels: NDArray[np.bool_]) -> float:
+    """Log loss over that of always predicting the share of positives: 1 is no better than that, 0 is perfect.
+
+    ne = mean_i(log(1 + exp(-s_i * z_i))) / -(p log p + (1 - p) log(1 - p)), s_i = 1 for a positive, else -1
+
+    From logits and not from probabilities: a float32 probability of 1 has lost how sure the model was, and one wrong
+    label there would make the loss infinite.
+
+    Args:
+        logits: [n] float -- log odds of a positive.
+        labels: [n] bool -- whether each is a positive.
+
+    Raises:
+        ValueError: if the shapes differ, a logit is NaN, or all labels are the same: their entropy is zero.
+    """
+    share = _num_positives(logits, labels) / labels.shape[0]
+    losses = np.logaddexp(0.0, np.where(labels, -1.0, 1.0) * logits.astype(np.float64))
+    base = -(share * math.log(share) + (1 - share) * math.log1p(-share))
+    return math.fsum(losses.tolist()) / labels.shape[0] / base
+
+
+def _num_positives(scores: FloatArray, labels: NDArray[np.bool_]) -> int:
+    """Number of positives, after refusing what has no pairs of one of each."""
+    if scores.ndim != 1 or scores.shape != labels.shape or labels.dtype != np.bool_:
+        raise ValueError(
+            f"expected two vectors of one length, the second bool; got {list(scores.shape)} and {list(labels.shape)} "
+            f"{labels.dtype}"
+        )
+    if bool(np.isnan(scores).any()):
+        raise ValueError("a NaN score has no order")
+    positives = int(labels.sum())
+    if positives in (0, labels.shape[0]):
+        raise ValueError(f"{positives} of {labels.shape[0]} labels are positive; both kinds must occur")
+    return positives
 
 
 def _require_ids(name: str, ids: IntArray, lowest: int, highest: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 from hstu_compile.metrics import (
     NOT_RANKED,
     RankMetrics,
+    area_under_curve,
     kendall_tau,
+    normalised_entropy,
     rank_metrics,
     target_ranks,
     top_item_ranks,
@@ -222,3 +226,100 @@ class TestKendallTau:
     def test_refuses(self, first, second, message):
         with pytest.raises(ValueError, match=message):
             kendall_tau(np.array(first), np.array(second))
+
+
+def pairs_in_order(scores, labels):
+    """AUC by its definition, over all pairs, as a fraction of whole numbers."""
+    positives = [score for score, label in zip(scores, labels, strict=True) if label]
+    negatives = [score for score, label in zip(scores, labels, strict=True) if not label]
+    pairs = list(itertools.product(positives, negatives))
+    return Fraction(sum(2 * (p > n) + (p == n) for p, n in pairs), 2 * len(pairs))
+
+
+def labelled(seed, levels):
+    """Scores of which many are equal, and labels of both kinds."""
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(2, 40))
+    labels = generator.integers(0, 2, count).astype(bool)
+    labels[:2] = True, False
+    return generator.integers(-levels, levels + 1, count).astype(np.float32) / 4, labels
+
+
+class TestAreaUnderCurve:
+    @given(seed=st.integers(0, 2**32 - 1), levels=st.integers(0, 30))
+    def test_equals_counting_all_pairs(self, seed, levels):
+        scores, labels = labelled(seed, levels)
+        assert area_under_curve(scores, labels) == float(pairs_in_order(scores.tolist(), labels.tolist()))
+
+    @pytest.mark.parametrize("value", [0.0, -3.5, math.inf, -math.inf])
+    def test_a_constant_score_is_a_guess(self, value):
+        assert area_under_curve(np.full(5, value), np.array([True, False, False, True, False])) == 0.5
+
+    def test_right_and_wrong_order(self):
+        labels = np.array([False, True, True])
+        assert area_under_curve(np.array([0.1, 0.2, math.inf]), labels) == 1.0
+        assert area_under_curve(-np.array([0.1, 0.2, math.inf]), labels) == 0.0
+
+    @given(seed=st.integers(0, 2**32 - 1))
+    def test_other_labels_and_the_same_order_of_other_scores(self, seed):
+        scores, labels = labelled(seed, 9)
+        found = area_under_curve(scores, labels)
+        assert area_under_curve(scores, ~labels) == pytest.approx(1 - found, abs=1e-15)
+        assert area_under_curve(np.exp(scores.astype(np.float64)), labels) == found
+
+    def test_many_pairs_do_not_overflow(self):
+        count = 200_000
+        labels = np.arange(count) % 2 == 1
+        assert area_under_curve(np.zeros(count), labels) == 0.5
+        assert area_under_curve(labels.astype(np.float32), labels) == 1.0
+
+
+class TestNormalisedEntropy:
+    @given(seed=st.integers(0, 2**32 - 1))
+    def test_equals_the_definition_in_decimal(self, seed):
+        logits, labels = labelled(seed, 60)
+        with decimal.localcontext() as context:
+            context.prec = 60
+            one, share = decimal.Decimal(1), decimal.Decimal(int(labels.sum())) / labels.shape[0]
+            loss = decimal.Decimal(0)
+            for logit, label in zip(logits.tolist(), labels.tolist(), strict=True):
+                probability = one / (one + (-decimal.Decimal(logit)).exp())
+                loss -= (probability if label else one - probability).ln()
+            base = -(share * share.ln() + (one - share) * (one - share).ln())
+            expected = float(loss / labels.shape[0] / base)
+        assert normalised_entropy(logits, labels) == pytest.approx(expected, rel=1e-13)
+
+    def test_predicting_the_share_is_one(self):
+        labels = np.array([True, False, False, False])
+        assert normalised_entropy(np.full(4, -math.log(3)), labels) == pytest.approx(1.0, abs=1e-15)
+
+    def test_a_sure_and_right_model_is_zero_and_a_sure_and_wrong_one_is_finite(self):
+        labels = np.array([True, False])
+        assert normalised_entropy(np.array([90.0, -90.0], np.float32), labels) < 1e-38
+        assert normalised_entropy(np.array([-90.0, 90.0], np.float32), labels) == pytest.approx(90 / math.log(2))
+
+    def test_an_infinite_logit_on_the_wrong_side_is_an_infinite_loss(self):
+        assert normalised_entropy(np.array([math.inf, 0.0]), np.array([False, True])) == math.inf
+
+
+@pytest.mark.parametrize("metric", [area_under_curve, normalised_entropy])
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([0.5, math.nan], [True, False], "NaN"),
+        ([0.5, 0.1], [True, True], "2 of 2 labels are positive"),
+        ([0.5, 0.1], [False, False], "0 of 2 labels are positive"),
+        ([], [], "0 of 0 labels"),
+        ([0.5, 0.1], [True], r"\[2\] and \[1\]"),
+        ([[0.5], [0.1]], [[True], [False]], r"\[2, 1\]"),
+    ],
+)
+def test_what_has_no_auc_and_no_entropy_is_refused(metric, scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        metric(np.array(scores, np.float32), np.array(labels, np.bool_))
+
+
+@pytest.mark.parametrize("metric", [area_under_curve, normalised_entropy])
+def test_labels_are_not_probabilities(metric):
+    with pytest.raises(ValueError, match=r"second bool; got .* float32"):
+        metric(np.array([0.5, 0.1]), np.array([1.0, 0.0], np.float32))
