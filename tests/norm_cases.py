@@ -237,7 +237,7 @@ def width_cases(types: tuple[str, str]) -> Iterator[NormCase]:
 
 def hostile_norm_cases(types: tuple[str, str]) -> Iterator[NormCase]:
     """Data on which E[x^2] - E[x]^2 has no digit left, rows without variance, sigmoids far from zero."""
-    yield build_norm_case("norm-large-mean", 4, 64, types, mean=60.0)
+    yield build_norm_case("norm-far-mean", 4, 64, types, mean=60.0)
     constant = build_norm_case("norm-constant-rows", 4, 64, types, mean=3.0)
     rows = np.repeat(constant.x[:, :1], constant.x.shape[1], axis=1)
     yield dataclasses.replace(constant, x=rows)
