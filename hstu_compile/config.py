@@ -9,6 +9,7 @@ from typing import Literal
 Precision = Literal["fp32", "fp16", "bf16"]
 Embeddings = Literal["inside", "external"]
 AttentionSilu = Literal["fast", "accurate"]
+Quantization = Literal["int8", "fp8"]
 BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
 
 

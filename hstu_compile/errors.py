@@ -121,6 +121,12 @@ class BundleError(HstuCompileError):
     stage, exit_code = "bundle", EXIT_BUNDLE
 
 
+class CalibrationError(HstuCompileError):
+    """Calibration data, or a table of what was seen in it, that no scale must be taken from."""
+
+    stage, exit_code = "calibration", EXIT_REQUEST
+
+
 class InternalError(Exception):
     """A bug in hstu-compile: an invariant of ours does not hold."""
 
@@ -318,6 +324,62 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "are no such inputs. The Python backend (`hstu-compile triton --backend python`) runs hstu_compile's own "
         "sessions and takes all but a feature named as its own inputs are.",
     ),
+    "HSTU-E810": ErrorCode(
+        "The calibration data cannot be used",
+        "--data takes .npz files of recorded requests in the form of `hstu-compile run --inputs`, with at least two "
+        "requests. Arrays must be the inputs of this model: a file recorded for another family or another feature set "
+        "has other names.",
+    ),
+    "HSTU-E811": ErrorCode(
+        "An activation is not finite",
+        "On one of the calibration requests the float32 model computed NaN or infinity in front of the product that "
+        "the message names. No scale can be taken from it. The weights are finite, so either they are extreme or the "
+        "request is; the message names the first site in the order of computation.",
+    ),
+    "HSTU-E812": ErrorCode(
+        "The calibration table cannot be read",
+        "The file is missing, truncated, of another format version, or was changed after hstu-compile wrote it: its "
+        "numbers contradict each other or its own sha256. A scale from such a table would be wrong without anybody "
+        "noticing. Run `hstu-compile calibrate` again.",
+    ),
+    "HSTU-E813": ErrorCode(
+        "The calibration table belongs to another checkpoint",
+        "A table holds what one checkpoint's activations were. After more training they are others, and in another "
+        "family the sites are. Run `hstu-compile calibrate` on the checkpoint that is built.",
+    ),
+    "HSTU-E814": ErrorCode(
+        "The calibration table and the model have different products",
+        "Every product of activations with a weight is a site of the table, with the weight's size. Sites that are "
+        "missing, that the model does not have, or that are of another size mean that the table was made of another "
+        "model or by another version.",
+    ),
+    "HSTU-E815": ErrorCode(
+        "Calibration tables cannot be merged",
+        "Tables are merged when they are of one checkpoint and of different data. Statistics of the same file twice "
+        "would count its requests twice.",
+    ),
+    "HSTU-E816": ErrorCode(
+        "The calibration cannot be resumed",
+        "--resume continues from the partial table beside the output, which must be of the same checkpoint, data, "
+        "number of samples and seed, and whole.",
+    ),
+    "HSTU-E831": ErrorCode(
+        "The labelled requests cannot be used",
+        "build --data takes an .npz of requests in the form of `hstu-compile run --inputs` with one more array, what "
+        "really happened: target_ids [B] for a retrieval model, the item that each user chose next, or labels [T] for "
+        "a ranking model, 0 or 1 for each candidate and binary task.",
+    ),
+    "HSTU-E832": ErrorCode(
+        "No mix of quantised and float16 products keeps the quality",
+        "--mixed auto left product after product in float16, the most harmful first, and even with one product "
+        "quantised the quality on the labelled requests differed from the float32 model by more than --budget. With n "
+        "requests one more or one fewer hit is 1 / n: a budget below that asks for no change at all.",
+    ),
+    "HSTU-E833": ErrorCode(
+        "The quality of the artifact is outside the budget",
+        "The bundle's graph was run on the labelled requests, and its quality differs from that of the float32 model by "
+        "more than --budget. The bundle is written with status FAIL so that the report can be read.",
+    ),
     "HSTU-E901": ErrorCode(
         "Options contradict each other",
         "For instance two precisions, or an opt shape outside min and max.",
@@ -328,6 +390,21 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "--incremental keeps the keys and values of a history and encodes only new events later. That is exact where a "
         "row depends on nothing behind the next event: in the research family, and in native retrieval models whose "
         "rows do not see the whole history. Elsewhere it would be an approximation, and is refused.",
+    ),
+    "HSTU-E905": ErrorCode(
+        "--keep-fp16 names no product of the model",
+        "A product of activations with a weight has the name of its place in the model, such as layers.0.uvqk or "
+        "item_mlp.hidden. `hstu-compile build CKPT --int8 --calib FILE --dry-run` lists all of them.",
+    ),
+    "HSTU-E906": ErrorCode(
+        "The target does not have this precision",
+        "FP8 needs TensorRT 10 or TensorRT-RTX, and a GPU of compute capability 8.9 or newer; TensorRT 8 has no type "
+        "for it. INT8 runs on all of them.",
+    ),
+    "HSTU-E907": ErrorCode(
+        "A quantised build needs a calibration table",
+        "--int8 and --fp8 take the scales of activations from the file that `hstu-compile calibrate` wrote of the same "
+        "checkpoint: --calib FILE. Without one there is nothing to say how large activations get.",
     ),
     "HSTU-E903": ErrorCode(
         "A package that this command needs is not installed",

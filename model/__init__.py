@@ -1,6 +1,6 @@
 """HSTU in plain PyTorch on jagged tensors: the eager reference that every artifact is compared with.
 
-Level 1 of the package: imports nothing else of hstu_compile and raises only ValueError and TypeError.
+Level 1 of the package: imports nothing above it and raises only ValueError and TypeError.
 """
 
 from hstu_compile.model.attention import AttentionAttrs, hstu_attention

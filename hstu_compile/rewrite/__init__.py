@@ -7,6 +7,7 @@ the stage that drives it.
 from __future__ import annotations
 
 from hstu_compile.plugins.kernels.hopper.variants import Silu
+from hstu_compile.quantized import QuantizationPlan
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
 from hstu_compile.rewrite.annotate_attention import AnnotateAttention
 from hstu_compile.rewrite.attach_native_body import AttachNativeBody
@@ -16,6 +17,7 @@ from hstu_compile.rewrite.detach_taps import DetachTaps
 from hstu_compile.rewrite.fuse_norms import FuseNorms
 from hstu_compile.rewrite.name_dims import NameDims
 from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
+from hstu_compile.rewrite.quantize_products import QuantizeProducts
 from hstu_compile.rewrite.strip_metadata import StripMetadata
 
 
@@ -26,6 +28,7 @@ def export_passes(
     silu: Silu = "fast",
     *,
     fuse_norms: bool = True,
+    quantization: QuantizationPlan | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that turn an exported graph into the one that ships, in order.
 
@@ -35,6 +38,7 @@ def export_passes(
         selection: rows of the last layer that the outputs need; None keeps the whole layer.
         silu: error that the attention's SiLU may have, "fast" or "accurate".
         fuse_norms: make one operator of each norm and what surrounds it.
+        quantization: products to quantise; None leaves the graph as it is.
     """
     return (
         StripMetadata(),
@@ -42,6 +46,7 @@ def export_passes(
         NameDims(),
         *((PruneLastLayer(num_layers, selection),) if selection is not None else ()),
         *((FuseNorms(tap_names),) if fuse_norms else ()),
+        *((QuantizeProducts(quantization),) if quantization is not None else ()),
         AnnotateAttention(num_layers, silu),
         AttachNativeBody(num_layers),
         CheckOperators(),

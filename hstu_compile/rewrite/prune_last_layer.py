@@ -21,6 +21,9 @@ ROW_OFFSETS = f"{PASS_NAME}/row_offsets"
 # Suffix of what is computed once more, for the consumed rows alone.
 _CONSUMED = "/consumed"
 
+#: Behind the names of constants that lost columns: those of all rows keep v and k, those of the consumed rows u and q.
+COLUMN_PARTS = ("/vk", "/uq")
+
 
 @dataclasses.dataclass(frozen=True)
 class RowSelection:
@@ -253,7 +256,7 @@ class _Pruning:
                 part = array[..., np.concatenate(columns)]
             else:
                 continue
-            node.input[place] = self._initializer(f"{name}/{'uq' if consumed else 'vk'}", part)
+            node.input[place] = self._initializer(f"{name}{COLUMN_PARTS[consumed]}", part)
             self.touched.append(name)
 
     def _limit_queries(self, node: onnx.NodeProto) -> None:

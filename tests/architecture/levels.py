@@ -17,6 +17,7 @@ LEVELS: dict[str, int] = {
     "files": 1,
     "compare": 1,
     "op_schema": 1,
+    "quantized": 1,
     "_report_html": 1,
     "model": 1,
     "plugins": 1,
@@ -69,6 +70,7 @@ LEVELS: dict[str, int] = {
 #: Sideways imports that are meant: a lower part of the same level, with the reason.
 SIDEWAYS: dict[tuple[str, str], str] = {
     ("environment", "errors"): "refuses an absent backend",
+    ("model", "quantized"): "rounds as the graphs do",
     ("model", "plugins"): "the eager operator runs the fused kernel on a GPU, imported when it is called",
     ("engine", "rewrite"): "lowers the graph to what the builder's parser reads",
     ("runtime", "rewrite"): "widens bfloat16 for a runtime without it",
