@@ -41,3 +41,9 @@ def product_sites(model: nn.Module) -> dict[str, ProductSite]:
             name = path.removesuffix("product")
             sites[name[:-1]] = ProductSite(name[:-1], f"{name}weight", module)
     return sites
+
+
+def product_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The inputs and outputs of every product of a model by its name."""
+    shapes = {name: model.get_parameter(site.weight_name).shape for name, site in product_sites(model).items()}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
