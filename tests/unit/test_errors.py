@@ -12,7 +12,12 @@ from hstu_compile import errors
 from hstu_compile.errors import ERROR_CODES, HstuCompileError, InternalError
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(path for path in (ROOT / "hstu_compile").rglob("*.py") if path.name != "errors.py")
+SOURCES = sorted(
+    path
+    for folder in ("hstu_compile", "calibration")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.name != "errors.py"
+)
 CLASSES = {cls.__name__: cls for cls in HstuCompileError.__subclasses__()}
 
 EXIT_CODES = {
@@ -26,6 +31,7 @@ EXIT_CODES = {
     "VerifyError": 6,
     "RequestError": 7,
     "BundleError": 8,
+    "CalibrationError": 7,
 }
 # Which classes may carry the codes of a group: the group's first digit is its stage.
 GROUPS = {
@@ -36,7 +42,7 @@ GROUPS = {
     "5": {"PluginError"},
     "6": {"VerifyError"},
     "7": {"RequestError"},
-    "8": {"BundleError"},
+    "8": {"BundleError", "CalibrationError"},
     "9": {"UsageError"},
 }
 
