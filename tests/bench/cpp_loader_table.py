@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -83,8 +84,13 @@ def table_lines(rows: Iterable[Row]) -> Iterator[str]:
         cells += [f"{float(plain['p50_ms']) / float(graph['p50_ms']):.2f}x" if both and plain and graph else ""]
         cells += [f"{float(shown['peak_mib']):.0f}"]
         cells += [f"{float(shown[name]):.2g}" if shown[name] else "" for name in ("max_err", "err_bound")]
-        states = dict.fromkeys(row["status"] for row in (graph, plain) if row is not None)
+        states = dict.fromkeys(_short(row["status"]) for row in (graph, plain) if row is not None)
         yield "| " + " | ".join([*cells, "; ".join(states)]) + " |"
+
+
+def _short(status: str) -> str:
+    """A status with the numbers in it to two digits."""
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2g}", status)
 
 
 def table_text(rows: Sequence[Row]) -> str:
