@@ -213,6 +213,8 @@ def _delta_cases(dtype: str) -> Iterator[Case]:
         lengths = (cached + 256,) * 8
         yield Case(f"delta_B8_k{cached}_t256", dtype, 128, lengths, targets=256, queries=256, bar=bar)
         yield Case(f"delta_B8_k{cached}_causal256", dtype, 128, lengths, queries=256, bar=bar)
+        # One user, as in the scoring pass of a request: 8 query tiles in all, so the keys have to be split.
+        yield Case(f"delta_B1_k{cached}_t256", dtype, 128, lengths[:1], targets=256, queries=256)
 
 
 def chosen_cases(patterns: Sequence[str]) -> list[Case]:

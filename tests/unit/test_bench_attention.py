@@ -77,6 +77,7 @@ def test_every_row_of_the_table_is_a_case() -> None:
     wanted += ["D128_uniform8192_B32", "D128_uniform8192_B32_t256", "D128_lognormal1024_B64_t256"]
     wanted += ["D128_B1_N8192", "D128_B1_N16384", "D128_B1_N4096_t512", "D128_B8_N2048_t256"]
     wanted += [f"D128_delta_B8_k{k}_{form}" for k in (4096, 16_384) for form in ("t256", "causal256")]
+    wanted += ["D128_delta_B1_k4096_t256", "D128_delta_B1_k16384_t256"]
     wanted += ["D128_bias_N1024", "D128_bias_N4096"]
     wanted += [f"D128_graph_B{batch}_N{n}" for batch in (1, 2, 4, 8) for n in (256, 1024)]
     assert sorted(names) == sorted(f"{dtype}_{name}" for dtype in ("bf16", "fp16") for name in wanted)
