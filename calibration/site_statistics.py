@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.calibration.histogram import Histogram
 from hstu_compile.calibration.observers import Observer, Quantization, clipping_bound
+from hstu_compile.calibration.sealed_json import require_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +133,3 @@ class SiteStatistics:
         if statistics.amax != values["amax"]:
             raise ValueError(f"amax is {values['amax']} and the largest channel_amax {statistics.amax}")
         return statistics
-
-
-def require_keys(values: Any, wanted: set[str]) -> None:
-    """Raises ValueError where `values` is not an object of exactly these keys."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected an object, found {str(values)[:40]!r}")
-    wrong = [f"{key} is missing" for key in sorted(wanted - set(values))]
-    wrong += [f"{key} is unknown" for key in sorted(set(values) - wanted)]
-    if wrong:
-        raise ValueError(", ".join(wrong))

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hstu_compile.calibration.observers import OBSERVERS, Observer, Quantization
-from hstu_compile.calibration.site_statistics import SiteStatistics, require_keys
+from hstu_compile.calibration.sealed_json import SealError, read_sealed, require_keys, write_sealed
+from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.errors import CalibrationError
-from hstu_compile.files import write_whole
 
 FORMAT = "hstu-compile/calibration-1"
 _MOST_LISTED = 10
@@ -179,9 +177,8 @@ class CalibrationTable:
         return dataclasses.replace(first, observer=observer or first.observer, data=data, sites=sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, without its sha256."""
+        """The JSON form."""
         return {
-            "format": FORMAT,
             "checkpoint_sha256": self.checkpoint_sha256,
             "dialect": self.dialect,
             "observer": self.observer,
@@ -190,41 +187,12 @@ class CalibrationTable:
             "sites": {name: site.to_dict() for name, site in self.sites.items()},
         }
 
-    def save(self, path: Path) -> None:
-        """Write the table, whole or not at all.
-
-        Raises:
-            BundleError: HSTU-E802, if the file cannot be written.
-        """
-        values = self.to_dict()
-        values["sha256"] = _digest(values)
-        write_whole(path, ("\n".join(_lines(values)) + "\n").encode())
-
     @classmethod
-    def load(cls, path: Path) -> CalibrationTable:
-        """Read a table.
-
-        Raises:
-            CalibrationError: HSTU-E812, if it is not as `save` wrote it.
-        """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise _unreadable(path, error.strerror or str(error)) from error
-        except (ValueError, RecursionError) as error:
-            raise _unreadable(path, f"it is truncated or not JSON: {error}") from error
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            seen = values.get("format") if isinstance(values, dict) else f"a {type(values).__name__}"
-            raise _unreadable(path, f"its format is {seen!r}; this version reads {FORMAT!r}")
-        try:
-            return cls._from_dict(values)
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise _unreadable(path, str(error)) from error
-
-    @classmethod
-    def _from_dict(cls, values: dict[str, Any]) -> CalibrationTable:
-        keys = {"format", "checkpoint_sha256", "dialect", "observer", "samples", "data", "sites", "sha256"}
-        require_keys(values, keys)
+    def from_dict(cls, values: Mapping[str, Any]) -> CalibrationTable:
+        """Parse the JSON form. Raises ValueError, TypeError or AttributeError where it is not what `to_dict` writes."""
+        require_keys(values, {"checkpoint_sha256", "dialect", "observer", "samples", "data", "sites"})
+        if not all(isinstance(values[name], str) for name in ("checkpoint_sha256", "dialect", "observer")):
+            raise ValueError("checkpoint_sha256, dialect and observer must be strings")
         sites = {}
         for name, site in values["sites"].items():
             try:
@@ -234,15 +202,37 @@ class CalibrationTable:
         expected = {field.name for field in dataclasses.fields(CalibrationData)}
         for data in values["data"]:
             require_keys(data, expected)
-        if not all(isinstance(values[name], str) for name in ("checkpoint_sha256", "dialect", "observer", "sha256")):
-            raise ValueError("checkpoint_sha256, dialect, observer and sha256 must be strings")
-        digest = values.pop("sha256")
-        if digest != _digest(values):
-            raise ValueError(
-                f"it was changed after it was written: its content does not have the sha256 {digest[:_SHA256_DIGITS]}"
-            )
         data_files = tuple(CalibrationData(**data) for data in values["data"])
-        return cls(values["checkpoint_sha256"], values["dialect"], values["observer"], data_files, sites)
+        table = cls(values["checkpoint_sha256"], values["dialect"], values["observer"], data_files, sites)
+        if table.samples != values["samples"]:
+            raise ValueError(f"samples is {values['samples']} and its data have {table.samples}")
+        return table
+
+    def save(self, path: Path) -> None:
+        """Write the table, whole or not at all.
+
+        Raises:
+            BundleError: HSTU-E802, if the file cannot be written.
+        """
+        write_sealed(path, FORMAT, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationTable:
+        """Read a table.
+
+        Raises:
+            CalibrationError: HSTU-E812, if it is not as `save` wrote it.
+        """
+        try:
+            return read_sealed(path, FORMAT, cls.from_dict)
+        except SealError as error:
+            raise CalibrationError(
+                "HSTU-E812",
+                f"{path} is not a calibration table",
+                str(error),
+                "copy it again, or write it again with `hstu-compile calibrate`",
+                {"path": str(path)},
+            ) from error
 
 
 def require_distinct_files(names: Mapping[str, Sequence[str]]) -> None:
@@ -284,37 +274,3 @@ def _difference(ours: str | list[str], theirs: str | list[str]) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return ", ".join(names[:_MOST_LISTED]) + more
-
-
-def _unreadable(path: Path, why: str) -> CalibrationError:
-    return CalibrationError(
-        "HSTU-E812",
-        f"{path} is not a calibration table",
-        why,
-        "copy it again, or write it again with `hstu-compile calibrate`",
-        {"path": str(path)},
-    )
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _lines(values: Mapping[str, Any], indent: int = 1) -> Iterator[str]:
-    """JSON with a line for every number and every list of numbers; a list of objects has a line for each."""
-    pad = " " * indent
-    yield "{"
-    for position, (key, value) in enumerate(values.items(), 1):
-        start, comma = f"{pad}{json.dumps(key)}: ", "," if position < len(values) else ""
-        if isinstance(value, Mapping):
-            inner = list(_lines(value, indent + 1))
-            yield from (start + inner[0], *inner[1:-1], inner[-1] + comma)
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            rows = [json.dumps(row) for row in value]
-            yield start + "["
-            yield from (f"{pad} {row}{',' if index < len(rows) else ''}" for index, row in enumerate(rows, 1))
-            yield f"{pad}]{comma}"
-        else:
-            yield start + json.dumps(value, allow_nan=False) + comma
-    yield pad[1:] + "}"
