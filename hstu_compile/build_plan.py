@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from hstu_compile.artifacts import CheckpointSpec
+from hstu_compile.build_quantization import QuantizationSettings, check_quantization, planned_quantization
 from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint
 from hstu_compile.config import AttentionSilu, BuildConfig, Limits
 from hstu_compile.environment import BackendChoice, choose_backend
@@ -27,6 +28,7 @@ class BuildPlan:
         prune: compute the last layer only for the rows that are read.
         attention_silu: error that the attention kernels' SiLU may have.
         fuse_norms: one operator for each norm and what surrounds it.
+        quantization: products that are quantised, and from which table; None for none.
     """
 
     spec: CheckpointSpec
@@ -35,6 +37,7 @@ class BuildPlan:
     prune: bool = True
     attention_silu: AttentionSilu = "fast"
     fuse_norms: bool = True
+    quantization: QuantizationSettings | None = None
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -66,6 +69,7 @@ class BuildPlan:
             "prune_last_layer": self.prune,
             "attention_silu": self.attention_silu,
             "fuse_norms": self.fuse_norms,
+            "quantization": self.quantization.to_dict() if self.quantization is not None else None,
             "attention_nodes": self.spec.config.num_layers,
             "parameters": sum(tensor.numel() for tensor in self.spec.state_dict.values()),
             "ignored_keys": list(self.spec.ignored_keys),
@@ -77,10 +81,13 @@ def plan_build(config: BuildConfig) -> BuildPlan:
 
     Raises:
         CheckpointError, UnsupportedModelError: see `spec_from_checkpoint`.
-        UsageError: HSTU-E901, if a limit contradicts the model or another limit.
+        UsageError: HSTU-E901, if a limit contradicts the model or another limit; see `planned_quantization` for those
+            of a quantised build.
+        CalibrationError: HSTU-E812 to E814, if the calibration table is not one of this checkpoint.
         EngineError: HSTU-E401, if the requested backend is absent.
     """
     _check_numbers(config)
+    check_quantization(config)
     user_config = config_from_file(config.config_file) if config.config_file is not None else None
     external = config.embeddings == "external"
     spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect, external_embeddings=external)
@@ -96,15 +103,10 @@ def plan_build(config: BuildConfig) -> BuildPlan:
             )
         limits = _ranking_limits(config, model)
         narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
-        prune = config.prune is not False
-        return BuildPlan(
-            dataclasses.replace(spec, config=narrowed),
-            limits,
-            choose_backend(config.backend),
-            prune,
-            silu,
-            config.fuse_norms,
-        )
+        prune, backend = config.prune is not False, choose_backend(config.backend)
+        quantization = planned_quantization(config, spec, backend)
+        ranking = dataclasses.replace(spec, config=narrowed)
+        return BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization)
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon micro-batch=": config.micro_batch,
@@ -129,7 +131,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     backend = choose_backend(config.backend)
     prune = _prunes_retrieval(backend) if config.prune is None else config.prune
     retrieval = dataclasses.replace(spec, config=narrowed_retrieval)
-    return BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms)
+    quantization = planned_quantization(config, spec, backend)
+    return BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms, quantization)
 
 
 def _prunes_retrieval(backend: BackendChoice) -> bool:

@@ -53,6 +53,7 @@ class BuildOutcome:
         verification: of all graphs; None if it was not wanted.
         stages: name, seconds and summary of each.
         session: what the graphs were compared with as a session; None without such a comparison.
+        quantization_cost: what the quantisation itself changes in each output; None where it was not measured.
     """
 
     plan: BuildPlan
@@ -61,6 +62,7 @@ class BuildOutcome:
     verification: VerifyReport | None
     stages: Sequence[dict[str, Any]]
     session: Reference | None = None
+    quantization_cost: dict[str, float] | None = None
 
     @property
     def status(self) -> str:
@@ -102,6 +104,9 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
         "precision": main.graph.precision,
         "attention_silu": plan.attention_silu,
         "fuse_norms": plan.fuse_norms,
+        "quantization": None
+        if plan.quantization is None
+        else {**plan.quantization.to_dict(), "cost": outcome.quantization_cost},
         "backend": {
             "name": plan.backend.name,
             "reason": plan.backend.reason,
@@ -169,6 +174,7 @@ def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, A
         "status": report["status"],
         "checkpoint": report["checkpoint"],
         "precision": {"requested": report["precision"], "built": report["graphs"][0]["precision_counts"]},
+        "quantization": report["quantization"],
         "backend": report["backend"],
         "operator": {
             "name": attention_contract().name,

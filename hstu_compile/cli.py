@@ -75,6 +75,14 @@ def _one_precision(fp32: bool, fp16: bool, bf16: bool) -> Any:
     return chosen[0] if chosen else "fp32"
 
 
+def _quantization(int8: bool, fp8: bool) -> Any:
+    if int8 and fp8:
+        raise UsageError(
+            "HSTU-E901", "--int8 and --fp8 exclude each other", "a product has one type", "pass one of them"
+        )
+    return "int8" if int8 else "fp8" if fp8 else None
+
+
 def _micro_batch(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """The number in `micro-batch=N`."""
     return _named_number("--m-falcon", "micro-batch", value, "the number of candidates of one pass", 256)
@@ -105,6 +113,20 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
 @click.option("--fp32", is_flag=True, help="float32 graph (default).")
 @click.option("--fp16", is_flag=True, help="float16 graph, strongly typed; norms and accumulation stay float32.")
 @click.option("--bf16", is_flag=True, help="bfloat16 graph, strongly typed; norms and accumulation stay float32.")
+@click.option("--int8", is_flag=True, help="float16 graph whose products with weights are int8; needs --calib.")
+@click.option("--fp8", is_flag=True, help="float16 graph whose products with weights are float8 (e4m3); needs --calib.")
+@click.option(
+    "--calib",
+    "calibration",
+    type=_PATH,
+    metavar="FILE",
+    help="Table that `hstu-compile calibrate` wrote of CHECKPOINT.",
+)
+@click.option("--observer", metavar="NAME", help="Rule that bounds activations (default: the table's).")
+@click.option(
+    "--smooth-quant", type=float, metavar="ALPHA", help="Move this share of the activations' range into the weights."
+)
+@click.option("--keep-fp16", multiple=True, metavar="SITE", help="Leave this product in float16; may be repeated.")
 @click.option("--config", "config_file", type=_PATH, help="JSON configuration of the training run.")
 @click.option("--dialect", help="Checkpoint family (default: detected).")
 @click.option(
@@ -181,6 +203,8 @@ def build(
     fp32: bool,
     fp16: bool,
     bf16: bool,
+    int8: bool,
+    fp8: bool,
     dry_run: bool,
     as_json: bool,
     verbose: bool,
@@ -194,8 +218,10 @@ def build(
     Exits with 6 when the artifact differs from the eager model by more than the bound; the bundle is written all the
     same, marked FAIL, so that its report can be read.
     """
-    precision = _one_precision(fp32, fp16, bf16)
-    config = BuildConfig(checkpoint=checkpoint, precision=precision, **settings)
+    quantization = _quantization(int8, fp8)
+    # A quantised graph is float16 where it is not quantised; another precision that is asked for is refused.
+    precision = "fp16" if quantization is not None and not (fp32 or bf16) else _one_precision(fp32, fp16, bf16)
+    config = BuildConfig(checkpoint=checkpoint, precision=precision, quantization=quantization, **settings)
     from hstu_compile import build_plan, pipeline
 
     if dry_run:
@@ -220,6 +246,8 @@ def _print_plan(plan: BuildPlan, precision: str) -> None:
         f"attention   {facts['attention_nodes']} hstu::HstuAttention nodes, one per layer; all layers covered; "
         f"SiLU {plan.attention_silu}"
     )
+    if plan.quantization is not None:
+        _print_quantization(plan.quantization.to_dict())
     limits = plan.limits
     click.echo(f"graphs      {', '.join(plan.graphs)}")
     click.echo(
@@ -230,6 +258,22 @@ def _print_plan(plan: BuildPlan, precision: str) -> None:
         + (f", up to {limits.max_append} new events each" if limits.max_append else "")
     )
     click.echo(f"backend     {plan.backend.name}: {plan.backend.reason}")
+
+
+def _print_quantization(facts: dict[str, Any]) -> None:
+    sites, kept, smoothing = facts["sites"], facts["kept"], facts["smooth_quant"]
+    click.echo(
+        f"quantised   {len(sites)} of {len(sites) + len(kept)} products in {facts['kind']}, by {facts['observer']}"
+        + (f", smoothing {smoothing:g}" if smoothing is not None else "")
+        + f"; {facts['calibration']['samples']} requests in {facts['calibration']['file']}"
+    )
+    for name, scales in sites.items():
+        low, high = scales["weight_scales"]
+        click.echo(
+            f"  {facts['kind']}  {name}  input scale {scales['input_scale']:.4g}, weights {low:.4g} to {high:.4g}"
+        )
+    for name, reason in kept.items():
+        click.echo(f"  fp16  {name}  {reason}")
 
 
 def _print_result(result: BuildResult) -> None:

@@ -99,12 +99,15 @@ def error_bound(eager_error: float, precision: str) -> float:
     return EAGER_FACTOR * max(eager_error, EAGER_FLOOR[precision])
 
 
-def bound_rule(precision: str) -> str:
+def bound_rule(precision: str, quantization: str | None = None) -> str:
     """The rule of `error_bound` in words, for reports."""
-    return (
+    rule = (
         f"per row: max |artifact - float64| / rms(float64 row) <= {EAGER_FACTOR:g} x the same error of the eager "
         f"{precision} model (at least {EAGER_FLOOR[precision]:.2g})"
     )
+    if quantization is None:
+        return rule
+    return f"{rule}; in each of them products are rounded to the {quantization} numbers of the plan"
 
 
 def top_items_problem(ids: Array, scores: Array, reference_scores: Array, seen: Array, tolerance: float) -> str | None:

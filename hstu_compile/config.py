@@ -39,6 +39,12 @@ class BuildConfig:
         prune: compute the last layer only for the rows that are read; None does so except where the builder is known to
             crash on it (retrieval graphs in TensorRT 8).
         fuse_norms: one operator for each norm and what surrounds it, which TensorRT runs as one kernel of the plugin.
+        quantization: eight-bit type of the products of activations with weights in a float16 graph; None leaves them in
+            `precision`.
+        calibration: table of activations that `hstu-compile calibrate` wrote; needed with a quantization.
+        observer: rule for the bounds of activations; None is the table's.
+        smooth_quant: share of the activations' range that moves into the weights, 0 to 1; None moves nothing.
+        keep_fp16: products to leave in float16, by name.
         plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
         verify: compare every artifact with the eager model.
         keep_intermediates: folder for the artifact of every stage, or None.
@@ -64,6 +70,11 @@ class BuildConfig:
     attention_silu: AttentionSilu = "fast"
     prune: bool | None = None
     fuse_norms: bool = True
+    quantization: Quantization | None = None
+    calibration: Path | None = None
+    observer: str | None = None
+    smooth_quant: float | None = None
+    keep_fp16: tuple[str, ...] = ()
     plugin: bool | None = None
     verify: bool = True
     keep_intermediates: Path | None = None

@@ -46,6 +46,7 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
             "format_version": manifest["format_version"],
             **{key: manifest[key] for key in keys},
             "retrieval": manifest.get("retrieval"),
+            "quantization": manifest.get("quantization"),
             "verification": manifest["verification"],
             "files": manifest["files"],
         }

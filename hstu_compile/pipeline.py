@@ -34,6 +34,7 @@ from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.checkpoint import model_from_spec
 from hstu_compile.config import BuildConfig
 from hstu_compile.engine import engine_from_onnx
+from hstu_compile.errors import RewriteError
 from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import tensor_specs
@@ -47,7 +48,7 @@ from hstu_compile.plugin_library import PluginLibrary, build_plugin_library, ins
 from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_feeds, save_outputs
 from hstu_compile.profiles import graph_profiles
 from hstu_compile.report import render_report
-from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
+from hstu_compile.rewrite import RowSelection, apply_passes, export_passes, quantized_sites
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
@@ -151,7 +152,12 @@ class _Build:
         """Apply every export pass, keeping each step, and note the graph's limits in it."""
         selection = _selection(served) if plan.prune else None
         passes = export_passes(
-            served.num_attention, served.taps, selection, plan.attention_silu, fuse_norms=plan.fuse_norms
+            served.num_attention,
+            served.taps,
+            selection,
+            plan.attention_silu,
+            fuse_norms=plan.fuse_norms,
+            quantization=plan.quantization.plan if plan.quantization is not None else None,
         )
         for number, graph in enumerate(apply_passes(graph, passes), start=1):  # noqa: B020
             self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph.model)
@@ -218,6 +224,7 @@ def compile_checkpoint(
             build.rewritten(graph, each, plan, _intermediate("03_rewritten", each, served))
             for each, graph in zip(served, graphs, strict=True)
         ]
+        _require_quantized(plan, graphs)
         totals = Counter(
             {
                 f"{_called(graph, graphs)}{record.name} {kind}": count
@@ -251,7 +258,13 @@ def compile_checkpoint(
         if config.verify:
             progress = build.listener.stage_progress
             references = references_from_spec(
-                spec, config.precision, _batches(plan, config.seed), limits, progress, prune=plan.prune
+                spec,
+                config.precision,
+                _batches(plan, config.seed),
+                limits,
+                progress,
+                prune=plan.prune,
+                quantization=plan.quantization.plan if plan.quantization is not None else None,
             )
             library = plugin.self_registering if plugin else None
             runs = [
@@ -262,7 +275,7 @@ def compile_checkpoint(
             if references.session is not None:
                 sessions = _verify_session(plan, built, references.session, library, config.precision, progress)
                 checked.append((references.session, sessions))
-            verification = report_of(checked, config.precision)
+            verification = report_of(checked, config.precision, config.quantization)
             build.keep("05_verify.json", json.dumps(verification.to_dict(), indent=1))
             ran = ", ".join(f"{run.artifact} on {run.runtime} {run.status}" for run in verification.runs)
             summarise(f"{ran}; worst error {verification.worst_error:.3g} of {verification.worst_bound:.3g} allowed")
@@ -275,10 +288,25 @@ def compile_checkpoint(
                 GraphOutcome(each_built, reference)
                 for each_built, reference in zip(built, references.graphs, strict=True)
             ]
-        session = references.session if references is not None else None
-        result = _write_bundle(build, plan, outcomes, runs, plugin, verification, session)
+        result = _write_bundle(build, plan, outcomes, runs, plugin, verification, references)
         summarise(str(result.path))
     return result
+
+
+def _require_quantized(plan: BuildPlan, graphs: Sequence[OnnxGraph]) -> None:
+    """Refuse a build in whose graphs a planned product was not found: it would stay in float16 unnoticed."""
+    if plan.quantization is None:
+        return
+    planned = plan.quantization.plan
+    missing = set(planned.sites).difference(*(quantized_sites(graph.model, planned) for graph in graphs))
+    if missing:
+        raise RewriteError(
+            "HSTU-E301",
+            f"{len(missing)} of {len(planned.sites)} products were not quantised",
+            f"no graph has a constant of {', '.join(sorted(missing))}",
+            "report this with `hstu-compile env` and the .onnx of --keep-intermediates",
+            {"missing": sorted(missing)},
+        )
 
 
 def _verify_session(
@@ -413,9 +441,10 @@ def _write_bundle(
     runs: Sequence[Sequence[RuntimeCheck]],
     plugin: PluginLibrary | None,
     verification: VerifyReport | None,
-    session: Reference | None,
+    references: References | None,
 ) -> BuildResult:
     config = build.config
+    session = references.session if references is not None else None
     with bundles.BundleWriter(config.bundle_path, config.force) as writer:
         for graph in graphs:
             built = graph.built
@@ -434,7 +463,8 @@ def _write_bundle(
             with writer.writing() as folder:
                 save_outputs(folder / bundles.reference_files(SESSION).exact, "eager-float64", session.exact)
         stages = [dataclasses.asdict(stage) for stage in build.stages]
-        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session)
+        cost = references.quantization_cost if references is not None else None
+        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session, cost)
         report = build_report(outcome, config.bundle_path.name)
         report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
         writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")

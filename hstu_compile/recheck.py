@@ -80,7 +80,10 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
         engines = all(graph["engine"] for graph in files.manifest["graphs"])
         runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if engines else [])]
         checked.append((reference, [_check_session_of(files, name, reference, progress) for name in runtimes]))
-    verification = report_of(checked, files.manifest["precision"]["requested"])
+    quantization = files.manifest.get("quantization")
+    verification = report_of(
+        checked, files.manifest["precision"]["requested"], quantization["kind"] if quantization else None
+    )
     passed = verification.status == "PASS" and all(command.exit_code == 0 for command in commands)
     return Recheck("PASS" if passed else "FAIL", verification, tuple(commands))
 

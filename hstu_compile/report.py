@@ -15,6 +15,7 @@ from typing import Any
 
 from hstu_compile._report_figures import layer_bounds, layer_error_figures, pipeline_figure
 from hstu_compile._report_html import Column, Group, Html, code, element, joined, note, simple_table, status_mark, table
+from hstu_compile._report_quantization import quantization_section
 from hstu_compile._report_text import (
     NOT_APPLICABLE,
     decimal4,
@@ -86,6 +87,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         ("pipeline", "Pipeline", _pipeline(report)),
         ("verification", "Verification", _verification(report)),
         ("metrics", "Ranking metrics", _metrics(report["metrics"])),
+        *_quantization(report),
         ("timings", "Timings", _timings(report["timings"] or ())),
         ("graph", "Graphs and precision", _graphs(report["graphs"] or ())),
         ("passes", "Graph passes", _passes(report["graphs"] or ())),
@@ -258,6 +260,13 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequ
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
+def _precision(report: Mapping[str, Any]) -> str:
+    found = report.get("quantization")
+    if found is None:
+        return str(report["precision"])
+    return f"{found['kind']} in {plural(len(found['sites']), 'product')}, {report['precision']} elsewhere"
+
+
 def _header(report: Mapping[str, Any]) -> Html:
     checkpoint, backend = report["checkpoint"], report["backend"]
     skipped = [run for run in _runs(report) if run["status"] == "NOT RUN"]
@@ -270,7 +279,7 @@ def _header(report: Mapping[str, Any]) -> Html:
             if checkpoint is None
             else joined((code(checkpoint["file"]), f", dialect {checkpoint['dialect']}")),
         ),
-        ("Precision", report["precision"]),
+        ("Precision", _precision(report)),
         *((("SiLU of attention", report["attention_silu"]),) if "attention_silu" in report else ()),
         ("Backend", NOT_APPLICABLE if backend is None else _backend_in_words(backend)),
         ("Built", joined((element("time", report["created"]), f" by hstu-compile {report['hstu_compile']}"))),
@@ -481,6 +490,12 @@ def _signed(value: float | None, baseline: float | None) -> str:
         return NOT_APPLICABLE
     difference = f"{value - baseline:+.4f}"
     return "0.0000" if float(difference) == 0 else difference
+
+
+def _quantization(report: Mapping[str, Any]) -> list[tuple[str, str, Html]]:
+    """The section, in reports of quantised builds."""
+    found = report.get("quantization")
+    return [("quantization", "Quantisation", quantization_section(found))] if found is not None else []
 
 
 def _timings(timings: Sequence[Mapping[str, Any]]) -> Html:

@@ -17,6 +17,7 @@ import numpy as np
 
 from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision, is_tap
 from hstu_compile.compare import Array, RowError, bound_rule, error_bound, row_error, top_items_problem
+from hstu_compile.config import Quantization
 from hstu_compile.errors import HstuCompileError, VerifyError
 from hstu_compile.metrics import kendall_tau, top_k_overlap
 from hstu_compile.runtime.session import Session
@@ -332,12 +333,17 @@ def check_served_feeds(
     return guarded_check(runtime, artifact, open_it, check)
 
 
-def report_of(checked: Sequence[tuple[Reference, Sequence[RuntimeCheck]]], precision: Precision) -> VerifyReport:
+def report_of(
+    checked: Sequence[tuple[Reference, Sequence[RuntimeCheck]]],
+    precision: Precision,
+    quantization: Quantization | None = None,
+) -> VerifyReport:
     """Sum up the runs of every graph; the worst tensor is the one nearest to, or farthest beyond, its bound.
 
     Args:
         checked: graph by graph, the one that answers a request by itself first.
         precision: of the graphs.
+        quantization: of their products.
 
     Raises:
         VerifyError: HSTU-E602, if a graph did not run at all: what was not compared must not be called PASS.
@@ -366,7 +372,7 @@ def report_of(checked: Sequence[tuple[Reference, Sequence[RuntimeCheck]]], preci
     first = checked[0][0]
     return VerifyReport(
         status="FAIL" if any(run.status == "FAIL" for run in every_run) else "PASS",
-        rule=bound_rule(precision),
+        rule=bound_rule(precision, quantization),
         worst_error=worst.error,
         worst_bound=worst.bound,
         worst_where=f"{worst.tensor} of '{worst.feed}' on {where.runtime} ({where.artifact})",

@@ -6,6 +6,7 @@ goes into the bundle, so that the same check can be repeated without the checkpo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ from hstu_compile.checkpoint import model_from_spec
 from hstu_compile.config import Limits
 from hstu_compile.errors import VerifyError
 from hstu_compile.export import TORCH_DTYPES
+from hstu_compile.model.fake_quantization import fake_quantized
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.model.retrieval import RetrievalModel
+from hstu_compile.quantized import QuantizationPlan
 from hstu_compile.rewrite import affordable
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.served import ServedGraph, served_graphs
@@ -43,6 +46,9 @@ from hstu_compile.session_check import (
 
 # Not compared number by number: a list of items is judged by `top_items_problem`.
 _LISTS = ("top_items", "top_scores")
+
+# Eager runs of a quantised model beside the first, see `references_from_spec`.
+_OTHER_ROUNDINGS = 3
 _PRIMARY = {
     "retrieval": "user_embeddings",
     "packed": "logits",
@@ -60,10 +66,13 @@ class References:
         graphs: one per graph, in the order of `served_graphs`.
         session: what a session has to answer: for every candidate, or for every history; None without the graphs for
             one.
+        quantization_cost: row error of each output of the first graph that the quantisation itself makes, without any
+            other rounding, over all feeds; empty where nothing is quantised.
     """
 
     graphs: tuple[Reference, ...]
     session: Reference | None
+    quantization_cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +128,13 @@ def references_from_spec(
     progress: Progress,
     *,
     prune: bool = True,
+    quantization: QuantizationPlan | None = None,
 ) -> References:
     """Run every graph of the eager model in float64 and in the build's precision on every request.
+
+    With a quantisation both have it. Rounding to its grid is a step: a last bit decides on which side a value ends, and
+    every evaluation in half precision has other last bits. So the eager error is then the largest of several runs whose
+    activations differ in their last bit: that of one run would be a matter of luck where few values lie near a step.
 
     Args:
         spec: the checkpoint.
@@ -129,7 +143,7 @@ def references_from_spec(
         limits: of the build; they decide which graphs there are.
         progress: called with (what, done, total).
         prune: the last tap of the shipped graphs holds only the rows that are read.
-
+        quantization: what of the graphs is quantised.
     """
     exact_model = model_from_spec(spec, torch.float64)
     eager_model = model_from_spec(spec, TORCH_DTYPES[precision])
@@ -142,33 +156,63 @@ def references_from_spec(
     items = exact_model.item_vectors().numpy() if isinstance(exact_model, RetrievalModel) else None
     references: list[Reference] = []
     cached: list[Outputs] = []
-    for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
-        feeds = _feeds(exact_graph, exact_model, batches, cached, limits)
-        exact, eager = [], []
-        for index, feed in enumerate(feeds):
-            progress(f"eager {exact_graph.name}", index, len(feeds))
-            exact.append(exact_graph.reference(feed.arrays, prune))
-            eager.append(eager_graph.reference(feed.arrays, prune))
-        progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
-        if exact_graph.name == "prefill":
-            cached = [_key_values(exact_graph, outputs, cache_dtype) for outputs in eager]
-        references.append(
-            Reference(
-                exact_graph.name,
-                _PRIMARY[exact_graph.name],
-                tuple(feeds),
-                tuple(exact),
-                tuple(eager),
-                _eager_error(exact, eager),
-                items,
+    session, cost = None, {}
+    with _rounded(exact_model, quantization):
+        for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
+            feeds = _feeds(exact_graph, exact_model, batches, cached, limits)
+            exact, eager = [], []
+            with _rounded(eager_model, quantization):
+                for index, feed in enumerate(feeds):
+                    progress(f"eager {exact_graph.name}", index, len(feeds))
+                    exact.append(exact_graph.reference(feed.arrays, prune))
+                    eager.append(eager_graph.reference(feed.arrays, prune))
+            progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
+            if exact_graph.name == "prefill":
+                cached = [_key_values(exact_graph, outputs, cache_dtype) for outputs in eager]
+            error = _eager_error(exact, eager)
+            for seed in range(_OTHER_ROUNDINGS if quantization is not None else 0):
+                progress(f"eager {exact_graph.name}, other roundings", seed, _OTHER_ROUNDINGS)
+                with _rounded(eager_model, quantization, seed):
+                    moved = [eager_graph.reference(feed.arrays, prune) for feed in feeds]
+                error = _largest(error, _eager_error(exact, moved))
+            references.append(
+                Reference(
+                    exact_graph.name,
+                    _PRIMARY[exact_graph.name],
+                    tuple(feeds),
+                    tuple(exact),
+                    tuple(eager),
+                    error,
+                    items,
+                )
             )
-        )
-    session = None
-    if isinstance(exact_model, RankingModel) and cached:
-        session = _session_reference(exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress)
-    elif cached:
-        session = _incremental_reference(references[0])
-    return References(tuple(references), session)
+        if isinstance(exact_model, RankingModel) and cached:
+            with _rounded(eager_model, quantization):
+                session = _session_reference(
+                    exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress
+                )
+            if quantization is not None:
+                # The same rows as in the packed forward, with another divisor: its other roundings stand for these.
+                known = {name: references[0].eager_error[name] for name in PREDICTIONS}
+                session = dataclasses.replace(session, eager_error=_largest(session.eager_error, known))
+        elif cached:
+            session = _incremental_reference(references[0])
+    if quantization is not None:
+        first = references[0]
+        plain = [exact_graphs[0].reference(feed.arrays, prune) for feed in first.feeds]
+        cost = {name: error for name, error in _eager_error(plain, first.exact).items() if not is_tap(name)}
+    return References(tuple(references), session, cost)
+
+
+def _rounded(
+    model: HstuModel, quantization: QuantizationPlan | None, jitter: int | None = None
+) -> contextlib.AbstractContextManager[object]:
+    """The model with the quantisation, if there is one."""
+    return contextlib.nullcontext() if quantization is None else fake_quantized(model, quantization, jitter)
+
+
+def _largest(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    return {name: max(error, others[name]) for name, error in some.items()}
 
 
 def _key_values(prefill: ServedGraph, outputs: Outputs, dtype: np.dtype) -> Outputs:
@@ -215,7 +259,8 @@ def _incremental_reference(whole: Reference) -> Reference:
         return tuple({whole.primary: each[whole.primary]} for each in known)
 
     exact, eager = answers(whole.exact), answers(whole.eager)
-    return Reference(SESSION, whole.primary, whole.feeds, exact, eager, _eager_error(exact, eager), None)
+    error = {whole.primary: whole.eager_error[whole.primary]}
+    return Reference(SESSION, whole.primary, whole.feeds, exact, eager, error, None)
 
 
 def open_built(

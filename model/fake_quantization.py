@@ -14,6 +14,7 @@ from hstu_compile.model.product import product_sites
 from hstu_compile.quantized import LARGEST, ProductWeight, QuantizationPlan, SiteScales
 
 _LOWEST_EXPONENT, _MANTISSA_BITS = -6, 3  # of e4m3fn
+_HALF_UNIT = 2.0**-11  # of float16, relative
 
 
 def product_weights(model: nn.Module) -> dict[str, ProductWeight]:
@@ -25,7 +26,7 @@ def product_weights(model: nn.Module) -> dict[str, ProductWeight]:
 
 
 @contextlib.contextmanager
-def fake_quantized(model: nn.Module, plan: QuantizationPlan) -> Iterator[nn.Module]:
+def fake_quantized(model: nn.Module, plan: QuantizationPlan, jitter: int | None = None) -> Iterator[nn.Module]:
     """Quantise and dequantise both operands of the planned products of a model, while the context lasts.
 
     The model's parameters stay as they are. Weights become the values of the same codes that a float16 graph of the
@@ -35,6 +36,9 @@ def fake_quantized(model: nn.Module, plan: QuantizationPlan) -> Iterator[nn.Modu
     Args:
         model: in evaluation mode, in any float type.
         plan: of the same model.
+        jitter: seed of a move of every activation in front of its rounding, by up to half a unit in the last place of
+            float16; None moves nothing. Rounding is a step: which values end on its other side is decided by their last
+            bit, and every evaluation in float16 has other last bits. Runs with different seeds show how much that is.
 
     Raises:
         ValueError: if the plan has a site that the model lacks.
@@ -43,9 +47,12 @@ def fake_quantized(model: nn.Module, plan: QuantizationPlan) -> Iterator[nn.Modu
     if unknown := sorted(set(plan.sites) - set(sites)):
         raise ValueError(f"the plan quantises {', '.join(unknown)}; the model has {', '.join(sites)}")
     with contextlib.ExitStack() as hooks:
-        for name, scales in plan.sites.items():
+        for number, (name, scales) in enumerate(plan.sites.items()):
             site = sites[name]
-            operands = _Operands(model.get_parameter(site.weight_name), scales, plan.kind)
+            generator = None
+            if jitter is not None:
+                generator = torch.Generator().manual_seed(jitter * len(plan.sites) + number)
+            operands = _Operands(model.get_parameter(site.weight_name), scales, plan.kind, generator)
             hooks.callback(site.module.register_forward_pre_hook(operands).remove)
         yield model
 
@@ -53,8 +60,10 @@ def fake_quantized(model: nn.Module, plan: QuantizationPlan) -> Iterator[nn.Modu
 class _Operands:
     """The hook of one product: replaces both operands."""
 
-    def __init__(self, weight: Tensor, scales: SiteScales, kind: Quantization) -> None:
-        self.kind, self.scale = kind, scales.input_scale
+    def __init__(
+        self, weight: Tensor, scales: SiteScales, kind: Quantization, generator: torch.Generator | None
+    ) -> None:
+        self.kind, self.scale, self.generator = kind, scales.input_scale, generator
         values = scales.weight(weight.detach().to(torch.float16).cpu().numpy(), kind).values()
         self.weight = torch.from_numpy(values).to(weight)
         self.factors: Tensor | None = None
@@ -63,7 +72,12 @@ class _Operands:
 
     def __call__(self, module: nn.Module, operands: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x = operands[0] if self.factors is None else operands[0] * self.factors
-        levels = _rounded_to_grid(x.to(compute_dtype(x.dtype)) / self.scale, self.kind)
+        wide = x.to(compute_dtype(x.dtype))
+        if self.generator is not None:
+            # Drawn on the CPU: the same seed moves the same values on every device.
+            move = torch.rand(wide.shape, generator=self.generator, dtype=wide.dtype).to(wide.device)
+            wide = wide * (1 + _HALF_UNIT * (2 * move - 1))
+        levels = _rounded_to_grid(wide / self.scale, self.kind)
         return (levels * self.scale).to(x.dtype), self.weight
 
 

@@ -17,7 +17,7 @@ from hstu_compile.rewrite.detach_taps import DetachTaps
 from hstu_compile.rewrite.fuse_norms import FuseNorms
 from hstu_compile.rewrite.name_dims import NameDims
 from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
-from hstu_compile.rewrite.quantize_products import QuantizeProducts
+from hstu_compile.rewrite.quantize_products import QuantizeProducts, quantized_sites
 from hstu_compile.rewrite.strip_metadata import StripMetadata
 
 
@@ -53,4 +53,13 @@ def export_passes(
     )
 
 
-__all__ = ["Pass", "PassResult", "PruneLastLayer", "RowSelection", "affordable", "apply_passes", "export_passes"]
+__all__ = [
+    "Pass",
+    "PassResult",
+    "PruneLastLayer",
+    "RowSelection",
+    "affordable",
+    "apply_passes",
+    "export_passes",
+    "quantized_sites",
+]

@@ -55,17 +55,28 @@ class QuantizeProducts(Pass):
         return PassResult(counts)
 
 
+def quantized_sites(model: onnx.ModelProto, plan: QuantizationPlan) -> set[str]:
+    """Sites of a plan whose codes a graph holds."""
+    known = {f"{name}/{plan.kind}": site for name, site in _constants(plan).items()}
+    return {known[tensor.name] for tensor in model.graph.initializer if tensor.name in known}
+
+
+def _constants(plan: QuantizationPlan) -> dict[str, str]:
+    """Names that the constants of the planned products can have, and the site of each."""
+    return {
+        f"{_MODEL}{scales.weight_name}{part}": site
+        for site, scales in plan.sites.items()
+        for part in ("", *COLUMN_PARTS)
+    }
+
+
 class _Rewriting:
     """One run of the pass over one graph."""
 
     def __init__(self, graph: onnx.GraphProto, plan: QuantizationPlan) -> None:
         self.graph, self.plan = graph, plan
         self.values = GraphValues(graph)
-        names = {
-            f"{_MODEL}{scales.weight_name}{part}": site
-            for site, scales in plan.sites.items()
-            for part in ("", *COLUMN_PARTS)
-        }
+        names = _constants(plan)
         self.sites = {tensor.name: names[tensor.name] for tensor in graph.initializer if tensor.name in names}
         self.wanted = sum(name in self.sites for node in graph.node for name in node.input)
         self.made: set[str] = set()

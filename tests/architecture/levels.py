@@ -30,6 +30,7 @@ LEVELS: dict[str, int] = {
     "trt_options": 2,
     "plugin_library": 2,
     "_report_figures": 2,
+    "_report_quantization": 2,
     "calibration": 2,
     "served": 2,
     # The stages.
@@ -44,10 +45,13 @@ LEVELS: dict[str, int] = {
     "graph_plugin": 3,
     "report": 3,
     "doctor": 3,
+    "labelled_requests": 3,
     # What joins stages.
     "verify": 4,
     "bundle": 4,
     "polygraphy_files": 4,
+    "quality": 4,
+    "build_quantization": 4,
     "build_plan": 4,
     "m_falcon_check": 4,
     "incremental_check": 4,
@@ -59,6 +63,7 @@ LEVELS: dict[str, int] = {
     "ranking_bundle": 5,
     "retrieval_bundle": 5,
     "build_report": 5,
+    "sensitivity": 5,
     "pipeline": 5,
     "serving": 5,
     # The command line.
@@ -79,6 +84,8 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("served", "artifacts"): "names the taps",
     ("profiles", "artifacts"): "Profile is what it makes",
     ("trt_options", "artifacts"): "Profile is what the options describe",
+    ("build_plan", "build_quantization"): "resolves the products that are quantised",
+    ("labelled_requests", "runtime"): "reads them as `run` reads its inputs",
     ("pipeline", "build_report"): "writes what it says",
     ("plugin_stage", "engine_stage"): "builds the plugin beside the engine",
     ("serving", "ranking_bundle"): "opens what the Python backend serves",
