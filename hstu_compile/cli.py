@@ -16,7 +16,7 @@ import click
 
 import hstu_compile
 from hstu_compile.config import BuildConfig
-from hstu_compile.errors import ERROR_CODES, EXIT_BUILD, EXIT_VERIFICATION, UsageError
+from hstu_compile.errors import ERROR_CODES, EXIT_BUILD, EXIT_INTERRUPTED, EXIT_VERIFICATION, UsageError
 from hstu_compile.trt_options import EngineOptions, parse_compute_capabilities, trt_options, trtexec_command
 
 if TYPE_CHECKING:
@@ -336,6 +336,67 @@ def engine(
             f"{facts['output']}  {facts['backend']} {facts['version']}, {facts['bytes']} bytes, "
             f"{facts['seconds']:.1f} s"
         )
+    return 0
+
+
+@cli.command()
+@click.argument("checkpoint", type=_PATH)
+@click.option(
+    "--data", multiple=True, type=_PATH, metavar="FILE.npz", help="Recorded requests, as for `run`; may be repeated."
+)
+@click.option("-o", "--output", required=True, type=_PATH, metavar="FILE.json", help="The calibration table.")
+@click.option(
+    "--observer",
+    type=click.Choice(["amax", "percentile", "entropy", "mse"]),
+    help="How a build bounds activations unless told otherwise (default: percentile). The table serves all of them.",
+)
+@click.option("--samples", type=int, default=1024, show_default=True, help="Most requests, drawn across all lengths.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option(
+    "--merge", multiple=True, type=_PATH, metavar="FILE.json", help="Add a table of other data; may be repeated."
+)
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--config", "config_file", type=_PATH, help="JSON configuration of the training run.")
+@click.option("--dialect", help="Checkpoint family (default: detected).")
+@click.option(
+    "--embeddings",
+    type=click.Choice(["inside", "external"]),
+    default="inside",
+    show_default=True,
+    help="What requests hold: ids, or embedding rows (ranking models).",
+)
+@_JSON
+@click.option("-v", "--verbose", is_flag=True, help="Say more while it runs.")
+def calibrate(
+    checkpoint: Path,
+    data: tuple[Path, ...],
+    output: Path,
+    merge: tuple[Path, ...],
+    embeddings: str,
+    as_json: bool,
+    verbose: bool,
+    **settings: Any,
+) -> int:
+    """Record how large CHECKPOINT's activations get on real requests.
+
+    The table is what `build --int8` and `build --fp8` take their scales from.
+    """
+    from hstu_compile import calibrate as stage
+
+    request = stage.CalibrationRequest(
+        checkpoint, output, data, merge, external_embeddings=embeddings == "external", **settings
+    )
+    try:
+        result = stage.calibrate(request, _Console(verbose, 1).stage_progress)
+    except KeyboardInterrupt:
+        if not request.partial.exists():
+            raise
+        click.echo(f"interrupted; {request.partial} keeps what was counted: repeat with --resume", err=True)
+        return EXIT_INTERRUPTED
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    facts = stage.calibration_facts(request, result)
+    _print_json(facts) if as_json else click.echo(stage.render_calibration(facts))
     return 0
 
 

@@ -60,6 +60,7 @@ LEVELS: dict[str, int] = {
     "plugin_stage": 5,
     "inspection": 5,
     "recheck": 5,
+    "calibrate": 5,
     "ranking_bundle": 5,
     "retrieval_bundle": 5,
     "build_report": 5,
