@@ -51,9 +51,11 @@ class Request:
     liked: NDArray[np.bool_]
 
 
-def _known(histories: prepare_data.Histories, user: int, end: int) -> dict[str, dict[str, NDArray[Any]]]:
+def _known(
+    histories: prepare_data.Histories, user: int, end: int, max_history: int
+) -> dict[str, dict[str, NDArray[Any]]]:
     """History and context of the user before event `end` of all events; a rating r is the action bit 1 << (r - 1)."""
-    events = slice(max(int(histories.seq_offsets[user]), end - MAX_HISTORY), end)
+    events = slice(max(int(histories.seq_offsets[user]), end - max_history), end)
     return {
         "history": {
             "movie_id": histories.item_ids[events],
@@ -64,12 +66,14 @@ def _known(histories: prepare_data.Histories, user: int, end: int) -> dict[str, 
     }
 
 
-def request_at(histories: prepare_data.Histories, user: int, first: int, last: int) -> Request:
+def request_at(
+    histories: prepare_data.Histories, user: int, first: int, last: int, max_history: int = MAX_HISTORY
+) -> Request:
     """The request whose candidates are events first..last - 1 of all events, made when the first of them happened."""
     items = histories.item_ids[first:last]
     return Request(
         user=user,
-        **_known(histories, user, first),
+        **_known(histories, user, first, max_history),
         candidates={
             "item_movie_id": items,
             "item_query_time": np.full(items.shape, histories.timestamps[first], np.int64),
@@ -78,10 +82,12 @@ def request_at(histories: prepare_data.Histories, user: int, first: int, last: i
     )
 
 
-def held_out_requests(histories: prepare_data.Histories) -> list[Request]:
+def held_out_requests(histories: prepare_data.Histories, max_history: int = MAX_HISTORY) -> list[Request]:
     """Every user asked about the newest ratings."""
-    ends = histories.seq_offsets[1:]
-    return [request_at(histories, user, int(end) - NUM_HELD_OUT, int(end)) for user, end in enumerate(ends)]
+    return [
+        request_at(histories, user, int(end) - NUM_HELD_OUT, int(end), max_history)
+        for user, end in enumerate(histories.seq_offsets[1:])
+    ]
 
 
 def page_request(histories: prepare_data.Histories, user: int, number: int, size: int, delay: int) -> Request:
@@ -92,7 +98,7 @@ def page_request(histories: prepare_data.Histories, user: int, number: int, size
     asked = int(histories.timestamps[end - 1]) + delay
     return Request(
         user=user,
-        **_known(histories, user, end),
+        **_known(histories, user, end, MAX_HISTORY),
         candidates={"item_movie_id": items, "item_query_time": np.full(items.shape, asked, np.int64)},
         liked=np.zeros(items.shape, np.bool_),
     )
