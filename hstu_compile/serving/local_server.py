@@ -7,7 +7,7 @@ Its Python code is not imported, so its own requirements are not needed. It has 
 
 Its stubs are built against NumPy 1: under NumPy 2 every tensor holds its first value as often as it is long. They embed
 the Python of the environment whose `bin` is first on PATH, and ignore PYTHONPATH. So the server gets an environment of
-its own, made of NumPy 1 and, behind it, everything that this environment has.
+its own, made of NumPy 1 and, behind it, what is on PYTHONPATH and everything that this environment has.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from hstu_compile.errors import EngineError, HstuCompileError
 
-#: Where `make env` installs the NumPy that the Python backend needs.
+#: Where `make env` installs the NumPy that the Python backend needs, if this Python has a newer one.
 SERVER_NUMPY = Path(sys.prefix) / "triton-numpy"
 _LAUNCHER = "launch.sh"
 
@@ -64,12 +66,16 @@ def find_installation() -> Installation | str:
     )
     if lacking := [str(path) for path in dataclasses.astuple(found) if not path.exists()]:
         return f"tritonserver is not installed whole: no {', '.join(lacking)}"
-    if not (SERVER_NUMPY / "numpy").is_dir():
+    if _numpy_is_too_new() and not (SERVER_NUMPY / "numpy").is_dir():
         return (
             "NumPy 1 for tritonserver's Python backend is not installed: pip install --no-deps --target "
             f"{SERVER_NUMPY} 'numpy<2' (`make env` does it)"
         )
     return found
+
+
+def _numpy_is_too_new() -> bool:
+    return int(np.__version__.partition(".")[0]) > 1
 
 
 def copy_backend(found: Installation, folder: Path) -> Path:
@@ -81,25 +87,28 @@ def copy_backend(found: Installation, folder: Path) -> Path:
 
 
 def make_python(folder: Path) -> Path:
-    """An environment of this interpreter with NumPy 1 in front of what is installed here; returns its `bin`."""
+    """An environment of this interpreter with NumPy 1 in front of what it finds here; returns its `bin`."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
     packages.mkdir(parents=True)
     (folder / "bin").mkdir()
     (folder / "bin" / "python3").symlink_to(Path(sys.base_prefix) / "bin" / version)
     (folder / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n", encoding="utf-8")
+    folders = [SERVER_NUMPY] if _numpy_is_too_new() else []
+    folders += [Path(each).absolute() for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     # addsitedir reads the .pth files there as well: hstu_compile may be an editable installation.
     installed = sysconfig.get_path("purelib")
-    lines = f"{SERVER_NUMPY}\nimport site; site.addsitedir({installed!r})\n"
-    (packages / "server.pth").write_text(lines, encoding="utf-8")
+    lines = [*map(str, folders), f"import site; site.addsitedir({installed!r})", ""]
+    (packages / "server.pth").write_text("\n".join(lines), encoding="utf-8")
     return folder / "bin"
 
 
 def server_environment(found: Installation, python_bin: Path) -> dict[str, str]:
     """Environment variables of a server whose Python backend uses that Python."""
     environment = dict(os.environ)
-    # The stub is linked to libpython, which need not be where the loader looks.
-    environment["LD_LIBRARY_PATH"] = f"{found.libraries}:{sysconfig.get_config_var('LIBDIR')}"
+    # The stub is linked to libpython, which need not be where the loader looks; a runtime's libraries may be there.
+    places = [str(found.libraries), sysconfig.get_config_var("LIBDIR"), environment.get("LD_LIBRARY_PATH")]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, places))
     environment["PATH"] = f"{python_bin}:{environment.get('PATH', '')}"
     return environment
 
