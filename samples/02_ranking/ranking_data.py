@@ -52,10 +52,11 @@ class Request:
 
 
 def _known(
-    histories: prepare_data.Histories, user: int, end: int, max_history: int
+    histories: prepare_data.Histories, user: int, end: int, max_history: int | None = None
 ) -> dict[str, dict[str, NDArray[Any]]]:
     """History and context of the user before event `end` of all events; a rating r is the action bit 1 << (r - 1)."""
-    events = slice(max(int(histories.seq_offsets[user]), end - max_history), end)
+    longest = MAX_HISTORY if max_history is None else max_history
+    events = slice(max(int(histories.seq_offsets[user]), end - longest), end)
     return {
         "history": {
             "movie_id": histories.item_ids[events],
@@ -67,7 +68,7 @@ def _known(
 
 
 def request_at(
-    histories: prepare_data.Histories, user: int, first: int, last: int, max_history: int = MAX_HISTORY
+    histories: prepare_data.Histories, user: int, first: int, last: int, max_history: int | None = None
 ) -> Request:
     """The request whose candidates are events first..last - 1 of all events, made when the first of them happened."""
     items = histories.item_ids[first:last]
@@ -82,7 +83,7 @@ def request_at(
     )
 
 
-def held_out_requests(histories: prepare_data.Histories, max_history: int = MAX_HISTORY) -> list[Request]:
+def held_out_requests(histories: prepare_data.Histories, max_history: int | None = None) -> list[Request]:
     """Every user asked about the newest ratings."""
     return [
         request_at(histories, user, int(end) - NUM_HELD_OUT, int(end), max_history)
@@ -98,7 +99,7 @@ def page_request(histories: prepare_data.Histories, user: int, number: int, size
     asked = int(histories.timestamps[end - 1]) + delay
     return Request(
         user=user,
-        **_known(histories, user, end, MAX_HISTORY),
+        **_known(histories, user, end),
         candidates={"item_movie_id": items, "item_query_time": np.full(items.shape, asked, np.int64)},
         liked=np.zeros(items.shape, np.bool_),
     )
