@@ -377,8 +377,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E833": ErrorCode(
         "The quality of the artifact is outside the budget",
-        "The bundle's graph was run on the labelled requests, and its quality differs from that of the float32 model by "
-        "more than --budget. The bundle is written with status FAIL so that the report can be read.",
+        "The bundle's graph was run on the labelled requests, and its quality differs from that of the float32 model "
+        "by more than --budget. The bundle is written with status FAIL so that the report can be read.",
     ),
     "HSTU-E901": ErrorCode(
         "Options contradict each other",
