@@ -42,7 +42,13 @@ _MAX_MESSAGES = 50
 # Above this, protobuf cannot hold the model in one message, and weights go to a file beside it.
 _MAX_IN_MEMORY_BYTES = 2**31 - 2**20
 _POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY", "tacticDram": "TACTIC_DRAM"}
-_PRECISIONS = {"Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32"}
+_PRECISIONS = {
+    **{"Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32"},
+    **{"Int8": "int8", "INT8": "int8", "FP8": "fp8", "Float8": "fp8"},
+}
+_KINDS = ("plugin", "fp32", "fp16", "bf16", "int8", "fp8", "other")
+# The least compute capability with float8.
+_FP8_CAPABILITY = (8, 9)
 
 
 def graph_precision(model: onnx.ModelProto) -> Precision:
@@ -51,6 +57,18 @@ def graph_precision(model: onnx.ModelProto) -> Precision:
     if TensorProto.BFLOAT16 in kinds:
         return "bf16"
     return "fp16" if TensorProto.FLOAT16 in kinds else "fp32"
+
+
+def quantized_products(model: onnx.ModelProto) -> dict[str, str]:
+    """Products of two dequantised operands: name to int8 or fp8."""
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    kinds |= {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    codes = {n.output[0]: kinds.get(n.input[0], 0) for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return {
+        node.name: "fp8" if codes[node.input[1]] == TensorProto.FLOAT8E4M3FN else "int8"
+        for node in model.graph.node
+        if node.op_type == "MatMul" and all(name in codes for name in node.input)
+    }
 
 
 def plugin_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -87,16 +105,18 @@ def engine_from_onnx(
         on_progress: called while TensorRT >= 10 builds.
 
     Returns:
-        The engine. `layers` counts, as the inspector shows them: total, plugin, and fp32, fp16, bf16, other by the type
-        of a layer's first output. Where no GPU is there to load the engine, the parsed network is counted, and
-        `messages` says so.
+        The engine. `layers` counts, as the inspector shows them: total, plugin, and fp32, fp16, bf16, int8, fp8, other
+        by the type of a layer's first output; of a graph with quantised products also these, as
+        `quantized_products`, and the layers that compute with operands of eight bits, as `eight_bit_layers`. Where no
+        GPU is there to load the engine, the parsed network is counted, and `messages` says so.
 
     Raises:
         EngineError: HSTU-E401 backend absent; E402 refused by parser or builder; E403 fewer plugin layers than
             such nodes; E405 profiles do not fit the graph's inputs.
         PluginError: HSTU-E503 or E504.
         RewriteError: HSTU-E302, if TensorRT 8 cannot take the graph.
-        UsageError: HSTU-E901, if an option does not exist in this backend.
+        UsageError: HSTU-E901, if an option does not exist in this backend; E906, if a GPU that the engine is for lacks
+            a type of the graph.
     """
     options = options or EngineOptions()
     api = tensorrt_api(backend)
@@ -118,12 +138,24 @@ def engine_from_onnx(
     proto = _loaded(model)
     precision = graph_precision(proto)
     wanted = plugin_nodes(proto) if plugin_library is not None else []
+    products = quantized_products(proto)
+    if "fp8" in products.values():
+        _require_fp8(options)
     with api.capture() as log:
         proto = _prepared(proto, api, precision, plugin_library, options)
         build = _Build(api, log, proto, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
             layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
+    if products:
+        layers["quantized_products"] = len(products)
+        if layers["eight_bit_layers"] < len(products):
+            notes.append(
+                f"{layers['eight_bit_layers']} layers compute with operands of eight bits, and the graph has "
+                f"{len(products)} quantised products: the builder left the others in another type, or fused them"
+            )
+    else:
+        del layers["eight_bit_layers"]
     if wanted and layers["plugin"] < len(wanted):
         kinds = Counter(node.op_type for node in wanted)
         raise EngineError(
@@ -144,6 +176,21 @@ def engine_from_onnx(
         messages=tuple((notes + log.warnings)[:_MAX_MESSAGES]),
         seconds=time.perf_counter() - started,
     )
+
+
+def _require_fp8(options: EngineOptions) -> None:
+    """Refuse GPUs without float8 among those that the engine is for."""
+    lacking = [
+        each for each in options.compute_capabilities if tuple(map(int, each.split(".", maxsplit=1))) < _FP8_CAPABILITY
+    ]
+    if lacking:
+        raise UsageError(
+            "HSTU-E906",
+            f"an fp8 graph cannot be built for --computeCapabilities {','.join(lacking)}",
+            "such GPUs have no float8; it starts with 8.9",
+            "leave them out, or build the bundle with --int8",
+            {"compute_capabilities": lacking},
+        )
 
 
 def _loaded(model: Path | onnx.ModelProto) -> onnx.ModelProto:
@@ -249,6 +296,7 @@ class _Build:
     ) -> None:
         self.api, self.trt, self.log = api, api.trt, log
         self.proto, self.precision, self.options, self.on_progress = proto, precision, options, on_progress
+        self.is_quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
 
     def run(self, profiles: Sequence[Profile]) -> tuple[bytes, dict[str, int]]:
         """The serialised engine, and the layers of the network as it was parsed."""
@@ -370,6 +418,11 @@ class _Build:
         # With the FP16 flag the builder may compute any layer in half. What the graph has in float32 (LayerNorm,
         # normalisation, counts) is there because half is not enough for it.
         skipped = {trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2, trt.LayerType.IDENTITY}
+        if self.is_quantized:
+            config.set_flag(trt.BuilderFlag.INT8)
+            # Their types follow from the quantisation around them; the convolutions that are float32 in the file are
+            # those of quantised operands, and pinned to float32 they would be computed in it.
+            skipped |= {trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE, trt.LayerType.CONVOLUTION}
         for index in range(network.num_layers):
             layer = network.get_layer(index)
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
@@ -517,22 +570,28 @@ class _Build:
         return monitor
 
 
-def _count(kinds: Sequence[str]) -> dict[str, int]:
-    return {"total": len(kinds), **{kind: kinds.count(kind) for kind in ("plugin", "fp32", "fp16", "bf16", "other")}}
+def _count(kinds: Sequence[str], eight_bit: int) -> dict[str, int]:
+    return {"total": len(kinds), **{kind: kinds.count(kind) for kind in _KINDS}, "eight_bit_layers": eight_bit}
 
 
 def _network_layers(network: Any) -> dict[str, int]:
     """Layers of a parsed network by kind; in a strongly typed network these are the types that will run."""
-    kinds = []
-    for layer in map(network.get_layer, range(network.num_layers)):
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    kinds, dequantized, eight_bit = [], set(), 0
+    for layer in layers:
         dtype = layer.get_output(0).dtype.name if layer.num_outputs else ""
-        kind = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}.get(dtype, "other")
-        kinds.append("plugin" if "PLUGIN" in layer.type.name else kind)
-    return _count(kinds)
+        names = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
+        kinds.append("plugin" if "PLUGIN" in layer.type.name else names.get(dtype, "other"))
+        if layer.type.name == "DEQUANTIZE":
+            dequantized.add(layer.get_output(0).name)
+        if layer.type.name in ("MATRIX_MULTIPLY", "CONVOLUTION"):
+            operands = [layer.get_input(i) for i in range(2)]
+            eight_bit += all(each is not None and each.name in dequantized for each in operands)
+    return _count(kinds, eight_bit)
 
 
 def layer_kind(layer: dict[str, Any] | str, plugin_names: set[str]) -> str:
-    """plugin, fp32, fp16, bf16 or other, from one entry of the inspector's JSON.
+    """plugin, fp32, fp16, bf16, int8, fp8 or other, from one entry of the inspector's JSON.
 
     Args:
         layer: an object, or only the name at verbosity layer_names_only.
@@ -542,13 +601,29 @@ def layer_kind(layer: dict[str, Any] | str, plugin_names: set[str]) -> str:
         return "plugin" if any(name and name in layer for name in plugin_names) else "other"
     if "plugin" in str(layer.get("LayerType", "")).lower():
         return "plugin"
-    for output in layer.get("Outputs", []):
-        # TensorRT <= 10 writes "Format/Datatype": "Row major linear FP16 format"; 11 has a field of its own.
-        text = str(output.get("Datatype") or output.get("Format/Datatype", ""))
-        if match := re.search(r"\b(BFloat16|BF16|Half|FP16|Float|FP32)\b", text):
-            return _PRECISIONS[match[1]]
-        return "other"
-    return "other"
+    outputs = layer.get("Outputs", [])
+    return _tensor_kind(outputs[0]) if outputs else "other"
+
+
+def _tensor_kind(tensor: dict[str, Any]) -> str:
+    """fp32, fp16, bf16, int8, fp8 or other, from a tensor of the inspector's JSON."""
+    # TensorRT <= 10 writes "Format/Datatype": "Row major linear FP16 format"; 11 has a field of its own.
+    text = str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))
+    match = re.search(rf"\b({'|'.join(_PRECISIONS)})\b", text)
+    return _PRECISIONS[match[1]] if match else "other"
+
+
+def computes_in_eight_bits(layer: dict[str, Any] | str) -> bool:
+    """Whether a layer of the inspector's JSON reads operands of eight bits to compute with them.
+
+    Conversions and copies do not count, nor does what widens them again and nothing else.
+    """
+    if isinstance(layer, str):
+        return False
+    copies = ("reformat", "noop", "cast", "dequantize", "constant", "shuffle")
+    if any(word in str(layer.get("LayerType", "")).lower() for word in copies):
+        return False
+    return any(_tensor_kind(tensor) in ("int8", "fp8") for tensor in layer.get("Inputs", []))
 
 
 def _inspected(
@@ -575,7 +650,8 @@ def _inspected(
     if options.export_layer_info is not None:
         write_whole(options.export_layer_info, text.encode())
     entries = json.loads(text).get("Layers", [])
-    return _count([layer_kind(entry, plugin_names) for entry in entries]), []
+    kinds = [layer_kind(entry, plugin_names) for entry in entries]
+    return _count(kinds, sum(map(computes_in_eight_bits, entries))), []
 
 
 def _loaded_engine(api: TensorRtApi, plan: bytes) -> Any:

@@ -41,7 +41,8 @@ class AttachNativeBody(Pass):
             if not is_attention(node):
                 continue
             attributes = node_attributes(node)
-            num_buckets = thresholds[node.input[-1]] if attributes["time_bias"] else 0
+            names = [each.name for each in contract.present_inputs(attributes)]
+            num_buckets = thresholds[node.input[names.index("ts_thresholds")]] if attributes["time_bias"] else 0
             key = (*sorted(attributes.items()), num_buckets)
             if key not in overloads:
                 overloads[key] = f"v{len(overloads)}" if overloads else ""
@@ -77,11 +78,11 @@ def native_body(attributes: Mapping[str, Any], num_buckets: int, opset: int, ove
     )
 
 
-class _Side:
-    """Rows of queries or keys: offsets, lengths, and the index that pads them."""
+class _Bounds:
+    """Offsets of rows: the bounds and lengths of the sequences, and whether they are legal."""
 
-    def __init__(self, b: FunctionBuilder, offsets: str, rows_of: str, bound: int) -> None:
-        self.builder, self.bound = b, bound
+    def __init__(self, b: FunctionBuilder, offsets: str, rows_of: str) -> None:
+        self.builder = b
         self.offsets = b.cast(offsets, TensorProto.INT64)
         self.starts = b.op("Slice", self.offsets, b.ints(0), b.ints(-1), b.ints(0))
         self.ends = b.op("Slice", self.offsets, b.ints(1), b.ints(np.iinfo(np.int64).max), b.ints(0))
@@ -89,11 +90,6 @@ class _Side:
         self.lengths = b.op("Sub", self.ends, self.starts)
         self.num_rows = b.op("Shape", rows_of, start=0, end=1)
         self.are_valid = self._are_valid()
-        self.steps = b.constant(np.arange(bound)[None, :])
-        inside = b.op("And", b.op("Less", self.steps, b.unsqueeze(self.lengths, 1)), self.are_valid)
-        index = b.op("Add", b.unsqueeze(self.starts, 1), self.steps)
-        # Rows behind a sequence read the zero row that `padded` appends: garbage there never enters the sums.
-        self.index = b.op("Where", inside, index, self.num_rows)
 
     def _are_valid(self) -> str:
         """[1] bool: 0 == offsets[0] <= ... <= offsets[B] <= L. Otherwise no row is read or written: all of out is 0."""
@@ -104,12 +100,53 @@ class _Side:
         fits = b.op("LessOrEqual", self.total, self.num_rows)
         return b.op("And", b.op("And", is_ascending, starts_at_zero), fits)
 
-    def padded(self, rows: str) -> str:
-        """[L, ...] -> [B, bound, ...] with zeros behind each sequence."""
+
+class _Side:
+    """Rows of queries or keys: their lengths, and the index that pads them.
+
+    Rows behind a sequence read the zero row that `padded` appends: garbage there never enters the sums.
+
+    Args:
+        rows: bounds of the rows.
+        bound: most rows of one sequence, cached ones included.
+        cached: bounds of the rows in front of them, which are tensors of their own; None without a cache.
+    """
+
+    def __init__(self, rows: _Bounds, bound: int, cached: _Bounds | None = None) -> None:
+        self.builder = b = rows.builder
+        self.rows, self.bound = rows, bound
+        self.lengths, self.are_valid = rows.lengths, rows.are_valid
+        self.steps = b.constant(np.arange(bound)[None, :])
+        starts, num_rows = rows.starts, rows.num_rows
+        index = b.op("Add", b.unsqueeze(starts, 1), self.steps)
+        if cached is not None:
+            self.lengths = b.op("Add", cached.lengths, rows.lengths)
+            self.are_valid = b.op("And", cached.are_valid, rows.are_valid)
+            starts, num_rows = b.op("Add", cached.starts, starts), b.op("Add", cached.num_rows, num_rows)
+            cached_len = b.unsqueeze(cached.lengths, 1)
+            in_cache = b.op("Add", b.unsqueeze(cached.starts, 1), self.steps)
+            in_rows = b.op("Sub", b.op("Add", index, cached.num_rows), cached_len)
+            index = b.op("Where", b.op("Less", self.steps, cached_len), in_cache, in_rows)
+        inside = b.op("And", b.op("Less", self.steps, b.unsqueeze(self.lengths, 1)), self.are_valid)
+        self.index = b.op("Where", inside, index, num_rows)
+        # Of tensors in which the rows of both are joined already: a sequence starts where its two parts do, added.
+        self.joined_index = self.index
+        if cached is not None:
+            self.joined_index = b.op("Where", inside, b.op("Add", b.unsqueeze(starts, 1), self.steps), num_rows)
+
+    def padded(self, *parts: str) -> str:
+        """Cached rows, if there are any, and rows, [L, ...] each -> [B, bound, ...] with zeros behind each sequence."""
+        return self._gathered(parts, self.index)
+
+    def padded_joined(self, rows: str) -> str:
+        """The same of one tensor that holds cached rows and rows of each sequence together."""
+        return self._gathered((rows,), self.joined_index)
+
+    def _gathered(self, parts: tuple[str, ...], index: str) -> str:
         b = self.builder
-        shape = b.op("Concat", b.ints(1), b.op("Shape", rows, start=1), axis=0)
-        zero = b.op("CastLike", b.op("Expand", b.constant(0.0, np.float32), shape), rows)
-        return b.op("Gather", b.op("Concat", rows, zero, axis=0), self.index, axis=0)
+        shape = b.op("Concat", b.ints(1), b.op("Shape", parts[-1], start=1), axis=0)
+        zero = b.op("CastLike", b.op("Expand", b.constant(0.0, np.float32), shape), parts[-1])
+        return b.op("Gather", b.op("Concat", *parts, zero, axis=0), index, axis=0)
 
 
 class _NativeBody:
@@ -119,8 +156,9 @@ class _NativeBody:
         self.a = attributes
         self.num_buckets = num_buckets
         self.builder = b = FunctionBuilder()
-        self.q_side = _Side(b, "q_offsets", "q", attributes["max_query_len"])
-        self.k_side = _Side(b, "k_offsets", "k", attributes["max_seq_len"])
+        self.q_side = _Side(_Bounds(b, "q_offsets", "q"), attributes["max_query_len"])
+        cached = _Bounds(b, "cache_offsets", "k_cached") if attributes["has_cache"] else None
+        self.k_side = _Side(_Bounds(b, "k_offsets", "k"), attributes["max_seq_len"], cached)
         shift = b.op("Sub", self.k_side.lengths, self.q_side.lengths)
         self.query_pos = b.unsqueeze(b.op("Add", self.q_side.steps, b.unsqueeze(shift, 1)), 2)
         self.key_pos = b.constant(np.arange(attributes["max_seq_len"])[None, None, :])
@@ -134,9 +172,10 @@ class _NativeBody:
     def output(self) -> str:
         """[Lq, H, Dv] in the type of q."""
         b = self.builder
+        keys, values = (["k_cached", "k"], ["v_cached", "v"]) if self.a["has_cache"] else (["k"], ["v"])
         q = b.op("Transpose", self._wide(self.q_side, "q"), perm=[0, 2, 1, 3])
-        k_t = b.op("Transpose", self._wide(self.k_side, "k"), perm=[0, 2, 3, 1])
-        v = b.op("Transpose", self._wide(self.k_side, "v"), perm=[0, 2, 1, 3])
+        k_t = b.op("Transpose", self._wide(self.k_side, *keys), perm=[0, 2, 3, 1])
+        v = b.op("Transpose", self._wide(self.k_side, *values), perm=[0, 2, 1, 3])
         scores = b.op("Mul", b.op("MatMul", q, k_t), b.constant(self.a["alpha"], np.float32))
         for bias in self._biases():
             scores = b.op("Add", scores, bias)
@@ -146,8 +185,8 @@ class _NativeBody:
         out = b.op("Div", b.op("MatMul", weights, v), self._scaling())
         return b.op("CastLike", self._jagged(b.op("Transpose", out, perm=[0, 2, 1, 3])), "q")
 
-    def _wide(self, side: _Side, rows: str) -> str:
-        return self.builder.cast(side.padded(rows), TensorProto.FLOAT)
+    def _wide(self, side: _Side, *parts: str) -> str:
+        return self.builder.cast(side.padded(*parts), TensorProto.FLOAT)
 
     def _scaling(self) -> str:
         b = self.builder
@@ -157,18 +196,18 @@ class _NativeBody:
 
     def _jagged(self, padded: str) -> str:
         """[B, bound, H, Dv] float -> [Lq, H, Dv]; rows outside every sequence are zero."""
-        b, side = self.builder, self.q_side
-        num_rows = b.op("Squeeze", side.num_rows, b.ints(0))
+        b, side, queries = self.builder, self.q_side, self.q_side.rows
+        num_rows = b.op("Squeeze", queries.num_rows, b.ints(0))
         rows = b.op("Range", b.constant(0), num_rows, b.constant(1))
-        passed = b.op("LessOrEqual", b.unsqueeze(side.ends, 0), b.unsqueeze(rows, 1))
+        passed = b.op("LessOrEqual", b.unsqueeze(queries.ends, 0), b.unsqueeze(rows, 1))
         owner = b.op("ReduceSum", b.cast(passed, TensorProto.INT64), b.ints(1), keepdims=0)
-        batch = b.op("Shape", side.starts)
+        batch = b.op("Shape", queries.starts)
         # Not below 0 either: a batch of no sequences still has the one offset that is read here.
         owner = b.op("Max", b.op("Min", owner, b.op("Sub", batch, b.ints(1))), b.ints(0))
-        step = b.op("Sub", rows, b.op("Gather", side.offsets, owner))
+        step = b.op("Sub", rows, b.op("Gather", queries.offsets, owner))
         bound = b.constant(side.bound)
-        inside = b.op("And", b.op("Less", step, bound), b.op("Less", rows, side.total))
-        inside = b.op("And", inside, side.are_valid)
+        inside = b.op("And", b.op("Less", step, bound), b.op("Less", rows, queries.total))
+        inside = b.op("And", inside, queries.are_valid)
         index = b.op("Add", b.op("Mul", owner, bound), step)
         zero_row = b.op("Mul", batch, bound)
         index = b.op("Where", inside, index, zero_row)
@@ -254,7 +293,7 @@ class _NativeBody:
         b = self.builder
         thresholds = b.cast("ts_thresholds", TensorProto.INT64)
         row = b.unsqueeze(self.q_side.padded(b.cast("row_timestamps", TensorProto.INT64)), 2)
-        column = b.unsqueeze(self.k_side.padded(b.cast("col_timestamps", TensorProto.INT64)), 1)
+        column = b.unsqueeze(self.k_side.padded_joined(b.cast("col_timestamps", TensorProto.INT64)), 1)
         gap = b.op("Abs", b.op("Sub", row, column))
         bucket: str | None = None
         step = 1 << (self.num_buckets.bit_length() - 1)

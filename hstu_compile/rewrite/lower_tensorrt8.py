@@ -521,7 +521,9 @@ class LowerToOpset17(Pass):
     6. CastLike: Cast.
     7. Split with num_outputs: without, where the axis divides evenly.
     8. attributes newer than opset 17: dropped at their neutral value.
-    Anything else that is not known to be the same is refused by name, as are bfloat16, float64, and TopK beyond 3840.
+    9. QuantizeLinear and DequantizeLinear: as they are, with scales in float32.
+    Anything else that is not known to be the same is refused by name, as are bfloat16, float64, float8, other scales
+    and TopK beyond 3840.
     """
 
     name = "lower_to_opset_17"
@@ -550,7 +552,8 @@ class LowerToOpset17(Pass):
             raise _refuse(
                 "TensorRT 8 cannot take this graph",
                 self.problems,
-                "export with --fp16 or --fp32 (TensorRT 8 has no bfloat16), or use TensorRT >= 10 or TensorRT-RTX",
+                "export with --fp16, --fp32 or --int8 (TensorRT 8 has no bfloat16 and no float8), or use "
+                "TensorRT >= 10 or TensorRT-RTX",
             )
         graph.replace_nodes(nodes)
         return PassResult({**counts, **_declare_opset_17(model)})
@@ -559,7 +562,7 @@ class LowerToOpset17(Pass):
     def _foreign_types(model: onnx.ModelProto, graph: _Graph) -> list[str]:
         named = [*graph.constants, *(v.name for v in [*model.graph.input, *model.graph.output])]
         problems = []
-        for kind in (TensorProto.BFLOAT16, TensorProto.DOUBLE):
+        for kind in (TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.FLOAT8E4M3FN):
             if found := [name for name in named if graph.elem_type(name) == kind]:
                 problems.append(f"{len(found)} tensors are {TensorProto.DataType.Name(kind).lower()}, first {found[0]}")
         return problems
@@ -576,6 +579,8 @@ class LowerToOpset17(Pass):
             "CastLike": self._cast_like,
             "Split": self._split,
             "TopK": self._top_k,
+            "QuantizeLinear": self._quantize,
+            "DequantizeLinear": self._quantize,
         }
         if node.op_type in _AXES_MOVED:
             return self._reduce(node, graph)
@@ -682,6 +687,14 @@ class LowerToOpset17(Pass):
             self.problems.append(f"{_label(node)}: K is {shown}; TensorRT takes a constant of at most {MAX_TOP_K}")
         return None
 
+    def _quantize(self, node: onnx.NodeProto, graph: _Graph) -> list[onnx.NodeProto] | None:
+        if len(node.input) == 3 and graph.elem_type(node.input[2]) == TensorProto.FLOAT8E4M3FN:
+            return None  # refused by its type
+        # The parser reads the bytes of a scale as float32, whatever type it has.
+        if graph.elem_type(node.input[1]) != TensorProto.FLOAT or len(node.input) != 3:
+            self.problems.append(f"{_label(node)}: its scale is not float32, or it has no zero point")
+        return None
+
     def _new_attribute(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.op_type == "Cast" and _attribute(node, "to") not in _CAST_TYPES:
             self.problems.append(
@@ -718,7 +731,9 @@ def _declare_opset_17(model: onnx.ModelProto) -> dict[str, int]:
     return counts
 
 
-def tensorrt8_passes(precision: Precision, *, native: bool, has_cublas: bool = True) -> tuple[Pass, ...]:
+def tensorrt8_passes(
+    precision: Precision, *, native: bool, has_cublas: bool = True, quantized: bool = False
+) -> tuple[Pass, ...]:
     """The passes in order.
 
     Args:
@@ -726,11 +741,14 @@ def tensorrt8_passes(precision: Precision, *, native: bool, has_cublas: bool = T
             float16 graphs lose conversions around sums.
         native: replace attention by its native body; otherwise it stays one node, for the plugin.
         has_cublas: without it, projections become convolutions.
+        quantized: products are quantised; these become convolutions in any case.
     """
     first: tuple[Pass, ...] = (InlineNativeBody(), MergeDuplicates()) if native else (DropNativeBody(),)
     sigmoids: tuple[Pass, ...] = (SpellOutSigmoid(),) if precision == "fp32" else ()
     sums: tuple[Pass, ...] = (NarrowAdds(),) if precision == "fp16" else ()
-    projections: tuple[Pass, ...] = () if has_cublas else (ProjectByConvolution(),)
+    projections: tuple[Pass, ...] = ()
+    if quantized or not has_cublas:
+        projections = (ProjectByConvolution(quantized_only=has_cublas),)
     middle = (FoldConstants(), NarrowInt64(), DecomposeLayerNormalization())
     return (*first, *middle, *sigmoids, *sums, *projections, LowerToOpset17())
 
@@ -745,7 +763,8 @@ def lowered_for_tensorrt8(
     """
     _refuse_pruned_retrieval(model)
     graph = OnnxGraph("lowered", model, precision, (), ())
-    passes = tensorrt8_passes(precision, native=native, has_cublas=has_cublas)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    passes = tensorrt8_passes(precision, native=native, has_cublas=has_cublas, quantized=quantized)
     passes[-1].requires(model)  # a foreign opset is refused before any pass reads its operators
     for step in apply_passes(graph, passes):
         graph = step
