@@ -54,6 +54,9 @@ def _translate_attention(
     max_attn_len: int,
     min_full_attn_seq_len: int,
     silu: str = "fast",
+    k_cached: Any = None,
+    v_cached: Any = None,
+    cache_offsets: Any = None,
 ) -> Any:
     """Turn torch.ops.hstu.hstu_attention into one node: present inputs in order, every attribute stored."""
     contract = attention_contract()
@@ -71,6 +74,9 @@ def _translate_attention(
         "pos_table": pos_table,
         "ts_table": ts_table,
         "ts_thresholds": ts_thresholds,
+        "k_cached": k_cached,
+        "v_cached": v_cached,
+        "cache_offsets": cache_offsets,
     }
     attributes: dict[str, Any] = {
         "alpha": alpha,
@@ -87,6 +93,7 @@ def _translate_attention(
         "has_scaling_seq_lens": int(scaling_seq_lens is not None),
         "pos_bias": int(pos_table is not None),
         "time_bias": int(ts_table is not None),
+        "has_cache": int(cache_offsets is not None),
     }
     if problems := contract.problems(attributes):
         raise ValueError("; ".join(problems))

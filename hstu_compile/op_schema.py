@@ -48,13 +48,17 @@ class OpOutput:
 
 @dataclasses.dataclass(frozen=True)
 class OpAttribute:
-    """One attribute with its legal range; None means unbounded on that side."""
+    """One attribute with its legal range; None means unbounded on that side.
+
+    `default` is what a node without the attribute means; None: every node must have it.
+    """
 
     name: str
     type: str
     min: float | None
     max: float | None
     min_exclusive: float | None
+    default: float | None
     doc: str
 
     def problem(self, value: Any) -> str | None:
@@ -90,10 +94,14 @@ class OpContract:
         """Inputs of a node with these attributes, in order."""
         return tuple(i for i in self.inputs if i.present_when is None or attributes[i.present_when] == 1)
 
+    def defaults(self) -> dict[str, float]:
+        """What the attributes that a node may lack mean then."""
+        return {each.name: each.default for each in self.attributes if each.default is not None}
+
     def problems(self, attributes: Mapping[str, Any]) -> list[str]:
         """Everything that is wrong with a node's attributes."""
         known = {attribute.name: attribute for attribute in self.attributes}
-        missing = [f"{name} is missing" for name in known if name not in attributes]
+        missing = [f"{name} is missing" for name, a in known.items() if name not in attributes and a.default is None]
         illegal = [p for name, a in known.items() if name in attributes and (p := a.problem(attributes[name]))]
         return missing + illegal
 
@@ -128,7 +136,9 @@ def _contract_in(file: str) -> OpContract:
         ),
         output=OpOutput(*(raw["outputs"][0][key] for key in ("name", "type", "doc"))),
         attributes=tuple(
-            OpAttribute(a["name"], a["type"], a.get("min"), a.get("max"), a.get("min_exclusive"), a["doc"])
+            OpAttribute(
+                a["name"], a["type"], a.get("min"), a.get("max"), a.get("min_exclusive"), a.get("default"), a["doc"]
+            )
             for a in raw["attributes"]
         ),
     )
@@ -147,7 +157,7 @@ def is_norm(node: onnx.NodeProto) -> bool:
 
 
 def node_attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """The contract's attributes of a node of either operator as Python values.
+    """The contract's attributes of a node of either operator as Python values, defaults included.
 
     Raises:
         InternalError: if one is missing or outside its range.
@@ -157,7 +167,7 @@ def node_attributes(node: onnx.NodeProto) -> dict[str, Any]:
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in names}
     if problems := contract.problems(values):
         raise InternalError(f"node {node.name} breaks the contract of {contract.name}: {'; '.join(problems)}")
-    return values
+    return contract.defaults() | values
 
 
 @functools.cache
@@ -183,7 +193,10 @@ def _schema_of(contract: OpContract) -> onnx.defs.OpSchema:
     attr_type = onnx.defs.OpSchema.AttrType
     kinds = {"int": attr_type.INT, "float": attr_type.FLOAT}
     attributes = [
-        onnx.defs.OpSchema.Attribute(a.name, kinds[a.type], a.doc, required=True) for a in contract.attributes
+        onnx.defs.OpSchema.Attribute(a.name, kinds[a.type], a.doc, required=True)
+        if a.default is None
+        else onnx.defs.OpSchema.Attribute(a.name, onnx.helper.make_attribute(a.name, a.default), a.doc)
+        for a in contract.attributes
     ]
     for name in ("plugin_version", "plugin_namespace"):
         attributes.append(

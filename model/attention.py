@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hstu_compile.model.jagged import jagged_from_padded, padded_from_jagged
+from hstu_compile.model.jagged import jagged_from_padded, joined_rows, padded_from_jagged
 from hstu_compile.model.masks import valid_attn_mask
 from hstu_compile.model.rab import relative_attention_bias, time_buckets
 
@@ -54,10 +54,14 @@ def hstu_attention(
     pos_table: Tensor | None = None,
     ts_table: Tensor | None = None,
     ts_thresholds: Tensor | None = None,
+    k_cached: Tensor | None = None,
+    v_cached: Tensor | None = None,
+    cache_offsets: Tensor | None = None,
 ) -> Tensor:
     """out_i = sum_j valid(i, j) * SiLU(alpha * <q_i, k_j> + bias(i, j)) * v_j / scaling_seq_len.
 
-    Queries are the suffix of the keys: row r of sequence b sits at position (Lk_b - Lq_b) + r.
+    Queries are the suffix of the keys: row r of sequence b sits at position (Lk_b - Lq_b) + r. With a cache, the keys
+    of a sequence are its cached rows followed by its rows of k, and Lk_b counts both.
 
     Args:
         q: [Lq, H, attention_dim] float.
@@ -70,10 +74,13 @@ def hstu_attention(
         contextual_seq_lens: [B] int or None -- instead of attrs.contextual_seq_len.
         scaling_seq_lens: [B] float or None -- instead of attrs.scaling_seq_len.
         row_timestamps: [Lq] int64 seconds or None -- query side of the time difference.
-        col_timestamps: [Lk] int64 seconds or None -- key side.
+        col_timestamps: [Lc + Lk] int64 seconds or None -- key side, in the order of the joined keys.
         pos_table: [1 or H, 2N - 1] float or None.
         ts_table: [1 or H, num_buckets + 1] float or None.
         ts_thresholds: [num_buckets] int64 or None -- from `time_bucket_thresholds`.
+        k_cached: [Lc, H, attention_dim] or None -- keys in front of those of k.
+        v_cached: [Lc, H, linear_dim] or None -- values, likewise.
+        cache_offsets: [B + 1] int or None -- bounds of the cached rows; with k_cached and v_cached, or none of them.
 
     Returns:
         [Lq, H, linear_dim] in q's dtype. Rows without a valid key, and rows outside every sequence, are zero.
@@ -81,12 +88,21 @@ def hstu_attention(
     Notes:
         Half inputs are accumulated in float32 and rounded once, at the end. Memory is O(H * Nq * Nk) of the longest
         sequence: a large batch is computed in halves.
+
+    Raises:
+        ValueError: a cache given in part, or a time table without what it needs.
     """
     dtype = compute_dtype(q.dtype)
-    q_lengths, k_lengths = q_offsets[1:] - q_offsets[:-1], k_offsets[1:] - k_offsets[:-1]
-    batch = q_lengths.shape[0]
+    batch = q_offsets.shape[0] - 1
     if batch == 0 or q.shape[0] == 0:
         return q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
+    if cache_offsets is not None or k_cached is not None or v_cached is not None:
+        if cache_offsets is None or k_cached is None or v_cached is None:
+            raise ValueError("k_cached, v_cached and cache_offsets go together")
+        k_offsets, index = joined_rows(cache_offsets, k_offsets, k_cached.shape[0], k.shape[0])
+        k = torch.cat([k_cached, k]).index_select(0, index)
+        v = torch.cat([v_cached, v]).index_select(0, index)
+    q_lengths, k_lengths = q_offsets[1:] - q_offsets[:-1], k_offsets[1:] - k_offsets[:-1]
     max_q, max_k = max(int(q_lengths.max()), 1), max(int(k_lengths.max()), 1)
     if batch > 1 and batch * q.shape[1] * max_q * max_k > _MAX_SCORES:
         halves = [(0, batch // 2), (batch // 2, batch)]

@@ -5,6 +5,8 @@ Level 1. A jagged batch of B sequences packs its rows into one axis of length L;
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,40 @@ def jagged_from_padded(padded: Tensor, offsets: Tensor, num_rows: int) -> Tensor
     inside = (step < max_len) & (rows < offsets[-1])
     index = torch.where(inside, owner * max_len + step, batch * max_len)
     return with_zero_row(padded.reshape(batch * max_len, *padded.shape[2:])).index_select(0, index)
+
+
+class JoinedRows(NamedTuple):
+    """The rows of two jagged tensors joined sequence by sequence, first the one's, then the other's.
+
+    Attributes:
+        offsets: [B + 1] int -- bounds of the joined rows.
+        index: [La + Lb] int64 -- of each joined row, its place in the two tensors one behind the other.
+    """
+
+    offsets: Tensor
+    index: Tensor
+
+
+def joined_rows(first_offsets: Tensor, second_offsets: Tensor, num_first: int, num_second: int) -> JoinedRows:
+    """Put each sequence's rows of the first tensor in front of its rows of the second.
+
+    Args:
+        first_offsets: [B + 1] int -- bounds in the first tensor, [num_first, ...].
+        second_offsets: [B + 1] int -- bounds in the second, [num_second, ...].
+        num_first: rows of the first tensor, those outside all sequences included.
+        num_second: rows of the second tensor, likewise.
+
+    Notes:
+        Joined rows at or beyond offsets[B] have a legal place, which means nothing.
+    """
+    offsets = first_offsets + second_offsets
+    owner = sequence_index(offsets, num_first + num_second)
+    rows = torch.arange(num_first + num_second, device=offsets.device)
+    step = rows - offsets.to(torch.int64).index_select(0, owner)
+    first_len = (first_offsets[1:] - first_offsets[:-1]).to(torch.int64).index_select(0, owner)
+    index = torch.where(
+        step < first_len,
+        first_offsets.to(torch.int64).index_select(0, owner) + step,
+        num_first + second_offsets.to(torch.int64).index_select(0, owner) + step - first_len,
+    ).clamp(0, num_first + num_second - 1)
+    return JoinedRows(offsets, index)

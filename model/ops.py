@@ -38,6 +38,9 @@ def hstu_attention_op(
     max_attn_len: int,
     min_full_attn_seq_len: int,
     silu: str = "fast",
+    k_cached: Tensor | None = None,
+    v_cached: Tensor | None = None,
+    cache_offsets: Tensor | None = None,
 ) -> Tensor:
     """`hstu_attention` with its attributes spelled out as the operator contract orders them."""
     attrs = AttentionAttrs(
@@ -66,6 +69,9 @@ def hstu_attention_op(
         pos_table=pos_table,
         ts_table=ts_table,
         ts_thresholds=ts_thresholds,
+        k_cached=k_cached,
+        v_cached=v_cached,
+        cache_offsets=cache_offsets,
     )
 
 
@@ -86,14 +92,20 @@ _OPTIONAL_INPUTS = (
     "ts_thresholds",
 )
 
+# Those behind the attributes, which a call may leave out.
+_CACHE_INPUTS = ("k_cached", "v_cached", "cache_offsets")
+
 
 @hstu_attention_op.register_kernel("cuda")
 def _cuda_hstu_attention(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, *rest: Any) -> Tensor:
     """A fused kernel: jagged, without padding."""
     from hstu_compile.plugins.kernels.dispatch import hstu_attention_cuda
 
+    num_attributes = len(dataclasses.fields(AttentionAttrs))
     inputs = dict(zip(_OPTIONAL_INPUTS, rest, strict=False))
-    attrs = dataclasses.asdict(AttentionAttrs(*rest[len(_OPTIONAL_INPUTS) :]))
+    given = rest[len(_OPTIONAL_INPUTS) :]
+    inputs |= dict(zip(_CACHE_INPUTS, given[num_attributes:], strict=False))
+    attrs = dataclasses.asdict(AttentionAttrs(*given[:num_attributes]))
     # They bound the padded native body; the kernel needs no bounds.
     del attrs["max_query_len"], attrs["max_seq_len"]
     return hstu_attention_cuda(q, k, v, q_offsets, k_offsets, **inputs, **attrs)

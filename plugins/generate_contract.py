@@ -78,6 +78,7 @@ def _attribute_row(spec: dict[str, Any], struct: str) -> str:
     fields = [
         quoted(spec["name"]),
         "true" if is_float else "false",
+        "true" if "default" in spec else "false",
         "true" if "min_exclusive" in spec else "false",
         "-std::numeric_limits<double>::infinity()" if low is None else repr(float(low)),
         "std::numeric_limits<double>::infinity()" if high is None else repr(float(high)),
@@ -154,7 +155,8 @@ def header_from_contract(contract: dict[str, Any]) -> str:
     ]
     for spec in attributes:
         cpp = "float" if spec["type"] == "float" else "int32_t"
-        lines += [f"    {cpp} {camel(spec['name'])}{{}}; //!< {spec['doc']}"]
+        default = spec.get("default", "")
+        lines += [f"    {cpp} {camel(spec['name'])}{{{default}}}; //!< {spec['doc']}"]
     lines += [
         "};",
         "",

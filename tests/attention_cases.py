@@ -148,6 +148,43 @@ def build_case(
     )
 
 
+def with_cache(case: AttentionCase, cached_lengths: Sequence[int], tail: int = 0, name: str = "") -> AttentionCase:
+    """Return ``case`` with the first keys of each sequence in a cache, and the same result.
+
+    Args:
+        case: without a cache, whose offsets are legal; rows of its keys behind the last sequence are dropped.
+        cached_lengths: how many keys of each sequence are cached.
+        tail: extra rows behind the last sequence in k, v, k_cached, v_cached and the columns' timestamps, which nobody
+            may read: NaN, Inf and extreme times.
+        name: of the new case; empty is the old one's with "-cached" behind it.
+    """
+    lengths = np.diff(case.k_offsets)
+    assert case.cache_offsets is None
+    assert all(0 <= cached <= length for cached, length in zip(cached_lengths, lengths, strict=True))
+    is_cached = np.concatenate(
+        [np.zeros(0, bool), *(np.arange(n) < c for n, c in zip(lengths, cached_lengths, strict=True))]
+    )
+
+    def part(rows: Array, kept: Array, garbage: float) -> Array:
+        return np.concatenate([rows[: len(kept)][kept], np.full((tail, *rows.shape[1:]), garbage, rows.dtype)])
+
+    times = case.col_timestamps
+    if times is not None:
+        extremes = np.resize(np.array([np.iinfo(times.dtype).max, np.iinfo(times.dtype).min]), 2 * tail)
+        times = np.concatenate([times[: len(is_cached)], extremes.astype(times.dtype)])
+    return dataclasses.replace(
+        case,
+        name=name or f"{case.name}-cached",
+        k=part(case.k, ~is_cached, np.inf),
+        v=part(case.v, ~is_cached, np.nan),
+        k_cached=part(case.k, is_cached, np.nan),
+        v_cached=part(case.v, is_cached, np.inf),
+        k_offsets=offsets_of(list(lengths - np.array(cached_lengths, dtype=lengths.dtype))),
+        cache_offsets=offsets_of(cached_lengths),
+        col_timestamps=times,
+    )
+
+
 def split_requests(case: AttentionCase, order: Sequence[int]) -> AttentionCase:
     """Return ``case`` with its sequences in the given order (a permutation of range(B)); tail rows are dropped."""
 
@@ -302,17 +339,73 @@ def hostile_cases() -> Iterator[AttentionCase]:
     yield build_case([0, 0], name="all-empty-with-tail", tail=5, num_targets=[1, 1])
 
 
+def cached_cases() -> Iterator[AttentionCase]:
+    """Keys in two segments: one user and many, empty caches, no new rows, a boundary on, before and behind a tile's."""
+    lengths = [40, 7, TILE + 1, 0, 2 * TILE + 1, 53, 1]
+    caches = [37, 0, TILE, 0, TILE + 1, 53, 1]
+    delta = [3, 7, 1, 0, TILE, 0, 0]
+    targets = [2, 3, 1, 0, TILE, 0, 0]
+    everything = {
+        "contextual_seq_len": 3,
+        "max_attn_len": 8,
+        "pos_bias": "shared",
+        "time_bias": "per_head",
+        "per_sequence_scale": True,
+    }
+    one = build_case([3 * TILE + 1], query_lengths=[TILE], num_targets=[TILE], num_heads=1, seed=500)
+    yield with_cache(one, [2 * TILE + 1], name="cached-one-user")
+    many = build_case(lengths, query_lengths=delta, num_targets=delta, seed=501)
+    yield with_cache(many, caches, tail=TILE + 2, name="cached-score")
+    yield with_cache(build_case(lengths, query_lengths=delta, seed=502), caches, name="cached-append")
+    research = build_case(
+        lengths, query_lengths=delta, pos_bias="shared", time_bias="shared", next_timestamp=True, seed=503
+    )
+    yield with_cache(research, caches, tail=5, name="cached-append-biased")
+    masked = build_case(lengths, query_lengths=delta, num_targets=targets, seed=504, **everything)  # type: ignore[arg-type]
+    yield with_cache(masked, caches, name="cached-all")
+    whole = build_case(lengths, num_targets=targets, target_group_size=3, seed=505)
+    yield with_cache(whole, caches, name="cached-queries-of-cached-rows")
+    yield with_cache(
+        build_case([2 * TILE + 1, 5], seed=506, timestamp_bits=32, time_bias="shared"), [0, 0], name="cached-nothing"
+    )
+    yield with_cache(build_case([TILE + 1, 9], query_lengths=[5, 9], seed=507), [TILE + 1, 9], name="cached-all-keys")
+    yield with_cache(build_case([0, 0], tail=3, seed=508), [0, 0], name="cached-no-keys")
+
+
+def hostile_cache_cases() -> Iterator[AttentionCase]:
+    """Bounds of a cache that no host would send: the output is zero and no access is out of bounds."""
+    good = with_cache(build_case([17, 18, 5], query_lengths=[7, 2, 5], seed=520), [10, 16, 0], name="cache-good")
+    for name, offsets in {
+        "descending": [0, 20, 10, 26],
+        "negative": [0, -7, 10, 26],
+        "beyond": [0, 10, 26, 27],
+        "not-from-zero": [1, 10, 26, 26],
+        "huge": [0, 2**31 - 1, 2**31 - 1, 2**31 - 1],
+    }.items():
+        yield dataclasses.replace(good, name=f"cache-offsets-{name}", cache_offsets=np.array(offsets, dtype=np.int32))
+    yield dataclasses.replace(good, name="cache-k-offsets-beyond", k_offsets=np.array([0, 7, 9, 15], dtype=np.int32))
+
+
 def attention_grid() -> list[AttentionCase]:
     """Return the whole fixed grid in float32; ``with_dtype`` gives the same in another dtype."""
-    return [*mask_cases(), *bias_cases(), *shape_cases(), *hostile_cases()]
+    return [
+        *mask_cases(),
+        *bias_cases(),
+        *shape_cases(),
+        *hostile_cases(),
+        *cached_cases(),
+        *hostile_cache_cases(),
+    ]
 
 
 def with_dtype(case: AttentionCase, dtype: str) -> AttentionCase:
-    """Return ``case`` with q, k and v rounded to ``dtype``."""
+    """Return ``case`` with queries, keys and values rounded to ``dtype``."""
     return dataclasses.replace(
         case,
         dtype=dtype,
         q=round_to_dtype(case.q, dtype),
         k=round_to_dtype(case.k, dtype),
         v=round_to_dtype(case.v, dtype),
+        k_cached=None if case.k_cached is None else round_to_dtype(case.k_cached, dtype),
+        v_cached=None if case.v_cached is None else round_to_dtype(case.v_cached, dtype),
     )

@@ -50,6 +50,8 @@ class AttentionCase:
         row_timestamps: [Lq] int64 or int32, seconds, or None; col_timestamps [Lk].
         pos_table: [Hp, 2 * pos_table_len - 1] float32 or None.
         ts_table: [Ht, num_buckets + 1] float32 or None; ts_thresholds [num_buckets] of the timestamps' type.
+        k_cached: [Lc, H, Dqk] like k, or None: keys in front of k's; v_cached [Lc, H, Dv] and cache_offsets [B + 1]
+            int32 with it.  col_timestamps are then [Lc + Lk], of the joined keys.
         attrs: the node's attributes.
     """
 
@@ -68,6 +70,9 @@ class AttentionCase:
     pos_table: Array | None = None
     ts_table: Array | None = None
     ts_thresholds: Array | None = None
+    k_cached: Array | None = None
+    v_cached: Array | None = None
+    cache_offsets: Array | None = None
     attrs: AttentionAttrs = field(default_factory=AttentionAttrs)
 
     def optional_inputs(self) -> dict[str, Array | None]:
@@ -81,6 +86,9 @@ class AttentionCase:
             "pos_table",
             "ts_table",
             "ts_thresholds",
+            "k_cached",
+            "v_cached",
+            "cache_offsets",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -134,6 +142,25 @@ def _are_offsets_valid(offsets: Array, length: int) -> bool:
     return bool(steps[0] == 0 and np.all(np.diff(steps) >= 0) and steps[-1] <= length)
 
 
+def _are_key_offsets_valid(k_offsets: Array, k: Array, cache_offsets: Array | None, k_cached: Array | None) -> bool:
+    if not _are_offsets_valid(k_offsets, len(k)):
+        return False
+    return cache_offsets is None or k_cached is None or _are_offsets_valid(cache_offsets, len(k_cached))
+
+
+def _keys_of(b: int, rows: Array, offsets: Array, cached: Array | None, cache_offsets: Array | None) -> Array:
+    """Return the keys or values of sequence ``b``: its cached rows, then its own."""
+    own = rows[int(offsets[b]) : int(offsets[b + 1])]
+    if cached is None or cache_offsets is None:
+        return own
+    return np.concatenate([cached[int(cache_offsets[b]) : int(cache_offsets[b + 1])], own])
+
+
+def _first_key(b: int, k_offsets: Array, cache_offsets: Array | None) -> int:
+    """Return where the joined keys of sequence ``b`` begin among those of all sequences."""
+    return int(k_offsets[b]) + (0 if cache_offsets is None else int(cache_offsets[b]))
+
+
 def _valid_attn_mask(num_queries: int, num_keys: int, targets: int, context: int, attrs: AttentionAttrs) -> Array:
     """Return the [num_queries, num_keys] mask of one sequence; True where the query may attend to the key."""
     history = num_keys - targets
@@ -179,6 +206,9 @@ def attention_ref64(
     pos_table: Array | None = None,
     ts_table: Array | None = None,
     ts_thresholds: Array | None = None,
+    k_cached: Array | None = None,
+    v_cached: Array | None = None,
+    cache_offsets: Array | None = None,
     attrs: AttentionAttrs,
 ) -> OracleResult:
     """Return the contract's output in float64, one dense masked product per sequence and head.
@@ -197,13 +227,16 @@ def attention_ref64(
     shape = (q.shape[0], q.shape[1], v.shape[2])
     out, scale, score_scale = (np.zeros(shape) for _ in range(3))
     sequence = np.full(shape[0], -1)
-    if not (_are_offsets_valid(q_offsets, len(q)) and _are_offsets_valid(k_offsets, len(k))):
+    if not (_are_offsets_valid(q_offsets, len(q)) and _are_key_offsets_valid(k_offsets, k, cache_offsets, k_cached)):
         return OracleResult(out, scale, score_scale, sequence)
     for b in range(len(q_offsets) - 1):
         rows = slice(int(q_offsets[b]), int(q_offsets[b + 1]))
-        cols = slice(int(k_offsets[b]), int(k_offsets[b + 1]))
+        keys = _keys_of(b, k, k_offsets, k_cached, cache_offsets)
+        values = _keys_of(b, v, k_offsets, v_cached, cache_offsets)
         sequence[rows] = b
-        num_queries, num_keys = rows.stop - rows.start, cols.stop - cols.start
+        num_queries, num_keys = rows.stop - rows.start, len(keys)
+        first = _first_key(b, k_offsets, cache_offsets)
+        cols = slice(first, first + num_keys)
         targets = 0 if num_targets is None else int(np.clip(num_targets[b], 0, num_keys))
         context = attrs.contextual_seq_len if contextual_seq_lens is None else max(int(contextual_seq_lens[b]), 0)
         divisor = attrs.scaling_seq_len if scaling_seq_lens is None else float(scaling_seq_lens[b])
@@ -212,8 +245,8 @@ def attention_ref64(
         i = np.minimum(num_keys - num_queries + np.arange(num_queries), history)[:, None]
         j = np.minimum(np.arange(num_keys), history)[None, :]
         for head in range(shape[1]):
-            q_h, k_h = q[rows, head].astype(np.float64), k[cols, head].astype(np.float64)
-            v_h = v[cols, head].astype(np.float64)
+            q_h, k_h = q[rows, head].astype(np.float64), keys[:, head].astype(np.float64)
+            v_h = values[:, head].astype(np.float64)
             bias = np.zeros(mask.shape)
             if pos_table is not None:
                 table = pos_table[head if len(pos_table) > 1 else 0].astype(np.float64)
@@ -256,12 +289,14 @@ def attention_loops64(case: AttentionCase) -> Array:
     """Return the output of ``case`` [Lq, H, Dv] by three loops: the contract's text, line by line."""
     attrs = case.attrs
     out = np.zeros((len(case.q), case.q.shape[1], case.v.shape[2]))
-    if not (_are_offsets_valid(case.q_offsets, len(case.q)) and _are_offsets_valid(case.k_offsets, len(case.k))):
+    key_offsets = (case.k_offsets, case.k, case.cache_offsets, case.k_cached)
+    if not (_are_offsets_valid(case.q_offsets, len(case.q)) and _are_key_offsets_valid(*key_offsets)):
         return out
     for b in range(len(case.q_offsets) - 1):
         q0, q1 = int(case.q_offsets[b]), int(case.q_offsets[b + 1])
         k0, k1 = int(case.k_offsets[b]), int(case.k_offsets[b + 1])
-        length = k1 - k0
+        c0, c1 = (0, 0) if case.cache_offsets is None else map(int, case.cache_offsets[b : b + 2])
+        length = c1 - c0 + k1 - k0
         targets = min(max(int(case.num_targets[b]), 0), length) if case.num_targets is not None else 0
         h = length - targets
         c = int(case.contextual_seq_lens[b]) if case.contextual_seq_lens is not None else attrs.contextual_seq_len
@@ -288,9 +323,15 @@ def attention_loops64(case: AttentionCase) -> Array:
                         allowed = allowed and exempt
                 if not allowed:
                     continue
+                if j < c1 - c0:
+                    assert case.k_cached is not None
+                    assert case.v_cached is not None
+                    key, value = case.k_cached[c0 + j], case.v_cached[c0 + j]
+                else:
+                    key, value = case.k[k0 + j - (c1 - c0)], case.v[k0 + j - (c1 - c0)]
                 for head in range(out.shape[1]):
                     score = attrs.alpha * math.fsum(
-                        float(a) * float(b_) for a, b_ in zip(case.q[q0 + r, head], case.k[k0 + j, head], strict=True)
+                        float(a) * float(b_) for a, b_ in zip(case.q[q0 + r, head], key[head], strict=True)
                     )
                     if case.pos_table is not None:
                         at = attrs.pos_table_len - 1 + min(j, h) - min(i, h)
@@ -300,11 +341,11 @@ def attention_loops64(case: AttentionCase) -> Array:
                         assert case.row_timestamps is not None
                         assert case.col_timestamps is not None
                         assert case.ts_thresholds is not None
-                        distance = abs(int(case.row_timestamps[q0 + r]) - int(case.col_timestamps[k0 + j]))
+                        distance = abs(int(case.row_timestamps[q0 + r]) - int(case.col_timestamps[c0 + k0 + j]))
                         bucket = sum(int(t) <= distance for t in case.ts_thresholds)
                         score += float(case.ts_table[head % len(case.ts_table)][bucket])
                     weight = score / (1.0 + math.exp(-score)) / divisor
-                    out[q0 + r, head] += weight * case.v[k0 + j, head].astype(np.float64)
+                    out[q0 + r, head] += weight * value[head].astype(np.float64)
     return out
 
 
@@ -324,8 +365,11 @@ def attention_low_precision(case: AttentionCase) -> Array:
         if not np.any(reference.sequence == b):
             continue
         rows = slice(int(case.q_offsets[b]), int(case.q_offsets[b + 1]))
-        cols = slice(int(case.k_offsets[b]), int(case.k_offsets[b + 1]))
-        num_queries, num_keys = rows.stop - rows.start, cols.stop - cols.start
+        keys = _keys_of(b, case.k, case.k_offsets, case.k_cached, case.cache_offsets)
+        values = _keys_of(b, case.v, case.k_offsets, case.v_cached, case.cache_offsets)
+        num_queries, num_keys = rows.stop - rows.start, len(keys)
+        first = _first_key(b, case.k_offsets, case.cache_offsets)
+        cols = slice(first, first + num_keys)
         targets = 0 if case.num_targets is None else int(np.clip(case.num_targets[b], 0, num_keys))
         lens = case.contextual_seq_lens
         context = case.attrs.contextual_seq_len if lens is None else max(int(lens[b]), 0)
@@ -336,8 +380,8 @@ def attention_low_precision(case: AttentionCase) -> Array:
         j = np.minimum(np.arange(num_keys), history)[None, :]
         for head in range(case.q.shape[1]):
             q_h = torch.from_numpy(case.q[rows, head]).to(dtype)
-            k_h = torch.from_numpy(case.k[cols, head]).to(dtype)
-            v_h = torch.from_numpy(case.v[cols, head]).to(dtype)
+            k_h = torch.from_numpy(keys[:, head]).to(dtype)
+            v_h = torch.from_numpy(values[:, head]).to(dtype)
             score = (q_h @ k_h.T) * case.attrs.alpha
             if case.pos_table is not None:
                 table = case.pos_table[head % len(case.pos_table)]

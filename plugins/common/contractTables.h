@@ -19,6 +19,7 @@ struct AttributeRange
 {
     char const* name;
     bool isFloat;
+    bool hasDefault; //!< a node may lack it and then has the value that Attributes starts with
     bool minExclusive;
     double min;
     double max;

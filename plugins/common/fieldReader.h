@@ -108,7 +108,7 @@ void checkAttributes(
 //! \param fields the fields as passed. `plugin_version` and `plugin_namespace` may be among them and must then agree
 //!     with the contract.
 //! \param signature where to read the engine's fields to (they are then all required), or nullptr to refuse them.
-//! \return the attributes. Throws PluginError listing every missing, duplicate, unknown, mistyped and out-of-range
+//! \return the attributes; those that have a default may lack their field. Throws PluginError listing every missing, duplicate, unknown, mistyped and out-of-range
 //!     field with the value seen and the values allowed.
 template <typename Attributes, typename Specs, typename SignatureFields, typename Signature>
 Attributes readFields(OperatorIdentity const& identity, Specs const& specs, SignatureFields const& signatureFields,
@@ -158,7 +158,7 @@ Attributes readFields(OperatorIdentity const& identity, Specs const& specs, Sign
     }
     for (auto const& spec : specs)
     {
-        if (!isPresent(fields, spec.name))
+        if (!spec.hasDefault && !isPresent(fields, spec.name))
         {
             problems.add("field '", spec.name, "' is missing; allowed: ", allowedRange(spec));
         }

@@ -55,11 +55,17 @@ bool fitsSilu(HstuKernelImage const& image, HstuAttentionAttributes const& attri
     return image.kind != kHstuKernelHopper || image.silu == attributes.silu;
 }
 
+//! A portable image is compiled with a cache or without one. No Hopper image reads a cache.
+bool fitsCache(HstuKernelImage const& image, HstuAttentionAttributes const& attributes) noexcept
+{
+    return image.kind == kHstuKernelHopper ? attributes.hasCache == 0 : image.hasCache == attributes.hasCache;
+}
+
 bool fitsNode(
     HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
 {
     return image.dtype == signature.elementType && fitsDims(image, signature) && fitsSilu(image, attributes)
-           && image.posBias == attributes.posBias && image.timeBias == attributes.timeBias
+           && fitsCache(image, attributes) && image.posBias == attributes.posBias && image.timeBias == attributes.timeBias
            && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
            && image.maskKind >= neededMaskKind(attributes);
 }
@@ -164,7 +170,8 @@ std::string describeMissingKernel(
     {
         needed << " with " << signature.timestampBits << "-bit timestamps";
     }
-    needed << ", " << (neededMaskKind(attributes) == kPlainCausal ? "causal" : "general") << " mask";
+    needed << ", " << (neededMaskKind(attributes) == kPlainCausal ? "causal" : "general") << " mask"
+           << (attributes.hasCache != 0 ? ", with a cache" : "");
 
     std::set<int32_t> fitting;
     std::set<int32_t> architectures;
@@ -185,7 +192,7 @@ std::string describeMissingKernel(
             kind << image.timestampBits;
         }
         kind << (image.maskKind == kPlainCausal ? " causal" : " general") << (image.aligned != 0 ? " aligned" : "")
-             << (image.kind == kHstuKernelHopper ? " hopper" : "") << (image.silu != 0 ? " accurate" : "");
+             << (image.hasCache != 0 ? " cache" : "") << (image.kind == kHstuKernelHopper ? " hopper" : "") << (image.silu != 0 ? " accurate" : "");
         kinds.insert(kind.str());
     }
 

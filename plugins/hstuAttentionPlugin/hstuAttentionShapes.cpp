@@ -112,6 +112,22 @@ void checkInRange(NodeSizes const& sizes, Symbol symbol, int64_t low, int64_t hi
         kSymbolNames[static_cast<size_t>(symbol)], " is ", value, "; allowed: ", low, " to ", high);
 }
 
+//! The timestamps of the keys are those of cached and new rows together, whose number the kernel counts in 32 bits.
+void checkJoinedRows(HstuAttentionAttributes const& attributes, NodeSizes const& sizes)
+{
+    int64_t const cached = sizes[Symbol::kLc];
+    int64_t const rows = sizes[Symbol::kLk];
+    if (cached == kUnknown || rows == kUnknown)
+    {
+        return;
+    }
+    HSTU_CHECK(cached + rows <= kMaxInt32, kPluginName, ": Lc is ", cached, " and Lk ", rows,
+        "; allowed: at most ", kMaxInt32, " together");
+    int64_t const columns = sizes[Symbol::kLcol];
+    HSTU_CHECK(attributes.timeBias == 0 || columns == kUnknown || columns == cached + rows, kPluginName, ": Lcol is ",
+        columns, " in axis 0 of col_timestamps; allowed: Lc + Lk = ", cached + rows);
+}
+
 void checkTableHeads(NodeSizes const& sizes, Symbol symbol)
 {
     int64_t const heads = sizes[symbol];
@@ -182,6 +198,7 @@ NodeSizes resolveSizes(HstuAttentionAttributes const& attributes, NodeTensors co
     checkInRange(sizes, Symbol::kH, 1, 65535); // heads are the y extent of the launch grid
     checkInRange(sizes, Symbol::kDqk, kMinHeadDim, kMaxHeadDim);
     checkInRange(sizes, Symbol::kDv, kMinHeadDim, kMaxHeadDim);
+    checkJoinedRows(attributes, sizes);
     if (attributes.posBias != 0)
     {
         checkInRange(sizes, Symbol::kPosTableLen, 1, kMaxInt32);

@@ -12,6 +12,7 @@ from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper, why_not
 from hstu_compile.plugins.kernels.hopper.variants import MOST_TIME_HEADS, Silu, check_silu
 from hstu_compile.plugins.kernels.launch import hstu_attention_triton
+from hstu_compile.plugins.kernels.variants import takes_hopper
 
 
 @functools.cache
@@ -34,6 +35,9 @@ def hstu_attention_cuda(
     *,
     ts_table: torch.Tensor | None = None,
     silu: Silu = "fast",
+    k_cached: torch.Tensor | None = None,
+    v_cached: torch.Tensor | None = None,
+    cache_offsets: torch.Tensor | None = None,
     **given: Any,
 ) -> torch.Tensor:
     """Return HSTU attention [Lq, H, Dv] in q's dtype, by the Hopper kernel where it takes the tensors.
@@ -43,6 +47,7 @@ def hstu_attention_cuda(
         k: likewise; v, q_offsets, k_offsets too.
         ts_table: [1 or H, num_buckets + 1] float32.
         silu: error that SiLU may have; the portable kernel's is always accurate.
+        k_cached: [Lc, H, Dqk] like k; v_cached [Lc, H, Dv] and cache_offsets [B + 1] int32 with it.
         given: the other inputs and the attributes.
 
     Raises:
@@ -51,8 +56,10 @@ def hstu_attention_cuda(
     check_silu(silu)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     has_few_tables = ts_table is None or ts_table.shape[0] <= MOST_TIME_HEADS
-    takes_hopper = why_not(q, k, v) is None and has_few_tables and _can_compile()
+    cache = {"k_cached": k_cached, "v_cached": v_cached, "cache_offsets": cache_offsets}
+    present = {name: tensor for name, tensor in cache.items() if tensor is not None}
+    fits = takes_hopper(has_cache=bool(present)) and why_not(q, k, v) is None and has_few_tables
     inputs = (q, k, v, q_offsets, k_offsets)
-    if takes_hopper:
+    if fits and _can_compile():
         return hstu_attention_hopper(*inputs, ts_table=ts_table, silu=silu, **given)
-    return hstu_attention_triton(*inputs, ts_table=ts_table, **given)
+    return hstu_attention_triton(*inputs, ts_table=ts_table, **present, **given)

@@ -166,6 +166,11 @@ def _tiles_of(variant: KernelVariant, arch: int) -> tuple[TileConfig, ...]:
     )
 
 
+def takes_hopper(*, has_cache: bool) -> bool:
+    """Whether the Hopper kernel computes nodes of this kind at all: it reads no cache."""
+    return not has_cache
+
+
 def check_archs(archs: Iterable[int]) -> None:
     """Refuse a capability without kernels.
 

@@ -16,6 +16,9 @@ from tests.oracle import Array, AttentionCase
 
 OPSET = 20
 
+#: Inputs of the operator's element type.
+ELEMENTS = ("q", "k", "v", "k_cached", "v_cached")
+
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
@@ -26,7 +29,7 @@ def contract_attributes(case: AttentionCase, max_query_len: int = 0, max_seq_len
         "alpha": attrs.alpha,
         "scaling_seq_len": attrs.scaling_seq_len,
         "max_query_len": max_query_len or longest(case.q_offsets),
-        "max_seq_len": max_seq_len or longest(case.k_offsets),
+        "max_seq_len": max_seq_len or longest(joined_offsets(case)),
         "target_group_size": attrs.target_group_size,
         "contextual_seq_len": attrs.contextual_seq_len,
         "max_attn_len": attrs.max_attn_len,
@@ -37,7 +40,13 @@ def contract_attributes(case: AttentionCase, max_query_len: int = 0, max_seq_len
         "has_scaling_seq_lens": int(case.scaling_seq_lens is not None),
         "pos_bias": int(case.pos_table is not None),
         "time_bias": int(case.ts_table is not None),
+        "has_cache": int(case.cache_offsets is not None),
     }
+
+
+def joined_offsets(case: AttentionCase) -> Array:
+    """Bounds of the joined keys."""
+    return case.k_offsets if case.cache_offsets is None else case.k_offsets.astype(np.int64) + case.cache_offsets
 
 
 def longest(offsets: Array) -> int:
@@ -47,10 +56,10 @@ def longest(offsets: Array) -> int:
 
 
 def feeds_of(case: AttentionCase) -> dict[str, Array]:
-    """Every input that the case has, by contract name, q, k and v in its dtype."""
-    half = {name: getattr(case, name).astype(case.dtype) for name in ("q", "k", "v")}
-    given = {**half, "q_offsets": case.q_offsets, "k_offsets": case.k_offsets, **case.optional_inputs()}
-    return {name: value for name, value in given.items() if value is not None}
+    """Every input that the case has, by contract name, queries, keys and values in its dtype."""
+    given = {name: getattr(case, name) for name in ("q", "k", "v", "q_offsets", "k_offsets")} | case.optional_inputs()
+    present = {name: value for name, value in given.items() if value is not None}
+    return {name: array.astype(case.dtype) if name in ELEMENTS else array for name, array in present.items()}
 
 
 def attention_node(attributes: Mapping[str, Any], output: str = "out", **renamed: str) -> onnx.NodeProto:
@@ -76,7 +85,7 @@ def attention_model(case: AttentionCase, nodes: Sequence[onnx.NodeProto]) -> onn
     values = []
     for name, array in arrays.items():
         if name != "ts_thresholds":
-            kind = element if name in ("q", "k", "v") else helper.np_dtype_to_tensor_dtype(array.dtype)
+            kind = element if name in ELEMENTS else helper.np_dtype_to_tensor_dtype(array.dtype)
             values.append(helper.make_tensor_value_info(name, kind, _axes(name, array)))
     outputs = [
         helper.make_tensor_value_info(node.output[0], element, ["Lq", case.q.shape[1], case.v.shape[2]])
@@ -90,7 +99,8 @@ def attention_model(case: AttentionCase, nodes: Sequence[onnx.NodeProto]) -> onn
 
 
 def _axes(name: str, array: Array) -> list[int | str]:
-    ragged = {"q": "Lq", "row_timestamps": "Lq", "k": "Lk", "v": "Lk", "col_timestamps": "Lk"}
+    ragged = {"q": "Lq", "row_timestamps": "Lq", "k": "Lk", "v": "Lk", "col_timestamps": "Lcol"}
+    ragged |= {"k_cached": "Lc", "v_cached": "Lc"}
     first = ragged.get(name) or ("B_plus_1" if name.endswith("offsets") else "B")
     return [first, *array.shape[1:]] if not name.endswith("table") else list(array.shape)
 

@@ -12,6 +12,7 @@ from hstu_compile.model.rab import time_bucket_thresholds
 from tests import tolerances
 from tests.attention_cases import attention_grid, build_case, with_dtype
 from tests.oracle import AttentionCase, attention_error, check_attention, oracle_of
+from tests.rewrite.attention_graphs import joined_offsets
 from tests.strategies import attention_cases
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -29,7 +30,7 @@ def eager(case: AttentionCase, dtype: torch.dtype | None = None) -> np.ndarray:
         given = torch.from_numpy(np.ascontiguousarray(values))
         return given.double() if kind == torch.float64 and given.is_floating_point() else given
 
-    limit = int(max(1, *np.diff(case.k_offsets.astype(np.int64)), 1))
+    limit = int(max(1, *np.diff(joined_offsets(case)), 1))
     attrs = AttentionAttrs(
         alpha=case.attrs.alpha,
         scaling_seq_len=case.attrs.scaling_seq_len,

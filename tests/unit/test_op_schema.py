@@ -27,6 +27,7 @@ LEGAL: dict[str, Any] = {
     "has_scaling_seq_lens": 0,
     "pos_bias": 0,
     "time_bias": 0,
+    "has_cache": 0,
 }
 
 
@@ -66,7 +67,14 @@ def test_only_present_inputs_are_listed_in_order() -> None:
     assert [each.name for each in contract.present_inputs(LEGAL)] == always
     some = [each.name for each in contract.present_inputs({**LEGAL, "has_num_targets": 1, "pos_bias": 1})]
     assert some == [*always, "num_targets", "pos_table"]
-    switches = ("has_num_targets", "has_contextual_seq_lens", "has_scaling_seq_lens", "pos_bias", "time_bias")
+    switches = (
+        "has_num_targets",
+        "has_contextual_seq_lens",
+        "has_scaling_seq_lens",
+        "pos_bias",
+        "time_bias",
+        "has_cache",
+    )
     everything = contract.present_inputs({**LEGAL, **dict.fromkeys(switches, 1)})
     assert everything == contract.inputs
 
@@ -75,6 +83,15 @@ def test_node_attributes_reads_back_what_a_node_stores() -> None:
     case = build_case([5, 9], num_targets=[1, 2], time_bias="shared", seed=1)
     attributes = contract_attributes(case)
     assert node_attributes(attention_node(attributes)) == pytest.approx(attributes)
+
+
+def test_a_node_from_before_the_cache_has_none() -> None:
+    attributes = {name: value for name, value in LEGAL.items() if name != "has_cache"}
+    assert attention_contract().problems(attributes) == []
+    assert node_attributes(attention_node({**LEGAL}))["has_cache"] == 0
+    node = attention_node({**LEGAL})
+    node.attribute.remove(next(a for a in node.attribute if a.name == "has_cache"))
+    assert node_attributes(node) == LEGAL
 
 
 def test_a_node_outside_the_contract_is_a_bug_that_names_the_node() -> None:
@@ -92,7 +109,9 @@ def test_only_the_contracts_operator_is_attention() -> None:
 def model_with(change: str) -> onnx.ModelProto:
     case = build_case([5, 9], seed=1)
     node = attention_node(contract_attributes(case))
-    if change == "missing attribute":
+    if change == "attribute with a default missing":
+        node.attribute.remove(next(a for a in node.attribute if a.name == "has_cache"))
+    elif change == "missing attribute":
         node.attribute.remove(next(a for a in node.attribute if a.name == "alpha"))
     elif change == "missing input":
         del node.input[4:]
@@ -101,9 +120,10 @@ def model_with(change: str) -> onnx.ModelProto:
     return attention_model(case, [node])
 
 
-def test_a_registered_schema_accepts_a_node_of_the_contract() -> None:
+@pytest.mark.parametrize("change", ["nothing", "attribute with a default missing"])
+def test_a_registered_schema_accepts_a_node_of_the_contract(change: str) -> None:
     register_onnx_schema()
-    onnx.checker.check_model(model_with("nothing"))
+    onnx.checker.check_model(model_with(change))
 
 
 @pytest.mark.parametrize("change", ["missing attribute", "missing input", "wrong attribute type"])
