@@ -18,6 +18,7 @@ from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.plugin_library import PluginLibrary
 from hstu_compile.polygraphy_files import PolygraphyCheck
+from hstu_compile.quality import QualityTable
 from hstu_compile.report import SCHEMA_VERSION
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 from hstu_compile.runtime.retrieval_spec import RetrievalSpec
@@ -54,6 +55,7 @@ class BuildOutcome:
         stages: name, seconds and summary of each.
         session: what the graphs were compared with as a session; None without such a comparison.
         quantization_cost: what the quantisation itself changes in each output; None where it was not measured.
+        quality: on labelled requests; None where there were none.
     """
 
     plan: BuildPlan
@@ -63,10 +65,13 @@ class BuildOutcome:
     stages: Sequence[dict[str, Any]]
     session: Reference | None = None
     quantization_cost: dict[str, float] | None = None
+    quality: QualityTable | None = None
 
     @property
     def status(self) -> str:
         """PASS, FAIL or NOT VERIFIED."""
+        if self.quality is not None and not self.quality.is_within:
+            return "FAIL"
         if self.verification is None:
             return "NOT VERIFIED"
         refused = any(graph.polygraphy is not None and graph.polygraphy.exit_code != 0 for graph in self.graphs)
@@ -125,7 +130,7 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
                 if graph.polygraphy is not None
             ],
         },
-        "metrics": None,
+        "metrics": None if outcome.quality is None else outcome.quality.to_dict(),
         "timings": [
             {**run.timing, "name": f"{run.artifact}, {run.timing['name']}"} for run in verification.runs if run.timing
         ]
@@ -223,6 +228,12 @@ def _graph_entry(outcome: GraphOutcome) -> dict[str, Any]:
                 output.name: reference.eager_error[output.name]
                 for output in built.graph.outputs
                 if output.name in reference.eager_error
+            },
+            "eager_whole_error": reference.eager_whole_error
+            and {
+                output.name: reference.eager_whole_error[output.name]
+                for output in built.graph.outputs
+                if output.name in reference.eager_whole_error
             },
             "polygraphy_arguments": list(outcome.polygraphy.arguments) if outcome.polygraphy else [],
         },

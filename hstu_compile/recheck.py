@@ -100,6 +100,7 @@ def stored_reference(folder: Path, graph: Mapping[str, Any]) -> Reference:
         eager=tuple(load_outputs(folder / names.eager)),
         eager_error=dict(stored["eager_error"]),
         item_vectors=None,
+        eager_whole_error=stored.get("eager_whole_error"),
     )
 
 

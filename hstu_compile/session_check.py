@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from hstu_compile.artifacts import TAP_PREFIX, Feed, Precision, is_tap
-from hstu_compile.compare import Array, RowError, bound_rule, error_bound, row_error, top_items_problem
+from hstu_compile.compare import Array, RowError, bound_rule, error_bound, row_error, top_items_problem, whole_error
 from hstu_compile.config import Quantization
 from hstu_compile.errors import HstuCompileError, VerifyError
 from hstu_compile.metrics import kendall_tau, top_k_overlap
@@ -52,6 +52,7 @@ class Reference:
         eager: outputs of the eager model in the build's precision.
         eager_error: largest row error of each eager tensor over all feeds.
         item_vectors: [V, D] float64 -- to rank with; None where only stored outputs are compared.
+        eager_whole_error: `whole_error` of each eager tensor of a quantised model; None where nothing is quantised.
     """
 
     graph: str
@@ -61,6 +62,7 @@ class Reference:
     eager: tuple[Outputs, ...] = dataclasses.field(repr=False)
     eager_error: dict[str, float]
     item_vectors: Array | None = dataclasses.field(repr=False)
+    eager_whole_error: dict[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +258,7 @@ def check_session(
             checks.append(TensorCheck(name, feed.name, error.error, bounds[name], error.max_abs, status, detail))
         if "top_items" in actual and reference.item_vectors is not None:
             checks.append(_check_top_items(reference, index, actual, bounds["user_embeddings"]))
+    checks += _check_whole(reference, outputs, precision)
     mixed = min(1, len(reference.feeds) - 1)
     return RuntimeCheck(
         runtime=session.name,
@@ -270,6 +273,20 @@ def check_session(
         ranking=_ranking(reference, mixed, outputs[mixed]) if reference.item_vectors is not None else None,
         timing=_time(session, reference.feeds[mixed], session.name),
     )
+
+
+def _check_whole(reference: Reference, outputs: Sequence[Outputs], precision: Precision) -> list[TensorCheck]:
+    """Each tensor of a quantised graph over all feeds together."""
+    checks = []
+    for name, eager_error in (reference.eager_whole_error or {}).items():
+        if is_tap(name) or any(name not in actual for actual in outputs):
+            continue  # an output that is missing has failed already
+        error = whole_error([actual[name] for actual in outputs], [exact[name] for exact in reference.exact])
+        bound = error_bound(eager_error, precision)
+        status: Status = "PASS" if error <= bound else "FAIL"
+        worst = max(tensor_error(name, a[name], e[name]).max_abs for a, e in zip(outputs, reference.exact, strict=True))
+        checks.append(TensorCheck(name, "all feeds together, rms", error, bound, worst, status))
+    return checks
 
 
 def guarded_check(

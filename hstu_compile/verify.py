@@ -20,6 +20,7 @@ from hstu_compile.calibration.append_batches import append_arrays
 from hstu_compile.calibration.batches import RequestBatch
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays, single_user_arrays
 from hstu_compile.checkpoint import model_from_spec
+from hstu_compile.compare import whole_error
 from hstu_compile.config import Limits
 from hstu_compile.errors import VerifyError
 from hstu_compile.export import TORCH_DTYPES
@@ -170,11 +171,13 @@ def references_from_spec(
             if exact_graph.name == "prefill":
                 cached = [_key_values(exact_graph, outputs, cache_dtype) for outputs in eager]
             error = _eager_error(exact, eager)
+            whole = _whole_error(exact, eager) if quantization is not None else None
             for seed in range(_OTHER_ROUNDINGS if quantization is not None else 0):
                 progress(f"eager {exact_graph.name}, other roundings", seed, _OTHER_ROUNDINGS)
                 with _rounded(eager_model, quantization, seed):
                     moved = [eager_graph.reference(feed.arrays, prune) for feed in feeds]
                 error = _largest(error, _eager_error(exact, moved))
+                whole = _largest(whole or {}, _whole_error(exact, moved))
             references.append(
                 Reference(
                     exact_graph.name,
@@ -184,6 +187,7 @@ def references_from_spec(
                     tuple(eager),
                     error,
                     items,
+                    whole,
                 )
             )
         if isinstance(exact_model, RankingModel) and cached:
@@ -223,6 +227,15 @@ def _eager_error(exact: Sequence[Outputs], eager: Sequence[Outputs]) -> dict[str
     """Largest row error of each eager tensor over all feeds."""
     return {
         name: max(tensor_error(name, low[name], high[name]).error for low, high in zip(eager, exact, strict=True))
+        for name in exact[0]
+        if name not in _LISTS
+    }
+
+
+def _whole_error(exact: Sequence[Outputs], eager: Sequence[Outputs]) -> dict[str, float]:
+    """`whole_error` of each eager tensor."""
+    return {
+        name: whole_error([low[name] for low in eager], [high[name] for high in exact])
         for name in exact[0]
         if name not in _LISTS
     }
