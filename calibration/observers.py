@@ -31,7 +31,7 @@ _ENTROPY_FEWEST_BINS = 128
 def levels(quantization: Quantization) -> NDArray[np.float64]:
     """Magnitudes that a quantised value can have, ascending from 0, in units of the scale.
 
-    Of int8 0 to 127: the range is symmetric, so -128 is not used. Of fp8 those of e4m3fn, 0 to 448.
+    Of int8 0 to 127: -128, which only values beyond the bound become, is left out. Of fp8 those of e4m3fn, 0 to 448.
     """
     if quantization == "int8":
         return np.arange(128, dtype=np.float64)

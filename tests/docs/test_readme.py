@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from hstu_compile.calibration.batches import retrieval_batch
 from hstu_compile.model.ranking import RankingModel
 from tests.exported_models import small_config, small_model
 
@@ -63,6 +64,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     ranker = RankingModel(train_ranker.ranker_config())
     train.save_checkpoint(ranker, folder / "build" / "demo-ranking" / train_ranker.CHECKPOINT_NAME)
+    requests = folder / "build" / "quantisation" / "retrieval-earlier.npz"
+    requests.parent.mkdir()
+    np.savez(requests, **retrieval_batch("", config, [5, 9, 3], seed=0).arrays)
     program = shutil.which("hstu-compile", path=str(Path(sys.executable).parent)) or shutil.which("hstu-compile")
     assert program is not None, "hstu-compile is not installed beside this Python"
     (folder / ".venv" / "bin").mkdir(parents=True)
