@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hstu_compile._report_html import Column, Group, Html, code, element, joined, table
+from hstu_compile._report_ladder import ladder_section
 from hstu_compile._report_text import plural, scientific
 
 
@@ -49,6 +50,7 @@ def quantization_section(quantization: Mapping[str, Any]) -> Html:
             element("p", said, code(calibration["file"]), "."),
             table("Products with a constant matrix", columns, groups),
             _cost(quantization["cost"]),
+            *([ladder_section(quantization["sensitivity"])] if quantization.get("sensitivity") else []),
         )
     )
 

@@ -12,7 +12,7 @@ from hstu_compile.artifacts import CheckpointSpec
 from hstu_compile.calibration.observers import OBSERVERS, Observer
 from hstu_compile.calibration.quantization import plan_quantization
 from hstu_compile.calibration.table import CalibrationTable
-from hstu_compile.config import BuildConfig
+from hstu_compile.config import DEFAULT_BUDGET, BuildConfig
 from hstu_compile.environment import BackendChoice
 from hstu_compile.errors import UsageError
 from hstu_compile.model.families import model_from_config
@@ -32,6 +32,7 @@ class QuantizationSettings:
         table: name of the calibration table's file.
         data: files that it was made of, as it lists them.
         samples: requests that it was made of.
+        sensitivity: how --mixed auto chose what stays in float16, as `SensitivityLadder.to_dict` has it, or None.
     """
 
     plan: QuantizationPlan
@@ -40,6 +41,7 @@ class QuantizationSettings:
     table: str
     data: tuple[dict[str, Any], ...]
     samples: int
+    sensitivity: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form for manifest, report and --dry-run."""
@@ -48,6 +50,7 @@ class QuantizationSettings:
             "observer": self.observer,
             "smooth_quant": self.smooth_alpha,
             "calibration": {"file": self.table, "samples": self.samples, "data": list(self.data)},
+            "sensitivity": self.sensitivity,
         }
 
 
@@ -57,12 +60,14 @@ def check_quantization(config: BuildConfig) -> None:
     Raises:
         UsageError: HSTU-E901; E907, if there is no table.
     """
+    _check_quality(config)
     if config.quantization is None:
         given = {
             "--calib": config.calibration,
             "--observer": config.observer,
             "--smooth-quant": config.smooth_quant,
             "--keep-fp16": config.keep_fp16 or None,
+            "--mixed": config.mixed,
         }
         for option, value in given.items():
             if value is not None:
@@ -93,6 +98,25 @@ def check_quantization(config: BuildConfig) -> None:
             f"--observer {config.observer} cannot be used",
             f"there are {', '.join(OBSERVERS)}",
             "pass one of these, or leave it out",
+        )
+
+
+def _check_quality(config: BuildConfig) -> None:
+    """The options that speak of ranking quality."""
+    for option, value in (("--mixed auto", config.mixed), ("--budget", config.budget)):
+        if value is not None and config.labelled_data is None:
+            raise UsageError(
+                "HSTU-E901",
+                f"{option} cannot be used without --data",
+                "quality is measured on requests whose outcome is known",
+                "add --data LABELLED.npz",
+            )
+    if config.budget is not None and not 0 <= config.budget < 1:
+        raise UsageError(
+            "HSTU-E901",
+            f"--budget {config.budget:g} cannot be used",
+            "it is the largest change of a metric: at least 0 and below 1",
+            f"pass {DEFAULT_BUDGET}, or leave it out",
         )
 
 

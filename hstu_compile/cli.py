@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hstu_compile
-from hstu_compile.config import BuildConfig
+from hstu_compile.config import DEFAULT_BUDGET, BuildConfig
 from hstu_compile.errors import ERROR_CODES, EXIT_BUILD, EXIT_INTERRUPTED, EXIT_VERIFICATION, UsageError
 from hstu_compile.trt_options import EngineOptions, parse_compute_capabilities, trt_options, trtexec_command
 
@@ -127,6 +127,24 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
     "--smooth-quant", type=float, metavar="ALPHA", help="Move this share of the activations' range into the weights."
 )
 @click.option("--keep-fp16", multiple=True, metavar="SITE", help="Leave this product in float16; may be repeated.")
+@click.option(
+    "--data",
+    "labelled_data",
+    type=_PATH,
+    metavar="FILE",
+    help="Measure ranking quality on these requests, an .npz with target_ids or labels.",
+)
+@click.option(
+    "--mixed",
+    type=click.Choice(["auto"]),
+    help="Leave in float16 the products that cost most quality on --data, until it is within --budget.",
+)
+@click.option(
+    "--budget",
+    type=float,
+    help=f"Largest change of HR@10 and NDCG@10, or relative one of AUC and NE, against float32; the build fails beyond "
+    f"it (default: {DEFAULT_BUDGET} with --mixed, else none).",
+)
 @click.option("--config", "config_file", type=_PATH, help="JSON configuration of the training run.")
 @click.option("--dialect", help="Checkpoint family (default: detected).")
 @click.option(
@@ -227,6 +245,11 @@ def build(
     if dry_run:
         plan = build_plan.plan_build(config)
         _print_json(plan.to_dict()) if as_json else _print_plan(plan, precision)
+        if config.mixed is not None and not as_json:
+            click.echo(
+                f"mixed       {config.mixed}: the build leaves more products in float16 until the quality on "
+                f"{config.labelled_data} is within {config.quality_budget:g}"
+            )
         return 0
     console = _Console(verbose, len(pipeline.STAGES))
     result = pipeline.compile_checkpoint(config, engine_options, console)
@@ -234,6 +257,9 @@ def build(
         _print_json({"bundle": str(result.path), "status": result.status, "report": result.report})
     else:
         _print_result(result)
+    if (result.report["metrics"] or {}).get("within") is False:
+        click.echo("quality beyond the budget: see `hstu-compile explain HSTU-E833` and the report", err=True)
+        return EXIT_VERIFICATION
     return _exit_code(result.status)
 
 
@@ -277,6 +303,10 @@ def _print_quantization(facts: dict[str, Any]) -> None:
 
 
 def _print_result(result: BuildResult) -> None:
+    if ladder := (result.report["quantization"] or {}).get("sensitivity"):
+        from hstu_compile._report_ladder import ladder_table
+
+        click.echo(f"{ladder_table(ladder)}\n")
     if result.worst_error is None:
         click.echo(f"{result.path}  {result.status}")
     else:

@@ -13,6 +13,10 @@ Quantization = Literal["int8", "fp8"]
 BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
 
 
+#: Of `--mixed auto` where nothing else is asked for.
+DEFAULT_BUDGET = 0.002
+
+
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
     """Options of one build.
@@ -45,6 +49,10 @@ class BuildConfig:
         observer: rule for the bounds of activations; None is the table's.
         smooth_quant: share of the activations' range that moves into the weights, 0 to 1; None moves nothing.
         keep_fp16: products to leave in float16, by name.
+        labelled_data: requests whose outcome is known, to measure ranking quality on; None measures none.
+        mixed: "auto" leaves in float16 the products that cost most quality, until it is within the budget.
+        budget: largest change of the quality against float32, absolute of HR@10 and NDCG@10, relative of AUC and NE;
+            None is `DEFAULT_BUDGET` where `mixed` needs one, and no limit otherwise.
         plugin: build the TensorRT plugin of this model into the bundle; None does so when the backend is tensorrt.
         verify: compare every artifact with the eager model.
         keep_intermediates: folder for the artifact of every stage, or None.
@@ -75,6 +83,9 @@ class BuildConfig:
     observer: str | None = None
     smooth_quant: float | None = None
     keep_fp16: tuple[str, ...] = ()
+    labelled_data: Path | None = None
+    mixed: Literal["auto"] | None = None
+    budget: float | None = None
     plugin: bool | None = None
     verify: bool = True
     keep_intermediates: Path | None = None
@@ -85,6 +96,11 @@ class BuildConfig:
     def bundle_path(self) -> Path:
         """Where the bundle goes."""
         return self.output if self.output is not None else Path(f"{self.checkpoint.stem}.hstu")
+
+    @property
+    def quality_budget(self) -> float | None:
+        """The limit that the quality is held to, or None."""
+        return DEFAULT_BUDGET if self.budget is None and self.mixed is not None else self.budget
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,9 @@ from hstu_compile.runtime.request import feeds_from_npz
 TARGET_IDS = "target_ids"
 LABELS = "labels"
 
-# Users of one eager forward, and padded attention scores of one: 64 MiB per float32 tensor, of about ten.
-_MAX_USERS = 64
+#: Users of one forward.
+LARGEST_BATCH = 64
+# Padded attention scores of one: 64 MiB per float32 tensor, of about ten.
 _MAX_SCORES = 1 << 24
 
 
@@ -70,7 +71,7 @@ class LabelledRequests:
         return {"file": self.file, "sha256": self.sha256, "requests": self.num_requests}
 
 
-def labelled_requests(path: Path, config: ModelConfig, most_users: int = _MAX_USERS) -> LabelledRequests:
+def labelled_requests(path: Path, config: ModelConfig, most_users: int = LARGEST_BATCH) -> LabelledRequests:
     """Read a file of labelled requests.
 
     Args:

@@ -10,14 +10,15 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import onnx
+from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
-from hstu_compile.artifacts import EngineArtifact, OnnxGraph, Precision, is_tap
+from hstu_compile.artifacts import EngineArtifact, Feed, OnnxGraph, Precision, is_tap
 from hstu_compile.build_plan import BuildPlan, plan_build
 from hstu_compile.build_report import (
     BuildOutcome,
@@ -41,15 +42,20 @@ from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import write_limits
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.incremental_check import check_incremental
+from hstu_compile.labelled_requests import LARGEST_BATCH, LabelledRequests, labelled_requests
 from hstu_compile.m_falcon_check import check_m_falcon
+from hstu_compile.model.fake_quantization import fake_quantized
+from hstu_compile.model.families import HstuModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.plugin_library import PluginLibrary, build_plugin_library, installed_tensorrt_version
 from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_feeds, save_outputs
 from hstu_compile.profiles import graph_profiles
+from hstu_compile.quality import Answer, QualityMeasurement, QualityTable
 from hstu_compile.report import render_report
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes, quantized_sites
 from hstu_compile.runtime.session import Session, open_session
+from hstu_compile.sensitivity import climb_ladder
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
     PREDICTIONS,
@@ -131,7 +137,7 @@ class _Build:
         summary: list[str] = []
         started = time.perf_counter()
         yield summary.append
-        report = StageReport(name, time.perf_counter() - started, " ".join(summary))
+        report = StageReport(name, time.perf_counter() - started, "; ".join(summary))
         self.stages.append(report)
         self.listener.stage_finished(index, report)
 
@@ -204,7 +210,9 @@ def compile_checkpoint(
     with build.stage("model") as summarise:
         model = model_from_spec(spec, TORCH_DTYPES[config.precision])
         served = served_graphs(model, limits.top_k, limits.micro_batch, limits.max_append)
-        summarise(f"{sum(p.numel() for p in model.parameters())} parameters in {config.precision}")
+        requests = _labelled_requests(config, plan)
+        plan = _mixed(config, plan, model, requests, build)
+        summarise(f"{sum(p.numel() for p in model.parameters())} parameters in {config.precision}{_mix_in_words(plan)}")
     with build.stage("export") as summarise:
         graphs = []
         for number, each in enumerate(served):
@@ -281,6 +289,10 @@ def compile_checkpoint(
             summarise(f"{ran}; worst error {verification.worst_error:.3g} of {verification.worst_bound:.3g} allowed")
         else:
             summarise("not verified (--no-verify)")
+        quality: QualityTable | None = None
+        if requests is not None:
+            quality = _quality(config, plan, model, requests, built, runs, plugin, build.listener.stage_progress)
+            summarise(_quality_in_words(quality))
     with build.stage("bundle") as summarise:
         outcomes = [GraphOutcome(each_built) for each_built in built]
         if references is not None:
@@ -288,9 +300,91 @@ def compile_checkpoint(
                 GraphOutcome(each_built, reference)
                 for each_built, reference in zip(built, references.graphs, strict=True)
             ]
-        result = _write_bundle(build, plan, outcomes, runs, plugin, verification, references)
+        result = _write_bundle(build, plan, outcomes, runs, plugin, verification, references, quality)
         summarise(str(result.path))
     return result
+
+
+def _labelled_requests(config: BuildConfig, plan: BuildPlan) -> LabelledRequests | None:
+    """The requests that quality is measured on, cut so that an engine of this build takes them."""
+    if config.labelled_data is None:
+        return None
+    return labelled_requests(config.labelled_data, plan.spec.config, min(LARGEST_BATCH, plan.limits.max_batch))
+
+
+def _mixed(
+    config: BuildConfig, plan: BuildPlan, model: HstuModel, requests: LabelledRequests | None, build: _Build
+) -> BuildPlan:
+    """The plan with what --mixed auto leaves in float16, and how it came to that; the same plan without it."""
+    settings, budget = plan.quantization, config.quality_budget
+    if config.mixed is None or settings is None or requests is None or budget is None:
+        return plan
+    models = {"fp32": model_from_spec(plan.spec), config.precision: model}
+    ladder = climb_ladder(models, settings.plan, requests, budget, build.listener.stage_progress)
+    build.keep("02_sensitivity.json", json.dumps(ladder.to_dict(), indent=1))
+    chosen = dataclasses.replace(settings, plan=ladder.plan, sensitivity=ladder.to_dict())
+    return dataclasses.replace(plan, quantization=chosen)
+
+
+def _mix_in_words(plan: BuildPlan) -> str:
+    """What --mixed auto chose, for the model stage's line."""
+    if plan.quantization is None or plan.quantization.sensitivity is None:
+        return ""
+    ladder = plan.quantization.sensitivity
+    kept = ", ".join(ladder["kept"]) or "none"
+    return f"; {ladder['kind']} in {len(plan.quantization.plan.sites)} products, left out for quality: {kept}"
+
+
+def _quality(
+    config: BuildConfig,
+    plan: BuildPlan,
+    model: HstuModel,
+    requests: LabelledRequests,
+    built: Sequence[BuiltGraph],
+    runs: Sequence[Sequence[RuntimeCheck]],
+    plugin: PluginLibrary | None,
+    progress: Progress,
+) -> QualityTable:
+    """How good the eager model and the first graph's artifacts are.
+
+    ONNX Runtime answers in any case, the engine where the verification found that it runs here.
+    """
+    progress("quality of eager fp32", 0, 3)
+    measured = QualityMeasurement(model_from_spec(plan.spec), requests)
+    settings, main = plan.quantization, built[0]
+    form = config.precision if settings is None else f"{settings.plan.kind} and {config.precision}"
+    if form != "fp32":
+        progress(f"quality of eager {form}", 1, 3)
+        with contextlib.nullcontext() if settings is None else fake_quantized(model, settings.plan):
+            measured.add(f"eager {form}", model)
+    output = "logits" if isinstance(plan.spec.config, RankingConfig) else "user_embeddings"
+    feeds = [Feed(f"labelled {number}", batch.feeds) for number, batch in enumerate(requests.batches)]
+    library = plugin.self_registering if plugin else None
+    files = {"onnxruntime": main.onnx_file}
+    if any(run.artifact == main.engine_file and run.status != "NOT RUN" for run in (runs[0] if runs else ())):
+        files[plan.backend.name] = main.engine_file
+    for runtime, file in files.items():
+        progress(f"quality on {runtime}", 2, 3)
+        with open_built(main, runtime, feeds, library) as session:
+            measured.add(f"{file} on {runtime}", model, _answer(session, output))
+    progress("quality", 3, 3)
+    return measured.table(config.quality_budget)
+
+
+def _answer(session: Session, output: str) -> Answer:
+    """A graph as a function of its feeds."""
+
+    def answer(feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        return session.run(dict(feeds))[output]
+
+    return answer
+
+
+def _quality_in_words(quality: QualityTable) -> str:
+    """The verify stage's line on quality."""
+    facts = quality.to_dict()
+    limit = "" if quality.budget is None else f" ({'within' if quality.is_within else 'beyond'} {quality.budget:g})"
+    return f"quality on {facts['data']['requests']} requests changed by at most {facts['worst']:.2g}{limit}"
 
 
 def _require_quantized(plan: BuildPlan, graphs: Sequence[OnnxGraph]) -> None:
@@ -442,6 +536,7 @@ def _write_bundle(
     plugin: PluginLibrary | None,
     verification: VerifyReport | None,
     references: References | None,
+    quality: QualityTable | None,
 ) -> BuildResult:
     config = build.config
     session = references.session if references is not None else None
@@ -464,7 +559,7 @@ def _write_bundle(
                 save_outputs(folder / bundles.reference_files(SESSION).exact, "eager-float64", session.exact)
         stages = [dataclasses.asdict(stage) for stage in build.stages]
         cost = references.quantization_cost if references is not None else None
-        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session, cost)
+        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session, cost, quality)
         report = build_report(outcome, config.bundle_path.name)
         report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
         writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")

@@ -153,3 +153,74 @@ def score_difference(reference: Answers, measured: Answers) -> float:
         scale.append(float(np.square(exact).sum()))
     share = math.sqrt(math.fsum(squares) / math.fsum(scale)) if math.fsum(scale) > 0 else math.inf
     return share if math.isfinite(share) else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRow:
+    """One form of the model.
+
+    Attributes:
+        name: of the form.
+        quality: its metrics.
+        worst: largest change that a budget limits, against the first row; 0 of the first row itself.
+        is_artifact: it is a file of the bundle, which a budget holds; others are there for comparison.
+    """
+
+    name: str
+    quality: Quality
+    worst: float
+    is_artifact: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityTable:
+    """How good the forms of a model are that a build made, the eager float32 model first.
+
+    Attributes:
+        data: file, sha256 and number of the labelled requests.
+        rows: of the forms.
+        budget: what `QualityRow.worst` of an artifact may be; None is no limit.
+    """
+
+    data: Mapping[str, Any]
+    rows: tuple[QualityRow, ...]
+    budget: float | None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether every artifact is within the budget."""
+        return self.budget is None or all(row.worst <= self.budget for row in self.rows if row.is_artifact)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's `metrics`."""
+        return {
+            "columns": list(self.rows[0].quality.values),
+            "rows": [{"name": row.name, "values": list(row.quality.values.values())} for row in self.rows],
+            "data": dict(self.data),
+            "budget": self.budget,
+            "worst": max((row.worst for row in self.rows if row.is_artifact), default=None),
+            "within": self.is_within,
+        }
+
+
+class QualityMeasurement:
+    """Collects the rows of a `QualityTable`.
+
+    Args:
+        model: the eager float32 model, the first row.
+        requests: labelled.
+    """
+
+    def __init__(self, model: HstuModel, requests: LabelledRequests) -> None:
+        self._requests = requests
+        self._reference = quality_of(model, answers_of(model, requests), requests)
+        self._rows = [QualityRow("eager fp32", self._reference, 0.0, is_artifact=False)]
+
+    def add(self, name: str, model: HstuModel, answer: Answer | None = None) -> None:
+        """Measure a form: the eager model as it is now, or an artifact that answers in its place."""
+        quality = quality_of(model, answers_of(model, self._requests, answer), self._requests)
+        self._rows.append(QualityRow(name, quality, worst_change(self._reference, quality), answer is not None))
+
+    def table(self, budget: float | None) -> QualityTable:
+        """What was measured."""
+        return QualityTable(self._requests.to_dict(), tuple(self._rows), budget)

@@ -206,7 +206,10 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     comparisons, runs = _comparisons(report), _runs(report)
     if not comparisons:
         skipped = f" {plural(len(runs), 'artifact')} did not run." if runs else ""
-        return [f"Nothing was compared with the eager model: this bundle carries no proof.{skipped}"]
+        return [
+            f"Nothing was compared with the eager model: this bundle carries no proof.{skipped}",
+            *_quality_in_words(report["metrics"]),
+        ]
     failed = sum(item.failed for item in comparisons)
     place = f"in {plural(len({run['runtime'] for run in runs if run['tensors']}), 'runtime')}"
     if failed:
@@ -216,7 +219,27 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
         counted = f"The only comparison {place} is within its bound."
     else:
         counted = f"All {number(len(comparisons))} comparisons {place} are within their bounds."
-    return [counted, *_worst_in_words(report["verification"], max(comparisons, key=lambda item: item.share))]
+    return [
+        counted,
+        *_worst_in_words(report["verification"], max(comparisons, key=lambda item: item.share)),
+        *_quality_in_words(report["metrics"]),
+    ]
+
+
+def _quality_in_words(metrics: Mapping[str, Any] | None) -> list[str]:
+    """Whether the artifacts keep the quality budget, where there is one."""
+    budget = (metrics or {}).get("budget")
+    if metrics is None or budget is None:
+        return []
+    verb = "is within" if metrics["within"] else "exceeds"
+    return [
+        f"The largest change of ranking quality on {_labelled_in_words(metrics['data'])} {verb} its budget: "
+        f"{scientific(metrics['worst'])} of {scientific(budget)}."
+    ]
+
+
+def _labelled_in_words(data: Mapping[str, Any]) -> str:
+    return f"{plural(data['requests'], 'request')} of {one_line(data['file'])}"
 
 
 def _worst_in_words(verification: Mapping[str, Any], tightest: _Comparison) -> list[str]:
@@ -482,7 +505,10 @@ def _metrics(metrics: Mapping[str, Any] | None) -> Html:
     if others:
         differences = [(row["name"], *map(_signed, row["values"], first["values"])) for row in others]
         groups.append(Group(f"Difference from {first['name']}", differences))
-    return table("Ranking quality, to the fourth decimal", columns, groups)
+    shown = table("Ranking quality, to the fourth decimal", columns, groups)
+    if "data" not in metrics:
+        return shown
+    return joined((element("p", f"Measured on {_labelled_in_words(metrics['data'])}."), shown))
 
 
 def _signed(value: float | None, baseline: float | None) -> str:

@@ -9,7 +9,7 @@ decision where to stop comes from the metrics, in which a few hundred requests a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hstu_compile.errors import CalibrationError
@@ -205,53 +205,3 @@ def _site_effects(measurement: _Measurement, plan: QuantizationPlan, progress: P
     progress("sensitivity of sites", len(plan.sites), len(plan.sites))
     place = {site: number for number, site in enumerate(plan.sites)}
     return sorted(effects, key=lambda each: (each.others.scores, -each.alone.scores, place[each.site]))
-
-
-def ladder_table(ladder: Mapping[str, Any]) -> str:
-    """The ladder for a terminal, from `SensitivityLadder.to_dict`: first the sites, then the steps."""
-    names = list(ladder["reference"])
-    sites = [
-        (
-            site["site"],
-            f"{site['alone']['scores']:.2%}",
-            f"{site['others']['scores']:.2%}",
-            *(f"{site['alone']['change'][name]:+.4f}" for name in names),
-        )
-        for site in ladder["sites"]
-    ]
-    header = ("site", "scores, alone", "all but it", *(f"{name}, alone" for name in names))
-    steps = [
-        (
-            "all quantised" if rung["kept"] is None else f"+ {rung['kept']} in fp16",
-            dtype,
-            *(f"{values[name]:.4f}" for name in names),
-            f"{rung['worst']:.4f}",
-            "within" if rung["worst"] <= ladder["budget"] else "over",
-        )
-        for rung in ladder["rungs"]
-        for dtype, values in rung["quality"].items()
-    ]
-    reference = ("eager, not quantised", "fp32", *(f"{ladder['reference'][name]:.4f}" for name in names), "", "")
-    title = (
-        f"{ladder['kind']}, budget {ladder['budget']:g}, {ladder['data']['requests']} requests of "
-        f"{ladder['data']['file']}"
-    )
-    return "\n".join(
-        [
-            title,
-            *_aligned([header, *sites]),
-            "",
-            *_aligned([("step", "type", *names, "worst", f"of {ladder['budget']:g}"), reference, *steps]),
-        ]
-    )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

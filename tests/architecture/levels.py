@@ -31,6 +31,7 @@ LEVELS: dict[str, int] = {
     "plugin_library": 2,
     "_report_figures": 2,
     "_report_quantization": 2,
+    "_report_ladder": 2,
     "calibration": 2,
     "served": 2,
     # The stages.
@@ -87,7 +88,9 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("trt_options", "artifacts"): "Profile is what the options describe",
     ("build_plan", "build_quantization"): "resolves the products that are quantised",
     ("labelled_requests", "runtime"): "reads them as `run` reads its inputs",
+    ("_report_quantization", "_report_ladder"): "shows how the products were chosen",
     ("pipeline", "build_report"): "writes what it says",
+    ("pipeline", "sensitivity"): "chooses the products that are quantised",
     ("plugin_stage", "engine_stage"): "builds the plugin beside the engine",
     ("serving", "ranking_bundle"): "opens what the Python backend serves",
     ("serving", "retrieval_bundle"): "opens what the Python backend serves",

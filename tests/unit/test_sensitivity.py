@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from hstu_compile._report_ladder import ladder_section, ladder_table
 from hstu_compile.errors import CalibrationError
 from hstu_compile.labelled_requests import labelled_requests
 from hstu_compile.model.fake_quantization import fake_quantized, product_weights
 from hstu_compile.quality import answers_of, quality_of, score_difference, worst_change
 from hstu_compile.quantized import QuantizationPlan, SiteScales, quantized_weight
-from hstu_compile.sensitivity import REASON, climb_ladder, ladder_table
+from hstu_compile.sensitivity import REASON, climb_ladder
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import ranking_model, small_config, small_model
 from tests.labelled_cases import ranking_arrays, retrieval_arrays
@@ -97,10 +98,15 @@ def test_the_same_data_gives_the_same_ladder_and_it_is_plain_json(retrieval):
     assert values == ladders[0].to_dict()
     assert values["data"] == requests.to_dict()
     table = ladder_table(values)
-    assert table.splitlines()[0] == "int8, budget 0.05, 60 requests of r.npz"
+    assert table.splitlines()[0] == "int8, 60 requests of r.npz with a budget of 0.05"
+    page = ladder_section(values)
     for site in plan.sites:
         assert f"\n{site} " in table
-    assert table.count(" fp16 ") == len(values["rungs"])
+        assert f"<code>{site}</code>" in page
+    assert table.count(" fp16 ") == page.count("<td>fp16</td>") == len(values["rungs"])
+    assert page.count('class="mark artifact"') + page.count('class="mark eager"') == len(values["rungs"])
+    assert page.count('class="mark artifact"') == 1  # the last step alone is within the budget
+    assert "budget 0.05" in page
 
 
 def test_what_was_kept_already_is_not_measured(retrieval):
