@@ -54,7 +54,7 @@ class LabelledRequests:
     Attributes:
         file: its name.
         sha256: of its bytes.
-        batches: all requests in the order of the file.
+        batches: all requests, the shortest first, so that the padding of an eager batch is little.
     """
 
     file: str
@@ -103,13 +103,14 @@ def labelled_requests(path: Path, config: ModelConfig, most_users: int = LARGEST
         )
     feeds = layout.typed(arrays)
     context = config.contextual_len if isinstance(config, RankingConfig) else 0
-    lengths = context + sum(np.diff(feeds[offsets]) for offsets in layout.jagged)
+    lengths = np.asarray(context + sum(np.diff(feeds[offsets]) for offsets in layout.jagged))
+    order = np.argsort(lengths, kind="stable").astype(np.int64)
     candidates = feeds.get(CANDIDATE_OFFSETS)
     most_users = 1 if isinstance(config, RankingConfig) and config.scaling == "batch" else most_users
     batches = []
-    for first, last in _cuts(np.asarray(lengths), most_users, _MAX_SCORES // config.layer.attention.num_heads):
-        users = np.arange(first, last, dtype=np.int64)
-        rows = slice(first, last) if candidates is None else slice(int(candidates[first]), int(candidates[last]))
+    for first, last in _cuts(lengths[order], most_users, _MAX_SCORES // config.layer.attention.num_heads):
+        users = order[first:last]
+        rows = users if candidates is None else _rows(candidates, users)
         batches.append(LabelledBatch(layout.taken(feeds, users), labels[rows]))
     return LabelledRequests(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), tuple(batches))
 
@@ -144,6 +145,11 @@ def _labels(arrays: Mapping[str, NDArray[Any]], config: ModelConfig) -> tuple[ND
         for task, found in zip(tasks, positives.tolist(), strict=True)
         if found in (0, count)
     ]
+
+
+def _rows(offsets: NDArray[np.int32], users: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of some users, one user after the other."""
+    return np.concatenate([np.arange(offsets[user], offsets[user + 1], dtype=np.int64) for user in users])
 
 
 def _cuts(lengths: NDArray[Any], most_users: int, max_scores: int) -> list[tuple[int, int]]:
