@@ -18,7 +18,7 @@ std::string computeBuildId()
     {
         HstuKernelImage const& image = kHstuKernelImages[i];
         int32_t const facts[] = {image.sm, image.isPtx, image.kind, image.tactic, image.blockM, image.blockN,
-            image.threads, image.split, image.sharedBytes, image.silu};
+            image.threads, image.split, image.sharedBytes, image.silu, image.hasCache};
         hash.add(facts, sizeof(facts));
         hash.add(image.data, image.size);
     }
@@ -236,12 +236,19 @@ void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const
         return;
     }
     LoadedTactic const& tactic = mLoaded[mChosen];
-    bool const aligned = tactic.aligned != nullptr && isAligned(pointers);
+    DevicePointers read = pointers;
+    if (sizes[Symbol::kLc] == 0)
+    {
+        // The addresses of an empty cache mean nothing, least of all their alignment.
+        read.inputs[static_cast<size_t>(Input::kKCached)] = nullptr;
+        read.inputs[static_cast<size_t>(Input::kVCached)] = nullptr;
+    }
+    bool const aligned = tactic.aligned != nullptr && isAligned(read);
     std::shared_ptr<LoadedKernel const> const& kernel = aligned ? tactic.aligned : tactic.unaligned;
     HSTU_CHECK(kernel != nullptr, kPluginName, " node '", mNodeName,
         "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: bind I/O buffers that are "
         "16-byte aligned, or build a library with KernelVariant(aligned=False)");
-    launchHstuAttention(*kernel, mAttributes, sizes, pointers, stream);
+    launchHstuAttention(*kernel, mAttributes, sizes, read, stream);
 }
 
 } // namespace hstu

@@ -257,10 +257,14 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     CUdeviceptr posTable = pointer(Input::kPosTable);
     CUdeviceptr tsTable = pointer(Input::kTsTable);
     CUdeviceptr tsThresholds = pointer(Input::kTsThresholds);
+    CUdeviceptr kCached = pointer(Input::kKCached);
+    CUdeviceptr vCached = pointer(Input::kVCached);
+    CUdeviceptr cacheOffsets = pointer(Input::kCacheOffsets);
     float alpha = attributes.alpha;
     float scalingSeqLen = attributes.scalingSeqLen;
     int32_t lq = size(Symbol::kLq);
     int32_t lk = size(Symbol::kLk);
+    int32_t lc = size(Symbol::kLc);
     int32_t batch = size(Symbol::kB);
     int32_t heads = size(Symbol::kH);
     int32_t dqk = size(Symbol::kDqk);
@@ -278,9 +282,9 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     CUdeviceptr profileScratch = 0;
 
     void* arguments[] = {&q, &k, &v, &out, &qOffsets, &kOffsets, &numTargets, &contextualSeqLens, &scalingSeqLens,
-        &rowTimestamps, &colTimestamps, &posTable, &tsTable, &tsThresholds, &alpha, &scalingSeqLen, &lq, &lk, &batch,
-        &heads, &dqk, &dv, &posTableLen, &posHeads, &tsHeads, &numBuckets, &targetGroupSize, &contextualSeqLen,
-        &maxAttnLen, &minFullAttnSeqLen, &globalScratch, &profileScratch};
+        &rowTimestamps, &colTimestamps, &posTable, &tsTable, &tsThresholds, &kCached, &vCached, &cacheOffsets, &alpha,
+        &scalingSeqLen, &lq, &lk, &lc, &batch, &heads, &dqk, &dv, &posTableLen, &posHeads, &tsHeads, &numBuckets,
+        &targetGroupSize, &contextualSeqLen, &maxAttnLen, &minFullAttnSeqLen, &globalScratch, &profileScratch};
 
     // A sequence's tiles start at slot q_offsets[b] / blockM + b, so this many slots hold every tile of any offsets:
     // the launch depends on nothing but dims. In 64 bits because Lq + B may pass 2^31.
@@ -294,7 +298,7 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     {
         std::ostringstream what;
         what << kPluginName << ": launch of " << image.name << " (sm_" << image.sm << ", tactic " << image.tactic
-             << ", Lq " << lq << ", Lk " << lk << ", B " << batch << ", H " << heads << ", Dqk " << dqk << ", Dv " << dv
+             << ", Lq " << lq << ", Lk " << lk << ", Lc " << lc << ", B " << batch << ", H " << heads << ", Dqk " << dqk << ", Dv " << dv
              << ")";
         checkCuda(result, what.str().c_str());
     }

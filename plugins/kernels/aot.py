@@ -390,7 +390,7 @@ def write_cpp_source(
         content += data
         return line
 
-    rows = [row(_portable_fields(image), image.name, image.data) for image in images]
+    rows = [row(_portable_fields(image), image.name, image.data, 0, int(image.variant.has_cache)) for image in images]
     rows += [
         row(_hopper_fields(image), KERNEL_NAME, image.data, int(image.variant.is_accurate)) for image in hopper_images
     ]

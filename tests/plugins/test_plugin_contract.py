@@ -59,7 +59,7 @@ def test_every_attribute_input_and_limit_is_in_the_header(operator: str) -> None
 
 def test_a_new_attribute_reaches_the_field_reader_by_itself(contract: dict[str, Any], tmp_path: Path) -> None:
     changed = copy.deepcopy(contract)
-    changed["attributes"].append({"name": "soft_cap", "type": "float", "min": 0.0, "max": 8.0, "doc": "test"})
+    changed["attributes"].insert(0, {"name": "soft_cap", "type": "float", "min": 0.0, "max": 8.0, "doc": "test"})
     (tmp_path / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(changed))
     (tmp_path / "check.cpp").write_text(
         '#include "hstuAttentionFields.h"\n'
@@ -74,6 +74,13 @@ def test_a_new_attribute_reaches_the_field_reader_by_itself(contract: dict[str, 
     program = tmp_path / "check"
     subprocess.run(["g++", *WARNINGS, *includes, *sources, "-o", str(program)], check=True)
     assert subprocess.run([str(program)], check=False).returncode == 0
+
+
+def test_an_attribute_with_a_default_comes_behind_those_without(contract: dict[str, Any]) -> None:
+    changed = copy.deepcopy(contract)
+    changed["attributes"].append({"name": "soft_cap", "type": "float", "min": 0.0, "max": 8.0, "doc": "test"})
+    with pytest.raises(ValueError, match="an attribute without a default follows one that has one"):
+        generate_contract.header_from_contract(changed)
 
 
 @pytest.fixture(scope="module")
