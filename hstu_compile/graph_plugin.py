@@ -95,6 +95,7 @@ def _nodes_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterator[_
         dims = (q.shape.dim[2].dim_value, v.shape.dim[2].dim_value)
         if not all(dims) or q.elem_type not in _DTYPES:
             raise InternalError(f"attention node {node.name} has no static head width or a type that no kernel has")
+        has_cache = attributes["has_cache"] == 1
         is_plain = not any(attributes[name] for name in _GENERAL_MASK)
         dtype = _DTYPES[q.elem_type]
         bias: _Bias = {
@@ -104,6 +105,6 @@ def _nodes_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterator[_
         }
         hopper = hopper_variants_for(dtype, *dims, **bias, plain_causal=is_plain, silu=SILU_FORMS[attributes["silu"]])
         yield _Node(
-            variants_for(dtype, *dims, **bias, mask_kinds=(0,) if is_plain else (1,)),
-            hopper if takes_hopper(has_cache=attributes["has_cache"] == 1) else (),
+            variants_for(dtype, *dims, **bias, mask_kinds=(0,) if is_plain else (1,), has_cache=has_cache),
+            hopper if takes_hopper(has_cache=has_cache) else (),
         )

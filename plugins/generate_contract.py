@@ -110,7 +110,7 @@ def header_from_contract(contract: dict[str, Any]) -> str:
 
     Raises:
         KeyError: if the contract names a type this generator does not know.
-        ValueError: if a dimension cannot be parsed.
+        ValueError: if a dimension cannot be parsed, or an attribute with a default stands before one without.
     """
     symbols: list[str] = []
     for tensor in [*contract["inputs"], *contract["outputs"]]:
@@ -119,6 +119,10 @@ def header_from_contract(contract: dict[str, Any]) -> str:
             if name not in symbols:
                 symbols.append(name)
     attributes = contract["attributes"]
+    has_default = ["default" in spec for spec in attributes]
+    if has_default != sorted(has_default):
+        # What engines store of a node ends with them, so that older engines, which lack them, can be read.
+        raise ValueError("an attribute without a default follows one that has one")
     max_rank = max(len(tensor["dims"]) for tensor in [*contract["inputs"], *contract["outputs"]])
     limits = contract["limits"]
     name, space = contract["name"], contract.get("cpp_namespace", contract["namespace"])

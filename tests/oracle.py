@@ -19,6 +19,9 @@ from tests import tolerances
 
 Array = NDArray[Any]
 
+#: Inputs of the operator's element type.
+ELEMENT_INPUTS = ("q", "k", "v", "k_cached", "v_cached")
+
 
 @dataclass(frozen=True)
 class AttentionAttrs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tests.attention_cases import TILE, build_case
+from tests.attention_cases import TILE, build_case, with_cache
 from tests.oracle import AttentionCase
 
 
@@ -21,13 +21,14 @@ def seq_lengths(draw: st.DrawFn, longest: int = 3 * TILE) -> list[int]:
 
 @st.composite
 def attention_cases(draw: st.DrawFn, longest: int = 3 * TILE, *, dtype: str = "float32") -> AttentionCase:
-    """Draw a call with any mask, any bias, delta queries and small head dims."""
+    """Draw a call with any mask, any bias, delta queries, small head dims, and keys in one segment or two."""
     lengths = draw(seq_lengths(longest))
     is_delta = draw(st.booleans())
     queries = [draw(st.integers(0, n)) for n in lengths] if is_delta else None
     targets = [draw(st.integers(0, n)) for n in lengths] if draw(st.booleans()) else None
     contexts = [draw(st.integers(0, longest // 2)) for _ in lengths] if draw(st.booleans()) else None
-    return build_case(
+    cached = [draw(st.integers(0, n)) for n in lengths] if draw(st.booleans()) else None
+    case = build_case(
         lengths,
         dtype=dtype,
         num_heads=draw(st.integers(1, 2)),
@@ -51,3 +52,4 @@ def attention_cases(draw: st.DrawFn, longest: int = 3 * TILE, *, dtype: str = "f
         tail=draw(st.sampled_from([0, 0, 3, TILE + 2])),
         seed=draw(st.integers(0, 2**16)),
     )
+    return case if cached is None else with_cache(case, cached, tail=draw(st.sampled_from([0, 3, TILE + 2])))

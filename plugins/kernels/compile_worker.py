@@ -36,13 +36,13 @@ def signature_of(variant: KernelVariant) -> dict[str, str]:
     """Return the Triton type of every parameter of the kernel, in order; the C++ launcher passes exactly these."""
     data, times = f"*{_ELEMENT[variant.dtype]}", f"*i{variant.timestamp_bits or 64}"
     types = {
-        **dict.fromkeys(("q", "k", "v", "out"), data),
-        **dict.fromkeys(("q_offsets", "k_offsets", "num_targets", "contextual_seq_lens"), "*i32"),
+        **dict.fromkeys(("q", "k", "v", "k_cached", "v_cached", "out"), data),
+        **dict.fromkeys(("q_offsets", "k_offsets", "cache_offsets", "num_targets", "contextual_seq_lens"), "*i32"),
         **dict.fromkeys(("scaling_seq_lens", "pos_table", "ts_table"), "*fp32"),
         **dict.fromkeys(("row_timestamps", "col_timestamps", "ts_thresholds"), times),
         **dict.fromkeys(("alpha", "scaling_seq_len"), "fp32"),
     }
-    constants = ("BLOCK_M", "BLOCK_N", "BLOCK_DQK", "BLOCK_DV", "POS_BIAS", "TIME_BIAS", "MASK_KIND")
+    constants = ("BLOCK_M", "BLOCK_N", "BLOCK_DQK", "BLOCK_DV", "POS_BIAS", "TIME_BIAS", "MASK_KIND", "HAS_CACHE")
     return {name: "constexpr" if name in constants else types.get(name, "i32") for name in hstu_attention.arg_names}
 
 
@@ -97,6 +97,7 @@ def _attention_source(task: CompileTask) -> ASTSource:
         "POS_BIAS": int(variant.pos_bias),
         "TIME_BIAS": int(variant.time_bias),
         "MASK_KIND": variant.mask_kind,
+        "HAS_CACHE": int(variant.has_cache),
     }
     aligned = [n for n, kind in signature.items() if kind.startswith("*")] + ["Dqk", "Dv"] if variant.aligned else []
     hints = {(hstu_attention.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}

@@ -8,13 +8,18 @@ prefix C and absolute row i = (Lk_b - Lq_b) + r::
 ``allowed`` and ``bias`` are those of HstuAttention_PluginConfig.yaml.  Level: kernels, below everything; imports triton
 only.
 
-Memory: q [Lq, H, Dqk], k [Lk, H, Dqk], v [Lk, H, Dv], out [Lq, H, Dv], contiguous; offsets int32 [B + 1] on the device.
+With a cache (HAS_CACHE) the keys of a sequence are its rows of k_cached, then its rows of k: two segments in memory,
+one range of columns j.  Whole key tiles that lie in the cache are loaded as without one, from the other tensor; every
+other tile goes through the loop for cut tiles, where each column picks its segment's address.
+
+Memory: q [Lq, H, Dqk], k [Lk, H, Dqk], v [Lk, H, Dv], k_cached [Lc, H, Dqk], v_cached [Lc, H, Dv], out [Lq, H, Dv],
+contiguous; offsets int32 [B + 1] on the device.
 Nothing is padded in memory and no workspace is used.  Row pointers are 64-bit: Lk * H * D passes 2^31 at 4.2 M tokens
 of 512.
 
 Grid: (Lq // BLOCK_M + B + 1, H).  The tiles of sequence b start at slot q_offsets[b] // BLOCK_M + b.  These starts are
 strictly increasing and leave room for ceil(Lq_b / BLOCK_M) tiles, so the host needs no maximum length and reads no
-device data. Each program finds its sequence by counting starts <= slot in the same pass that validates both offset
+device data. Each program finds its sequence by counting starts <= slot in the same pass that validates all offset
 vectors.
 
 Masking, per row: ``allowed(i, j) = j < history_end(i) or own_begin(i) <= j <= i`` and, under a window,
@@ -46,11 +51,13 @@ _NO_WINDOW = tl.constexpr(-(2**30))
 
 
 @triton.jit
-def _locate_sequence(q_offsets, k_offsets, slot, B, Lq, Lk, BLOCK_M: tl.constexpr):
-    """Find the sequence that owns ``slot`` and check both offset vectors in one pass.
+def _locate_sequence(
+    q_offsets, k_offsets, cache_offsets, slot, B, Lq, Lk, Lc, BLOCK_M: tl.constexpr, HAS_CACHE: tl.constexpr
+):
+    """Find the sequence that owns ``slot`` and check all offset vectors in one pass.
 
     Returns ``(sequence, is_valid)``: the last sequence whose first slot is <= slot (-1 when there is none) and whether
-    0 == offsets[0] <= ... <= offsets[B] <= L holds for queries and keys.
+    0 == offsets[0] <= ... <= offsets[B] <= L holds for queries, keys and cached keys.
     """
     lanes = tl.arange(0, _SCAN_CHUNK)
     starts = tl.zeros([_SCAN_CHUNK], dtype=tl.int32)
@@ -66,6 +73,10 @@ def _locate_sequence(q_offsets, k_offsets, slot, B, Lq, Lk, BLOCK_M: tl.constexp
         first_slot = (q_begin // BLOCK_M).to(tl.int64) + index
         starts += (is_sequence & (first_slot <= slot)).to(tl.int32)
         faults += ((q_end < q_begin) | (k_end < k_begin)).to(tl.int32)
+        if HAS_CACHE:
+            c_begin = tl.load(cache_offsets + index, mask=is_sequence, other=0)
+            c_end = tl.load(cache_offsets + index + 1, mask=is_sequence, other=0)
+            faults += (c_end < c_begin).to(tl.int32)
     is_valid = (
         (tl.sum(faults, 0) == 0)
         & (tl.load(q_offsets) == 0)
@@ -73,6 +84,8 @@ def _locate_sequence(q_offsets, k_offsets, slot, B, Lq, Lk, BLOCK_M: tl.constexp
         & (tl.load(q_offsets + B) <= Lq)
         & (tl.load(k_offsets + B) <= Lk)
     )
+    if HAS_CACHE:
+        is_valid = is_valid & (tl.load(cache_offsets) == 0) & (tl.load(cache_offsets + B) <= Lc)
     return tl.sum(starts, 0) - 1, is_valid
 
 
@@ -148,6 +161,8 @@ def _accumulate(
     q,
     k_head,
     v_head,
+    k_cached_head,
+    v_cached_head,
     start,
     is_edge,
     rows,
@@ -162,6 +177,7 @@ def _accumulate(
     ts_thresholds,
     alpha,
     num_keys,
+    num_cached,
     history,
     context,
     k_stride,
@@ -177,18 +193,28 @@ def _accumulate(
     TIME_BIAS: tl.constexpr,
     MASK_KIND: tl.constexpr,
     CHECK_COLS: tl.constexpr,
+    TWO_SEGMENTS: tl.constexpr,
     TIME_MAX: tl.constexpr,
 ):
     """Add the key tile [start, start + BLOCK_N) to ``acc`` [BLOCK_M, BLOCK_DV] and return it.
 
     ``is_edge`` says whether the mask cuts the tile; a compile-time False or True leaves the other path out of the code.
-    CHECK_COLS is needed where the tile may reach past the last key.
+    CHECK_COLS is needed where the tile may reach past the last key.  With TWO_SEGMENTS the first ``num_cached`` columns
+    are rows of the cached heads, the others rows of the heads; otherwise all are rows of the heads.
     """
     cols = start + tl.arange(0, BLOCK_N)
     dims_qk = tl.arange(0, BLOCK_DQK)
     dims_v = tl.arange(0, BLOCK_DV)
-    k_pointers = k_head + cols.to(tl.int64)[:, None] * k_stride + dims_qk[None, :]  # [BLOCK_N, BLOCK_DQK]
-    v_pointers = v_head + cols.to(tl.int64)[:, None] * v_stride + dims_v[None, :]  # [BLOCK_N, BLOCK_DV]
+    if TWO_SEGMENTS:
+        is_cached = cols < num_cached
+        key_rows = tl.where(is_cached, cols, cols - num_cached).to(tl.int64)
+        k_rows = tl.where(is_cached, k_cached_head, k_head) + key_rows * k_stride  # [BLOCK_N]
+        v_rows = tl.where(is_cached, v_cached_head, v_head) + key_rows * v_stride
+        k_pointers = k_rows[:, None] + dims_qk[None, :]  # [BLOCK_N, BLOCK_DQK]
+        v_pointers = v_rows[:, None] + dims_v[None, :]  # [BLOCK_N, BLOCK_DV]
+    else:
+        k_pointers = k_head + cols.to(tl.int64)[:, None] * k_stride + dims_qk[None, :]  # [BLOCK_N, BLOCK_DQK]
+        v_pointers = v_head + cols.to(tl.int64)[:, None] * v_stride + dims_v[None, :]  # [BLOCK_N, BLOCK_DV]
     if CHECK_COLS:
         k = tl.load(k_pointers, mask=(cols < num_keys)[:, None] & (dims_qk < Dqk)[None, :], other=0.0)
         v = tl.load(v_pointers, mask=(cols < num_keys)[:, None] & (dims_v < Dv)[None, :], other=0.0)
@@ -217,6 +243,7 @@ def _accumulate(
     do_not_specialize=[
         "Lq",
         "Lk",
+        "Lc",
         "B",
         "H",
         "pos_table_len",
@@ -244,10 +271,14 @@ def hstu_attention(
     pos_table,
     ts_table,
     ts_thresholds,
+    k_cached,
+    v_cached,
+    cache_offsets,
     alpha,
     scaling_seq_len,
     Lq,
     Lk,
+    Lc,
     B,
     H,
     Dqk,
@@ -267,12 +298,13 @@ def hstu_attention(
     POS_BIAS: tl.constexpr,
     TIME_BIAS: tl.constexpr,
     MASK_KIND: tl.constexpr,
+    HAS_CACHE: tl.constexpr,
 ):
     """Compute one [BLOCK_M, Dv] tile of one head; the ABI is in kernels/README.md.
 
     ``num_targets``, ``contextual_seq_lens`` and ``scaling_seq_lens`` may be null: one predicated scalar load per
     program costs less than eight times the compiled variants.  MASK_KIND 0 is plain causal (no targets, context or
-    window), 1 is everything.
+    window), 1 is everything.  Without HAS_CACHE ``k_cached``, ``v_cached`` and ``cache_offsets`` are not read.
     """
     slot = tl.program_id(0)
     head = tl.program_id(1)
@@ -283,7 +315,7 @@ def hstu_attention(
     v_stride = H.to(tl.int64) * Dv
     out_head = out + head.to(tl.int64) * Dv
 
-    sequence, is_valid = _locate_sequence(q_offsets, k_offsets, slot, B, Lq, Lk, BLOCK_M)
+    sequence, is_valid = _locate_sequence(q_offsets, k_offsets, cache_offsets, slot, B, Lq, Lk, Lc, BLOCK_M, HAS_CACHE)
 
     # Rows outside all sequences are zero: program t clears those of [t * BLOCK_M, (t + 1) * BLOCK_M).
     zero_begin = tl.where(is_valid, tl.load(q_offsets + B), 0)
@@ -300,6 +332,12 @@ def hstu_attention(
     k_begin = tl.load(k_offsets + sequence)
     num_queries = tl.load(q_offsets + sequence + 1) - q_begin
     num_keys = tl.load(k_offsets + sequence + 1) - k_begin
+    c_begin = 0
+    num_cached = 0
+    if HAS_CACHE:
+        c_begin = tl.load(cache_offsets + sequence)
+        num_cached = tl.load(cache_offsets + sequence + 1) - c_begin
+        num_keys += num_cached
     num_tiles = (num_queries + BLOCK_M - 1) // BLOCK_M
     tile = slot - (q_begin // BLOCK_M + sequence)
     if tile >= num_tiles:
@@ -382,6 +420,11 @@ def hstu_attention(
     q_tile = tl.load(q_pointers, mask=is_query[:, None] & (dims_qk < Dqk)[None, :], other=0.0)  # [BLOCK_M, BLOCK_DQK]
     k_head = k + k_begin.to(tl.int64) * q_stride + head.to(tl.int64) * Dqk
     v_head = v + k_begin.to(tl.int64) * v_stride + head.to(tl.int64) * Dv
+    k_cached_head = k_head
+    v_cached_head = v_head
+    if HAS_CACHE:
+        k_cached_head = k_cached + c_begin.to(tl.int64) * q_stride + head.to(tl.int64) * Dqk
+        v_cached_head = v_cached + c_begin.to(tl.int64) * v_stride + head.to(tl.int64) * Dv
     pos_head = pos_table
     pos_last = 0
     pos_row = rows
@@ -397,6 +440,8 @@ def hstu_attention(
         # Rows past the end repeat the last query's time: they are not stored and must not widen the tile's range.
         row_time = tl.load(row_timestamps + q_begin.to(tl.int64) + tl.minimum(local_rows, num_queries - 1))
         col_times += k_begin.to(tl.int64)
+        if HAS_CACHE:
+            col_times += c_begin.to(tl.int64)
         ts_head += tl.where(ts_heads > 1, head, 0).to(tl.int64) * (num_buckets + 1)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
@@ -405,15 +450,22 @@ def hstu_attention(
     # the code.
     whole_tiles = (full_right - full_left) // BLOCK_N
     cut_begin = whole_tiles
+    whole_right = full_right
+    if HAS_CACHE:
+        # Whole tiles behind the cache join the cut ones, whose mask says of each column what it says of the tile.
+        whole_right = tl.maximum(tl.minimum(full_right, num_cached // BLOCK_N * BLOCK_N), full_left)
+        cut_begin = (whole_right - full_left) // BLOCK_N
     if TIME_BIAS:
         cut_begin = 0
     else:
-        for start in range(full_left, full_right, BLOCK_N):
+        for start in range(full_left, whole_right, BLOCK_N):
             acc = _accumulate(
                 acc,
                 q_tile,
-                k_head,
-                v_head,
+                k_cached_head,
+                v_cached_head,
+                k_cached_head,
+                v_cached_head,
                 start,
                 False,
                 rows,
@@ -428,6 +480,7 @@ def hstu_attention(
                 ts_thresholds,
                 alpha,
                 num_keys,
+                num_cached,
                 history,
                 context,
                 q_stride,
@@ -443,6 +496,7 @@ def hstu_attention(
                 TIME_BIAS,
                 MASK_KIND,
                 False,
+                False,
                 TIME_MAX,
             )
     for index in range(cut_begin, whole_tiles + masked_tiles):
@@ -455,6 +509,8 @@ def hstu_attention(
             q_tile,
             k_head,
             v_head,
+            k_cached_head,
+            v_cached_head,
             start,
             (cut >= 0) if TIME_BIAS else True,
             rows,
@@ -469,6 +525,7 @@ def hstu_attention(
             ts_thresholds,
             alpha,
             num_keys,
+            num_cached,
             history,
             context,
             q_stride,
@@ -484,6 +541,7 @@ def hstu_attention(
             TIME_BIAS,
             MASK_KIND,
             True,
+            HAS_CACHE,
             TIME_MAX,
         )
 

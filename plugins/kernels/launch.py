@@ -45,6 +45,9 @@ def hstu_attention_triton(
     pos_table: torch.Tensor | None = None,
     ts_table: torch.Tensor | None = None,
     ts_thresholds: torch.Tensor | None = None,
+    k_cached: torch.Tensor | None = None,
+    v_cached: torch.Tensor | None = None,
+    cache_offsets: torch.Tensor | None = None,
     alpha: float,
     scaling_seq_len: float,
     target_group_size: int = 1,
@@ -62,9 +65,11 @@ def hstu_attention_triton(
         q_offsets: [B + 1] int32; k_offsets likewise.  Checked on the device: invalid offsets give zeros.
         num_targets: [B] int32 -- candidates at each tail, clamped to the length; contextual_seq_lens [B] int32;
             scaling_seq_lens [B] float32.  When given, the last two replace the attributes.
-        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lk] and ts_thresholds [num_buckets] the same type;
-            ts_table [1 or H, num_buckets + 1] float32.  All four or none.
+        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lc + Lk], of the joined keys, and ts_thresholds
+            [num_buckets] the same type; ts_table [1 or H, num_buckets + 1] float32.  All four or none.
         pos_table: [1 or H, 2 * pos_table_len - 1] float32.
+        k_cached: [Lc, H, Dqk] like k -- keys in front of those of k; v_cached [Lc, H, Dv] and cache_offsets [B + 1]
+            int32 with it.  All three or none.
         alpha: multiplier of the products; the other attributes as in the contract.
         config: tile configuration; None takes the first tactic of the device.
         mask_kind: 0 or 1 forces a variant of the kernel; None picks 0 where the mask is plain causal.
@@ -97,6 +102,12 @@ def hstu_attention_triton(
         all(t is not None for t in times) or all(t is None for t in times),
         "row_timestamps, col_timestamps, ts_table and ts_thresholds go together",
     )
+    cache = (k_cached, v_cached, cache_offsets)
+    _require(
+        all(t is not None for t in cache) or all(t is None for t in cache),
+        "k_cached, v_cached and cache_offsets go together",
+    )
+    num_cached = 0 if k_cached is None else k_cached.shape[0]
     for name, tensor, kinds, shape in (
         ("q_offsets", q_offsets, (torch.int32,), (batch + 1,)),
         ("k_offsets", k_offsets, (torch.int32,), (batch + 1,)),
@@ -104,10 +115,13 @@ def hstu_attention_triton(
         ("contextual_seq_lens", contextual_seq_lens, (torch.int32,), (batch,)),
         ("scaling_seq_lens", scaling_seq_lens, (torch.float32,), (batch,)),
         ("row_timestamps", row_timestamps, (torch.int64, torch.int32), (q.shape[0],)),
-        ("col_timestamps", col_timestamps, (torch.int64, torch.int32), (k.shape[0],)),
+        ("col_timestamps", col_timestamps, (torch.int64, torch.int32), (num_cached + k.shape[0],)),
         ("ts_thresholds", ts_thresholds, (torch.int64, torch.int32), None),
         ("pos_table", pos_table, (torch.float32,), None),
         ("ts_table", ts_table, (torch.float32,), None),
+        ("k_cached", k_cached, (q.dtype,), (num_cached, num_heads, dqk)),
+        ("v_cached", v_cached, (q.dtype,), (num_cached, num_heads, dv)),
+        ("cache_offsets", cache_offsets, (torch.int32,), (batch + 1,)),
     ):
         if tensor is None:
             continue
@@ -164,10 +178,14 @@ def hstu_attention_triton(
         pointer(pos_table, torch.float32),
         pointer(ts_table, torch.float32),
         pointer(ts_thresholds, time_type),
+        pointer(k_cached, q.dtype),
+        pointer(v_cached, q.dtype),
+        pointer(cache_offsets, torch.int32),
         float(alpha),
         float(scaling_seq_len),
         q.shape[0],
         k.shape[0],
+        num_cached,
         batch,
         num_heads,
         dqk,
@@ -187,6 +205,7 @@ def hstu_attention_triton(
         POS_BIAS=int(pos_table is not None),
         TIME_BIAS=int(time_bias),
         MASK_KIND=mask_kind,
+        HAS_CACHE=int(cache_offsets is not None),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

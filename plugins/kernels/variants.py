@@ -28,6 +28,8 @@ class KernelVariant:
         pos_bias: the position bias is compiled in; time_bias likewise.
         timestamp_bits: 64 or 32; 0 without a time bias.
         mask_kind: 0 = plain causal (no targets, context or window), 1 = every mask.
+        has_cache: keys lie in two segments, cached and new rows; a kernel without runs no node that has a cache, and
+            one with runs no node that has none.
     """
 
     dtype: str
@@ -38,6 +40,7 @@ class KernelVariant:
     time_bias: bool
     timestamp_bits: int
     mask_kind: int
+    has_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no kernel is compiled for."""
@@ -88,6 +91,7 @@ def variants_for(
     time_bias: bool = False,
     timestamp_bits: int = 64,
     mask_kinds: tuple[int, ...] = (1,),
+    has_cache: bool = False,
 ) -> tuple[KernelVariant, ...]:
     """Return the variants that one model needs.
 
@@ -97,6 +101,7 @@ def variants_for(
         pos_bias: the model adds a position bias; time_bias likewise.
         timestamp_bits: 64, or 32 where the runtime has no int64 (TensorRT 8); ignored without a time bias.
         mask_kinds: (1,) runs every mask; (0,) is the smaller kernel of models without targets, context and window.
+        has_cache: of graphs that read cached keys.
 
     Raises:
         ValueError: if a value is out of range.
@@ -111,6 +116,7 @@ def variants_for(
             time_bias=time_bias,
             timestamp_bits=timestamp_bits if time_bias else 0,
             mask_kind=kind,
+            has_cache=has_cache,
         )
         for kind in mask_kinds
     )
@@ -141,7 +147,7 @@ def hopper_variants_of(variants: Iterable[KernelVariant]) -> tuple[HopperVariant
     """
     found: dict[HopperVariant, None] = {}
     for variant in variants:
-        if variant.aligned:
+        if variant.aligned and takes_hopper(has_cache=variant.has_cache):
             fitting = hopper_variants_for(
                 variant.dtype,
                 variant.block_dqk,

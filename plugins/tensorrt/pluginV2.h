@@ -194,7 +194,40 @@ public:
             });
     }
 
+    //! Reads what an engine stores. An engine from before an attribute with a default was there lacks its bytes, which are
+    //! the last ones of the attributes: the node then keeps the default.
+    //! Throws PluginError for any other bytes.
+    static SerializedNode nodeFrom(char const* name, void const* data, size_t length)
+    {
+        size_t lacking = 0;
+        for (auto const& spec : Operator::kAttributes)
+        {
+            lacking += spec.hasDefault ? sizeof(int32_t) : 0;
+        }
+        HSTU_CHECK(data != nullptr && length <= sizeof(SerializedNode) && length + lacking >= sizeof(SerializedNode)
+                && length % sizeof(int32_t) == 0,
+            Operator::kId.name, " node '", name, "': the engine stores ", length, " bytes; this library reads ",
+            sizeof(SerializedNode), ". The engine was built with another version of the plugin. Fix: rebuild the engine");
+        SerializedNode node;
+        char const* source = static_cast<char const*>(data);
+        auto const take = [&source](void* target, size_t bytes)
+        {
+            std::memcpy(target, source, bytes);
+            source += bytes;
+        };
+        take(&node.tag, sizeof(node.tag));
+        take(&node.size, sizeof(node.size));
+        HSTU_CHECK(node.tag == Operator::kTag && node.size == length, Operator::kId.name, " node '", name,
+            "': the engine's bytes are not those of this plugin. Fix: rebuild the engine");
+        take(&node.attributes, sizeof(node.attributes) - (sizeof(SerializedNode) - length));
+        take(&node.signature, sizeof(node.signature));
+        return node;
+    }
+
 private:
+    static_assert(sizeof(SerializedNode) == 2 * sizeof(uint32_t) + sizeof(typename Operator::Attributes)
+                      + sizeof(typename Operator::Signature),
+        "the parts are stored one behind the other");
     static_assert(std::is_trivially_copyable<typename Operator::Attributes>::value
                       && std::is_trivially_copyable<typename Operator::Signature>::value,
         "the node is stored byte by byte");
@@ -268,17 +301,9 @@ public:
         return guarded("deserializePlugin", static_cast<Plugin*>(nullptr),
             [&]
             {
-                using Node = typename Plugin::SerializedNode;
-                Node node;
-                HSTU_CHECK(serialData != nullptr && serialLength == sizeof(node), Operator::kId.name, " node '",
-                    name != nullptr ? name : "", "': the engine stores ", serialLength, " bytes; this library reads ",
-                    sizeof(node), ". The engine was built with another version of the plugin. Fix: rebuild the engine");
-                std::memcpy(&node, serialData, sizeof(node));
-                HSTU_CHECK(node.tag == Operator::kTag && node.size == sizeof(node), Operator::kId.name, " node '",
-                    name != nullptr ? name : "",
-                    "': the engine's bytes are not those of this plugin. Fix: rebuild the engine");
-                return new Plugin(
-                    typename Operator::Core(name != nullptr ? name : "", node.attributes, node.signature));
+                char const* const label = name != nullptr ? name : "";
+                auto const node = Plugin::nodeFrom(label, serialData, serialLength);
+                return new Plugin(typename Operator::Core(label, node.attributes, node.signature));
             });
     }
 

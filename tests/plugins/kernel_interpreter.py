@@ -75,6 +75,9 @@ def run_kernel(case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kin
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     inputs = {name: tensor(values) for name, values in case.optional_inputs().items()}
+    for name in ("k_cached", "v_cached"):
+        rows = inputs[name]
+        inputs[name] = None if rows is None else rows.to(dtype)
     attributes = {
         field.name: getattr(case.attrs, field.name)
         for field in dataclasses.fields(case.attrs)

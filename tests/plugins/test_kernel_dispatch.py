@@ -64,6 +64,12 @@ def test_what_the_hopper_kernel_does_not_take_goes_to_the_portable_one(
     assert [name for name, _ in called] == ["hstu_attention_triton"] * 2
 
 
+def test_a_cache_goes_to_the_portable_kernel_whole(called: list[tuple[str, dict[str, object]]]) -> None:
+    cache = {name: torch.zeros(3) for name in ("k_cached", "v_cached", "cache_offsets")}
+    _call(**cache)
+    assert called == [("hstu_attention_triton", {"ts_table": None, **cache})]
+
+
 def test_a_missing_compiler_is_named_once(
     called: list[tuple[str, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

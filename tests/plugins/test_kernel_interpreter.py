@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 
-from tests.attention_cases import attention_grid, build_case, split_requests, with_dtype
+from tests.attention_cases import attention_grid, build_case, split_requests, with_cache, with_dtype
 from tests.oracle import (
     Array,
     AttentionCase,
@@ -40,6 +40,8 @@ HALF_NAMES = (
     "dims-256x256",
     "delta-all",
     "garbage-tail",
+    "cached-score",
+    "cached-append-biased",
 )
 HALF_GRID = [with_dtype(c, dtype) for dtype in ("float16", "bfloat16") for c in GRID if c.name in HALF_NAMES]
 #: Tiles that are not square, and one key tile wider than most sequences.
@@ -49,6 +51,8 @@ TILED_NAMES = (
     "context-over-tile-and-targets",
     "both-per-head-targets-window",
     "one-long",
+    "cached-score",
+    "cached-all",
 )
 TILED = [(c, tile) for c in GRID if c.name in TILED_NAMES for tile in ((32, 16), (16, 64))]
 
@@ -89,6 +93,13 @@ def test_causal_variant_equals_general_variant(name: str, interpreter: KernelInt
     case = next(c for c in GRID if c.name == name)
     plain, general = interpreter.submit(case, mask_kind=0), interpreter.submit(case, mask_kind=1)
     np.testing.assert_array_equal(plain.result(), general.result())
+
+
+@pytest.mark.parametrize("cached", [[16, 20], [17, 0], [40, 20]])
+def test_a_split_of_the_keys_changes_no_bit(cached: list[int], interpreter: KernelInterpreter) -> None:
+    joined = build_case([40, 20], query_lengths=[20, 20], num_heads=1, time_bias="shared", seed=10)
+    whole, split = interpreter.submit(joined), interpreter.submit(with_cache(joined, cached))
+    np.testing.assert_array_equal(whole.result(), split.result())
 
 
 def test_more_sequences_than_one_scan_step(interpreter: KernelInterpreter) -> None:

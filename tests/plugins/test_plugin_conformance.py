@@ -13,7 +13,7 @@ import pytest
 from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
 from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
-from tests.attention_cases import bias_cases, mask_cases, with_dtype
+from tests.attention_cases import bias_cases, cached_cases, mask_cases, with_dtype
 from tests.norm_cases import KINDS, build_norm_case, large_norm_cases
 from tests.plugins.conformance import prepare_conformance
 from tests.plugins.conformance.libraries import headers_of_major, plugin_cache, small_library
@@ -21,12 +21,13 @@ from tests.plugins.conformance.libraries import headers_of_major, plugin_cache, 
 
 @pytest.fixture(scope="module")
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folder of program and cases, and the library: the cases are those that its two kernels can run."""
+    """The folder of program and cases, and the library: the cases are those that its kernels can run."""
     library = small_library(request.config)
     if not library.trt_version.startswith("10."):
         pytest.skip(f"the conformance program needs TensorRT 10 headers, found {library.trt_version}")
     folder = tmp_path_factory.mktemp("conformance")
     cases = [*mask_cases(), *(case for case in bias_cases() if case.name == "research")]
+    cases += [case for case in cached_cases() if case.pos_table is None and case.ts_table is None]
     norms = [build_norm_case(f"norm-{kind}", 5, 48, **KINDS[kind]) for kind in ("plain", "swish", "concat-rows")]
     prepare_conformance.write_cases([*(with_dtype(case, "float16") for case in cases), *norms], folder)
     prepare_conformance.build_program(folder)
@@ -49,6 +50,7 @@ def test_every_builder_method_behaves_for_every_mask_and_bias(prepared: tuple[Pa
     assert last == f"{len(results)} passed, 0 failed"
     builds = [r["case"] for r in results if r["mode"] == "build-phase"]
     assert {"causal", "targets", "window-context-targets-tail", "research"} <= set(builds)
+    assert {"cached-one-user", "cached-score", "cached-append"} <= set(builds)
     assert {"norm-plain", "norm-swish", "norm-concat-rows"} <= set(builds)
     fields = [r["case"] for r in results if r["mode"] == "field-names"]
     assert len(fields) == 2
@@ -76,7 +78,10 @@ def test_the_hopper_tactic_comes_first_where_it_fits(prepared: tuple[Path, Path]
     offered = {
         r["case"]: r["tactics"] for r in results if r["mode"] == "build-phase" and not r["case"].startswith("norm-")
     }
-    assert set(map(tuple, offered.values())) == {(HOPPER_TACTIC, 1, 2)}
+    cached = {tuple(tactics) for case, tactics in offered.items() if case.startswith("cached-")}
+    assert cached == {(1, 2)}, "the Hopper kernel reads no cache"
+    others = {tuple(tactics) for case, tactics in offered.items() if not case.startswith("cached-")}
+    assert others == {(HOPPER_TACTIC, 1, 2)}
 
 
 def test_a_required_tactic_that_did_not_run_is_a_failure(prepared: tuple[Path, Path]) -> None:
@@ -137,7 +142,8 @@ def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
         cache_dir=plugin_cache(request.config),
     )
     library = build_plugin_library(build)
-    cases = [case for case in prepare_conformance.large_cases() if case.name == "large-research-int32"]
+    names = ("large-research-int32", "large-cached-research-int32")
+    cases = [case for case in prepare_conformance.large_cases() if case.name in names]
     prepare_conformance.write_cases([*(with_dtype(case, "float16") for case in cases), *norms], tmp_path)
     program = prepare_conformance.build_program_v2(tmp_path, headers)
     done = subprocess.run(
@@ -148,5 +154,5 @@ def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
         timeout=60,
         check=False,
     )
-    assert done.stdout.splitlines()[-1] == "3 passed, 0 failed", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "4 passed, 0 failed", done.stdout + done.stderr
     assert done.returncode == 0

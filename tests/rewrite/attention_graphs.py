@@ -12,12 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.plugins.kernels.hopper.variants import silu_code
-from tests.oracle import Array, AttentionCase
+from tests.oracle import ELEMENT_INPUTS, Array, AttentionCase
 
 OPSET = 20
-
-#: Inputs of the operator's element type.
-ELEMENTS = ("q", "k", "v", "k_cached", "v_cached")
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
@@ -59,7 +56,7 @@ def feeds_of(case: AttentionCase) -> dict[str, Array]:
     """Every input that the case has, by contract name, queries, keys and values in its dtype."""
     given = {name: getattr(case, name) for name in ("q", "k", "v", "q_offsets", "k_offsets")} | case.optional_inputs()
     present = {name: value for name, value in given.items() if value is not None}
-    return {name: array.astype(case.dtype) if name in ELEMENTS else array for name, array in present.items()}
+    return {name: array.astype(case.dtype) if name in ELEMENT_INPUTS else array for name, array in present.items()}
 
 
 def attention_node(attributes: Mapping[str, Any], output: str = "out", **renamed: str) -> onnx.NodeProto:
@@ -85,7 +82,7 @@ def attention_model(case: AttentionCase, nodes: Sequence[onnx.NodeProto]) -> onn
     values = []
     for name, array in arrays.items():
         if name != "ts_thresholds":
-            kind = element if name in ELEMENTS else helper.np_dtype_to_tensor_dtype(array.dtype)
+            kind = element if name in ELEMENT_INPUTS else helper.np_dtype_to_tensor_dtype(array.dtype)
             values.append(helper.make_tensor_value_info(name, kind, _axes(name, array)))
     outputs = [
         helper.make_tensor_value_info(node.output[0], element, ["Lq", case.q.shape[1], case.v.shape[2]])

@@ -138,7 +138,7 @@ bool isRagged(std::string const& name)
 //! Whether a kernel reads the input in vectors.
 bool isVector(std::string const& name)
 {
-    static std::set<std::string> const vectors{"q", "k", "v", "x", "gate"};
+    static std::set<std::string> const vectors{"q", "k", "v", "k_cached", "v_cached", "x", "gate"};
     return vectors.count(name) > 0;
 }
 

@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -280,6 +281,21 @@ std::string runOnGpu(nvinfer1::IPluginV2DynamicExt& plugin, Case const& testCase
     return ", \"componentwise\": " + std::to_string(error.componentwise);
 }
 
+//! An engine from before has_cache, the last attribute, lacks its 4 bytes in front of the signature of 5 numbers.
+void checkOlderEngine(Case const& testCase, std::vector<char> const& bytes)
+{
+    constexpr size_t kSignatureBytes = 5 * sizeof(int32_t);
+    std::vector<char> older = bytes;
+    auto const end = older.end() - static_cast<std::ptrdiff_t>(kSignatureBytes);
+    older.erase(end - static_cast<std::ptrdiff_t>(sizeof(int32_t)), end);
+    require(creatorOf(testCase.op).deserializePlugin("n", older.data(), older.size()) == nullptr,
+        "bytes of another length than they say are accepted");
+    uint32_t const size = static_cast<uint32_t>(older.size());
+    std::memcpy(older.data() + sizeof(uint32_t), &size, sizeof(size));
+    Plugin const engine = own(creatorOf(testCase.op).deserializePlugin("conformance", older.data(), older.size()));
+    require(serialised(*engine) == bytes, "an engine without has_cache is not one with has_cache 0");
+}
+
 std::string runCase(Case const& testCase, bool hasGpu)
 {
     Descs const descs(testCase);
@@ -294,6 +310,11 @@ std::string runCase(Case const& testCase, bool hasGpu)
     require(serialised(*own(engine->clone())) == bytes, "the clone's bytes differ");
     require(creatorOf(testCase.op).deserializePlugin("n", bytes.data(), bytes.size() - 1) == nullptr,
         "short bytes are accepted");
+    CaseAttribute const& last = testCase.attributes.back();
+    if (last.name == "has_cache" && last.intValue == 0)
+    {
+        checkOlderEngine(testCase, bytes);
+    }
     bytes[0] = static_cast<char>(bytes[0] + 1);
     require(creatorOf(testCase.op).deserializePlugin("n", bytes.data(), bytes.size()) == nullptr,
         "foreign bytes are accepted");

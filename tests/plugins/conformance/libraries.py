@@ -19,9 +19,10 @@ from hstu_compile.plugin_library import (
 from hstu_compile.plugins.kernels.norm_variants import norm_variant
 from hstu_compile.plugins.kernels.variants import variants_for
 
-#: The two attention kernels of the CPU tests: no bias, and the research model's two biases.
+#: The attention kernels of the CPU tests: no bias, without and with a cache, and the research model's two biases.
 SMALL_VARIANTS = (
     *variants_for("float16", 16, 16),
+    *variants_for("float16", 16, 16, has_cache=True),
     *variants_for("float16", 16, 16, pos_bias=True, time_bias=True),
 )
 #: The norm kernels of the CPU tests: one of a layer's output, one of each other activation.

@@ -31,11 +31,20 @@ from hstu_compile.plugin_library import (
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
 from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, HopperVariant, hopper_variants_for, silu_code
 from hstu_compile.plugins.kernels.norm_variants import NormVariant
-from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
+from hstu_compile.plugins.kernels.variants import KernelVariant, takes_hopper, variants_for
 from tests import tolerances
-from tests.attention_cases import attention_grid, bias_cases, build_case, hostile_cases, mask_cases, with_dtype
+from tests.attention_cases import (
+    attention_grid,
+    bias_cases,
+    build_case,
+    cached_cases,
+    hostile_cases,
+    mask_cases,
+    with_cache,
+    with_dtype,
+)
 from tests.norm_cases import NormCase, all_norm_cases, norm_bounds, norm_oracle
-from tests.oracle import AttentionCase, oracle_of
+from tests.oracle import ELEMENT_INPUTS, AttentionCase, oracle_of
 
 HERE = Path(__file__).parent
 SHARED_SOURCES = ("caseFile.cpp", "compare.cpp", "device.cpp")
@@ -61,6 +70,12 @@ def large_cases() -> Iterator[AttentionCase]:
         seed=504,
         **wide,
     )
+    # Keys in two segments: boundaries on a tile, one behind it, at both ends; a score pass and an append.
+    caches = [0, 1, 63, 63, 65, 128, 260]
+    delta = [0, 0, 0, 1, 0, 1, 40]
+    score = build_case(lengths, query_lengths=delta, num_targets=delta, seed=510, **wide)
+    yield with_cache(score, caches, tail=70, name="large-cached-score")
+    yield with_cache(build_case(lengths, query_lengths=delta, seed=511, **wide), caches, name="large-cached-append")
     # More tiles than any GPU has multiprocessors, so that persistent blocks take several and count what is left.
     many = np.random.default_rng(507).integers(0, 41, 80).tolist()
     yield build_case(many, name="large-many-tiles", num_heads=4, dqk=64, dv=64, seed=507)
@@ -74,6 +89,8 @@ def large_cases() -> Iterator[AttentionCase]:
     bias = {"pos_bias": "shared", "time_bias": "shared", "next_timestamp": True, "pos_table_len": 300}
     yield build_case(lengths, name="large-research", seed=505, **fixture, **bias)
     yield build_case(lengths, name="large-research-int32", seed=506, timestamp_bits=32, **fixture, **bias)
+    append = build_case(lengths, query_lengths=delta, seed=512, timestamp_bits=32, **fixture, **bias)
+    yield with_cache(append, caches, tail=9, name="large-cached-research-int32")
     # Biases at head dims of the Hopper kernel, and tables of more heads than it has room for.
     yield build_case(lengths, name="large-bias", seed=508, num_targets=targets, **wide, **bias)
     per_head: dict[str, Any] = {"num_heads": 9, "dqk": 16, "dv": 16, "pos_bias": "per_head", "time_bias": "per_head"}
@@ -83,7 +100,7 @@ def large_cases() -> Iterator[AttentionCase]:
 def all_cases() -> list[AttentionCase]:
     """Return the grid: whole in float16; masks, biases, hostile data and two large cases in the other types."""
     large = list(large_cases())
-    some = [*mask_cases(), *bias_cases(), *hostile_cases(), *large[:2]]
+    some = [*mask_cases(), *bias_cases(), *hostile_cases(), *cached_cases(), *large[:2]]
     cases = [with_dtype(case, "float16") for case in [*attention_grid(), *large]]
     cases += [with_dtype(case, dtype) for dtype in ("bfloat16", "float32") for case in some]
     # The other form of SiLU, under the same bounds: a case of several tiles and masks in each half type.
@@ -112,6 +129,7 @@ def variants_of(cases: Iterable[AttentionCase]) -> tuple[KernelVariant, ...]:
             pos_bias=case.pos_table is not None,
             time_bias=bits > 0,
             timestamp_bits=bits or 64,
+            has_cache=case.cache_offsets is not None,
         )
         found.update(dict.fromkeys(general))
         if case.name == "large-causal":
@@ -126,6 +144,8 @@ def hopper_variants_of_cases(cases: Iterable[AttentionCase]) -> tuple[HopperVari
     """Return the Hopper kernels that the cases can use, each once; with causal-only ones for the large cases."""
     found: dict[HopperVariant, None] = {}
     for case in cases:
+        if not takes_hopper(has_cache=case.cache_offsets is not None):
+            continue
         bits = 0 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize
         for is_plain in (False, True)[: 2 if case.name == "large-causal" else 1]:
             fitting = hopper_variants_for(
@@ -148,11 +168,12 @@ def attributes_of(case: AttentionCase) -> dict[str, float | int]:
     def longest(offsets: NDArray[Any]) -> int:
         return int(np.clip(np.diff(offsets.astype(np.int64)), 1, 1 << 20).max(initial=1))
 
+    joined = case.k_offsets.astype(np.int64) + (0 if case.cache_offsets is None else case.cache_offsets)
     return {
         "alpha": case.attrs.alpha,
         "scaling_seq_len": case.attrs.scaling_seq_len,
         "max_query_len": longest(case.q_offsets),
-        "max_seq_len": longest(case.k_offsets),
+        "max_seq_len": longest(joined),
         "target_group_size": case.attrs.target_group_size,
         "contextual_seq_len": case.attrs.contextual_seq_len,
         "max_attn_len": case.attrs.max_attn_len,
@@ -163,6 +184,7 @@ def attributes_of(case: AttentionCase) -> dict[str, float | int]:
         "has_scaling_seq_lens": int(case.scaling_seq_lens is not None),
         "pos_bias": int(case.pos_table is not None),
         "time_bias": int(case.row_timestamps is not None),
+        "has_cache": int(case.cache_offsets is not None),
     }
 
 
@@ -199,7 +221,7 @@ class CaseWriter:
     def _write_attention(self, case: AttentionCase) -> None:
         required = {name: getattr(case, name) for name in ("q", "k", "v", "q_offsets", "k_offsets")}
         inputs = {
-            name: (case.dtype if name in ("q", "k", "v") else str(values.dtype), values)
+            name: (case.dtype if name in ELEMENT_INPUTS else str(values.dtype), values)
             for name, values in {**required, **case.optional_inputs()}.items()
             if values is not None
         }
@@ -309,7 +331,9 @@ def fixture_variants() -> tuple[KernelVariant, ...]:
         for variant in variants_for(dtype, 50, 50, pos_bias=True, time_bias=True, timestamp_bits=32)
         for aligned in (False, True)
     )
-    return (*fixture, *variants_for("float16", 64, 64), *variants_for("float32", 64, 64))
+    cached = variants_for("float16", 50, 50, pos_bias=True, time_bias=True, timestamp_bits=32, has_cache=True)
+    wide = [variants_for(dtype, 64, 64) for dtype in ("float16", "float32")]
+    return (*fixture, *cached, *wide[0], *wide[1], *variants_for("float16", 64, 64, has_cache=True))
 
 
 def print_progress(stage: str, done: int, total: int) -> None:
