@@ -24,7 +24,9 @@ ITEM_EMBEDDINGS_TAP = "candidates_item_embeddings"
 
 def is_tap(name: str) -> bool:
     """Whether a value is intermediate: shown by a runtime that can, and never served."""
-    return name.startswith(TAP_PREFIX) or name in (USER_EMBEDDINGS_TAP, ITEM_EMBEDDINGS_TAP)
+    # An exporter may call a norm's value layer_norm.
+    is_layer = name.startswith(TAP_PREFIX) and name.removeprefix(TAP_PREFIX).isdecimal()
+    return is_layer or name in (USER_EMBEDDINGS_TAP, ITEM_EMBEDDINGS_TAP)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 from hstu_compile.calibration.batches import retrieval_batches
+from hstu_compile.calibration.quantization import plan_quantization
 from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.calibration.table import CalibrationTable
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
+from hstu_compile.config import Quantization
+from hstu_compile.model.fake_quantization import product_weights
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.product import product_sites
 from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.quantized import QuantizationPlan
 from hstu_compile.served import served_graphs
 
 
@@ -54,3 +58,11 @@ def calibration_table(
     )
     sites = site_statistics(model_from_spec(spec), [batch.arrays for batch in batches])
     return CalibrationTable(spec.sha256, spec.dialect, observer, (), sites)  # type: ignore[arg-type]
+
+
+def quantization_plan(
+    model: HstuModel, requests: Iterable[Mapping[str, NDArray[Any]]], kind: Quantization, **options: Any
+) -> QuantizationPlan:
+    """The plan of a float32 model by its activations on the requests."""
+    table = CalibrationTable("0" * 64, "native", "amax", (), site_statistics(model, requests))
+    return plan_quantization(table, product_weights(model), kind, **options)
