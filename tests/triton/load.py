@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 
 from tests.triton.clients import PROTOCOLS, Prepared, Protocol, prepared, send
-from tests.triton.processes import MIB, rss_mib, stub_processes
+from tests.triton.memory import Memory, MemoryWatch
 from tests.triton.server import TritonServer, grpc_client, http_client
 from tests.triton.workload import Question
 
 _SHARE_KEYED = 0.6
-_SAMPLES_PER_SECOND = 4
-#: Of the requests: before that a process still meets lengths and batch sizes for the first time.
-WARM_SHARE = 0.25
 _MOST_EXAMPLES = 5
 
 
@@ -36,21 +33,6 @@ class LoadPlan:
     requests: int
     clients: int = 16
     seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Resident memory of one process.
-
-    Attributes:
-        warm_mib: median over the first tenth of the time after the warm-up.
-        end_mib: median over the last tenth.
-        slope_bytes: least squares over the time after the warm-up, in bytes per request that the server answered.
-    """
-
-    warm_mib: float
-    end_mib: float
-    slope_bytes: float
 
 
 @dataclasses.dataclass
@@ -128,42 +110,6 @@ class _Tally:
                 report.examples.append(f"{question.model} over {protocol}: {fault}")
 
 
-class _MemoryWatch:
-    """Looks at every process of the server a few times a second, in a thread of its own."""
-
-    def __init__(self, server: TritonServer, done: Callable[[], int]) -> None:
-        self._pids = {"tritonserver": server.pid}
-        self._pids |= {f"stub of {model}": pid for model, pid in sorted(stub_processes(server.pid).items())}
-        self._done, self._over = done, threading.Event()
-        self._seen: list[tuple[int, list[float]]] = []
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        while not self._over.wait(1 / _SAMPLES_PER_SECOND):
-            self._seen.append((self._done(), [rss_mib(pid) for pid in self._pids.values()]))
-
-    def __enter__(self) -> _MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def found(self, requests: int) -> dict[str, Memory]:
-        """Of each process; `requests` in all decide what is warm-up."""
-        warm = [(done, values) for done, values in self._seen if done >= requests * WARM_SHARE]
-        done = np.array([each for each, _ in warm], np.float64)
-        tenth = max(1, len(warm) // 10)
-        memory = {}
-        for index, process in enumerate(self._pids):
-            values = np.array([each[index] for _, each in warm])
-            slope = float(np.polyfit(done, values * MIB, 1)[0])
-            warm_mib, end_mib = float(np.median(values[:tenth])), float(np.median(values[-tenth:]))
-            memory[process] = Memory(round(warm_mib, 2), round(end_mib, 2), round(slope, 1))
-        return memory
-
-
 def statistics_of(server: TritonServer, model: str) -> dict[str, int]:
     """The server's own counts since the model was loaded."""
     with http_client(server) as client:
@@ -220,7 +166,7 @@ def run_load(
 
     threads = [threading.Thread(target=one_client, args=(number,)) for number in range(plan.clients)]
     started = time.perf_counter()
-    with _MemoryWatch(server, done) as watch:
+    with MemoryWatch(server.pid, done) as watch:
         for thread in threads:
             thread.start()
         for thread in threads:

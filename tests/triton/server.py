@@ -94,13 +94,13 @@ class TritonServer:
         Raises:
             RuntimeError: with the end of the log, if it ends or does not become ready.
         """
-        backends, python = self._folder / "backends", self._folder / "python"
-        if not backends.exists():
+        python = self._folder / "python"
+        if not (self._folder / "backends").exists():
             copy_backend(self._found, self._folder)
             make_python(python)
         self._environment = server_environment(self._found, python / "bin") | self._more_environment
         for attempt in range(3):
-            self._launch(backends)
+            self._launch()
             try:
                 self._wait_until_ready()
                 return self
@@ -111,12 +111,14 @@ class TritonServer:
                     raise
         raise AssertionError("unreachable")
 
-    def _launch(self, backends: Path) -> None:
-        self.http_port, self.grpc_port, self.metrics_port = free_port(), free_port(), free_port()
-        command = [
-            str(self._found.binary),
-            f"--model-repository={self.repository}",
-            f"--backend-directory={backends}",
+    def command(self) -> list[str]:
+        """What `start` runs."""
+        return [str(self._found.binary), f"--model-repository={self.repository}", *self.options()]
+
+    def options(self) -> list[str]:
+        """Of the command line, without the repository."""
+        return [
+            f"--backend-directory={self._folder / 'backends'}",
             *(["--model-control-mode=explicit"] if self._explicit else []),
             *("--http-address=127.0.0.1", f"--http-port={self.http_port}"),
             *("--grpc-address=127.0.0.1", f"--grpc-port={self.grpc_port}"),
@@ -125,10 +127,13 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._region}",
             *self._arguments,
         ]
+
+    def _launch(self) -> None:
+        self.http_port, self.grpc_port, self.metrics_port = free_port(), free_port(), free_port()
         with self.log_file.open("wb") as log:
             # A session of its own: what is left of it can be ended together, and Ctrl-C reaches pytest alone.
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+                self.command(), stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
             )
 
     def _wait_until_ready(self) -> None:
