@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,18 +30,17 @@ sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "tests" / "bench")]
 
 from checks import Check, Checks, Finished, run_command  # noqa: E402
 from ranking_checks import fitting, ranking_session  # noqa: E402
+from served_bundles import BUNDLES, Clock, compute_capability, found_engine, served_bundle  # noqa: E402
 
 from hstu_compile import bundle as bundles  # noqa: E402
 from hstu_compile.environment import loaded_libraries  # noqa: E402
 from hstu_compile.m_falcon_check import requests_of  # noqa: E402
-from hstu_compile.plugin_library import SELF_REGISTERING  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
 from hstu_compile.runtime.kv_cache import KvLayout  # noqa: E402
 from hstu_compile.runtime.ranking_spec import RankingSpec  # noqa: E402
 from hstu_compile.runtime.session import Session, open_session  # noqa: E402
 from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402
 
-BUNDLES = ("research-fp16", "dlrm-fp16")
 RANKING = "ranking"
 SOAK_REQUESTS = 10_000
 #: Users of full length that the soak's cache holds: far fewer than there are, so that some go.
@@ -57,17 +53,6 @@ DEFAULT_ITERATIONS = 200
 _CLEAN = re.compile(r"ERROR SUMMARY: 0 errors")
 
 Answers = list[dict[str, np.ndarray[Any, Any]]]
-
-
-class Clock:
-    """What is left of the script's time."""
-
-    def __init__(self, budget: float) -> None:
-        self._end = time.monotonic() + budget
-
-    def at_most(self, seconds: float) -> float:
-        """That many seconds, or what is left, but always long enough to fail with a message."""
-        return max(1.0, min(seconds, self._end - time.monotonic()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,49 +88,6 @@ def program_of(job: Path) -> Program:
     path = job / "cpp_loader" / "hstu_score"
     path.chmod(0o755)
     return Program(path, Path(found["libnvinfer"][0]), {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)})
-
-
-def compute_capability() -> str:
-    """Of the first GPU, "9.0"."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-
-
-def served_bundle(
-    source: Path, engines: Mapping[str, Path], plugin: Path, target: Path, version: str, capability: str
-) -> Path:
-    """Put a bundle with engines together: files, engines, the plugin library, and a manifest that vouches for all."""
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.onnx", "report.*"))
-    for graph, engine in engines.items():
-        shutil.copyfile(engine, target / bundles.model_files(graph)[1])
-    shutil.copyfile(plugin, target / SELF_REGISTERING)
-    manifest = json.loads((target / bundles.MANIFEST).read_text(encoding="utf-8"))
-    manifest["backend"] = {
-        "name": "tensorrt",
-        "reason": "the engines were built where they run",
-        "version": version,
-        "compute_capabilities": [capability],
-    }
-    for graph in manifest["graphs"]:
-        graph["engine"] = bundles.model_files(graph["name"])[1]
-    (target / bundles.MANIFEST).unlink()
-    manifest["files"] = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(target.iterdir())
-    }
-    (target / bundles.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return target
-
-
-def found_engine(name: str, graph: str, places: Sequence[Path]) -> Path | None:
-    """An engine that the steps trt85 or ranking left."""
-    file = bundles.model_files(graph)[1]
-    candidates = [place / each for place in places for each in (f"{name}/{file}", f"{name}-plugin.engine")]
-    # The step trt85 names an engine by its bundle: of one graph.
-    fitting_names = [path for path in candidates if path.parent.name == name or graph == "retrieval"]
-    return next((path for path in fitting_names if path.is_file()), None)
 
 
 def build_engine(onnx: Path, engine: Path, plugin: Path, max_batch: int, timeout: float) -> Finished:
