@@ -34,6 +34,7 @@ SOURCES = {
     "ranking": "ranking.json",
     "ranking-soak": "ranking-soak.json",
     "cpp_loader": "cpp_loader.json",
+    "triton": "triton.json",
 }
 TIMINGS = {"tensorrt85": "tensorrt85-timing.json", "rtx": "rtx-timing.json"}
 #: Results whose engines were compared with float64.

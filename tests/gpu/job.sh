@@ -6,6 +6,7 @@
 #        ranking                              packed, prefill and score engines, M-FALCON and the KV cache over them
 #        ranking-soak                         20,000 requests on the engines that ranking left in WORK
 #        cpp-loader                           the C++ loader on the engines that trt85 and ranking left in WORK
+#        triton                               a real tritonserver on the engines that these steps left in WORK
 #        bench-m-falcon-peers                 the M-FALCON benchmark's references and its PyTorch peers
 #        bench-m-falcon-engines               tests/bench/bench_m_falcon.py on the engines that ranking left in WORK
 #        trt85-accuracy                       where float32 engines of TensorRT 8.5 lose accuracy, layer by layer
@@ -23,6 +24,7 @@
 #   KERNELS_OPTIONS    of run_kernels.py, such as --only-hopper
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
 #   CPP_LOADER_OPTIONS of run_cpp_loader.py, such as "--bundles research-fp16 --soak-requests 1000"
+#   TRITON_OPTIONS     of run_triton.py, such as "--bundles research-fp16 --load-requests 1000"
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
 #   ATTENTION_BUDGET   its seconds
@@ -81,7 +83,7 @@ trt85-accuracy() {
 models=$work/models
 engines=$work/ranking/engines
 m_falcon=m_falcon-fp16
-export TRITON_CACHE_DIR=$work/triton
+export TRITON_CACHE_DIR=$work/triton-kernels
 peers() { with_paths timeout 540 "$python" "$library/tests/bench/m_falcon_peers.py" --meta-repo "$job/meta" "$@"; }
 ranking() {
     local status=0
@@ -105,6 +107,16 @@ cpp-loader() {
     # shellcheck disable=SC2086
     in_tensorrt85 timeout 238 python3.10 "$gpu_tests/run_cpp_loader.py" "$job" "$1" --scratch "$work/cpp-loader-bundles" \
         --engines "$work/trt85/engines" "$engines" ${CPP_LOADER_OPTIONS:-}
+}
+triton() {
+    local server=$work/tritonserver
+    command -v xz >/dev/null || { echo "xz is missing here; tritonserver.tar.xz cannot be unpacked"; return 1; }
+    bash "$repository/tests/gpu/unpack.sh" "$job/triton/tritonserver.tar.xz" "$server" || return 1
+    # The script has 132 seconds and writes down what it found after each part.
+    # shellcheck disable=SC2086
+    PYTHONPATH=$server${PYTHONPATH:+:$PYTHONPATH} in_tensorrt85 timeout -k 3 142 python3.10 "$gpu_tests/run_triton.py" "$job" "$1" \
+        --scratch "$work/triton-served" --engines "$work/trt85/engines" "$engines" "$work/cpp-loader-bundles/engines" \
+        ${TRITON_OPTIONS:-}
 }
 bench-m-falcon-peers() {
     local status=0
@@ -212,7 +224,7 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | cpp-loader | bench-plugin | \
+        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | cpp-loader | triton | bench-plugin | \
             bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac

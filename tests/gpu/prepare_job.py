@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from hstu_compile.model.config import RetrievalConfig  # noqa: E402
 from hstu_compile.op_schema import is_attention  # noqa: E402
 from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library, find_cuda_headers  # noqa: E402
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for  # noqa: E402
+from hstu_compile.serving.local_server import find_installation  # noqa: E402
 from tests.exported_models import small_model  # noqa: E402
 
 import prepare_data  # noqa: E402
@@ -56,6 +58,9 @@ RANKING_GRAPHS = ("model.onnx", "prefill.onnx", "score.onnx")
 UNREAD = ("report.html", "report.json", "*onnxruntime_outputs.json")
 #: The builder of TensorRT 8.5 crashes on a retrieval graph whose last layer is pruned.
 UNPRUNED = ("--no-prune",)
+#: Of the Python that TensorRT 8.5 has.
+TENSORRT8_PYTHON = "3.10"
+TRITON_ARCHIVE = "tritonserver.tar.xz"
 #: Pure-Python packages that the engine stage needs and a bare GPU machine may lack.
 CARRIED_PACKAGES = {"PyYAML": "yaml", "click": "click", "polygraphy": "polygraphy"}
 
@@ -237,6 +242,47 @@ def build_cpp_loader(job: Path, headers: Path) -> None:
         shutil.copy2(Path(folder) / "hstu_score", job / "cpp_loader")
 
 
+def pack_triton(job: Path) -> None:
+    """The installed tritonserver with its Python backend, the stub of TensorRT's Python, and the libraries they need.
+
+    Raises:
+        SystemExit: saying what to install.
+    """
+    found = find_installation()
+    if isinstance(found, str):
+        raise SystemExit(f"error: {found}")
+    root = found.libraries.parent
+    stub = found.stub.parents[1] / TENSORRT8_PYTHON / found.stub.name
+    backend = [path for path in sorted(found.backend.iterdir()) if path.is_file()]
+    linked = [found.binary, stub, *(path for path in backend if path.suffix == ".so")]
+    scripts = [path for path in backend if path not in linked]
+    files = [*linked, *scripts, *needed_libraries(linked, found.libraries)]
+    (job / "triton").mkdir(exist_ok=True)
+    archive = job / "triton" / TRITON_ARCHIVE
+    partial = archive.with_suffix(".partial")
+    names = [str(path.relative_to(root)) for path in files]
+    # tar and xz themselves: a Python may have been built without lzma.
+    subprocess.run(["tar", "-cJf", str(partial), "-C", str(root), *names], check=True)
+    partial.replace(archive)
+    size = sum(path.stat().st_size for path in files)
+    print(f"{archive.name}: {archive.stat().st_size / 2**20:.1f} MiB of {size / 2**20:.0f} MiB, {len(files)} files")
+
+
+def needed_libraries(programs: Sequence[Path], folder: Path) -> list[Path]:
+    """Shared libraries of a folder that the programs need, and those that these need."""
+    found: dict[Path, None] = {}
+    waiting = list(programs)
+    while waiting:
+        command = ["readelf", "-d", str(waiting.pop())]
+        table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for name in re.findall(r"\(NEEDED\).*\[(.+)\]", table):
+            library = folder / name
+            if library.is_file() and library not in found:
+                found[library] = None
+                waiting.append(library)
+    return sorted(found)
+
+
 def layers_of(job: Path, names: Sequence[str]) -> dict[str, int]:
     """Attention nodes of each bundle that is there; of the others, what an earlier run counted."""
     record = job / "job.json"
@@ -273,7 +319,7 @@ def main() -> int:
     parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parts = [*MODELS, "dlrm", "m_falcon", "plugin", "conformance", "cpp-loader"]
+    parts = [*MODELS, "dlrm", "m_falcon", "plugin", "conformance", "cpp-loader", "triton"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
     arguments = parser.parse_args()
     job: Path = arguments.out.resolve()
@@ -305,6 +351,8 @@ def main() -> int:
         prepare_conformance(job, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "cpp-loader" in arguments.only:
         build_cpp_loader(job, arguments.tensorrt8_include_dir)
+    if "triton" in arguments.only:
+        pack_triton(job)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout.strip()
