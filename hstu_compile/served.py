@@ -162,11 +162,11 @@ class _Append(_Recommender):
         cached = _key_values(features, self.model.config.num_layers, self.model.dtype)
         seen = features.pop(CACHED_ITEM_IDS, None)
         output = self.model.append(**features, key_values=cached, max_new=self.max_new)
-        assert output.cache is not None
+        assert output.joined is not None
         ids = features["item_ids"]
         if seen is not None:
-            ids = torch.cat([seen, ids]).index_select(0, output.cache.key_rows)
-        answers = self.answers(output.activations[-1], features[SEQ_OFFSETS], ids, output.cache.key_offsets)
+            ids = torch.cat([seen, ids]).index_select(0, output.joined.index)
+        answers = self.answers(output.activations[-1], features[SEQ_OFFSETS], ids, output.joined.offsets)
         return (*answers, *(part for pair in output.key_values for part in pair), *output.activations)
 
 

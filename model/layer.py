@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from hstu_compile.model.attention import AttentionAttrs, compute_dtype, hstu_attention
 from hstu_compile.model.config import LayerConfig
-from hstu_compile.model.jagged import sequence_index
 from hstu_compile.model.ops import hstu_attention_op
 from hstu_compile.model.product import Product
 from hstu_compile.model.rab import time_bucket_thresholds
@@ -31,39 +30,12 @@ class CachedRows:
     """Rows whose keys and values are known already, in front of the rows of a batch.
 
     Attributes:
-        key_offsets: [B + 1] int32 -- bounds of cached and new rows together.
-        key_rows: [Lk] int64 -- of each joined row, its place in the cached rows followed by the new ones.
+        offsets: [B + 1] int32 -- bounds of the cached rows.
         max_query_len: most new rows of one sequence.
     """
 
-    key_offsets: Tensor
-    key_rows: Tensor
+    offsets: Tensor
     max_query_len: int
-
-    @classmethod
-    def before(
-        cls, seq_offsets: Tensor, cache_offsets: Tensor, num_new: int, num_cached: int, max_query_len: int
-    ) -> CachedRows:
-        """Put each sequence's cached rows in front of its new ones.
-
-        Args:
-            seq_offsets: [B + 1] int32 -- bounds of the new rows.
-            cache_offsets: [B + 1] int32 -- bounds of the cached rows.
-            num_new: rows of the batch.
-            num_cached: rows of the cache.
-            max_query_len: most new rows of one sequence.
-        """
-        key_offsets = cache_offsets + seq_offsets
-        owner = sequence_index(key_offsets, num_cached + num_new)
-        rows = torch.arange(num_cached + num_new, device=key_offsets.device)
-        index = rows - key_offsets.to(torch.int64).index_select(0, owner)
-        cached_len = (cache_offsets[1:] - cache_offsets[:-1]).to(torch.int64).index_select(0, owner)
-        key_rows = torch.where(
-            index < cached_len,
-            cache_offsets.to(torch.int64).index_select(0, owner) + index,
-            num_cached + seq_offsets.to(torch.int64).index_select(0, owner) + index - cached_len,
-        ).clamp(0, num_cached + num_new - 1)
-        return cls(key_offsets, key_rows, max_query_len)
 
 
 class KeyValue(NamedTuple):
@@ -80,7 +52,7 @@ class JaggedBatch:
     Attributes:
         seq_offsets: [B + 1] int32.
         row_timestamps: [L] int64 seconds or None -- query side of the time bias.
-        col_timestamps: [L] int64 seconds or None -- key side.
+        col_timestamps: [L] int64 seconds or None -- key side; with a cache those of the joined rows, [Lc + L].
         num_targets: [B] int32 or None -- candidates at each tail.
         scaling_seq_lens: [B] float32 or None -- divisor per sequence, instead of the model's.
         max_seq_len: most rows of one sequence, cached ones included; None is the model's own limit.
@@ -194,12 +166,12 @@ class HstuLayer(nn.Module):
         q = uvqk.q.view(-1, attn.num_heads, attn.attention_dim)
         k, v = self.key_value(uvqk)
         longest = attn.max_seq_len if batch.max_seq_len is None else batch.max_seq_len
-        key_offsets, max_query_len = batch.seq_offsets, longest
+        k_cached = v_cached = cache_offsets = None
+        max_query_len = longest
         if batch.cache is not None:
             assert cached is not None
-            k = torch.cat([cached.k, k]).index_select(0, batch.cache.key_rows)
-            v = torch.cat([cached.v, v]).index_select(0, batch.cache.key_rows)
-            key_offsets, max_query_len = batch.cache.key_offsets, batch.cache.max_query_len
+            (k_cached, v_cached), cache_offsets = cached, batch.cache.offsets
+            max_query_len = batch.cache.max_query_len
         attrs = AttentionAttrs(
             alpha=float(attn.alpha),
             scaling_seq_len=float(attn.scaling_seq_len),
@@ -222,7 +194,7 @@ class HstuLayer(nn.Module):
                 k,
                 v,
                 batch.seq_offsets,
-                key_offsets,
+                batch.seq_offsets,
                 batch.num_targets,
                 None,
                 batch.scaling_seq_lens,
@@ -232,6 +204,9 @@ class HstuLayer(nn.Module):
                 self.ts_table,
                 thresholds,
                 **dataclasses.asdict(attrs),
+                k_cached=k_cached,
+                v_cached=v_cached,
+                cache_offsets=cache_offsets,
             )
         else:
             out = hstu_attention(
@@ -239,7 +214,7 @@ class HstuLayer(nn.Module):
                 k,
                 v,
                 batch.seq_offsets,
-                key_offsets,
+                batch.seq_offsets,
                 attrs,
                 num_targets=batch.num_targets,
                 scaling_seq_lens=batch.scaling_seq_lens,
@@ -248,6 +223,9 @@ class HstuLayer(nn.Module):
                 pos_table=self.pos_table,
                 ts_table=self.ts_table,
                 ts_thresholds=thresholds,
+                k_cached=k_cached,
+                v_cached=v_cached,
+                cache_offsets=cache_offsets,
             )
         return out.reshape(-1, attn.num_heads * attn.linear_dim)
 

@@ -396,13 +396,11 @@ class RankingModel(nn.Module):
             micro_batch: most candidates of one user here; None is the config's max_candidates.
         """
         config, context = self.config, self.config.contextual_len
-        candidate_offsets, cache_offsets = features[CANDIDATE_OFFSETS], features[CACHE_OFFSETS]
+        candidate_offsets = features[CANDIDATE_OFFSETS]
         query_times = features[config.candidate_time_feature]
-        num_candidates, num_cached = query_times.shape[0], key_values[0].k.shape[0]
-        candidates = _sequences(candidate_offsets, num_candidates)
+        candidates = _sequences(candidate_offsets, query_times.shape[0])
 
         most = config.max_candidates if micro_batch is None else micro_batch
-        cache = CachedRows.before(candidate_offsets, cache_offsets, num_candidates, num_cached, most)
 
         candidate_rows = {name: self.lookup(features[name], table) for name, table in config.candidate_ids.items()}
         ids = [candidate_rows[feature.candidate] for feature in config.sequence_features]
@@ -419,7 +417,7 @@ class RankingModel(nn.Module):
             num_targets=candidate_offsets[1:] - candidate_offsets[:-1],
             scaling_seq_lens=features[SCALING_SEQ_LENS] if config.scaling == "batch" else None,
             max_seq_len=context + config.max_history_len + most,
-            cache=cache,
+            cache=CachedRows(features[CACHE_OFFSETS], most),
         )
         activations = [x]
         for layer, cached in zip(self.layers, key_values, strict=True):

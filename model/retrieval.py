@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hstu_compile.model.attention import compute_dtype
 from hstu_compile.model.config import RetrievalConfig
-from hstu_compile.model.jagged import sequence_index, with_zero_row
+from hstu_compile.model.jagged import JoinedRows, joined_rows, sequence_index, with_zero_row
 from hstu_compile.model.layer import CachedRows, HstuLayer, JaggedBatch, KeyValue
 
 HOURS_PER_DAY = 24
@@ -36,12 +36,12 @@ class EncodedRows(NamedTuple):
     Attributes:
         key_values: of every layer.
         activations: residual stream before the first layer and after each one.
-        cache: how these rows follow the cached ones; None where there are no others.
+        joined: how these rows follow the cached ones; None where there are no others.
     """
 
     key_values: tuple[KeyValue, ...]
     activations: tuple[Tensor, ...]
-    cache: CachedRows | None
+    joined: JoinedRows | None
 
 
 def hour_of_day_table(embedding_dim: int) -> Tensor:
@@ -239,24 +239,27 @@ class RetrievalModel(nn.Module):
         """
         config, num_new, num_cached = self.config, timestamps.shape[0], key_values[0].k.shape[0]
         batch, position = self.batch(timestamps, seq_offsets, request_timestamps)
-        cache = CachedRows.before(seq_offsets, cache_offsets, num_new, num_cached, max_new or config.max_seq_len)
+        joined = joined_rows(cache_offsets, seq_offsets, num_cached, num_new)
         key_timestamps = None
         if config.has_time_bias:
             if cached_timestamps is None:
                 raise ValueError("this model has a time bias; cached_timestamps [Lc] are missing")
-            key_timestamps = torch.cat([cached_timestamps, timestamps]).index_select(0, cache.key_rows)
+            key_timestamps = torch.cat([cached_timestamps, timestamps]).index_select(0, joined.index)
         cached_len = (cache_offsets[1:] - cache_offsets[:-1]).to(torch.int64)
         position = position + cached_len.index_select(0, sequence_index(seq_offsets, num_new))
-        joined = dataclasses.replace(batch, col_timestamps=key_timestamps, cache=cache)
-        return self._encode(self.embed(item_ids, timestamps, position, ratings), joined, key_values)
+        cache = CachedRows(cache_offsets, max_new or config.max_seq_len)
+        batch = dataclasses.replace(batch, col_timestamps=key_timestamps, cache=cache)
+        return self._encode(self.embed(item_ids, timestamps, position, ratings), batch, key_values, joined)
 
-    def _encode(self, x: Tensor, batch: JaggedBatch, cached: Sequence[KeyValue | None]) -> EncodedRows:
+    def _encode(
+        self, x: Tensor, batch: JaggedBatch, cached: Sequence[KeyValue | None], joined: JoinedRows | None = None
+    ) -> EncodedRows:
         activations, key_values = [x], []
         for layer, before in zip(cast(Iterable[HstuLayer], self.layers), cached, strict=True):
             uvqk = layer.project_uvqk(activations[-1])
             key_values.append(layer.key_value(uvqk))
             activations.append(layer.output(activations[-1], uvqk.u, layer.attend(uvqk, batch, before)))
-        return EncodedRows(tuple(key_values), tuple(activations), batch.cache)
+        return EncodedRows(tuple(key_values), tuple(activations), joined)
 
     def user_embeddings(self, last_activation: Tensor, seq_offsets: Tensor) -> Tensor:
         """[L, D] -> [B, item_embedding_dim] float32: the normalised last row of each sequence, zeros if it is empty."""
