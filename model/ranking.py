@@ -208,7 +208,7 @@ class RankingModel(nn.Module):
 
         Args:
             rows: [L, D] in `compute_dtype`.
-            position: [L] int64 rows of the position table.
+            position: [L] int64 rows of the position table, or [1], one for all.
             distance: [L] int64 seconds before the query.
         """
         config, wide = self.config, compute_dtype(self.dtype)
@@ -398,18 +398,17 @@ class RankingModel(nn.Module):
         config, context = self.config, self.config.contextual_len
         candidate_offsets = features[CANDIDATE_OFFSETS]
         query_times = features[config.candidate_time_feature]
-        candidates = _sequences(candidate_offsets, query_times.shape[0])
-
         most = config.max_candidates if micro_batch is None else micro_batch
 
         candidate_rows = {name: self.lookup(features[name], table) for name, table in config.candidate_ids.items()}
         ids = [candidate_rows[feature.candidate] for feature in config.sequence_features]
-        actions = None
+        rows = self.event_rows(ids, None, 0)
         if config.action_feature:
-            actions = self.action_mlp(self.target_action_embedding)
-        rows = self.event_rows(ids, actions, 0)
-        position = torch.full_like(candidates.index, context)
-        distance = features[REQUEST_TIMESTAMPS].index_select(0, candidates.owner) - query_times
+            rows = rows + self.action_mlp(self.target_action_embedding)
+        # Every candidate has the same action and the same position: one row of each, which the sums repeat.
+        position = torch.full((1,), context, device=query_times.device)
+        owner = sequence_index(candidate_offsets, query_times.shape[0])
+        distance = features[REQUEST_TIMESTAMPS].index_select(0, owner) - query_times
         x = self.encode_position(rows, position, distance)
 
         jagged = JaggedBatch(
