@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Python 3.11 first: it is the version that every dependency has a wheel for. Override with `make env PYTHON=...`.
 PYTHON ?=
-PYTHON_CANDIDATES := python3.11 python3.12 python3.10 python3
+PYTHON_CANDIDATES := python3.11 python3.12 python3
 # This exact release has CPU wheels. Installed before the rest, so that no other package chooses another torch.
 TORCH ?= torch==2.13.0
 EXTRAS := export,cpu,rtx,plugin,dev
@@ -43,11 +43,11 @@ env: ## create .venv with all that the CPU path needs; nothing to do when curren
 	if [ ! -x $(BIN)/python ]; then
 		python=""
 		for candidate in $(or $(PYTHON),$(PYTHON_CANDIDATES)); do
-			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 				2>/dev/null; then python="$$candidate"; break; fi
 		done
 		if [ -z "$$python" ]; then
-			echo "error: no Python 3.10 to 3.12 with venv among: $(or $(PYTHON),$(PYTHON_CANDIDATES))" >&2
+			echo "error: no Python 3.11 or 3.12 with venv among: $(or $(PYTHON),$(PYTHON_CANDIDATES))" >&2
 			echo "  Fix: install one (Debian and Ubuntu: python3.11 python3.11-venv), or: make env PYTHON=/path/to/python" >&2
 			exit 2
 		fi

@@ -31,6 +31,8 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _ERRORS_ONLY = 3
+#: 1.23.2 gives wrong predictions for ranking graphs, by hundreds of times the bound; older ones were not looked at.
+_OLDEST = (1, 31)
 
 #: Behind the name of a session that holds bfloat16 in float32: what ran is not quite what ships.
 WIDENED = "bf16 widened to float32"
@@ -50,7 +52,7 @@ class OnnxRuntimeSession:
         use_gpu: use the CUDA provider, and nothing else.
 
     Raises:
-        EngineError: HSTU-E401 if ONNX Runtime or the provider is absent, E404 if it cannot load the graph.
+        EngineError: HSTU-E401 if ONNX Runtime or the provider is absent or too old, E404 if it cannot load the graph.
     """
 
     def __init__(self, model: Path | onnx.ModelProto, *, taps: Sequence[str] = (), use_gpu: bool = False) -> None:
@@ -64,6 +66,7 @@ class OnnxRuntimeSession:
                 "pip install 'hstu-compile[cpu]'",
                 {"runtime": "onnxruntime"},
             ) from error
+        _require_version(onnxruntime.__version__)
         provider = "CUDAExecutionProvider" if use_gpu else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise EngineError(
@@ -192,6 +195,18 @@ def _narrowed(name: str, values: NDArray[Any]) -> NDArray[np.uint16]:
     if bits is None:
         raise InternalError(f"the widened graph gave {name} values that bfloat16 cannot hold")
     return bits
+
+
+def _require_version(version: str) -> None:
+    oldest = ".".join(map(str, _OLDEST))
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise EngineError(
+            "HSTU-E401",
+            f"ONNX Runtime {version} is too old",
+            f"it computes some of our graphs wrong; {oldest} is the oldest that was found right",
+            f"pip install 'onnxruntime>={oldest}' (Python 3.11 or newer), or use an engine",
+            {"runtime": "onnxruntime", "version": version, "oldest": oldest},
+        )
 
 
 def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes, frozenset[str], bool]:

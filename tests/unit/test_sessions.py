@@ -197,3 +197,13 @@ def test_tf32_is_off_only_while_a_float32_rtx_engine_is_built_or_loaded(monkeypa
     with tf32_override_off(True):
         assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     assert os.environ.get("NVIDIA_TF32_OVERRIDE") == before
+
+
+def test_an_onnxruntime_that_computes_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(EngineError, match=r"ONNX Runtime 1\.23\.2 is too old") as caught:
+        open_session("onnxruntime", onnx=exported_graph("fp32"))
+    assert caught.value.code == "HSTU-E401"
+    assert caught.value.context["oldest"] == "1.31"
