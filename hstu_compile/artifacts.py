@@ -90,6 +90,85 @@ class OnnxGraph:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One attention that a kernel of ours computes between two segments.
+
+    Attributes:
+        name: of the node.
+        attributes: the contract's, defaults included.
+        inputs: the contract's name of each input that the node has, in the contract's order, to the tensor's name.
+        output: name of the tensor that it makes.
+    """
+
+    name: str
+    attributes: dict[str, Any]
+    inputs: dict[str, str]
+    output: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One entry of the schedule: a segment or an attention, by its index in `SegmentedGraph`."""
+
+    kind: Literal["segment", "attention"]
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """A tensor that one step makes and a later one reads, or that leaves the graph.
+
+    Attributes:
+        spec: name, type and shape; a dynamic axis is a normalised expression of the graph's axes (`axis_size`).
+        first: the step that makes it.
+        last: the last step that reads it; an output of the graph is read until the end.
+    """
+
+    spec: TensorSpec
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentedGraph:
+    """Stage 3, where the runtime takes no plugins: a graph cut at every attention.
+
+    Attributes:
+        name: of the graph.
+        precision: type of weights and activations.
+        inputs: of the graph, in order.
+        outputs: of the graph, in order.
+        segments: valid ONNX graphs between the attentions; their inputs are inputs of the graph or crossing tensors.
+        calls: the attentions.
+        steps: segments and attentions in the order in which they run.
+        crossing: tensors that outlive the step that makes them, in the order in which they are made.
+        constants: arrays that attentions read; the name of each is in some call's `inputs`.
+    """
+
+    name: str
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    segments: tuple[OnnxGraph, ...]
+    calls: tuple[AttentionCall, ...]
+    steps: tuple[Step, ...]
+    crossing: tuple[Crossing, ...]
+    constants: dict[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)
+
+    def reads(self, step: Step) -> tuple[str, ...]:
+        """Names of the tensors that a step reads, constants included."""
+        if step.kind == "attention":
+            return tuple(dict.fromkeys(self.calls[step.index].inputs.values()))
+        return tuple(spec.name for spec in self.segments[step.index].inputs)
+
+    def writes(self, step: Step) -> tuple[str, ...]:
+        """Names of the tensors that a step makes."""
+        if step.kind == "attention":
+            return (self.calls[step.index].output,)
+        return tuple(spec.name for spec in self.segments[step.index].outputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """Smallest, typical and largest shape of every graph input, for one optimisation profile."""
 

@@ -211,6 +211,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The graph holds what a runtime cannot take",
         "After all passes the graph still has an operator, type or attribute that the target cannot run.",
     ),
+    "HSTU-E303": ErrorCode(
+        "A graph cannot be cut at its attentions",
+        "A graph is cut at every attention so that a kernel can run between engines. Tensors cross from one engine "
+        "to the next. Each needs a recorded type and a shape whose axes are named; this one has none.",
+    ),
     "HSTU-E401": ErrorCode(
         "The backend is not available",
         "The runtime that --backend or --runtime names is not installed, cannot be imported, or sees no GPU.",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,9 @@ import onnx
 from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
-from hstu_compile.errors import EngineError, InternalError
+from hstu_compile.errors import EngineError
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
-from hstu_compile.runtime._bfloat16 import bits_of_values, values_of_bits
-from hstu_compile.runtime._feeds import matched_feeds
-from hstu_compile.runtime._resident_io import Copies, Feeds, check_copies, check_residents, check_target, split_feeds
-from hstu_compile.runtime.resident import HostPool, HostTensor, ResidentTensor
+from hstu_compile.runtime._host_session import HostSession
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -38,7 +34,7 @@ _OLDEST = (1, 31)
 WIDENED = "bf16 widened to float32"
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(HostSession):
     """A graph in ONNX Runtime, on CPU unless `use_gpu`.
 
     bfloat16 graphs are run by `WidenBf16`, because the CPU kernels have no bfloat16: the session's name says so,
@@ -101,50 +97,11 @@ class OnnxRuntimeSession:
         self.name = f"onnxruntime {onnxruntime.__version__}" + (f" ({WIDENED})" if widened else "")
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
-        self._resident_inputs = tuple(_declared(spec, bfloat16_names) for spec in self.inputs)
-        self._resident_outputs = tuple(_declared(spec, bfloat16_names) for spec in self.outputs)
+        self.resident_inputs = tuple(_declared(spec, bfloat16_names) for spec in self.inputs)
+        self.resident_outputs = tuple(_declared(spec, bfloat16_names) for spec in self.outputs)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """See `Session.run`."""
-        return self._execute(matched_feeds(feeds, self.inputs))
-
-    def run_resident(
-        self,
-        feeds: Feeds,
-        outputs: Mapping[str, ResidentTensor],
-        *,
-        before: Copies = (),
-        after: Copies = (),
-    ) -> dict[str, NDArray[Any]]:
-        """See `Session.run_resident`. Outputs are copied to their targets once all are known to fit."""
-        check_copies((*before, *after), HostTensor)
-        _copy(before)
-        arrays, residents = split_feeds(feeds)
-        check_residents(
-            residents, outputs, inputs=self._resident_inputs, outputs=self._resident_outputs, kind=HostTensor
-        )
-        for name, tensor in residents.items():
-            assert isinstance(tensor, HostTensor)  # check_residents saw to that
-            arrays[name] = values_of_bits(tensor.array) if tensor.dtype == "bfloat16" else tensor.array
-        results = self._execute(matched_feeds(arrays, self.inputs))
-        for name, target in outputs.items():
-            check_target(name, results[name].shape, target, self._resident_outputs)
-        for name, target in outputs.items():
-            assert isinstance(target, HostTensor)  # as above
-            result = results.pop(name)
-            target.array[...] = _narrowed(name, result) if target.dtype == "bfloat16" else result
-        _copy(after)
-        return results
-
-    @property
-    def graph_stats(self) -> None:
-        """See `Session.graph_stats`."""
-
-    def memory_pool(self, capacity_bytes: int) -> HostPool:
-        """See `Session.memory_pool`. Host memory, also with `use_gpu`: feeds of ONNX Runtime are host arrays here."""
-        return HostPool(capacity_bytes)
-
-    def _execute(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def execute(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """See `HostSession.execute`."""
         with self._lock:
             if self._session is None:
                 raise RuntimeError("the session is closed")
@@ -164,21 +121,6 @@ class OnnxRuntimeSession:
         with self._lock:
             self._session = None
 
-    def __enter__(self) -> OnnxRuntimeSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _copy(copies: Copies) -> None:
-    for source, target in copies:
-        assert isinstance(source, HostTensor)  # check_copies saw to that
-        assert isinstance(target, HostTensor)
-        target.array[...] = source.array
-
 
 def _spec(value: Any) -> TensorSpec:
     shape = tuple("?" if size is None else size for size in value.shape)
@@ -188,13 +130,6 @@ def _spec(value: Any) -> TensorSpec:
 def _declared(spec: TensorSpec, bfloat16_names: frozenset[str]) -> TensorSpec:
     """The spec as the graph declares it."""
     return dataclasses.replace(spec, dtype="bfloat16") if spec.name in bfloat16_names else spec
-
-
-def _narrowed(name: str, values: NDArray[Any]) -> NDArray[np.uint16]:
-    bits = bits_of_values(values)
-    if bits is None:
-        raise InternalError(f"the widened graph gave {name} values that bfloat16 cannot hold")
-    return bits
 
 
 def _require_version(version: str) -> None:

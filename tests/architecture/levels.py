@@ -13,6 +13,7 @@ LEVELS: dict[str, int] = {
     "environment": 0,
     "_report_text": 0,
     "graph_names": 0,
+    "axis_sizes": 0,
     # One noun each.
     "files": 1,
     "compare": 1,
@@ -80,7 +81,8 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("model", "quantized"): "rounds as the graphs do",
     ("model", "plugins"): "the eager operator runs the fused kernel on a GPU, imported when it is called",
     ("engine", "rewrite"): "lowers the graph to what the builder's parser reads",
-    ("runtime", "rewrite"): "widens bfloat16 for a runtime without it",
+    ("runtime", "rewrite"): "widens bfloat16 for a runtime without it, and gives an attention its body",
+    ("rewrite", "graph_facts"): "names the inputs and outputs of the graphs that it cuts",
     ("export", "graph_facts"): "names the inputs and outputs of what it made",
     ("session_check", "runtime"): "runs the sessions that it compares",
     ("served", "artifacts"): "names the taps",

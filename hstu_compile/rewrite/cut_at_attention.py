@@ -1,0 +1,335 @@
+"""Cut a graph at every attention into segments, for a runtime that takes no plugins. Level 3.
+
+Input: a rewritten `OnnxGraph`. Output: a `SegmentedGraph`: segment, attention, segment, ... in the order of the layers.
+
+The rule of what runs where:
+
+1. A node runs in the segment of the first that needs it, and never before an attention that it depends on. So index
+   arithmetic of the last layer, and the whole tower of the candidates, run where they are read, and only what they are
+   made of crosses.
+2. What follows from sizes and constants alone is computed anew in every segment that reads it: it may be the shape of
+   something there, which a runtime must know on the host, and it reads no memory.
+3. So is a view (Reshape, Squeeze, Unsqueeze, Identity) and a Cast to a type that is no smaller, unless an attention
+   reads it: the value that it is made of crosses in its place, which takes no more bytes, and the segment's compiler
+   fuses it with the reader.
+4. A node that reads a large constant (an embedding table) runs where the first such node does, so that no table is in
+   two engines, unless an attention lies in between.
+5. Everything else is computed once and crosses, if a later segment or attention reads it.
+6. A size that is also that of a graph input's axis is read there, since an input is everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from hstu_compile.artifacts import AttentionCall, Crossing, OnnxGraph, SegmentedGraph, Step, TensorSpec
+from hstu_compile.axis_sizes import AxisSize, axis_size
+from hstu_compile.errors import RewriteError
+from hstu_compile.graph_facts import tensor_specs
+from hstu_compile.op_schema import attention_contract, is_attention, node_attributes
+
+# Constants from this size on are in one segment only, if possible.
+_LARGE_BYTES = 1 << 20
+
+_VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity"})
+# What computes sizes, and tensors that follow from sizes.
+_SIZE_OPERATORS = _VIEWS | {
+    "Add",
+    "Cast",
+    "Clip",
+    "Concat",
+    "Constant",
+    "ConstantOfShape",
+    "Div",
+    "Expand",
+    "Gather",
+    "Max",
+    "Min",
+    "Mod",
+    "Mul",
+    "Range",
+    "Shape",
+    "Size",
+    "Slice",
+    "Sub",
+}
+
+
+@dataclasses.dataclass
+class _Placement:
+    """Where each node of a graph runs.
+
+    Attributes:
+        repeated: nodes that run in every segment that reads them.
+        segments: of each node that somebody needs, the segments that it runs in: exactly one unless it is repeated.
+        depth: of each node, and of each value by name, the number of attentions in a row that it depends on.
+    """
+
+    repeated: frozenset[int]
+    segments: dict[int, frozenset[int]]
+    depth: dict[str, int]
+
+
+def segmented_from_onnx(graph: OnnxGraph) -> SegmentedGraph:
+    """Cut a graph at its attentions.
+
+    Args:
+        graph: as it ships: every intermediate value that could cross has a recorded type. It is not changed.
+
+    Raises:
+        RewriteError: HSTU-E303, if a tensor that would have to cross has no known type or shape.
+    """
+    return _Cut(graph).result()
+
+
+class _Cut:
+    """One graph being cut. Nodes are meant by their place in the graph."""
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph, self.proto = graph, graph.model.graph
+        known = tensor_specs([*self.proto.value_info, *self.proto.input, *self.proto.output])
+        self.specs = {spec.name: spec for spec in known}
+        self.nodes = [self._sized_by_input(node) for node in self.proto.node]
+        self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+        self.constants = {tensor.name: tensor for tensor in self.proto.initializer}
+        self.inputs = {spec.name for spec in graph.inputs}
+        self.outputs = {spec.name for spec in graph.outputs}
+        self.attentions = [i for i, node in enumerate(self.nodes) if is_attention(node)]
+        self.read_by_attention = {name for i in self.attentions for name in self.nodes[i].input}
+        self.placement = self._placed()
+
+    def result(self) -> SegmentedGraph:
+        """All segments, calls, and what crosses between them."""
+        groups: dict[int, list[int]] = {}
+        for i, where in self.placement.segments.items():
+            for segment in where:
+                groups.setdefault(segment, []).append(i)
+        by_depth: dict[int, list[int]] = {}
+        for i in self.attentions:
+            by_depth.setdefault(self._depth_of(i), []).append(i)
+        order = sorted(groups)
+        steps: list[Step] = []
+        calls: list[AttentionCall] = []
+        for depth in sorted({*groups, *by_depth}):
+            if depth in groups:
+                steps.append(Step("segment", order.index(depth)))
+            for i in by_depth.get(depth, []):
+                steps.append(Step("attention", len(calls)))
+                calls.append(self._call(i))
+        made = [self._made_in(depth, sorted(groups[depth])) for depth in order]
+        reads = [self._read_in(sorted(groups[depth])) for depth in order]
+        wanted = {name for names in reads for name in names} | self.read_by_attention | self.outputs
+        segments = [
+            self._segment(number, sorted(groups[depth]), reads[number], [n for n in made[number] if n in wanted])
+            for number, depth in enumerate(order)
+        ]
+        whole = SegmentedGraph(
+            name=self.graph.name,
+            precision=self.graph.precision,
+            inputs=self.graph.inputs,
+            outputs=self.graph.outputs,
+            segments=tuple(segments),
+            calls=tuple(calls),
+            steps=tuple(steps),
+            crossing=(),
+            constants={
+                name: numpy_helper.to_array(self.constants[name])
+                for call in calls
+                for name in call.inputs.values()
+                if name in self.constants
+            },
+        )
+        return dataclasses.replace(whole, crossing=self._crossing(whole))
+
+    def _sized_by_input(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Let an axis' size be read off an input of the graph (case 6), so that nothing crosses for its size alone."""
+        if node.op_type != "Shape" or node.input[0] not in self.specs:
+            return node
+        rank = len(self.specs[node.input[0]].shape)
+        given = {a.name: a.i for a in node.attribute}
+        start, stop, _ = slice(given.get("start", 0), given.get("end", rank)).indices(rank)
+        if stop - start != 1 or any(node.input[0] == spec.name for spec in self.graph.inputs):
+            return node
+        wanted = self._axis(node.input[0], start)
+        for spec in self.graph.inputs:
+            for axis in range(len(spec.shape)):
+                if wanted is not None and self._axis(spec.name, axis) == wanted:
+                    return helper.make_node(
+                        "Shape", [spec.name], list(node.output), name=node.name, start=axis, end=axis + 1
+                    )
+        return node
+
+    def _axis(self, name: str, axis: int) -> AxisSize | None:
+        """A dynamic axis' size; None if it is fixed, or not recorded."""
+        size = self.specs[name].shape[axis]
+        return axis_size(size) if isinstance(size, str) else None
+
+    def _depth_of(self, i: int) -> int:
+        return max((self.depth[name] for name in self.nodes[i].input if name), default=0)
+
+    def _placed(self) -> _Placement:
+        # Nodes are in topological order: inputs are known when a node is reached.
+        self.depth = dict.fromkeys((*self.inputs, *self.constants), 0)
+        for i, node in enumerate(self.nodes):
+            depth = self._depth_of(i) + (i in self.attentions)
+            self.depth |= {name: depth for name in node.output if name}
+        repeated = self._repeated()
+        placement = _Placement(repeated, self._homes(repeated, {}), self.depth)
+        readers: dict[str, list[int]] = {}
+        for i in placement.segments:
+            for name in dict.fromkeys(self.nodes[i].input):
+                if name in self.constants and self.constants[name].ByteSize() >= _LARGE_BYTES:
+                    readers.setdefault(name, []).append(i)
+        pinned: dict[int, int] = {}
+        for group in readers.values():
+            first = min(min(placement.segments[i]) for i in group)
+            for i in group:
+                pinned[i] = min(pinned.get(i, first), max(first, self._depth_of(i)))
+        return dataclasses.replace(placement, segments=self._homes(repeated, pinned)) if pinned else placement
+
+    def _repeated(self) -> frozenset[int]:
+        """Cases 2 and 3. What makes an output of the graph is computed once: the output has one place."""
+        sizes: set[int] = set()
+        views: set[int] = set()
+        for i, node in enumerate(self.nodes):
+            if i in self.attentions or not self.outputs.isdisjoint(node.output):
+                continue
+            if node.op_type in _SIZE_OPERATORS and all(self._is_size(name, sizes, node) for name in node.input if name):
+                sizes.add(i)
+            elif self.read_by_attention.isdisjoint(node.output) and self._is_view(node, sizes):
+                views.add(i)
+        # A size that an attention reads has to be in memory; there is none in our graphs, and it is then computed once.
+        return frozenset(i for i in sizes if self.read_by_attention.isdisjoint(self.nodes[i].output)) | frozenset(views)
+
+    def _is_size(self, name: str, sizes: set[int], reader: onnx.NodeProto) -> bool:
+        if name in self.constants:
+            return self.constants[name].ByteSize() < _LARGE_BYTES
+        return bool(reader.op_type in ("Shape", "Size") or self.producer.get(name) in sizes)
+
+    def _is_view(self, node: onnx.NodeProto, sizes: set[int]) -> bool:
+        if not node.input or node.input[0] in self.constants:
+            return False
+        source, *rest = node.input
+        if any(name not in self.constants and self.producer.get(name) not in sizes for name in rest):
+            return False
+        if node.op_type in _VIEWS:
+            return True
+        if node.op_type != "Cast":
+            return False
+        return self._itemsize(node.output[0]) >= self._itemsize(source)
+
+    def _itemsize(self, name: str) -> int:
+        """Bytes of an element."""
+        return int(helper.tensor_dtype_to_np_dtype(_element_type(self._spec(name).dtype)).itemsize)
+
+    def _homes(self, repeated: frozenset[int], pinned: dict[int, int]) -> dict[int, frozenset[int]]:
+        """The segments of every node that is needed, from the readers back (cases 1 and 4)."""
+        needed: dict[str, set[int]] = {}
+        found: dict[int, frozenset[int]] = {}
+        for i, node in reversed(list(enumerate(self.nodes))):
+            where = {segment for name in node.output for segment in needed.get(name, ())}
+            if i in self.attentions:
+                runs_in = {self._depth_of(i)}
+            elif i in repeated:
+                runs_in = where
+            else:
+                if not self.outputs.isdisjoint(node.output):
+                    where = where or {self._depth_of(i)}
+                runs_in = {min(min(where), pinned.get(i, min(where)))} if where else set()
+            if runs_in and i not in self.attentions:
+                found[i] = frozenset(runs_in)
+            for name in node.input:
+                needed.setdefault(name, set()).update(runs_in)
+        return found
+
+    def _made_in(self, segment: int, nodes: Iterable[int]) -> list[str]:
+        """What a segment can give: a repeated value never crosses."""
+        return [n for i in nodes if i not in self.placement.repeated for n in self.nodes[i].output if n]
+
+    def _read_in(self, nodes: Sequence[int]) -> list[str]:
+        """What a segment reads and does not make, in the order of the first reader."""
+        made = {name for i in nodes for name in self.nodes[i].output}
+        read = dict.fromkeys(name for i in nodes for name in self.nodes[i].input if name)
+        return [name for name in read if name not in made and name not in self.constants]
+
+    def _segment(self, number: int, nodes: Sequence[int], reads: Sequence[str], gives: Sequence[str]) -> OnnxGraph:
+        source = self.graph.model
+        copies = [onnx.NodeProto.FromString(self.nodes[i].SerializeToString()) for i in nodes]
+        read = {name for node in copies for name in node.input}
+        inside = {name for node in copies for name in node.output}
+        name = f"{self.graph.name}_segment_{number}"
+        body = helper.make_graph(
+            copies,
+            name,
+            [self._info(each) for each in reads],
+            [self._info(each) for each in gives],
+            [tensor for tensor in self.proto.initializer if tensor.name in read],
+            value_info=[info for info in self.proto.value_info if info.name in inside.difference(gives)],
+        )
+        model = onnx.ModelProto()
+        model.CopyFrom(source)
+        model.graph.CopyFrom(body)
+        called = {(node.domain, node.op_type, node.overload) for node in copies}
+        kept = [f for f in source.functions if (f.domain, f.name, f.overload) in called]
+        del model.functions[:]
+        model.functions.extend(kept)
+        inputs, outputs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
+        return OnnxGraph(name, model, self.graph.precision, inputs, outputs, self.graph.passes)
+
+    def _info(self, name: str) -> onnx.ValueInfoProto:
+        spec = self._spec(name)
+        return helper.make_tensor_value_info(name, _element_type(spec.dtype), spec.shape)
+
+    def _spec(self, name: str) -> TensorSpec:
+        """Type and shape of a tensor at a segment's end. The graph's own inputs and outputs keep their axes' names."""
+        spec = self.specs.get(name)
+        if spec is None or spec.dtype == "undefined":
+            raise _unknown(name, "its type is not recorded in the graph")
+        if name in self.inputs or name in self.outputs:
+            return spec
+        shape: list[int | str] = []
+        for size in spec.shape:
+            expression = axis_size(size) if isinstance(size, str) else None
+            if size == 0 or (isinstance(size, str) and expression is None):
+                raise _unknown(name, f"its shape {list(spec.shape)} does not say how long an axis is")
+            if expression is None:
+                shape.append(size)
+            else:
+                shape.append(str(expression) if expression.terms else expression.constant)
+        return dataclasses.replace(spec, shape=tuple(shape))
+
+    def _call(self, i: int) -> AttentionCall:
+        node, attributes = self.nodes[i], node_attributes(self.nodes[i])
+        names = [each.name for each in attention_contract().present_inputs(attributes)]
+        return AttentionCall(node.name, attributes, dict(zip(names, node.input, strict=True)), node.output[0])
+
+    def _crossing(self, whole: SegmentedGraph) -> tuple[Crossing, ...]:
+        last: dict[str, int] = {}
+        for number, step in enumerate(whole.steps):
+            last |= dict.fromkeys(whole.reads(step), number)
+        last |= dict.fromkeys(self.outputs, len(whole.steps) - 1)
+        return tuple(
+            Crossing(self._spec(name), number, last[name])
+            for number, step in enumerate(whole.steps)
+            for name in whole.writes(step)
+        )
+
+
+def _element_type(dtype: str) -> int:
+    """ONNX type of a `TensorSpec`'s."""
+    special = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}
+    return special.get(dtype) or TensorProto.DataType.Value(dtype.upper())
+
+
+def _unknown(name: str, why: str) -> RewriteError:
+    return RewriteError(
+        "HSTU-E303",
+        f"the graph cannot be cut: {name} would have to cross from one segment to another",
+        why,
+        "report this with `hstu-compile env` and the .onnx of --keep-intermediates",
+        {"tensor": name},
+    )

@@ -1,0 +1,142 @@
+"""Session on ONNX Runtime over a graph that was cut at its attentions: what verifies the cut without a GPU. Level 3.
+
+Every segment is a graph of its own, and so is every attention, by its native body. So each tensor that crosses does
+cross here, in its own type, and the numbers are those of the graph in one piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from hstu_compile.artifacts import AttentionCall, SegmentedGraph, TensorSpec
+from hstu_compile.errors import EngineError
+from hstu_compile.op_schema import attention_contract
+from hstu_compile.rewrite.attach_native_body import native_body
+from hstu_compile.runtime._host_session import HostSession
+from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
+
+
+class SegmentedOnnxSession(HostSession):
+    """Segments and attentions in ONNX Runtime, one after the other, on CPU.
+
+    Args:
+        graph: the graph.
+        taps: intermediate values to return besides the graph's outputs.
+
+    Raises:
+        EngineError: HSTU-E401 if ONNX Runtime is absent, E404 if it cannot load a segment, or no segment has a tap.
+    """
+
+    def __init__(self, graph: SegmentedGraph, *, taps: Sequence[str] = ()) -> None:
+        self._graph, self._steps = graph, list[OnnxRuntimeSession]()
+        where = _tap_segments(graph, taps)
+        with contextlib.ExitStack() as opened:
+            for step in graph.steps:
+                if step.kind == "attention":
+                    session = OnnxRuntimeSession(attention_model(graph, graph.calls[step.index]))
+                else:
+                    wanted = [name for name, segment in where.items() if segment == step.index]
+                    session = OnnxRuntimeSession(graph.segments[step.index].model, taps=wanted)
+                self._steps.append(opened.enter_context(session))
+            self._opened = opened.pop_all()
+        self.name = f"{max((step.name for step in self._steps), key=len)}, in segments"
+        names = [spec.name for spec in graph.outputs]
+        # A tap that is served as well is one output.
+        names += [name for name in taps if name not in names]
+        self.inputs, self.resident_inputs = _ends(graph.inputs, [s.inputs for s in self._steps]), graph.inputs
+        self.outputs = _ends([_named(graph, name) for name in names], [s.outputs for s in self._steps])
+        self.resident_outputs = tuple(_named(graph, spec.name, spec) for spec in self.outputs)
+
+    def execute(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """See `HostSession.execute`."""
+        values = dict(arrays)
+        for session in self._steps:
+            values |= session.execute({spec.name: values[spec.name] for spec in session.inputs})
+        return {spec.name: values[spec.name] for spec in self.outputs}
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._opened.close()
+
+
+def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelProto:
+    """One attention as a graph of its own, with its native body.
+
+    Its inputs and its output have the names that they have in the graph; what is constant is inside.
+
+    Args:
+        graph: that the call is of.
+        call: the attention.
+    """
+    contract = attention_contract()
+    specs = {spec.name: spec for spec in graph.inputs} | {each.spec.name: each.spec for each in graph.crossing}
+    source = graph.segments[0].model
+    opset = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
+    fed = [name for name in dict.fromkeys(call.inputs.values()) if name not in graph.constants]
+    constant = {name: graph.constants[name] for name in call.inputs.values() if name in graph.constants}
+    buckets = len(constant[call.inputs["ts_thresholds"]]) if call.attributes["time_bias"] else 0
+    node = helper.make_node(
+        contract.name,
+        list(call.inputs.values()),
+        [call.output],
+        name=call.name,
+        domain=contract.namespace,
+        **call.attributes,
+        plugin_version=contract.version,
+        plugin_namespace=contract.namespace,
+    )
+    body = helper.make_graph(
+        [node],
+        call.name,
+        [_value_info(specs[name]) for name in fed],
+        [_value_info(specs[call.output])],
+        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constant.items()],
+    )
+    return helper.make_model(
+        body,
+        opset_imports=list(source.opset_import),
+        ir_version=source.ir_version,
+        functions=[native_body(call.attributes, buckets, opset)],
+    )
+
+
+def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
+    special = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}
+    kind = special.get(spec.dtype) or TensorProto.DataType.Value(spec.dtype.upper())
+    return helper.make_tensor_value_info(spec.name, kind, spec.shape)
+
+
+def _tap_segments(graph: SegmentedGraph, taps: Sequence[str]) -> dict[str, int]:
+    """The segment that computes each tap."""
+    found: dict[str, int] = {}
+    for number, segment in enumerate(graph.segments):
+        made = {name for node in segment.model.graph.node for name in node.output}
+        found |= {name: number for name in taps if name in made and name not in found}
+    if missing := [name for name in taps if name not in found]:
+        raise EngineError(
+            "HSTU-E404",
+            "no segment has these intermediate values",
+            f"{', '.join(missing)} are not computed by any node",
+            "use the names layer_0 .. layer_n of a graph that hstu-compile exported",
+            {"missing": missing},
+        )
+    return found
+
+
+def _named(graph: SegmentedGraph, name: str, default: TensorSpec | None = None) -> TensorSpec:
+    """An output of the graph by its name; a tap, which is none, keeps what ONNX Runtime says of it."""
+    known = {spec.name: spec for spec in graph.outputs}
+    return known.get(name) or default or TensorSpec(name, "", ())
+
+
+def _ends(specs: Sequence[TensorSpec], sessions: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
+    """The specs as ONNX Runtime takes and gives them."""
+    known = {spec.name: spec for each in sessions for spec in each}
+    return tuple(known.get(spec.name, spec) for spec in specs)

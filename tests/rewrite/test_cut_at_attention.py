@@ -1,0 +1,233 @@
+"""Cutting a graph at its attentions: the numbers, what crosses, what is computed twice, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from hstu_compile.artifacts import OnnxGraph, SegmentedGraph, is_tap
+from hstu_compile.errors import EngineError, RewriteError
+from hstu_compile.graph_facts import tensor_specs
+from hstu_compile.model.attention import AttentionAttrs, hstu_attention
+from hstu_compile.op_schema import attention_contract
+from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
+from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
+from tests.attention_cases import build_case
+from tests.oracle import Array
+from tests.rewrite.attention_graphs import attention_model, attention_node, contract_attributes, feeds_of
+from tests.segmented_cases import Case, ranking_case, retrieval_case
+
+# Heavy operators: one that ran in two segments would cost its time twice.
+_HEAVY = ("MatMul", "HstuNorm", "LayerNormalization", "Sigmoid", "ScatterND", "TopK", "ReduceSum", "Where")
+
+RETRIEVAL = ("retrieval", "prefill", "append")
+RANKING = ("packed", "prefill", "score")
+
+
+def assert_equal_to_the_bit(case: Case) -> None:
+    taps = [name for name in case.served.taps if is_tap(name)]
+    with OnnxRuntimeSession(case.whole.model, taps=taps) as whole, SegmentedOnnxSession(case.cut, taps=taps) as cut:
+        compared = 0
+        for feeds in case.feeds:
+            expected, found = whole.run(feeds), cut.run(feeds)
+            assert set(found) == set(expected)
+            for name, values in expected.items():
+                assert values.dtype == found[name].dtype
+                np.testing.assert_array_equal(found[name], values, err_msg=name)
+                compared += int(np.count_nonzero(values))
+        assert compared > 100, "nothing but zeros was compared"
+
+
+@pytest.mark.parametrize("name", RETRIEVAL)
+def test_retrieval_in_segments_equals_the_whole_graph_to_the_bit(name: str) -> None:
+    assert_equal_to_the_bit(retrieval_case(name, "fp16"))
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_ranking_in_segments_equals_the_whole_graph_to_the_bit(name: str) -> None:
+    assert_equal_to_the_bit(ranking_case(name, "bf16"))
+
+
+def test_every_row_and_unfused_norms_equal_the_whole_graph_to_the_bit() -> None:
+    assert_equal_to_the_bit(retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False))
+
+
+def all_cases() -> list[Case]:
+    return [*(retrieval_case(name, "fp16") for name in RETRIEVAL), *(ranking_case(name, "bf16") for name in RANKING)]
+
+
+def test_there_is_one_segment_more_than_attentions_and_they_alternate() -> None:
+    for case in all_cases():
+        layers = case.served.num_attention
+        assert len(case.cut.calls) == layers
+        assert [step.kind for step in case.cut.steps] == ["segment", "attention"] * layers + ["segment"]
+
+
+def test_nothing_heavy_is_computed_twice_and_nothing_is_lost() -> None:
+    for case in all_cases():
+        whole = Counter(node.op_type for node in case.whole.model.graph.node)
+        cut = Counter(node.op_type for each in case.cut.segments for node in each.model.graph.node)
+        assert {kind: cut[kind] for kind in _HEAVY} == {kind: whole[kind] for kind in _HEAVY}, case.served.name
+        assert cut["HstuAttention"] == 0
+
+
+def test_every_segment_is_valid_onnx_and_reads_what_was_made_before() -> None:
+    for case in all_cases():
+        for segment in case.cut.segments:
+            onnx.checker.check_model(segment.model, full_check=True)
+        assert_schedule(case.cut)
+
+
+def assert_schedule(cut: SegmentedGraph) -> None:
+    present = {spec.name for spec in cut.inputs} | set(cut.constants)
+    spans = {each.spec.name: each for each in cut.crossing}
+    for number, step in enumerate(cut.steps):
+        assert present.issuperset(cut.reads(step))
+        for name in cut.reads(step):
+            if name in spans:
+                assert spans[name].first < number <= spans[name].last
+        for name in cut.writes(step):
+            assert spans[name].first == number
+        present |= set(cut.writes(step))
+    assert present.issuperset(spec.name for spec in cut.outputs)
+    assert set(spans) == {name for step in cut.steps for name in cut.writes(step)}
+
+
+def test_a_layer_hands_on_the_residual_the_gate_and_what_the_next_attention_reads() -> None:
+    cut = retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False).cut
+    # What is alive while the first attention runs.
+    alive = [each for each in cut.crossing if each.first < 1 < each.last]
+    rows = [each.spec for each in alive if len(each.spec.shape) > 1]
+    assert sorted(spec.shape for spec in rows) == [("L", 32), ("L", 50)]
+    others = {each.spec.name for each in alive} - {spec.name for spec in rows}
+    read_by_next = set(cut.calls[1].inputs.values())
+    by_the_answers = {spec.name for spec in cut.segments[-1].inputs}
+    assert others <= read_by_next | by_the_answers
+    assert len(others) <= 3, others
+
+
+def test_a_pruned_last_layer_reads_only_consumed_rows_behind_its_attention() -> None:
+    cut = retrieval_case("retrieval", "fp16").cut
+    final = cut.segments[-1]
+    assert {spec.shape[0] for spec in final.inputs if spec.dtype == "float16"} == {"B"}
+
+
+def test_an_embedding_table_is_in_one_segment() -> None:
+    for case in all_cases():
+        tables = Counter(
+            tensor.name
+            for segment in case.cut.segments
+            for tensor in segment.model.graph.initializer
+            if "embedding.weight" in tensor.name or ".tables." in tensor.name
+        )
+        assert set(tables.values()) <= {1}, tables
+
+
+def test_the_eager_operator_in_place_of_the_kernel_gives_the_same_within_float32s_rounding() -> None:
+    case = retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False)
+    segments = [OnnxRuntimeSession(each.model) for each in case.cut.segments]
+    for feeds in case.feeds:
+        with OnnxRuntimeSession(case.whole.model) as whole:
+            expected = whole.run(feeds)["user_embeddings"]
+        values: dict[str, Array] = {**feeds, **case.cut.constants}
+        for step in case.cut.steps:
+            if step.kind == "segment":
+                session = segments[step.index]
+                values |= session.run({spec.name: values[spec.name] for spec in session.inputs})
+                continue
+            call = case.cut.calls[step.index]
+            given = {name: torch.from_numpy(np.array(values[tensor])) for name, tensor in call.inputs.items()}
+            fields = AttentionAttrs.__dataclass_fields__
+            attrs = {name: value for name, value in call.attributes.items() if name in fields and name != "silu"}
+            values[call.output] = hstu_attention(
+                *(given.pop(name) for name in ("q", "k", "v", "q_offsets", "k_offsets")),
+                AttentionAttrs(**attrs),
+                **given,
+            ).numpy()
+        # Unit vectors; both sides sum at most 20 products of O(1) in float32, in another order.
+        np.testing.assert_allclose(values["user_embeddings"], expected, rtol=0, atol=2e-6)
+
+
+def hand_built(outputs: tuple[str, ...]) -> tuple[OnnxGraph, dict[str, Array]]:
+    """q, k, v -> a and b side by side -> c, which reads a as its queries."""
+    case = build_case([3, 0, 5], num_heads=2, dqk=8, dv=8, seed=3)
+    attributes = contract_attributes(case)
+    nodes = [
+        attention_node(attributes, "a"),
+        attention_node(attributes, "b", v="k"),
+        attention_node(attributes, "c", q="a", v="b"),
+    ]
+    model = attention_model(case, nodes)
+    kept = [value for value in model.graph.output if value.name in outputs]
+    infos = [value for value in model.graph.output if value.name not in outputs]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    model.graph.value_info.extend(infos)
+    graph = OnnxGraph("hand", model, "fp32", tensor_specs(model.graph.input), tensor_specs(model.graph.output))
+    return graph, feeds_of(case)
+
+
+def test_attentions_side_by_side_and_back_to_back_need_no_segment_between_them() -> None:
+    graph, _ = hand_built(("a", "c"))
+    cut = segmented_from_onnx(graph)
+    assert not cut.segments
+    assert [cut.calls[step.index].output for step in cut.steps] == ["a", "b", "c"]
+    spans = {each.spec.name: (each.first, each.last) for each in cut.crossing}
+    assert spans == {"a": (0, 2), "b": (1, 2), "c": (2, 2)}
+    assert_schedule(cut)
+
+
+def test_inputs_are_bound_by_their_names_in_the_contract() -> None:
+    for case in all_cases():
+        for call, node in zip(
+            case.cut.calls, (n for n in case.whole.model.graph.node if n.op_type == "HstuAttention"), strict=True
+        ):
+            wanted = [each.name for each in attention_contract().present_inputs(call.attributes)]
+            assert list(call.inputs) == wanted
+            assert list(call.inputs.values()) == list(node.input)
+            assert call.output == node.output[0]
+
+
+def test_a_graph_without_attention_is_one_segment() -> None:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["L", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["L", 4])
+    model = helper.make_model(helper.make_graph([helper.make_node("Neg", ["x"], ["y"], name="neg")], "g", [x], [y]))
+    cut = segmented_from_onnx(OnnxGraph("g", model, "fp32", tensor_specs([x]), tensor_specs([y])))
+    assert len(cut.segments) == 1
+    assert not cut.calls
+
+
+def test_the_cut_leaves_the_graph_alone() -> None:
+    case = retrieval_case("retrieval", "fp16")
+    before = case.whole.model.SerializeToString(deterministic=True)
+    again = segmented_from_onnx(case.whole)
+    assert case.whole.model.SerializeToString(deterministic=True) == before
+    assert [each.model.SerializeToString(deterministic=True) for each in again.segments] == [
+        each.model.SerializeToString(deterministic=True) for each in case.cut.segments
+    ]
+
+
+@pytest.mark.parametrize("damage", ["type", "axis"])
+def test_a_tensor_that_would_cross_without_a_known_type_or_shape_is_refused(damage: str) -> None:
+    case = retrieval_case("retrieval", "fp16")
+    model = onnx.ModelProto()
+    model.CopyFrom(case.whole.model)
+    info = next(info for info in model.graph.value_info if info.name == "layer_0")
+    if damage == "type":
+        model.graph.value_info.remove(info)
+    else:
+        info.type.tensor_type.shape.dim[0].Clear()
+    with pytest.raises(RewriteError, match=r"HSTU-E303.*layer_0") as caught:
+        segmented_from_onnx(OnnxGraph("retrieval", model, "fp16", case.whole.inputs, case.whole.outputs))
+    assert ("type is not recorded" if damage == "type" else "how long an axis is") in str(caught.value)
+
+
+def test_a_tap_that_nothing_computes_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"HSTU-E404.*\n.*layer_9"):
+        SegmentedOnnxSession(retrieval_case("retrieval", "fp16").cut, taps=["layer_9"])

@@ -1,0 +1,137 @@
+"""Every served graph of small models, cut at its attentions, and requests to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from hstu_compile.artifacts import OnnxGraph, Precision, SegmentedGraph
+from hstu_compile.calibration.append_batches import append_arrays
+from hstu_compile.calibration.batches import retrieval_batches
+from hstu_compile.calibration.ranking_batches import prefill_arrays, ranking_batches, score_arrays
+from hstu_compile.export import TORCH_DTYPES, exported_from_served
+from hstu_compile.graph_facts import tensor_specs
+from hstu_compile.model.families import HstuModel
+from hstu_compile.model.ranking import RankingModel
+from hstu_compile.model.retrieval import RetrievalModel
+from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
+from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.served import ServedGraph, served_graphs
+from tests.dlrm_reference import DlrmForm
+from tests.exported_models import ranking_model, small_config, small_model
+from tests.oracle import Array
+
+TOP_K, MICRO_BATCH, MAX_APPEND, MAX_BATCH = 5, 4, 4, 4
+_MAX_SCORES = 1 << 20
+
+# Several contextual features, an item tower with a table of its own, two tasks, a fixed divisor.
+WIDE_FORM = DlrmForm(
+    contextual=(("user_id", 1, 0), ("genres", 3, 0)),
+    additional=("movie_category",),
+    item_only=("item_shop",),
+    action_weights=(),
+    tasks=(("like", 0), ("minutes", 1)),
+    scaling_seq_len=57.0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One graph as it ships, the same cut, and requests.
+
+    Attributes:
+        served: its description.
+        whole: in one piece, with native bodies.
+        cut: in segments.
+        feeds: requests, empty histories and the longest among them.
+    """
+
+    served: ServedGraph
+    whole: OnnxGraph
+    cut: SegmentedGraph
+    feeds: list[dict[str, Array]]
+
+
+def _selection(served: ServedGraph) -> RowSelection | None:
+    if served.consumed == "all":
+        return None
+    return RowSelection() if served.max_candidates == 0 else RowSelection(served.max_candidates, "candidate_offsets")
+
+
+def _shipped(served: ServedGraph, precision: Precision, *, prune: bool, fuse_norms: bool) -> OnnxGraph:
+    passes = export_passes(
+        served.num_attention, served.taps, _selection(served) if prune else None, fuse_norms=fuse_norms
+    )
+    *_, last = apply_passes(exported_from_served(served, precision), passes)
+    # As the pipeline does: taps are no outputs any more.
+    return dataclasses.replace(
+        last, inputs=tensor_specs(last.model.graph.input), outputs=tensor_specs(last.model.graph.output)
+    )
+
+
+def _rows(graph: OnnxGraph, rows: int) -> dict[str, Array]:
+    """Keys and values of a cache, which bfloat16 holds exactly where the graph does."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for spec in graph.inputs:
+        if spec.name.startswith(("k_", "v_")):
+            values = rng.standard_normal((rows, *spec.shape[1:])).astype(np.float32)
+            found[spec.name] = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+            if spec.dtype == "float16":
+                found[spec.name] = found[spec.name].astype(np.float16)
+    return found
+
+
+def _feeds(model: HstuModel, served: ServedGraph, graph: OnnxGraph) -> list[dict[str, Array]]:
+    if isinstance(model, RetrievalModel):
+        batches = [each.arrays for each in retrieval_batches(model.config, MAX_BATCH, 2, _MAX_SCORES, 0, None)]
+        if served.name != "append":
+            return batches
+        return [
+            append_arrays(model.config, batch, _rows(graph, len(batch["item_ids"])), MAX_APPEND, TOP_K)
+            for batch in batches
+        ]
+    batches = [each.arrays for each in ranking_batches(model.config, MAX_BATCH, 2, _MAX_SCORES, 0)]
+    if served.name == "packed":
+        return batches
+    if served.name == "prefill":
+        return [prefill_arrays(model.config, batch) for batch in batches]
+    found = []
+    for batch in batches:
+        offsets = batch["seq_offsets"]
+        rows = int(offsets[-1]) + model.config.contextual_len * (len(offsets) - 1)
+        found.append(score_arrays(model.config, batch, _rows(graph, rows), MICRO_BATCH))
+    return found
+
+
+@functools.cache
+def retrieval_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
+    """A graph of a retrieval model of two layers with position and time bias."""
+    model = _retrieval_model(precision)
+    served = next(each for each in served_graphs(model, TOP_K, max_append=MAX_APPEND) if each.name == name)
+    return _case(model, served, precision, prune=prune, fuse_norms=fuse_norms)
+
+
+@functools.cache
+def ranking_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
+    """A graph of a ranking model of two layers."""
+    model = _ranking_model(precision)
+    served = next(each for each in served_graphs(model, micro_batch=MICRO_BATCH) if each.name == name)
+    return _case(model, served, precision, prune=prune, fuse_norms=fuse_norms)
+
+
+@functools.cache
+def _retrieval_model(precision: Precision) -> RetrievalModel:
+    return small_model(small_config(2), precision)
+
+
+@functools.cache
+def _ranking_model(precision: Precision) -> RankingModel:
+    return ranking_model(WIDE_FORM, TORCH_DTYPES[precision])
+
+
+def _case(model: HstuModel, served: ServedGraph, precision: Precision, *, prune: bool, fuse_norms: bool) -> Case:
+    whole = _shipped(served, precision, prune=prune, fuse_norms=fuse_norms)
+    return Case(served, whole, segmented_from_onnx(whole), _feeds(model, served, whole))
