@@ -61,6 +61,7 @@ DriverState loadDriver()
     resolve(library, "cuCtxGetId", d.ctxGetId);
     resolve(library, "cuFuncLoad", d.funcLoad);
     resolve(library, "cuTensorMapEncodeTiled", d.tensorMapEncodeTiled);
+    resolve(library, "cuLaunchKernelEx", d.launchKernelEx);
     CUresult const result = init(0);
     if (result != CUDA_SUCCESS)
     {

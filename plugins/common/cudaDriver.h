@@ -15,6 +15,25 @@ struct alignas(64) TensorMap
     uint64_t words[16];
 };
 
+//! CUlaunchAttribute with the size of a cluster, and CUlaunchConfig, of CUDA 11.8.
+struct ClusterAttribute
+{
+    static constexpr int kClusterDimension = 4; // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    int id{kClusterDimension};
+    int padding{0};
+    unsigned blocks[16]{1, 1, 1}; //!< x, y and z; the rest of a value's 64 bytes
+};
+
+struct LaunchConfig
+{
+    unsigned grid[3]{1, 1, 1};
+    unsigned block[3]{1, 1, 1};
+    unsigned sharedBytes{0};
+    CUstream stream{};
+    ClusterAttribute* attributes{nullptr};
+    unsigned numAttributes{0};
+};
+
 //! The few functions of the CUDA driver that the library calls, found in libcuda.so.1 at run time. Nothing links to
 //! the driver or to cudart, so the library loads on a machine without a GPU and beside any CUDA version.
 struct CudaDriver
@@ -40,6 +59,7 @@ struct CudaDriver
     //! cuTensorMapEncodeTiled, its enumerations as int; null before CUDA 12.
     CUresult (*tensorMapEncodeTiled)(TensorMap*, int, uint32_t, void*, uint64_t const*, uint64_t const*,
         uint32_t const*, uint32_t const*, int, int, int, int);
+    CUresult (*launchKernelEx)(LaunchConfig const*, CUfunction, void**, void**); //!< null before CUDA 11.8
     CUresult (*launchKernel)(
         CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**);
 };

@@ -30,7 +30,7 @@ struct HstuKernelImage
     int32_t blockM;        //!< query rows of one block
     int32_t blockN;        //!< Hopper: key rows of one tensor copy; portable: 0, its launch does not need it
     int32_t threads;       //!< of one block
-    int32_t split;         //!< blocks that share a tile of query rows, a cluster; 1 where there is none
+    int32_t split;         //!< most blocks that may share a tile of query rows, a cluster; 1 where none do
     int32_t sharedBytes;   //!< dynamic shared memory of one block
     int32_t leastDriver;   //!< CUDA version, 1000 * major + 10 * minor, that a driver must have; 0: any
     char const* name;      //!< of the function inside the image

@@ -1,5 +1,6 @@
 #include "hstuAttentionCore.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "contentHash.h"
@@ -135,7 +136,8 @@ void HstuAttentionCore::chooseLoaded()
     {
         LoadedTactic const& loaded = mLoaded[i];
         int32_t const split = mTactic == 0 ? 0 : mTactic - loaded.tactic;
-        bool const isSplit = split >= 1 && split <= kMaxSplit && loaded.hopper[static_cast<size_t>(split - 1)] != nullptr;
+        bool const isKnown = std::find(kSplits.begin(), kSplits.end(), split) != kSplits.end();
+        bool const isSplit = isKnown && loaded.hopper[split > 1 ? 1 : 0] != nullptr;
         if (split == 0 || isSplit)
         {
             mChosen = i;
@@ -200,21 +202,23 @@ void HstuAttentionCore::unload() noexcept
     mSplit = 0;
 }
 
-LoadedKernel const* HstuAttentionCore::hopperKernelFor(NodeSizes const& sizes, DevicePointers const& pointers) const
+HstuAttentionCore::HopperChoice HstuAttentionCore::hopperKernelFor(
+    NodeSizes const& sizes, DevicePointers const& pointers) const
 {
     LoadedTactic const& tactic = mLoaded[mChosen];
     LoadedKernel const* const whole = tactic.hopper[0].get();
     LoadedKernel const* const shared = tactic.hopper[1].get();
     if ((whole == nullptr && shared == nullptr) || !takesHopper(sizes, pointers))
     {
-        return nullptr;
+        return {};
     }
-    if (whole == nullptr || shared == nullptr)
+    if (shared == nullptr)
     {
-        return whole != nullptr ? whole : shared;
+        return {whole, 1};
     }
-    int32_t const split = mSplit != 0 ? mSplit : chooseSplit(sizes, whole->image().blockM, mNumSms);
-    return split == 1 ? whole : shared;
+    int32_t const chosen = mSplit != 0 ? mSplit : chooseSplit(shared->image(), sizes, mNumSms);
+    // Without an image of its own, a tile that one block would do best is shared by as few as can be.
+    return chosen == 1 && whole != nullptr ? HopperChoice{whole, 1} : HopperChoice{shared, std::max(chosen, kSplits[1])};
 }
 
 void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const& pointers, CUstream stream) const
@@ -230,9 +234,10 @@ void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const
     HSTU_CHECK(signature.elementType == mSignature.elementType && signature.timestampBits == mSignature.timestampBits
                    && signature.attentionDim == mSignature.attentionDim && signature.linearDim == mSignature.linearDim,
         kPluginName, " node '", mNodeName, "': types or head dims differ from those the kernels were loaded for");
-    if (LoadedKernel const* const hopper = hopperKernelFor(sizes, pointers))
+    HopperChoice const hopper = hopperKernelFor(sizes, pointers);
+    if (hopper.kernel != nullptr)
     {
-        launchHopper(*hopper, mAttributes, sizes, pointers, mProgress.data(), mNumSms, stream);
+        launchHopper(*hopper.kernel, hopper.split, mAttributes, sizes, pointers, mProgress.data(), mNumSms, stream);
         return;
     }
     LoadedTactic const& tactic = mLoaded[mChosen];

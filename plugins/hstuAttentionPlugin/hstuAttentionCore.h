@@ -58,7 +58,7 @@ public:
     std::vector<int32_t> tactics() const;
 
     //! Chooses a tactic for the launches that follow; 0 means the first. The Hopper tactic chooses a split for each
-    //! launch; its id plus 1 or 2 always takes that split. Those are for tests and measurements, and not in tactics():
+    //! launch; its id plus one of kSplits always takes that. Those are for tests and measurements, and not in tactics():
     //! the builder times one shape, and would fix for all shapes what is best for that one.
     //! Throws PluginError for an id that the library does not have on this device.
     void setTactic(int32_t tactic);
@@ -78,20 +78,27 @@ public:
     void enqueue(NodeTensors const& tensors, DevicePointers const& pointers, CUstream stream) const;
 
 private:
+    //! A Hopper kernel, and by how many blocks each tile of a launch is shared.
+    struct HopperChoice
+    {
+        LoadedKernel const* kernel{nullptr};
+        int32_t split{1};
+    };
+
     struct LoadedTactic
     {
         int32_t tactic{0};
         std::shared_ptr<LoadedKernel const> aligned;
         std::shared_ptr<LoadedKernel const> unaligned;
-        std::array<std::shared_ptr<LoadedKernel const>, kMaxSplit> hopper; //!< at split - 1
+        std::array<std::shared_ptr<LoadedKernel const>, 2> hopper; //!< as in TacticImages
     };
 
     bool isConfigured() const noexcept;
     std::string missingKernel(NodeTensors const& tensors) const;
     void chooseLoaded();
 
-    //! \return the Hopper kernel for a call, or null where the portable kernel has to do.
-    LoadedKernel const* hopperKernelFor(NodeSizes const& sizes, DevicePointers const& pointers) const;
+    //! \return the Hopper kernel for a call, null where the portable kernel has to do.
+    HopperChoice hopperKernelFor(NodeSizes const& sizes, DevicePointers const& pointers) const;
 
     std::string mNodeName;
     HstuAttentionAttributes mAttributes;

@@ -1,6 +1,7 @@
 #include "hstuAttentionHopper.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <sstream>
 #include <type_traits>
@@ -35,11 +36,18 @@ int64_t mostTiles(NodeSizes const& sizes, int32_t blockM) noexcept
     return (sizes[Symbol::kLq] / blockM + sizes[Symbol::kB]) * sizes[Symbol::kH];
 }
 
+//! \return clusters of so many blocks that the device is sure to run at once: resident_clusters of variants.py.
+int32_t residentClusters(int32_t split, int32_t numSms) noexcept
+{
+    int32_t const used = split <= 2 ? numSms : numSms * 7 / 8;
+    return std::max(used / split, 1);
+}
+
 std::string describeCall(HstuKernelImage const& image, NodeSizes const& sizes)
 {
     std::ostringstream text;
-    text << kPluginName << ", " << image.name << " of head dim " << image.blockDqk << ", split " << image.split << " (Lq "
-         << sizes[Symbol::kLq] << ", Lk " << sizes[Symbol::kLk] << ", B " << sizes[Symbol::kB] << ", H "
+    text << kPluginName << ", " << image.name << " of head dim " << image.blockDqk << (image.split > 1 ? ", shared tiles" : "")
+         << " (Lq " << sizes[Symbol::kLq] << ", Lk " << sizes[Symbol::kLk] << ", B " << sizes[Symbol::kB] << ", H "
          << sizes[Symbol::kH] << ", Dqk " << sizes[Symbol::kDqk] << ", Dv " << sizes[Symbol::kDv] << ")";
     return text.str();
 }
@@ -86,27 +94,48 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
     return isCountable && sizes[Symbol::kHt] <= kMostTimeHeads && bits % kAlignment == 0;
 }
 
-int32_t chooseSplit(NodeSizes const& sizes, int32_t blockM, int32_t numSms) noexcept
+int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept
 {
-    // Where every tile has a cluster of its own and enough keys, or where there are about as many tiles as SMs and very
-    // many keys. The same rule as chosen_split of kernels/hopper/variants.py, which says why, and which a test compares
-    // it with.
-    double const tiles = static_cast<double>((sizes[Symbol::kLq] + blockM - 1) / blockM * sizes[Symbol::kH]);
-    double const keys = static_cast<double>(sizes[Symbol::kLk]) / static_cast<double>(std::max<int64_t>(sizes[Symbol::kB], 1));
-    bool const hasClusters = tiles <= 0.5 * numSms && keys >= 1024;
-    bool const hasManyKeys = tiles <= 1.12 * numSms && keys >= 4096;
-    return hasClusters || hasManyKeys ? 2 : 1;
+    // The same rule as chosen_split of kernels/hopper/variants.py, which says why, and which a test compares it with.
+    constexpr double kExchange[] = {0.0, 2.2, 2.6, 3.0};
+    constexpr double kLeastGain = 1.0;
+    auto const sequences = static_cast<double>(std::max<int64_t>(sizes[Symbol::kB], 1));
+    int64_t const tiles = (sizes[Symbol::kLq] + image.blockM - 1) / image.blockM * sizes[Symbol::kH];
+    double const longest = static_cast<double>(sizes[Symbol::kLk]) / sequences / image.blockN;
+    double const others = std::max(static_cast<double>(sizes[Symbol::kLq]) / sequences - image.blockM, 0.0);
+    double const shortest = std::max(longest - others / image.blockN, 1.0);
+    double const mean = (longest + shortest) / 2.0;
+    double const further = sequences == 1.0 ? 4.0 : 8.0;
+    double const sent = std::max(image.blockDqk / 128.0, 1.0);
+    auto const cost = [&](size_t i)
+    {
+        int32_t const split = kSplits[i];
+        int32_t const clusters = residentClusters(split, numSms);
+        auto const rounds = static_cast<double>((tiles + clusters - 1) / clusters);
+        double const work = static_cast<double>(tiles) * mean / (clusters * split);
+        double const steps = std::max({std::ceil(longest / split), work, rounds * shortest / split});
+        return i == 0 ? steps : steps + sent * (kExchange[i] + (rounds - 1.0) * further);
+    };
+    size_t best = 0;
+    for (size_t i = 1; i < kSplits.size(); ++i)
+    {
+        if (cost(i) <= cost(best) - kLeastGain)
+        {
+            best = i;
+        }
+    }
+    return kSplits[best];
 }
 
-int32_t hopperGrid(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept
+int32_t hopperGrid(HstuKernelImage const& image, int32_t split, NodeSizes const& sizes, int32_t numSms) noexcept
 {
-    int64_t const clusters = std::min<int64_t>(numSms / image.split, mostTiles(sizes, image.blockM));
+    int64_t const clusters = std::min<int64_t>(residentClusters(split, numSms), mostTiles(sizes, image.blockM));
     // One at least: without a sequence, the rows of out still have to become zero.
-    return image.split * static_cast<int32_t>(std::max<int64_t>(clusters, 1));
+    return split * static_cast<int32_t>(std::max<int64_t>(clusters, 1));
 }
 
-void launchHopper(LoadedKernel const& kernel, HstuAttentionAttributes const& attributes, NodeSizes const& sizes,
-    DevicePointers const& pointers, int32_t* progress, int32_t numSms, CUstream stream)
+void launchHopper(LoadedKernel const& kernel, int32_t split, HstuAttentionAttributes const& attributes,
+    NodeSizes const& sizes, DevicePointers const& pointers, int32_t* progress, int32_t numSms, CUstream stream)
 {
     HstuKernelImage const& image = kernel.image();
     auto const input = [&pointers](Input which) { return pointers.inputs[static_cast<size_t>(which)]; };
@@ -150,9 +179,16 @@ void launchHopper(LoadedKernel const& kernel, HstuAttentionAttributes const& att
     parameters.posHeads = size(Symbol::kHp);
 
     void* arguments[] = {&queries, &keys, &values, &parameters};
-    CUresult const result = cudaDriver().launchKernel(kernel.function(),
-        static_cast<unsigned>(hopperGrid(image, sizes, numSms)), 1, 1, static_cast<unsigned>(image.threads), 1, 1,
-        static_cast<unsigned>(image.sharedBytes), stream, arguments, nullptr);
+    ClusterAttribute cluster;
+    cluster.blocks[0] = static_cast<unsigned>(split);
+    LaunchConfig config;
+    config.grid[0] = static_cast<unsigned>(hopperGrid(image, split, sizes, numSms));
+    config.block[0] = static_cast<unsigned>(image.threads);
+    config.sharedBytes = static_cast<unsigned>(image.sharedBytes);
+    config.stream = stream;
+    config.attributes = &cluster;
+    config.numAttributes = split > 1 ? 1 : 0;
+    CUresult const result = cudaDriver().launchKernelEx(&config, kernel.function(), arguments, nullptr);
     if (result != CUDA_SUCCESS)
     {
         checkCuda(result, (describeCall(image, sizes) + ": launch").c_str());

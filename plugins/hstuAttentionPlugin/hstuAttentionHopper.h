@@ -12,25 +12,27 @@ namespace hstu
 //! tiles are few enough to be counted in 32 bits, and the time tables of all heads have room in shared memory.
 bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcept;
 
-//! Chooses between the two Hopper images of a node by what the host knows of a call, which is its dims: the offsets are
-//! on the device. The same dims always give the same image, hence the same bits.
+//! Chooses by how many blocks each tile of a launch is shared, by what the host knows of a call, which is its dims: the
+//! offsets are on the device. The same dims always give the same split, hence the same bits.
 //!
-//! \param blockM query rows of a tile of the image without a split.
+//! \param image whose tiles can be shared.
 //! \param numSms multiprocessors of the device.
-//! \return 1, or 2 for blocks that share each tile's keys in pairs.
-int32_t chooseSplit(NodeSizes const& sizes, int32_t blockM, int32_t numSms) noexcept;
+//! \return one of kSplits.
+int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept;
 
-//! \return blocks of a launch: persistent ones, at most one an SM, in whole clusters, and none without a tile.
-int32_t hopperGrid(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept;
+//! \return blocks of a launch: persistent ones, at most one an SM, in whole clusters of `split` that run at once, and none
+//! without a tile.
+int32_t hopperGrid(HstuKernelImage const& image, int32_t split, NodeSizes const& sizes, int32_t numSms) noexcept;
 
 //! Launches a Hopper kernel on the stream. Does nothing else: no allocation, no synchronisation, no loading, so it may be
 //! captured into a CUDA graph.
 //!
+//! \param split blocks that share a tile: one of kSplits, 1 exactly where the image's is.
 //! \param sizes all known, at least one query row; with pointers, what takesHopper accepts.
 //! \param progress two counters on the device that are zero, that no other launch uses until this one is done, and that
 //!     this one leaves zero.
 //! Throws PluginError with the shape when the driver refuses a tensor map or the launch.
-void launchHopper(LoadedKernel const& kernel, HstuAttentionAttributes const& attributes, NodeSizes const& sizes,
+void launchHopper(LoadedKernel const& kernel, int32_t split, HstuAttentionAttributes const& attributes, NodeSizes const& sizes,
     DevicePointers const& pointers, int32_t* progress, int32_t numSms, CUstream stream);
 
 } // namespace hstu

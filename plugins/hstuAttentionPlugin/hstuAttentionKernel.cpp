@@ -97,7 +97,7 @@ HstuKernelImage const*& slotOf(TacticImages& images, HstuKernelImage const& imag
 {
     if (image.kind == kHstuKernelHopper)
     {
-        return images.hopper[static_cast<size_t>(image.split - 1)];
+        return images.hopper[image.split > 1 ? 1 : 0];
     }
     return image.aligned != 0 ? images.aligned : images.unaligned;
 }

@@ -16,8 +16,8 @@
 namespace hstu
 {
 
-//! Largest number of blocks that share a tile of query rows in a Hopper image.
-constexpr int32_t kMaxSplit = 2;
+//! By how many blocks a tile of query rows can be shared; more than one by the same image.
+constexpr std::array<int32_t, 4> kSplits{1, 2, 4, 8};
 
 //! The images of one tactic that fit a node on a device. At least one is set.
 struct TacticImages
@@ -25,9 +25,9 @@ struct TacticImages
     int32_t tactic{0};
     HstuKernelImage const* aligned{nullptr};   //!< portable, only for 16-byte-aligned pointers
     HstuKernelImage const* unaligned{nullptr}; //!< portable, for any pointers
-    //! At split - 1, where the tactic is Hopper's: the image of that split. The portable images beside them are those
-    //! of the first portable tactic, for calls that the Hopper kernel does not take.
-    std::array<HstuKernelImage const*, kMaxSplit> hopper{};
+    //! Where the tactic is Hopper's: the image whose blocks have tiles of their own, and that whose blocks share them. The
+    //! portable images beside them are those of the first portable tactic, for calls that the Hopper kernel does not take.
+    std::array<HstuKernelImage const*, 2> hopper{};
 };
 
 //! \return whether the tactic has a Hopper image.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hstu_compile.plugins.kernels.hopper.compile import KERNEL_NAME, HopperImage
-from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH
+from hstu_compile.plugins.kernels.hopper.variants import HOPPER_ARCH, SPLITS
 from hstu_compile.plugins.kernels.norm_variants import NormTask, NormVariant, norm_tasks
 from hstu_compile.plugins.kernels.variants import (
     ARCHS,
@@ -45,8 +45,8 @@ __all__ = [
     "write_cpp_source",
 ]
 
-#: Tactic id that all Hopper images share: the plugin chooses between splits by itself. Above any tile table's ids; the
-#: ids of the fixed splits follow it.
+#: Tactic id that all Hopper images share: the plugin chooses a split by itself. Above any tile table's ids; with a
+#: split added, the id of a fixed one.
 HOPPER_TACTIC = 64
 #: ``HstuKernelKind``.
 _PORTABLE, _HOPPER = 0, 1
@@ -473,7 +473,7 @@ def _hopper_fields(image: HopperImage) -> tuple[int, ...]:
         image.block_m,
         image.tile.block_n,
         image.threads,
-        variant.split,
+        SPLITS[-1] if variant.shares else SPLITS[0],
         image.shared_bytes,
         image.least_driver,
     )

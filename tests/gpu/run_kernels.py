@@ -31,6 +31,7 @@ from hstu_compile.plugins.kernels.hopper.variants import (  # noqa: E402
     ELEMENT_TYPES,
     HOPPER_ARCH,
     MOST_TIME_HEADS,
+    SPLITS,
     hopper_variants_for,
 )
 from hstu_compile.plugins.kernels.tiles import TileConfig, tile_configs  # noqa: E402
@@ -152,7 +153,8 @@ def hopper_runs() -> list[KernelRun]:
                 timestamp_bits=64 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize,
             )
             wanted |= {*variants, *(dataclasses.replace(variant, plain_causal=True) for variant in variants)}
-            runs += [KernelRun(with_dtype(case, dtype), None, variant.split) for variant in variants]
+            if variants:
+                runs += [KernelRun(with_dtype(case, dtype), None, split) for split in SPLITS]
     from hstu_compile.plugins.kernels.hopper.launch import cache_dir
 
     compile_hopper(sorted(wanted), cache_dir)

@@ -37,8 +37,12 @@ class Fault(enum.Enum):
     KEYS_RELEASED_EARLY = enum.auto()
     #: Queries that are kept in registers are given back before they have been read.
     QUERIES_RELEASED_UNREAD = enum.auto()
-    #: The sums of the other block are overwritten before they are read.
+    #: Sums are sent before every block of the cluster has offered the stage that they overwrite.
     EXCHANGE_NOT_AWAITED = enum.auto()
+    #: A warpgroup offers its block's stage although the other may still read there.
+    STAGE_OFFERED_EARLY = enum.auto()
+    #: The stage of a tile's last keys and values is given back for copies before the exchange.
+    STAGE_RELEASED_BEFORE_EXCHANGE = enum.auto()
     #: Keys of which a warpgroup sees nothing are given back although their copy may not have begun.
     UNSEEN_KEYS_NOT_AWAITED = enum.auto()
     #: A key tile that is left out is not given back.
@@ -55,6 +59,7 @@ class Protocol:
         turns: of the warpgroups.
         holds_queries: they keep their rows of the queries in registers.
         split: blocks of a cluster that share a tile.
+        rounds: of an exchange between them.
         slots: descriptions of tiles in shared memory.
         ask_ahead: how many key tiles before a tile's end the next tile is asked for.
         skips_unseen: a warpgroup leaves out a tile's first key tile where its rows see nothing of it.
@@ -69,10 +74,11 @@ class Protocol:
     slots: int
     ask_ahead: int
     skips_unseen: bool = False
+    rounds: int = 1
 
 
-def protocol_of(variant: HopperVariant) -> Protocol:
-    """Return the protocol of one kernel, from the tile table and from the constants of the source."""
+def protocol_of(variant: HopperVariant, split: int) -> Protocol:
+    """Return the protocol of one kernel in clusters of so many blocks, from the tile table and the source."""
     source, tile = SOURCE.read_text(), tile_of(variant)
 
     def constant(pattern: str) -> int:
@@ -80,7 +86,7 @@ def protocol_of(variant: HopperVariant) -> Protocol:
         assert found is not None, f"{SOURCE.name} has no {pattern}: follow what it has become"
         return int(found[1])
 
-    skipping_block_n = constant(r"kSkipsUnseen = kBlockN == (\d+) && !kTurns;")
+    skipping_block_n = constant(r"kSkipsUnseen = kBlockN == (\d+) && !kTurns && !kShares;")
 
     return Protocol(
         stages=tile.stages,
@@ -88,10 +94,11 @@ def protocol_of(variant: HopperVariant) -> Protocol:
         warpgroups=tile.warpgroups,
         turns=tile.turns,
         holds_queries=tile.held_steps * 16 == variant.block_dim,
-        split=variant.split,
+        split=split,
         slots=constant(r"kTileSlots = (\d+);"),
         ask_ahead=tile.stages + constant(r"kAskAhead = kStages \+ (\d+);"),
-        skips_unseen=tile.block_n == skipping_block_n and tile.turns is Turns.NONE,
+        skips_unseen=tile.block_n == skipping_block_n and tile.turns is Turns.NONE and not variant.shares,
+        rounds=constant(r"kRounds = (\d+) / kBlockN;") // tile.block_n,
     )
 
 
@@ -128,15 +135,15 @@ class Barrier:
         return Wait(lambda: self._phase != parity, f"{self._what}, parity {parity}")
 
 
-class Turn:
-    """A named barrier of two warpgroups, of which one only arrives."""
+class NamedBarrier:
+    """A named barrier of some warpgroups, of which some may only arrive."""
 
-    def __init__(self, what: str) -> None:
-        self._what, self._arrived, self._generation = what, 0, 0
+    def __init__(self, what: str, warpgroups: int) -> None:
+        self._what, self._warpgroups, self._arrived, self._generation = what, warpgroups, 0, 0
 
     def arrive(self) -> None:
         self._arrived += 1
-        if self._arrived == 2:
+        if self._arrived == self._warpgroups:
             self._arrived, self._generation = 0, self._generation + 1
 
     def sync(self) -> Wait:
@@ -178,18 +185,22 @@ END = Tile(-1, True, 0, ())
 
 
 class Buffer:
-    """Shared memory that tensor copies fill, with the barriers of both directions."""
+    """Shared memory that tensor copies fill, and other blocks with their sums, with the barriers of both directions."""
 
     def __init__(self, what: str, readers: int) -> None:
         self.full, self.empty = Barrier(f"{what} full", 1), Barrier(f"{what} empty", readers)
         self._what, self._label = what, ""
+        self._sums: dict[int, str] = {}
 
     def copy(self, label: str) -> Process:
         """Begin to overwrite; the process ends the copy."""
         self._label = "garbage"
+        self._sums.clear()
 
         def end() -> Process:
             yield Wait(lambda: True, "memory")
+            if self._sums:
+                raise HazardError(f"sums lie in {self._what} while {label!r} is copied there")
             self._label = label
             self.full.arrive()
 
@@ -199,6 +210,16 @@ class Buffer:
         if self._label != label:
             raise HazardError(f"{self._what} holds {self._label!r} where {label!r} is read")
 
+    def put(self, rank: int, sums: str) -> None:
+        """Store the sums of a block."""
+        self._label = "sums"
+        self._sums[rank] = sums
+
+    def take(self, blocks: int, sums: str) -> None:
+        """Read the sums of every block."""
+        if self._label != "sums" or self._sums != dict.fromkeys(range(blocks), sums):
+            raise HazardError(f"{self._what} holds {self._label!r} and {self._sums} where {sums!r} are added up")
+
 
 class Block:
     """One block of a cluster."""
@@ -206,7 +227,7 @@ class Block:
     def __init__(self, protocol: Protocol, faults: frozenset[Fault], rank: int, keys_of_tiles: Sequence[int]) -> None:
         p = self.protocol = protocol
         self.faults, self.rank = faults, rank
-        self.peer = self
+        self.cluster: Sequence[Block] = [self]
         self.tiles = [self._describe(number, keys) for number, keys in enumerate(keys_of_tiles)]
         self.copies: list[Process] = []
         self.finished: list[int] = []
@@ -217,10 +238,11 @@ class Block:
         self.queries = [Buffer(f"queries[{i}]", p.warpgroups) for i in range(p.query_buffers)]
         self.keys = [Buffer(f"keys[{i}]", p.warpgroups) for i in range(p.stages)]
         self.values = [Buffer(f"values[{i}]", p.warpgroups) for i in range(p.stages)]
-        self.turns = [Turn(f"turn of {i}") for i in range(p.warpgroups)]
-        self.exchange_full = [Barrier(f"exchangeFull[{i}]", 1) for i in range(p.warpgroups)]
-        self.peer_exchange_empty = [Barrier(f"peerExchangeEmpty[{i}]", 1) for i in range(p.warpgroups)]
-        self.exchanged = [""] * p.warpgroups
+        self.turns = [NamedBarrier(f"turn of {i}", 2) for i in range(p.warpgroups)]
+        self.exchange_barrier = NamedBarrier("exchange", p.warpgroups)
+        self.exchange_ready = Barrier("exchangeReady", p.split)
+        self.exchange_full = [Barrier(f"exchangeFull[{i}]", p.split) for i in range(p.warpgroups)]
+        self.exchange_stages = [-1] * p.split
 
     def _describe(self, number: int, keys: int) -> Tile:
         share = (keys - self.rank + self.protocol.split - 1) // self.protocol.split
@@ -322,35 +344,50 @@ class Block:
             self.queries[query.index].empty.arrive()
             query.advance()
 
-        def product_of_keys(label: str) -> Callable[[], None]:
-            """Begin the product; the result ends it and gives the keys back."""
+        def product_of_keys(label: str, is_last: bool) -> Callable[[], None]:
+            """Begin the product; the result ends it and gives the keys back, unless sums will be exchanged there."""
             buffer, queries, tile = self.keys[key.index], self.queries[query.index], label.split(" keys")[0]
             key.advance()
             buffer.expect(label)
             if not p.holds_queries:
                 queries.expect(tile)
-            if Fault.KEYS_RELEASED_EARLY in self.faults:
+            is_kept = is_last and p.split > 1 and Fault.STAGE_RELEASED_BEFORE_EXCHANGE not in self.faults
+            is_early = Fault.KEYS_RELEASED_EARLY in self.faults and not is_kept
+            if is_early:
                 buffer.empty.arrive()
 
             def end() -> None:
                 buffer.expect(label)
                 if not p.holds_queries:
                     queries.expect(tile)
-                if Fault.KEYS_RELEASED_EARLY not in self.faults:
+                if not is_kept and not is_early:
                     buffer.empty.arrive()
 
             return end
 
-        def product_of_values(label: str) -> Callable[[], None]:
+        def product_of_values(label: str, is_last: bool) -> Callable[[], None]:
             buffer = self.values[value.index]
-            value.advance()
             buffer.expect(label)
+            is_kept = is_last and p.split > 1
+            if not is_kept:
+                value.advance()
 
             def end() -> None:
                 buffer.expect(label)
-                buffer.empty.arrive()
+                if not is_kept or Fault.STAGE_RELEASED_BEFORE_EXCHANGE in self.faults:
+                    buffer.empty.arrive()
 
             return end
+
+        def offer_stage() -> Process:
+            """Tell the cluster that sums may be put into this block's last stage, once no warpgroup reads there."""
+            if Fault.STAGE_OFFERED_EARLY not in self.faults:
+                yield self.exchange_barrier.sync()
+            if warpgroup == 0:
+                for block in self.cluster:
+                    yield PREEMPTED
+                    block.exchange_stages[self.rank] = value.index
+                    block.exchange_ready.arrive()
 
         def skip(buffers: list[Buffer], ring: Ring, is_awaited: bool) -> Process:
             """Give back the first key tile's keys or values, if this warpgroup's rows see nothing of it."""
@@ -368,19 +405,34 @@ class Block:
         def skip_values() -> Process:
             return skip(self.values, value, True)
 
+        def exchanged(block: Block, stage: int) -> Buffer:
+            return (block.keys, block.values)[warpgroup][stage]
+
         def finish(number: int) -> Process:
             self.finished.append(number)
-            if p.split > 1:
+            if p.split == 1:
+                return
+            for turn in range(p.rounds):
+                sums = f"tile {number} round {turn}"
+                yield from offer_stage()
                 if Fault.EXCHANGE_NOT_AWAITED not in self.faults:
-                    yield self.peer_exchange_empty[warpgroup].wait(exchange.phase ^ 1)
-                self.peer.exchanged[warpgroup] = f"tile {number}"
-                self.peer.exchange_full[warpgroup].arrive()
+                    yield self.exchange_ready.wait(exchange.phase)
+                for rank, block in enumerate(self.cluster):
+                    exchanged(block, self.exchange_stages[rank]).put(self.rank, sums)
+                    yield PREEMPTED
+                    block.exchange_full[warpgroup].arrive()
                 yield self.exchange_full[warpgroup].wait(exchange.phase)
                 yield PREEMPTED
-                if self.exchanged[warpgroup] != f"tile {number}":
-                    raise HazardError(f"sums of {self.exchanged[warpgroup]} are added to those of tile {number}")
-                self.peer.peer_exchange_empty[warpgroup].arrive()
+                exchanged(self, value.index).take(p.split, sums)
                 exchange.advance()
+
+        def release_stage() -> None:
+            """Give the stage back in which sums have been exchanged."""
+            if p.split > 1:
+                if Fault.STAGE_RELEASED_BEFORE_EXCHANGE not in self.faults:
+                    self.keys[value.index].empty.arrive()
+                    self.values[value.index].empty.arrive()
+                value.advance()
 
         if warpgroup == p.warpgroups - 1 and Fault.NO_FIRST_TURN not in self.faults:
             pass_turn()
@@ -392,7 +444,7 @@ class Block:
         yield from skip_values()
         yield from await_queries_and_keys()
         yield from await_turn()
-        end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}")
+        end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}", taken.share == 1)
         pass_turn()
         yield PREEMPTED
         end_keys()
@@ -402,11 +454,11 @@ class Block:
                 yield self.keys[key.index].full.wait(key.phase)
                 yield self.values[value.index].full.wait(value.phase)
                 yield from await_turn()
-                end_keys = product_of_keys(f"tile {tile.number} keys {t}")
+                end_keys = product_of_keys(f"tile {tile.number} keys {t}", t + 1 == tile.share)
                 if p.turns is Turns.SCORES:
                     yield PREEMPTED
                     pass_turn()
-                end_values = product_of_values(f"tile {tile.number} keys {t - 1}")
+                end_values = product_of_values(f"tile {tile.number} keys {t - 1}", False)
                 if p.turns is not Turns.SCORES:
                     pass_turn()
                 yield PREEMPTED
@@ -423,7 +475,7 @@ class Block:
             yield self.values[value.index].full.wait(value.phase)
             if taken is END:
                 yield from await_turn()
-                end_values = product_of_values(last)
+                end_values = product_of_values(last, True)
                 pass_turn()
                 yield PREEMPTED
                 end_values()
@@ -434,11 +486,11 @@ class Block:
                 yield from skip_keys()
                 yield from await_queries_and_keys()
             yield from await_turn()
-            end_values = product_of_values(last)
+            end_values = product_of_values(last, True)
             if p.query_buffers == 1 and not p.holds_queries:
                 yield from skip_keys()
                 yield from await_queries_and_keys()
-            end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}")
+            end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}", taken.share == 1)
             pass_turn()
             if keeps_slot:
                 self.tile_empty[held].arrive()
@@ -446,6 +498,7 @@ class Block:
             end_values()
             yield from skip_values()
             yield from finish(tile.number)
+            release_stage()
             yield PREEMPTED
             end_keys()
 
@@ -469,7 +522,7 @@ def play(protocol: Protocol, keys_of_tiles: Sequence[int], seed: int, faults: fr
     order = random.Random(seed)
     blocks = [Block(protocol, faults, rank, keys_of_tiles) for rank in range(protocol.split)]
     for block in blocks:
-        block.peer = blocks[-1 - block.rank]
+        block.cluster = blocks
     running = {name: process for block in blocks for name, process in block.processes().items()}
     waits = dict.fromkeys(running, PREEMPTED)
     num_copies = 0

@@ -43,8 +43,8 @@ from tests.plugins.conformance.libraries import plugin_cache
 
 KERNELS = Path(aot.__file__).parent
 COMMON = KERNELS.parent / "common"
-#: Both splits at both head dims that must not spill; the first two are also in the small library. Then those with an
-#: accurate SiLU that came closest to spilling, and one at the third head dim.
+#: Own and shared tiles at both head dims that must not spill; the first two are also in the small library.
+#: Then those with an accurate SiLU that came closest to spilling, and both at the third head dim.
 COMPILED = (
     *hopper_variants_for("float16", 64, 64),
     *hopper_variants_for("bfloat16", 128, 128),
@@ -52,6 +52,7 @@ COMPILED = (
     hopper_variants_for("float16", 64, 64, silu="accurate")[1],
     hopper_variants_for("bfloat16", 128, 128, plain_causal=True, silu="accurate")[0],
     hopper_variants_for("bfloat16", 256, 256, silu="accurate")[0],
+    hopper_variants_for("bfloat16", 256, 256)[1],
 )
 VARIANT = COMPILED[0]
 REGISTERS_OF_AN_SM = 65536
@@ -141,7 +142,9 @@ def test_descriptors_stay_in_uniform_registers(sass: list[str]) -> None:
         loop = _innermost_product_loop(text)
         products = sum(opcode.startswith("HGMMA") for opcode in loop)
         assert products == variant.block_dim // 16 + tile_of(variant).block_n // 16
-        assert sum(opcode.startswith("R2UR") for opcode in loop) < products / 2, variant
+        # Of 256 columns' shared tiles the compiler keeps some descriptors of the queries elsewhere: 13 for 20 products.
+        bound = 0.7 if variant.block_dim == 256 and variant.shares else 0.5
+        assert sum(opcode.startswith("R2UR") for opcode in loop) < products * bound, variant
 
 
 def test_the_form_of_silu_is_in_the_machine_code(sass: list[str]) -> None:
@@ -250,13 +253,13 @@ def test_which_kernels_a_library_gets() -> None:
     assert hopper_variants_of([*general, *variants_for("float16", 128, 128)]) == hopper_variants_of(general)
     causal = hopper_variants_of(variants_for("bfloat16", 16, 32, mask_kinds=(0,)))
     assert causal == hopper_variants_for("bfloat16", 64, 64, plain_causal=True)
-    assert [variant.split for variant in causal] == [1, 2]
-    (wide,) = hopper_variants_of(variants_for("float16", 208, 256))
-    assert (wide.block_dim, wide.split) == (256, 1)
+    assert [variant.shares for variant in causal] == [False, True]
+    wide = hopper_variants_of(variants_for("float16", 208, 256))
+    assert [(variant.block_dim, variant.shares) for variant in wide] == [(256, False), (256, True)]
     assert hopper_variants_of(variants_for("float32", 64, 64)) == ()
     assert hopper_variants_of(variants_for("float16", 50, 50)) == (), "no multiple of 8, as far as the kernel tells"
-    (biased,) = hopper_variants_of(variants_for("float16", 64, 64, pos_bias=True, time_bias=True, timestamp_bits=32))
-    assert (biased.pos_bias, biased.timestamp_bits, biased.split) == (True, 32, 1)
+    biased = hopper_variants_of(variants_for("float16", 64, 64, pos_bias=True, time_bias=True, timestamp_bits=32))
+    assert [(v.pos_bias, v.timestamp_bits, v.shares) for v in biased] == [(True, 32, False), (True, 32, True)]
 
 
 def test_the_form_of_silu_is_chosen_by_name() -> None:
@@ -325,7 +328,7 @@ def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
     source, _ = write_cpp_source([portable], tmp_path / "kernelImages.cpp", hopper)
     header = (COMMON / "hstuKernelImages.h").read_text()
     fields = re.findall(r"^    (?:int32_t|size_t) (\w+)(?:\{0\})?;", header, re.MULTILINE)
-    assert len(fields) == 20
+    assert len(fields) == 21
     (tmp_path / "main.cpp").write_text(
         '#include "hstuKernelImages.h"\n#include <cstdio>\n#include <string>\n'
         "int main() { for (size_t i = 0; i < kHstuNbKernelImages; ++i) {\n"
@@ -357,7 +360,7 @@ def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
             "blockM": 64 * image.tile.warpgroups,
             "blockN": image.tile.block_n,
             "threads": 128 + 128 * image.tile.warpgroups,
-            "split": variant.split,
+            "split": 8 if variant.shares else 1,
             "sharedBytes": image.shared_bytes,
             "leastDriver": 12000,
             "silu": int(variant.is_accurate),

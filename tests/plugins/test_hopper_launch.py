@@ -91,14 +91,36 @@ def test_tensors_that_are_not_contiguous_are_copied_until_the_launch(
 def test_a_short_launch_is_split_and_a_long_one_is_not(
     launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]],
 ) -> None:
-    keys = torch.zeros(1024, HEADS, DIM, dtype=torch.float16)
+    keys = torch.zeros(4096, HEADS, DIM, dtype=torch.float16)
     launch.hstu_attention_hopper(**_arguments(k=keys, v=keys))
-    assert launched[-1][0] == 2 * HEADS, "two blocks a tile"
+    assert launched[-1][0] == 8 * HEADS, "eight blocks a tile"
+    launch.hstu_attention_hopper(**_arguments(k=keys, v=keys, split=2))
+    assert launched[-1][0] == 2 * HEADS, "two, as was asked for"
     launch.hstu_attention_hopper(**_arguments())
-    assert launched[-1][0] == HEADS, "too few keys for two blocks a tile"
+    assert launched[-1][0] == HEADS, "too few keys for more than one block a tile"
     long = torch.zeros(128 * 100, HEADS, DIM, dtype=torch.float16)
     launch.hstu_attention_hopper(**_arguments(q=long))
     assert launched[-1][0] == 132
+    launch.hstu_attention_hopper(**_arguments(q=long, split=8))
+    assert launched[-1][0] == 8 * 14, "as many clusters as run at once"
+    with pytest.raises(ValueError, match=r"split must be one of \(1, 2, 4, 8\) or None, got 3"):
+        launch.hstu_attention_hopper(**_arguments(split=3))
+
+
+def test_the_launch_says_how_large_its_clusters_are(
+    launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    kernel = launch._kernel
+    variants: list[HopperVariant] = []
+    monkeypatch.setattr(launch, "_kernel", lambda variant, _: variants.append(variant) or kernel(variant, _))
+    monkeypatch.setattr(
+        launch, "launch", lambda function, grid, cluster, *others: seen.append((cluster, variants[-1].shares))
+    )
+    for split in (1, 2, 4, 8):
+        launch.hstu_attention_hopper(**_arguments(split=split))
+    assert seen == [(1, False), (2, True), (4, True), (8, True)]
+    assert not launched
 
 
 def test_the_form_of_silu_chooses_the_kernel(

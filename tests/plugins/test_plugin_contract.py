@@ -14,7 +14,7 @@ import yaml
 from hstu_compile.errors import PluginError
 from hstu_compile.plugin_library import find_cuda_headers
 from hstu_compile.plugins import generate_contract
-from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, chosen_split, tile_of
+from hstu_compile.plugins.kernels.hopper.variants import SPLITS, HopperVariant, chosen_split, resident_clusters, tile_of
 
 ROOT = Path(generate_contract.__file__).parent
 CONTRACT = ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml"
@@ -143,28 +143,19 @@ def test_the_core_needs_no_tensorrt_header_and_picks_the_right_image(selection: 
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 78])
-@pytest.mark.parametrize("block_dim", [64, 128])
+@pytest.mark.parametrize("block_dim", [64, 256])
 def test_the_library_splits_the_launches_that_pytorch_splits(
     selection: Path, block_dim: int, multiprocessors: int
 ) -> None:
-    block_m = 64 * tile_of(HopperVariant("float16", block_dim, True)).warpgroups
-    chosen = {}
-    edges = (
-        1,
-        multiprocessors // 2,
-        multiprocessors // 2 + 1,
-        int(1.12 * multiprocessors),
-        int(1.12 * multiprocessors) + 1,
-    )
-    for tiles in edges:
-        for lq, heads in (((tiles - 1) * block_m + 1, 1), (block_m, tiles)):
-            for lk, batch in ((0, 0), (0, 1), (1023, 1), (1024, 1), (4 * 1024 - 1, 4), (4095, 1), (4096, 1), (8192, 2)):
+    tile = tile_of(HopperVariant("float16", block_dim, True))
+    block = (block_dim, 64 * tile.warpgroups, tile.block_n)
+    found = set()
+    for tiles in (1, *(n for split in SPLITS for n in (resident_clusters(split, multiprocessors) + i for i in (0, 1)))):
+        for lq, heads in (((tiles - 1) * block[1] + 1, 1), (block[1], tiles)):
+            for lk, batch in ((0, 0), (0, 1), (1024, 1), (4 * 1024 - 1, 4), (4096, 1), (lq, 1), (9 * 4352, 9)):
                 sizes = (lq, lk, batch, heads)
-                arguments = ["split", *map(str, (*sizes, block_m, multiprocessors))]
+                arguments = ["split", *map(str, (*sizes, *block, multiprocessors))]
                 done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
-                chosen[sizes] = int(done.stdout)
-                assert chosen[sizes] == chosen_split(block_dim, *sizes, multiprocessors), sizes
-    few, many = multiprocessors // 2, int(1.12 * multiprocessors)
-    assert [chosen[block_m, keys, 1, few] for keys in (1023, 1024)] == [1, 2]
-    assert [chosen[block_m, 4096, 1, tiles] for tiles in (few + 1, many, many + 1)] == [2, 2, 1]
-    assert chosen[block_m, 1024, 1, few + 1] == 1
+                assert int(done.stdout) == chosen_split(block_dim, *sizes, multiprocessors), sizes
+                found.add(int(done.stdout))
+    assert found == set(SPLITS)

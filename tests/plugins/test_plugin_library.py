@@ -196,10 +196,10 @@ def test_a_library_tells_of_its_hopper_kernels(request: pytest.FixtureRequest) -
         assert library.hopper.note is not None
         assert str(caught.value) in library.hopper.note
         return
-    assert [(each["block_dim"], each["split"]) for each in manifest["hopper"]["variants"]] == [
-        (64, 1),
-        (64, 2),
-        (64, 1),
+    assert [(each["block_dim"], each["shares"]) for each in manifest["hopper"]["variants"]] == [
+        (64, False),
+        (64, True),
+        (64, False),
     ]
     assert b"hstu_attention_sm90" in library.self_registering.read_bytes()
 

@@ -190,7 +190,7 @@ def _switches(variant: HopperVariant) -> list[str]:
         "PLAIN_CAUSAL": int(variant.plain_causal),
         "TURNS": int(tile.turns),
         "HELD_STEPS": tile.held_steps,
-        "SPLIT": variant.split,
+        "SHARES": int(variant.shares),
         "POS_BIAS": int(variant.pos_bias),
         "TIMESTAMP_BITS": variant.timestamp_bits,
         "ACCURATE": int(variant.is_accurate),

@@ -18,6 +18,7 @@ _FILL_ZERO = 0
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 #: cuTensorMapEncodeTiled wants its result aligned to this.
 _MAP_ALIGNMENT = 64
+_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4
 
 
 class TensorMap(ctypes.Structure):
@@ -42,15 +43,38 @@ class AttentionParameters(ctypes.Structure):
     )
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """A CUlaunchAttribute that says how many blocks a cluster has: an 8-byte head, and 64 bytes of value."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("cluster", ctypes.c_uint * 3),
+        ("rest", ctypes.c_uint * 13),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """A CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.cuModuleLoadData.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.c_char_p)
     library.cuModuleGetFunction.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_char_p)
     library.cuFuncSetAttribute.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
-    library.cuLaunchKernel.argtypes = (
-        ctypes.c_void_p,
-        *(ctypes.c_uint,) * 7,
+    library.cuLaunchKernelEx.argtypes = (
+        ctypes.POINTER(_LaunchConfig),
         ctypes.c_void_p,
         ctypes.POINTER(ctypes.c_void_p),
         ctypes.c_void_p,
@@ -136,6 +160,7 @@ def tensor_map(address: int, dtype: str, shape: tuple[int, int, int], box_rows: 
 def launch(
     function: ctypes.c_void_p,
     grid: int,
+    cluster: int,
     threads: int,
     shared_bytes: int,
     stream: int,
@@ -143,12 +168,28 @@ def launch(
 ) -> None:
     """Launch a kernel whose arguments are structs; they are copied before this returns.
 
+    Args:
+        function: of the kernel.
+        grid: blocks, whole clusters of them.
+        cluster: blocks of a cluster; 1 where the kernel knows of none.
+        threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+        stream: address of the CUstream.
+        arguments: of the kernel, in order.
+
     Raises:
         RuntimeError: the driver refuses the launch.
     """
     # The driver reads a tensor map's 128 bytes wherever they lie; only the encoder wants them aligned.
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-    result = _driver().cuLaunchKernel(
-        function, grid, 1, 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None
+    attribute = _LaunchAttribute(id=_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster=(cluster, 1, 1))
+    config = _LaunchConfig(
+        grid=(grid, 1, 1),
+        block=(threads, 1, 1),
+        shared_bytes=shared_bytes,
+        stream=stream,
+        attributes=ctypes.pointer(attribute),
+        num_attributes=int(cluster > 1),
     )
+    result = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
     _check(result, "launching the Hopper attention kernel")

@@ -6,7 +6,7 @@
 // key tile are multiplied while the values of the last one are, and SiLU of the next runs beside the latter.
 //
 // Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES, HSTU_PLAIN_CAUSAL,
-// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SPLIT, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS, HSTU_ACCURATE and HSTU_SHARED_BYTES;
+// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SHARES, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS, HSTU_ACCURATE and HSTU_SHARED_BYTES;
 // compile.py chooses them.
 #include <cstdint>
 #include <type_traits>
@@ -39,6 +39,9 @@ constexpr bool kTimeBias = HSTU_TIMESTAMP_BITS != 0;
 using Timestamp = std::conditional_t<HSTU_TIMESTAMP_BITS == 32, int32_t, int64_t>;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
 constexpr bool kIsAccurate = HSTU_ACCURATE != 0;
+// The blocks of a cluster share a tile: of n, each takes every n-th key tile, and as there is no softmax their sums just
+// add. For launches with fewer tiles than there are SMs, which say how many blocks a cluster has: 2, 4 or 8.
+constexpr bool kShares = HSTU_SHARES != 0;
 
 constexpr int32_t kSlab = 64; // columns of a 128-byte swizzled row
 constexpr int32_t kSlabs = kDim / kSlab;
@@ -49,10 +52,11 @@ constexpr int32_t kManyTiles = 8; // a block
 constexpr int32_t kAskAhead = kStages + 1; // key tiles of which the last ones hide the search for the next tile
 constexpr int32_t kFirstGroupBarrier = 1; // named barriers; 0 is that of __syncthreads
 constexpr int32_t kFirstTurnBarrier = 4;
+constexpr int32_t kExchangeBarrier = 7;
 constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
 constexpr int32_t kConsumerWarps = 4 * kWarpgroups;
 // Looking times up beside 128 columns of sums takes more registers; elsewhere the scheduler would have to spill.
-constexpr bool kNeedsMost = kTimeBias && kDim == 128;
+constexpr bool kNeedsMost = kTimeBias && kDim == 128 && !kShares;
 constexpr int32_t kProducerRegisters = kWarpgroups != 2 ? 32 : kNeedsMost ? 24 : 40;
 constexpr int32_t kConsumerRegisters = kWarpgroups != 2 ? 160 : kNeedsMost ? 240 : 232;
 // A thread has as many at first as fit all threads, in steps of eight. Whoever asks for more than others give back waits
@@ -66,22 +70,18 @@ constexpr int32_t kHeldSteps = HSTU_HELD_STEPS;
 // Their buffer is free for the next tile's as soon as they have been taken.
 constexpr bool kHoldsQueries = kHeldSteps * kDepth == kDim;
 // The next tile's queries are copied while this one is multiplied; with 256 columns there is no room for both.
-constexpr int32_t kQueryBuffers = kDim <= 128 && HSTU_SPLIT == 1 && !kHoldsQueries ? 2 : 1;
-// Blocks of a cluster that share a tile: each takes every kSplit-th key tile, and as there is no softmax their sums just
-// add. For batches with fewer tiles than there are SMs.
-constexpr int32_t kSplit = HSTU_SPLIT;
-static_assert(kSplit == 1 || kSplit == 2, "one block a tile, or two that exchange halves");
-constexpr int32_t kExchanged = kDim / 2 / 2; // sums that a thread gives to the other block of its cluster
+constexpr int32_t kQueryBuffers = kDim <= 128 && !kShares && !kHoldsQueries ? 2 : 1;
 // Warpgroups take turns, so that one multiplies while another computes SiLU: a turn ends when products have been issued, or
 // only when scores are there. The latter keeps warpgroups apart where SiLU takes as long as the products.
 constexpr bool kTurns = HSTU_TURNS != 0;
 constexpr bool kTurnsLastForScores = HSTU_TURNS == 2;
 // Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
 constexpr bool kHasRoomForBounds = !kTimeBias && !(kIsAccurate && kDim == 128);
-constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && HSTU_SPLIT == 1 && kHasRoomForBounds;
+constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && !kShares && kHasRoomForBounds;
 
-// A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn.
-constexpr bool kSkipsUnseen = kBlockN == 64 && !kTurns;
+// A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn, and where the
+// stage behind the one that is left out does not wait for an exchange.
+constexpr bool kSkipsUnseen = kBlockN == 64 && !kTurns && !kShares;
 static_assert(!kSkipsUnseen || kStages > 1, "the copies of a tile that one leaves out would wait for the other for ever");
 
 struct alignas(1024) Buffers
@@ -91,11 +91,16 @@ struct alignas(1024) Buffers
     Element values[kStages][kSlabs][kBlockN][kSlab];
 };
 
-//! Where the other block of the cluster puts its part of the sums that this one stores.
-struct Exchange
-{
-    float4 sums[kSplit > 1 ? kExchanged / 4 : 1][kSplit > 1 ? 128 * kWarpgroups : 1];
-};
+// Where blocks share a tile, each adds up and stores an equal part of a warpgroup's rows, groups of eight. What others
+// have summed for these rows they put into the stage of its last key tile, which is given back for copies only then: the
+// first warpgroup's into the keys, the second's into the values. A stage of 64 keys takes half of the columns at a time.
+constexpr int32_t kRowGroups = 8; // of a warpgroup; two a warp
+constexpr int32_t kRowGroupsShift = 3;
+constexpr int32_t kRounds = 128 / kBlockN;
+constexpr int32_t kPieces = kDim / 16 / kRounds; // of 16 columns
+using ExchangePiece = float4[32]; // of a row group: a lane has four sums of one row
+static_assert(!kShares || (kWarpgroups == 2 && kStages > 1), "keys and values, and another stage for the next tile");
+static_assert(sizeof(ExchangePiece) * kRowGroups * kPieces == sizeof(Buffers::keys[0]), "a warpgroup's sums fill a buffer");
 
 struct Barriers
 {
@@ -108,8 +113,8 @@ struct Barriers
     uint64_t keysEmpty[kStages];
     uint64_t valuesFull[kStages];
     uint64_t valuesEmpty[kStages];
+    uint64_t exchangeReady;
     uint64_t exchangeFull[kWarpgroups];
-    uint64_t peerExchangeEmpty[kWarpgroups];
 };
 
 // Everything that a block keeps in shared memory.
@@ -119,7 +124,7 @@ struct Shared
     Barriers barriers;
     Tile tiles[kTileSlots];
     Schedule schedule;
-    Exchange exchange;
+    int32_t exchangeStages[kMostBlocks]; //!< that each block of the cluster offers
     TimeTable<kTimeBias> times;
 };
 
@@ -162,10 +167,11 @@ __device__ __forceinline__ void initBarriers(Barriers& barriers)
         barrierInit(&barriers.valuesFull[i], 1);
         barrierInit(&barriers.valuesEmpty[i], kConsumerWarps);
     }
+    barrierInit(&barriers.exchangeReady, clusterBlocks());
     for (int32_t i = 0; i < kWarpgroups; ++i)
     {
-        barrierInit(&barriers.exchangeFull[i], 4);
-        barrierInit(&barriers.peerExchangeEmpty[i], 4);
+        // Of all blocks, those row groups that this one adds up: always as many as a block has.
+        barrierInit(&barriers.exchangeFull[i], kRowGroups);
     }
     barrierInitFence();
 }
@@ -173,11 +179,11 @@ __device__ __forceinline__ void initBarriers(Barriers& barriers)
 //! First key of this block's key tile t. Blocks of a cluster deal the tiles out in turn.
 __device__ __forceinline__ int32_t keyStart(Tile const& tile, int32_t t)
 {
-    if constexpr (kSplit == 1)
+    if constexpr (!kShares)
     {
         return tile.keyStart(t, kBlockN);
     }
-    return tile.keyStart(min(t * kSplit + static_cast<int32_t>(clusterRank()), tile.tiles - 1), kBlockN);
+    return tile.keyStart(min(t * clusterBlocks() + clusterRank(), tile.tiles - 1), kBlockN);
 }
 
 //! Counts this block's share of the key tiles.
@@ -185,11 +191,11 @@ __device__ __forceinline__ void takeShare(Tile& tile)
 {
     tile.share = tile.tiles;
     tile.maskedShare = tile.maskedTiles;
-    if constexpr (kSplit > 1)
+    if constexpr (kShares)
     {
-        auto const rank = static_cast<int32_t>(clusterRank());
-        tile.share = (tile.tiles - rank + kSplit - 1) / kSplit;
-        tile.maskedShare = (tile.maskedTiles - rank + kSplit - 1) / kSplit;
+        int32_t const others = clusterBlocks() - 1;
+        tile.share = (tile.tiles - clusterRank() + others) >> clusterShift();
+        tile.maskedShare = (tile.maskedTiles - clusterRank() + others) >> clusterShift();
         if (tile.share == 0 && tile.tiles > 0)
         {
             // Takes part with a key tile of which nothing counts, so that every block goes the same way.
@@ -217,8 +223,8 @@ struct Scheduler
     //! agree: to and fro, as costs descend.
     __device__ __forceinline__ int32_t dealt(int32_t round) const
     {
-        int32_t const clusters = gridDim.x / kSplit;
-        int32_t const cluster = blockIdx.x / kSplit;
+        int32_t const clusters = gridDim.x >> clusterShift();
+        int32_t const cluster = blockIdx.x >> clusterShift();
         return round * clusters + (round % 2 == 0 ? cluster : clusters - 1 - cluster);
     }
 
@@ -226,10 +232,10 @@ struct Scheduler
     {
         int32_t const numTiles = shared.schedule.numSlots * p.heads;
         // Where there are many tiles, one more in hand unbalances nothing, and its claim is answered in good time.
-        bool const isEarly = kSplit == 1 && numTiles > kManyTiles * static_cast<int32_t>(gridDim.x);
+        bool const isEarly = !kShares && numTiles > kManyTiles * static_cast<int32_t>(gridDim.x);
         Ring<kTileSlots> slot;
         Ring<1> wanted;
-        int32_t index = kSplit > 1 ? dealt(0) : static_cast<int32_t>(blockIdx.x);
+        int32_t index = kShares ? dealt(0) : static_cast<int32_t>(blockIdx.x);
         for (int32_t round = 1;; ++round)
         {
             Tile& tile = shared.tiles[slot.index];
@@ -250,9 +256,9 @@ struct Scheduler
             int32_t const early = isEarly ? claim() : 0;
             barrierWait(&shared.barriers.tileWanted, wanted.phase);
             wanted.advance();
-            index = kSplit > 1 ? dealt(round) : isEarly ? early : claim();
+            index = kShares ? dealt(round) : isEarly ? early : claim();
         }
-        if constexpr (kSplit == 1)
+        if constexpr (!kShares)
         {
             // The last block to come here has seen every other block's last question: both counters are as they were.
             if (atomicAdd(&p.progress[1], 1) == static_cast<int32_t>(gridDim.x) - 1)
@@ -446,7 +452,7 @@ struct Consumer
         if (kSkipsUnseen && tiles > 0)
         {
             awaitKeys();
-            releaseKeys();
+            releaseKeys(false);
         }
     }
 
@@ -552,9 +558,13 @@ struct Consumer
         namedBarrierSync(kFirstGroupBarrier + warpgroup, 128);
     }
 
-    __device__ __forceinline__ void releaseKeys()
+    //! \param isLast of the tile: where blocks share it, its stage is given back after the exchange.
+    __device__ __forceinline__ void releaseKeys(bool isLast)
     {
-        release(&shared.barriers.keysEmpty[keyStage.index]);
+        if (lane == 0 && !(kShares && isLast))
+        {
+            barrierArrive(&shared.barriers.keysEmpty[keyStage.index]);
+        }
         keyStage.advance();
     }
 
@@ -562,6 +572,15 @@ struct Consumer
     {
         release(&shared.barriers.valuesEmpty[valueStage.index]);
         valueStage.advance();
+    }
+
+    //! Gives the stage back in which sums have been exchanged.
+    __device__ __forceinline__ void releaseStage()
+    {
+        sharedProxyFence();
+        __syncwarp();
+        release(&shared.barriers.keysEmpty[valueStage.index]);
+        releaseValues();
     }
 
     template <Mask kMask>
@@ -583,7 +602,7 @@ struct Consumer
     {
         int32_t const start = keyStart(tile, t);
         Mask const kind = tile.mask;
-        if (kSplit > 1 && kind == Mask::kNothing)
+        if (kShares && kind == Mask::kNothing)
         {
             applyMask<Mask::kNothing>(tile, start);
         }
@@ -849,13 +868,13 @@ struct Consumer
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
-    __device__ __forceinline__ void step(Tile const& tile, int32_t t, int32_t valid, bool isFirst)
+    __device__ __forceinline__ void step(Tile const& tile, int32_t t, int32_t valid, bool isFirst, bool isLast)
     {
         multiplyBoth(valid, isFirst);
         // Looking times up takes registers, and branches where the compiler does not see that all lanes branch alike.
         productWait<kTimeBias ? 0 : 1>();
         pin(scores);
-        releaseKeys();
+        releaseKeys(isLast);
         scale(tile, t);
         weigh();
         productWait<0>();
@@ -865,12 +884,12 @@ struct Consumer
     }
 
     //! A key tile that the mask cuts.
-    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst)
+    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst, bool isLast)
     {
         multiplyBoth(uniform(tile.numKeys - keyStart(tile, t - 1)), isFirst);
         productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
-        releaseKeys();
+        releaseKeys(isLast);
         scale(tile, t);
         mask(tile, t);
         weigh();
@@ -892,86 +911,133 @@ struct Consumer
         packWeights();
     }
 
-    //! Adds up the cluster's sums, of which this block keeps one half of the columns, and stores them.
-    __device__ __forceinline__ void finish(Ending const& ending)
+    //! Tells the cluster that sums may be put into this block's last stage, once no warpgroup reads there.
+    __device__ __forceinline__ void offerStage() const
     {
-        if constexpr (kSplit == 1)
+        namedBarrierSync(kExchangeBarrier, 128 * kWarpgroups);
+        if (warpgroup == 0 && thread < clusterBlocks())
         {
-            store(ending, sums, 0);
-        }
-        else
-        {
-            uint32_t const rank = clusterRank();
-            uint32_t const peer = rank ^ 1;
-            clusterBarrierWait(&shared.barriers.peerExchangeEmpty[warpgroup], exchange.phase ^ 1);
-            uint32_t const target = remoteAddress(&shared.exchange.sums[0][threadIdx.x - 128], peer);
-#pragma unroll
-            for (int32_t i = 0; i < kExchanged; i += 4)
-            {
-                auto sent = [&](int32_t k) { return rank == 0 ? sums[kExchanged + i + k] : sums[i + k]; };
-                remoteStore(target + i / 4 * sizeof(shared.exchange.sums[0]), sent(0), sent(1), sent(2), sent(3));
-            }
-            __syncwarp();
-            if (lane == 0)
-            {
-                remoteArrive(remoteAddress(&shared.barriers.exchangeFull[warpgroup], peer));
-            }
-            clusterBarrierWait(&shared.barriers.exchangeFull[warpgroup], exchange.phase);
-            float kept[kExchanged];
-#pragma unroll
-            for (int32_t i = 0; i < kExchanged; i += 4)
-            {
-                float4 const theirs = shared.exchange.sums[i / 4][threadIdx.x - 128];
-                auto own = [&](int32_t k) { return rank == 0 ? sums[i + k] : sums[kExchanged + i + k]; };
-                kept[i] = own(0) + theirs.x;
-                kept[i + 1] = own(1) + theirs.y;
-                kept[i + 2] = own(2) + theirs.z;
-                kept[i + 3] = own(3) + theirs.w;
-            }
-            __syncwarp();
-            if (lane == 0)
-            {
-                remoteArrive(remoteAddress(&shared.barriers.peerExchangeEmpty[warpgroup], peer));
-            }
-            exchange.advance();
-            store(ending, kept, rank * kDim / 2);
+            remoteStore(remoteAddress(&shared.exchangeStages[clusterRank()], thread), valueStage.index);
+            remoteArrive(remoteAddress(&shared.barriers.exchangeReady, thread));
         }
     }
 
-    //! Divides, rounds and writes this thread's part of two rows, from a column on. Neighbouring lanes exchange halves, so
-    //! that four of them write 32 bytes in a row.
-    template <int32_t kCount>
-    __device__ __forceinline__ void store(Ending const& ending, float const (&values)[kCount], int32_t firstColumn) const
+    //! Where in a block this warpgroup's sums are exchanged.
+    __device__ __forceinline__ ExchangePiece* exchanged(int32_t stage) const
     {
-        bool const isOdd = lane % 2 != 0;
-        int32_t const column = firstColumn + (isOdd ? 8 + 2 * (lane % 4 - 1) : 2 * (lane % 4));
-        int64_t const pitch = int64_t{p.heads} * p.dv;
-        auto* const out =
-            static_cast<Element*>(p.out) + (ending.queryRow + rowInTile) * pitch + ending.head * p.dv + column;
+        void* const buffer = warpgroup == 0 ? static_cast<void*>(shared.buffers.keys[stage]) : shared.buffers.values[stage];
+        return static_cast<ExchangePiece*>(buffer);
+    }
+
+    //! Stores the tile's rows, and gives the last values back. Where blocks share the tile: what the cluster has summed of
+    //! the rows that fall to this one.
+    __device__ __forceinline__ void finish(Ending const& ending)
+    {
+        if constexpr (!kShares)
+        {
+            store(ending);
+        }
+        else
+        {
+#pragma unroll
+            for (int32_t round = 0; round < kRounds; ++round)
+            {
+                offerStage();
+                clusterBarrierWait(&shared.barriers.exchangeReady, exchange.phase);
+                sendSums(round);
+                clusterBarrierWait(&shared.barriers.exchangeFull[warpgroup], exchange.phase);
+                addAndStore(ending, round);
+                exchange.advance();
+            }
+        }
+    }
+
+    //! Gives every block of the cluster this thread's sums of its rows.
+    __device__ __forceinline__ void sendSums(int32_t round) const
+    {
+        int32_t const shift = clusterShift();
+        int32_t const groups = kRowGroups >> shift;
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half)
         {
-            bool const isRow = rowInTile + 8 * half < ending.rows;
+            int32_t const group = thread / 32 * 2 + half;
+            int32_t const block = group << shift >> kRowGroupsShift;
+            int32_t const slot = clusterRank() * groups + group % groups;
+            int32_t const stage = shared.exchangeStages[block];
+            uint32_t const target = remoteAddress(&exchanged(stage)[slot * kPieces][lane], block);
 #pragma unroll
-            for (int32_t i = 0; i < kCount; i += 8)
+            for (int32_t piece = 0; piece < kPieces; ++piece)
             {
-                float const* const pair = values + i + 2 * half;
-                uint32_t const left = packPair<Element>(pair[0] * ending.scale, pair[1] * ending.scale);
-                uint32_t const right = packPair<Element>(pair[4] * ending.scale, pair[5] * ending.scale);
-                uint32_t const received = __shfl_xor_sync(0xFFFFFFFF, isOdd ? left : right, 1);
-                if (isRow && 2 * i + column < p.dv)
+                float const* const pair = sums + 8 * (round * kPieces + piece) + 2 * half;
+                remoteStore(target + piece * sizeof(ExchangePiece), pair[0], pair[1], pair[4], pair[5]);
+            }
+        }
+        __syncwarp();
+        if (lane < 2)
+        {
+            int32_t const block = (thread / 32 * 2 + lane) << shift >> kRowGroupsShift;
+            remoteArrive(remoteAddress(&shared.barriers.exchangeFull[warpgroup], block));
+        }
+    }
+
+    //! Adds up what the blocks have sent, always in their order, and stores it. The warps take pieces in turn.
+    __device__ __forceinline__ void addAndStore(Ending const& ending, int32_t round) const
+    {
+        int32_t const groups = kRowGroups >> clusterShift();
+        ExchangePiece const* const pieces = exchanged(valueStage.index);
+        for (int32_t i = thread / 32; i < groups * kPieces; i += 4)
+        {
+            float4 total = pieces[i][lane];
+#pragma unroll
+            for (int32_t block = 1; block < kMostBlocks; ++block)
+            {
+                if (block < clusterBlocks())
                 {
-                    *reinterpret_cast<uint2*>(out + 8 * half * pitch + 2 * i) =
-                        isOdd ? make_uint2(received, right) : make_uint2(left, received);
+                    float4 const part = pieces[block * groups * kPieces + i][lane];
+                    total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
                 }
             }
+            int32_t const row = warpgroup * 64 + (clusterRank() * groups + i / kPieces) * 8 + lane / 4;
+            storePiece(ending, row, 16 * (round * kPieces + i % kPieces), total);
+        }
+    }
+
+    //! Divides, rounds and writes this thread's part of two rows.
+    __device__ __forceinline__ void store(Ending const& ending) const
+    {
+#pragma unroll
+        for (int32_t half = 0; half < 2; ++half)
+        {
+#pragma unroll
+            for (int32_t i = 0; i < kDim / 2; i += 8)
+            {
+                float const* const pair = sums + i + 2 * half;
+                storePiece(ending, rowInTile + 8 * half, 2 * i, make_float4(pair[0], pair[1], pair[4], pair[5]));
+            }
+        }
+    }
+
+    //! Writes two pairs of a row's sums, eight columns apart, of 16 columns of which each of four lanes has its own.
+    //! Neighbouring lanes exchange pairs, so that the four write 32 bytes in a row.
+    __device__ __forceinline__ void storePiece(Ending const& ending, int32_t row, int32_t firstColumn, float4 pairs) const
+    {
+        bool const isOdd = lane % 2 != 0;
+        uint32_t const left = packPair<Element>(pairs.x * ending.scale, pairs.y * ending.scale);
+        uint32_t const right = packPair<Element>(pairs.z * ending.scale, pairs.w * ending.scale);
+        uint32_t const received = __shfl_xor_sync(0xFFFFFFFF, isOdd ? left : right, 1);
+        int32_t const column = firstColumn + (isOdd ? 8 + 2 * (lane % 4 - 1) : 2 * (lane % 4));
+        if (row < ending.rows && column < p.dv)
+        {
+            auto* const out = static_cast<Element*>(p.out)
+                              + ((ending.queryRow + row) * int64_t{p.heads} + ending.head) * p.dv + column;
+            *reinterpret_cast<uint2*>(out) = isOdd ? make_uint2(received, right) : make_uint2(left, received);
         }
     }
 
     //! Rows that see no key.
     __device__ __forceinline__ void clear(Tile const& tile) const
     {
-        if (kSplit > 1 && clusterRank() != 0)
+        if (kShares && clusterRank() != 0)
         {
             return;
         }
@@ -1010,7 +1076,7 @@ struct Consumer
         passTurn();
         productWait<0>();
         pin(scores);
-        releaseKeys();
+        releaseKeys(uniform(tile->share) == 1);
         weighFirst(*tile, first);
         while (true)
         {
@@ -1019,13 +1085,13 @@ struct Consumer
             int32_t t = first + 1;
             for (; t < masked; ++t)
             {
-                maskedStep(*tile, t, t == first + 1);
+                maskedStep(*tile, t, t == first + 1, t + 1 == share);
             }
             // Of the key tiles, only a masked one can reach past the sequence.
             int32_t valid = uniform(tile->numKeys - keyStart(*tile, t - 1));
             for (; t < share; ++t)
             {
-                step(*tile, t, valid, t == first + 1);
+                step(*tile, t, valid, t == first + 1, t + 1 == share);
                 valid = kBlockN;
             }
             if constexpr (!kHoldsQueries)
@@ -1072,12 +1138,19 @@ struct Consumer
             passTurn();
             productWait<1>();
             pin(sums);
-            releaseValues();
-            skipValues(first);
+            if constexpr (!kShares)
+            {
+                releaseValues();
+                skipValues(first);
+            }
             finish(ending);
+            if constexpr (kShares)
+            {
+                releaseStage();
+            }
             productWait<0>();
             pin(scores);
-            releaseKeys();
+            releaseKeys(uniform(tile->share) == 1);
             weighFirst(*tile, first);
         }
     }
@@ -1085,13 +1158,7 @@ struct Consumer
 
 } // namespace
 
-#if HSTU_SPLIT > 1
-#define HSTU_CLUSTER __cluster_dims__(kSplit, 1, 1)
-#else
-#define HSTU_CLUSTER
-#endif
-
-extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_attention_sm90(
+extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
     __grid_constant__ CUtensorMap const qMap, __grid_constant__ CUtensorMap const kMap,
     __grid_constant__ CUtensorMap const vMap, __grid_constant__ AttentionParameters const p)
 {
@@ -1103,18 +1170,23 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
         __trap(); // swizzled operands would be read from wrong places
     }
 
+    if (threadIdx.x == 0)
+    {
+        // First, so that they come while offsets are read.
+        prefetchDescriptor(&qMap);
+        prefetchDescriptor(&kMap);
+        prefetchDescriptor(&vMap);
+        initBarriers(shared.barriers);
+    }
     bool const isValid = areOffsetsValid(p);
     clearRows(p, isValid ? p.qOffsets[p.batch] : 0);
     if (!isValid || p.batch == 0)
     {
         return;
     }
-    if (threadIdx.x == 0)
+    if constexpr (kShares)
     {
-        initBarriers(shared.barriers);
-        prefetchDescriptor(&qMap);
-        prefetchDescriptor(&kMap);
-        prefetchDescriptor(&vMap);
+        clusterArrive(); // this block's barriers are ready
     }
     if constexpr (kTimeBias)
     {
@@ -1127,9 +1199,9 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
     }
     orderSequences(p, shared.schedule, kBlockM);
     __syncthreads();
-    if constexpr (kSplit > 1)
+    if constexpr (kShares)
     {
-        clusterSync(); // the other block's barriers are ready
+        clusterWait(); // and so are the others'
     }
 
     if (threadIdx.x < 128)
@@ -1149,9 +1221,11 @@ extern "C" __global__ void HSTU_CLUSTER __launch_bounds__(kThreads, 1) hstu_atte
         takeRegisters<kConsumerRegisters>();
         Consumer(p, shared).run();
     }
-    if constexpr (kSplit > 1)
+    if constexpr (kShares)
     {
-        clusterSync(); // the other block may still be writing here
+        // The others may still be writing here. Lanes of a warp may come one by one.
+        clusterArrive();
+        clusterWait();
     }
 }
 

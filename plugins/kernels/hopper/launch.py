@@ -23,11 +23,13 @@ from hstu_compile.plugins.kernels.hopper.driver import (
 from hstu_compile.plugins.kernels.hopper.variants import (
     HOPPER_ARCH,
     MOST_TIME_HEADS,
+    SPLITS,
     HopperVariant,
     Silu,
     block_dim_of,
     check_silu,
     chosen_split,
+    resident_clusters,
 )
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -107,14 +109,16 @@ def hstu_attention_hopper(
             ts_table [1 or H, num_buckets + 1] float32, of at most 8 heads. All four or none.
         pos_table: [1 or H, 2 * pos_table_len - 1] float32.
         alpha: multiplier of the products; the other attributes as in the contract.
-        split: blocks that share a tile of query rows; None chooses by the shapes.
+        split: blocks that share a tile of query rows, one of ``SPLITS``; None chooses by the shapes.
         silu: "fast" or "accurate"; silu.cuh has the error of each.
 
     Raises:
-        ValueError: tensors that the kernel does not take, in the words of ``why_not``; no such silu.
+        ValueError: tensors that the kernel does not take, in the words of ``why_not``; no such silu or split.
         RuntimeError: the kernel does not compile, or the driver refuses it.
     """
     check_silu(silu)
+    if split not in (None, *SPLITS):
+        raise ValueError(f"hstu_attention_hopper: split must be one of {SPLITS} or None, got {split}")
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     reason = why_not(q, k, v)
     if reason is not None:
@@ -166,9 +170,8 @@ def hstu_attention_hopper(
     dtype_name = _DTYPES[q.dtype]
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     bits = 0 if row_timestamps is None else time_type.itemsize * 8
-    has_bias = bits > 0 or pos_table is not None
-    chosen = split or chosen_split(dim, lq, lk, batch, heads, multiprocessors, has_bias=has_bias)
-    variant = HopperVariant(dtype_name, dim, is_plain, chosen, pos_table is not None, bits, silu == "accurate")
+    chosen = split or chosen_split(dim, lq, lk, batch, heads, multiprocessors)
+    variant = HopperVariant(dtype_name, dim, is_plain, chosen > 1, pos_table is not None, bits, silu == "accurate")
     image, function = _kernel(variant, q.device.index)
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
@@ -218,6 +221,6 @@ def hstu_attention_hopper(
         tensor_map(values.data_ptr(), dtype_name, (lk, heads, dv), image.tile.block_n),
     )
     most_tiles = (lq // image.block_m + batch) * heads
-    clusters = max(1, min(multiprocessors // chosen, most_tiles))
-    launch(function, clusters * chosen, image.threads, image.shared_bytes, stream, (*maps, parameters))
+    clusters = max(1, min(resident_clusters(chosen, multiprocessors), most_tiles))
+    launch(function, clusters * chosen, chosen, image.threads, image.shared_bytes, stream, (*maps, parameters))
     return out

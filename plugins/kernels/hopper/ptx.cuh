@@ -57,17 +57,39 @@ __device__ __forceinline__ void barrierWait(uint64_t* barrier, uint32_t parity)
 
 // --- clusters -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t clusterRank()
+//! The largest cluster that every GPU of compute capability 9.0 runs without being asked for more.
+constexpr int32_t kMostBlocks = 8;
+
+__device__ __forceinline__ int32_t clusterRank()
 {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    int32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 
-//! Waits for all threads of all blocks of the cluster. Lanes of a warp may come one by one.
-__device__ __forceinline__ void clusterSync()
+//! Blocks of the cluster: a power of two.
+__device__ __forceinline__ int32_t clusterBlocks()
 {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    int32_t blocks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks;
+}
+
+//! Its logarithm.
+__device__ __forceinline__ int32_t clusterShift()
+{
+    return 31 - __clz(clusterBlocks());
+}
+
+//! Every thread of every block arrives, and then waits for all the others; lanes of a warp may come one by one.
+__device__ __forceinline__ void clusterArrive()
+{
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+__device__ __forceinline__ void clusterWait()
+{
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 //! The address in another block of the cluster of what lies at `pointer` in this one.
@@ -78,13 +100,18 @@ __device__ __forceinline__ uint32_t remoteAddress(void const* pointer, uint32_t 
     return address;
 }
 
+__device__ __forceinline__ void remoteStore(uint32_t address, int32_t value)
+{
+    asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ void remoteStore(uint32_t address, float a, float b, float c, float d)
 {
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d)
                  : "memory");
 }
 
-//! Arrives at a barrier of another block; what this thread has stored there is seen by who waits for it.
+//! Arrives at a barrier of a block of the cluster; what this thread has stored there is seen by who waits for it.
 __device__ __forceinline__ void remoteArrive(uint32_t barrier)
 {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -72,7 +73,8 @@ class HopperVariant:
         dtype: "float16" or "bfloat16".
         block_dim: padded head dim of queries, keys and values, one of ``BLOCK_DIMS``.
         plain_causal: no targets, no contextual prefix, no window; else every mask of the contract.
-        split: blocks that share a tile of query rows, 1 or 2; 2 is for launches with fewer tiles than the GPU has SMs.
+        shares: the blocks of a cluster share a tile of query rows; a launch says how many. For those with fewer tiles
+            than the GPU has SMs.
         pos_bias: adds the position bias.
         timestamp_bits: of the timestamps of a time bias, 32 or 64; 0 without one.
         is_accurate: SiLU by an exponential and a reciprocal instead of a tanh.
@@ -81,7 +83,7 @@ class HopperVariant:
     dtype: str
     block_dim: int
     plain_causal: bool
-    split: int = 1
+    shares: bool = False
     pos_bias: bool = False
     timestamp_bits: int = 0
     is_accurate: bool = False
@@ -92,41 +94,19 @@ class HopperVariant:
             raise ValueError(f"dtype must be one of {sorted(ELEMENT_TYPES)}, got {self.dtype!r}")
         if self.block_dim not in BLOCK_DIMS:
             raise ValueError(f"block_dim must be one of {BLOCK_DIMS}, got {self.block_dim}")
-        if self.split not in (allowed := splits(self.block_dim, has_bias=self.has_bias)):
-            bias = "with" if self.has_bias else "without"
-            raise ValueError(
-                f"split must be in {allowed} at block_dim {self.block_dim} {bias} a bias, got {self.split}"
-            )
         if self.timestamp_bits not in (0, 32, 64):
             raise ValueError(f"timestamp_bits must be 0, 32 or 64, got {self.timestamp_bits}")
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the kernel adds a bias."""
-        return self.pos_bias or self.timestamp_bits > 0
-
-
-def splits(block_dim: int, *, has_bias: bool) -> tuple[int, ...]:
-    """Return into how many blocks a tile can be split.
-
-    With 256 columns, or a time table, shared memory has no room for an exchange.
-    """
-    return (1,) if block_dim == 256 or has_bias else (1, 2)
 
 
 # Gains are those in NOTES.md: an H100, bf16, 4 heads, 65,536 tokens (results/attention_versions.csv).
 _TILES = {
-    (64, 1): HopperTile(
+    64: HopperTile(
         2, 128, 4, Turns.SCORES, 4, "SiLU takes as long as the products: turns until scores are there gain 10 %"
     ),
-    (64, 2): HopperTile(2, 128, 4, Turns.SCORES, 4, "as without a split"),
-    (128, 1): HopperTile(
+    128: HopperTile(
         2, 128, 2, Turns.PRODUCTS, 8, "64 + 64 + 32 + 32 registers of sums, scores, weights and queries of 232"
     ),
-    (128, 2): HopperTile(
-        2, 128, 2, Turns.PRODUCTS, 0, "as without a split; held queries change nothing where memory is the bound"
-    ),
-    (256, 1): HopperTile(
+    256: HopperTile(
         2,
         64,
         2,
@@ -139,20 +119,20 @@ _TILES = {
 
 def tile_of(variant: HopperVariant) -> HopperTile:
     """Return the tile that a variant is compiled with."""
-    tile = _TILES[variant.block_dim, variant.split]
+    tile = _TILES[variant.block_dim]
     if variant.is_accurate:
         # The powers and reciprocals in flight need the registers: with held queries these kernels spill at head dims 64
-        # and 128, and at 64 a shared tile does with turns that end when scores are there.
-        turns = min(tile.turns, Turns.PRODUCTS) if variant.split > 1 else tile.turns
-        return replace(tile, held_steps=0, turns=turns, reason="no registers for what the tanh's tile holds")
-    # What times are looked up with needs the registers.
-    return replace(tile, held_steps=0) if variant.timestamp_bits else tile
+        # and 128.
+        return replace(tile, held_steps=0, reason="no registers for what the tanh's tile holds")
+    # What times are looked up with, and what is exchanged between blocks, needs the registers.
+    needs_registers = variant.timestamp_bits > 0 or (variant.shares and variant.block_dim > 64)
+    return replace(tile, held_steps=0) if needs_registers else tile
 
 
 def query_buffers(variant: HopperVariant) -> int:
     """Return how many query tiles lie in shared memory at once: one where registers or shared memory hold no other."""
     holds_queries = tile_of(variant).held_steps * _STEP == variant.block_dim
-    return 2 if variant.block_dim <= 128 and variant.split == 1 and not holds_queries else 1
+    return 2 if variant.block_dim <= 128 and not variant.shares and not holds_queries else 1
 
 
 def shared_bytes(variant: HopperVariant) -> int:
@@ -160,9 +140,8 @@ def shared_bytes(variant: HopperVariant) -> int:
     tile = tile_of(variant)
     block_m = 64 * tile.warpgroups
     rows = query_buffers(variant) * block_m + 2 * tile.stages * tile.block_n
-    exchange = block_m * 2 * variant.block_dim // 4 * 4 if variant.split > 1 else 0
     times = _TIME_TABLE_BYTES if variant.timestamp_bits else 0
-    used = rows * variant.block_dim * 2 + exchange + times + _BOOKKEEPING_BYTES
+    used = rows * variant.block_dim * 2 + times + _BOOKKEEPING_BYTES
     return -(-used // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -229,32 +208,77 @@ def hopper_variants_for(
     if dim is None or dtype not in ELEMENT_TYPES:
         return ()
     bits = timestamp_bits if time_bias else 0
-    choices = splits(dim, has_bias=pos_bias or time_bias)
     is_accurate = silu == "accurate"
-    return tuple(HopperVariant(dtype, dim, plain_causal, split, pos_bias, bits, is_accurate) for split in choices)
+    return tuple(
+        HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate) for shares in (False, True)
+    )
 
 
-#: A cluster takes a tile in half the time, but only half as many clusters fit on the GPU, and each exchange costs what
-#: two or three key tiles do. So it pays where every tile has a cluster of its own and enough keys, or where there are
-#: about as many tiles as SMs and very many keys. Measured at head dim 128 (results/attention_versions.csv).
-_SPLITS = ((0.5, 1024), (1.12, 4096))
+#: Blocks of a cluster that share a tile. Eight are as many as a launch may ask for of every GPU.
+SPLITS = (1, 2, 4, 8)
+#: The part of the SMs that clusters of more than two are taken to find: a cluster lies in one GPC, whose 16 or 18 SMs
+#: hold whole ones only, and some GPCs may have fewer. Of an H100's 132 SMs, 28 clusters of 4 and 14 of 8.
+_USED_BY_CLUSTERS = 7 / 8
+#: What the first exchange of a launch costs beside a launch without clusters, in key tiles of the head dim 128. For two
+#: blocks measured (results/attention_versions.csv: 2.8 us, a key tile takes 1.25 us); for four and eight what they send
+#: more, half and three quarters of it, at the speed that two blocks reach.
+_EXCHANGE = {2: 2.2, 4: 2.6, 8: 3.0}
+#: What each further tile of a cluster costs, measured with two blocks: an exchange that its next tile waits for, and an
+#: imbalance that is larger where sequences are taken one after the other.
+_NEXT_TILE, _NEXT_TILE_OF_MANY_SEQUENCES = 4, 8
+#: A split has to save as many key tiles: fewer are within what the model gets wrong.
+_LEAST_GAIN = 1.0
 
 
-def chosen_split(
-    block_dim: int, lq: int, lk: int, batch: int, heads: int, multiprocessors: int, *, has_bias: bool = False
-) -> int:
-    """Return into how many blocks each tile of a launch is split, from what the host knows without the offsets.
+def resident_clusters(split: int, multiprocessors: int) -> int:
+    """Return how many clusters of so many blocks a GPU runs at once, a block an SM; one without a split is a cluster.
+
+    >>> [resident_clusters(split, 132) for split in SPLITS]
+    [132, 66, 28, 14]
+    """
+    used = multiprocessors if split <= 2 else int(multiprocessors * _USED_BY_CLUSTERS)
+    return max(used // split, 1)
+
+
+def chosen_split(block_dim: int, lq: int, lk: int, batch: int, heads: int, multiprocessors: int) -> int:
+    """Return by how many blocks each tile of a launch is shared, from what the host knows without the offsets.
+
+    The time of a launch, in key tiles: the longest tile's, or if that is more the mean work of a cluster, or as many of
+    the shortest tiles as one cluster is given; and what is exchanged. Every sequence is taken to be as long as the mean
+    one.
 
     Args:
         block_dim: padded head dim.
         lq: rows of q; lk those of k and v.
         batch: sequences; heads that each has.
         multiprocessors: of the GPU.
-        has_bias: the kernel adds a bias.
+
+    >>> chosen_split(128, 256, 4352, 1, 4, 132), chosen_split(128, 8 * 256, 8 * 4352, 8, 4, 132)
+    (8, 2)
+    >>> chosen_split(128, 1024, 1024, 1, 4, 132), chosen_split(128, 8192, 8192, 1, 4, 132)
+    (2, 1)
     """
-    if splits(block_dim, has_bias=has_bias) == (1,):
-        return 1
-    block_m = 64 * _TILES[block_dim, 1].warpgroups
+    block_m, block_n = 64 * _TILES[block_dim].warpgroups, _TILES[block_dim].block_n
+    sequences = max(batch, 1)
     tiles = -(-lq // block_m) * heads
-    keys = lk / max(batch, 1)
-    return 2 if any(tiles <= share * multiprocessors and keys >= least for share, least in _SPLITS) else 1
+    longest = lk / sequences / block_n
+    # Causal: a sequence's last query tile sees all keys, every tile before it fewer.
+    shortest = max(longest - max(lq / sequences - block_m, 0) / block_n, 1.0)
+    mean = (longest + shortest) / 2
+    further = _NEXT_TILE if sequences == 1 else _NEXT_TILE_OF_MANY_SEQUENCES
+
+    def cost(split: int) -> float:
+        clusters = resident_clusters(split, multiprocessors)
+        rounds = -(-tiles // clusters)
+        steps = max(math.ceil(longest / split), tiles * mean / (clusters * split), rounds * shortest / split)
+        if split == 1:
+            return steps
+        # At 256 columns a key tile, of 64 keys, takes as long as one of 128, and there is twice as much to exchange.
+        sent = max(block_dim / 128, 1.0)
+        return steps + sent * (_EXCHANGE[split] + (rounds - 1) * further)
+
+    best = 1
+    for split in SPLITS[1:]:
+        if cost(split) <= cost(best) - _LEAST_GAIN:
+            best = split
+    return best

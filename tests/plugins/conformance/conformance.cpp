@@ -42,7 +42,7 @@ struct Options
 
 //! The tactic of the Hopper kernel, and behind it those of its fixed splits, which the library takes but does not offer.
 constexpr int32_t kHopperTactic = 64;
-constexpr int32_t kSplits[] = {1, 2};
+constexpr int32_t kSplits[] = {1, 2, 4, 8};
 
 //! Counts and prints results.
 class Report
@@ -431,23 +431,15 @@ std::string runGraph(host::Plugin& plugin, Call& call, device::Stream const& str
     return facts;
 }
 
-//! \return what the tactics offered for a case leave untested: the Hopper kernel's splits, of which wide heads and biases
-//! have one.
-std::vector<int32_t> splitTactics(Case const& testCase, std::vector<int32_t> const& offered)
+//! \return what the tactics offered for a case leave untested: the Hopper kernel's splits.
+std::vector<int32_t> splitTactics(std::vector<int32_t> const& offered)
 {
     std::vector<int32_t> tactics;
     if (std::find(offered.begin(), offered.end(), kHopperTactic) != offered.end())
     {
-        constexpr int64_t kWidestSplit = 128;
-        int64_t const widest = std::max(testCase.inputs[0].dims[2], testCase.outputDims[2]);
-        bool const hasBias = std::any_of(testCase.inputs.begin(), testCase.inputs.end(),
-            [](CaseTensor const& input) { return input.name == "pos_table" || input.name == "ts_table"; });
         for (int32_t const split : kSplits)
         {
-            if (split == 1 || (widest <= kWidestSplit && !hasBias))
-            {
-                tactics.push_back(kHopperTactic + split);
-            }
+            tactics.push_back(kHopperTactic + split);
         }
     }
     return tactics;
@@ -610,7 +602,7 @@ private:
             });
         attempt(testCase, "autotune", [&] { return runAutotune(testCase, fields, tactics); });
         std::vector<int32_t> every = tactics;
-        for (int32_t const tactic : splitTactics(testCase, tactics))
+        for (int32_t const tactic : splitTactics(tactics))
         {
             every.push_back(tactic);
         }
@@ -740,7 +732,7 @@ private:
                 host::FieldStore fields = fieldsOf(testCase);
                 host::Plugin built = create(testCase.op, fields, nvinfer1::TensorRTPhase::kBUILD);
                 std::vector<int32_t> tactics = checkBuildPhase(built, mLibrary.creator(testCase.op), testCase);
-                for (int32_t const tactic : splitTactics(testCase, tactics))
+                for (int32_t const tactic : splitTactics(tactics))
                 {
                     tactics.push_back(tactic);
                 }

@@ -150,19 +150,36 @@ extern "C" CUresult fakeTensorMapEncodeTiled(hstu::TensorMap* map, int type, uin
     return isAligned && address != nullptr ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-extern "C" CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,
-    unsigned blockY, unsigned blockZ, unsigned sharedBytes, CUstream stream, void** arguments, void**)
+extern "C" CUresult fakeLaunchKernelEx(hstu::LaunchConfig const* config, CUfunction function, void** arguments,
+    void**) __asm__("cuLaunchKernelEx");
+
+extern "C" CUresult fakeLaunchKernelEx(
+    hstu::LaunchConfig const* config, CUfunction function, void** arguments, void**)
 {
     auto const& [name, image] = functions.at(function);
-    fake::Launch launch{name, image, {gridX, gridY, gridZ}, {blockX, blockY, blockZ}, sharedBytes, stream, {}, {}};
-    if (name == "hopper")
+    hstu::LaunchConfig const& c = *config;
+    bool const isCluster = c.numAttributes == 1 && c.attributes->id == 4 && c.attributes->blocks[1] == 1
+                           && c.attributes->blocks[2] == 1;
+    if (c.numAttributes != 0 && !isCluster)
     {
-        for (int i = 0; i < 3; ++i)
-        {
-            launch.maps.push_back(calls.maps.at(static_cast<hstu::TensorMap const*>(arguments[i])->words[0]));
-        }
-        launch.parameters = *static_cast<hstu::AttentionParameters const*>(arguments[3]);
+        return CUDA_ERROR_INVALID_VALUE;
     }
+    fake::Launch launch{name, image, {c.grid[0], c.grid[1], c.grid[2]}, {c.block[0], c.block[1], c.block[2]},
+        isCluster ? c.attributes->blocks[0] : 1, c.sharedBytes, c.stream, {}, {}};
+    for (int i = 0; i < 3; ++i)
+    {
+        launch.maps.push_back(calls.maps.at(static_cast<hstu::TensorMap const*>(arguments[i])->words[0]));
+    }
+    launch.parameters = *static_cast<hstu::AttentionParameters const*>(arguments[3]);
     calls.launches.push_back(launch);
+    return c.grid[0] % launch.cluster == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+extern "C" CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,
+    unsigned blockY, unsigned blockZ, unsigned sharedBytes, CUstream stream, void**, void**)
+{
+    auto const& [name, image] = functions.at(function);
+    calls.launches.push_back(
+        {name, image, {gridX, gridY, gridZ}, {blockX, blockY, blockZ}, 1, sharedBytes, stream, {}, {}});
     return CUDA_SUCCESS;
 }

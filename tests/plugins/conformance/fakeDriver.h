@@ -31,6 +31,7 @@ struct Launch
     unsigned char const* image;
     unsigned grid[3];
     unsigned block[3];
+    unsigned cluster; //!< blocks of one; 1 where the launch named none
     unsigned sharedBytes;
     CUstream stream;
     std::vector<MapCall> maps;            //!< of a kernel named "hopper"

@@ -37,7 +37,7 @@ constexpr HstuKernelImage portableImage(int32_t timestampBits, unsigned char con
 HstuKernelImage const kHstuKernelImages[] = {
     portableImage(0, kCode),
     hopperImage(1, 192, 512, 0, kCode + 1),
-    hopperImage(2, 128, 384, 0, kCode + 2),
+    hopperImage(8, 128, 384, 0, kCode + 2),
     portableImage(64, kCode + 3),
     hopperImage(1, 128, 384, 64, kCode + 4),
 };
@@ -184,6 +184,7 @@ private:
         expect(launch.image == kCode + 1, "many tiles are not split");
         expect(launch.grid[0] == 132 && launch.grid[1] == 1 && launch.grid[2] == 1, "a block an SM");
         expect(launch.block[0] == 512 && launch.sharedBytes == 1001, "the image's threads and shared memory");
+        expect(launch.cluster == 1, "without clusters");
         expect(launch.stream == reinterpret_cast<CUstream>(0x77), "on the stream");
         uint64_t const rows[] = {60000, 60001, 60001};
         uint64_t const columns[] = {56, 56, 40};
@@ -215,14 +216,27 @@ private:
 
     void checkSharedTiles()
     {
-        Shape const few{2, 300, 2047, 4, 64, 64};
+        Shape const few{2, 300, 600, 4, 64, 64};
         expect(launchOf(coreOf(few), few, pointersOf(attributesOf(false))).image == kCode + 1, "few keys are not worth it");
-        Shape const shape{2, 300, 2048, 4, 64, 64};
-        fake::Launch const launch = launchOf(coreOf(shape), shape, pointersOf(attributesOf(false)));
-        expect(launch.image == kCode + 2, "few tiles with many keys are split");
-        expect(launch.grid[0] == 2 * (300 / 128 + 2) * 4, "a pair for every tile that there may be");
-        expect(launch.block[0] == 384 && launch.sharedBytes == 1002, "the split image's threads and shared memory");
-        expect(launch.maps[0].box[2] == 128, "and its tile");
+        struct Expected
+        {
+            Shape shape;
+            unsigned cluster;
+            unsigned grid;
+        };
+        Expected const cases[] = {
+            {{1, 256, 4352, 4, 64, 64}, 8, 8 * (256 / 128 + 1) * 4}, // a cluster for every tile that there may be
+            {{4, 512, 8192, 4, 64, 64}, 4, 4 * 28},                   // as many clusters as run at once
+            {{8, 2048, 34816, 4, 64, 64}, 2, 132},
+        };
+        for (Expected const& expected : cases)
+        {
+            fake::Launch const launch = launchOf(coreOf(expected.shape), expected.shape, pointersOf(attributesOf(false)));
+            expect(launch.image == kCode + 2, "few tiles with many keys are shared");
+            expect(launch.cluster == expected.cluster && launch.grid[0] == expected.grid, "by so many blocks");
+            expect(launch.block[0] == 384 && launch.sharedBytes == 1008, "the image's threads and shared memory");
+            expect(launch.maps[0].box[2] == 128, "and its tile");
+        }
     }
 
     void checkFixedSplits()
@@ -230,23 +244,28 @@ private:
         Shape const shape{2, 300, 300, 4, 64, 64};
         hstu::HstuAttentionCore core = coreOf(shape);
         expect(core.tactics() == std::vector<int32_t>{64, 1}, "the splits are not offered");
-        for (int32_t const split : {1, 2})
+        for (int32_t const split : hstu::kSplits)
         {
             core.setTactic(64 + split);
-            expect(launchOf(core, shape, pointersOf(attributesOf(false))).image == kCode + split, "a split that is fixed");
+            fake::Launch const launch = launchOf(core, shape, pointersOf(attributesOf(false)));
+            expect(launch.image == kCode + (split > 1 ? 2 : 1) && launch.cluster == static_cast<unsigned>(split),
+                "a split that is fixed");
         }
         core.setTactic(1);
         expect(launchOf(core, shape, pointersOf(attributesOf(false))).kernel == "portable", "the portable tactic");
-        bool isRefused = false;
-        try
+        for (int32_t const tactic : {67, 80})
         {
-            core.setTactic(67);
+            bool isRefused = false;
+            try
+            {
+                core.setTactic(tactic);
+            }
+            catch (std::exception const& error)
+            {
+                isRefused = std::string(error.what()).find("tactic " + std::to_string(tactic)) != std::string::npos;
+            }
+            expect(isRefused, "a split that there is not");
         }
-        catch (std::exception const& error)
-        {
-            isRefused = std::string(error.what()).find("tactic 67") != std::string::npos;
-        }
-        expect(isRefused, "a split that nobody compiled");
     }
 
     void checkFallbacks()

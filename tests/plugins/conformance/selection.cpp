@@ -1,7 +1,7 @@
 //! Checks how the plugin picks kernel images, with a table of its own in place of the compiled kernels. Needs no GPU.
 //!
 //! Usage: selection                     prints one line per failed check; exit code 0 if there is none
-//!        selection split LQ HEADS BLOCK_M SMS       prints the split that is chosen for a launch
+//!        selection split LQ LK B HEADS BLOCK_DIM BLOCK_M BLOCK_N SMS   prints the split that is chosen for a launch
 
 #include <cstdio>
 #include <string>
@@ -63,7 +63,7 @@ HstuKernelImage const kHstuKernelImages[] = {
     timeImage(32),         // 8
     bfloatImage(64, 2),    // 9
     bfloatImage(64, 1),    // 10
-    hopperImage(64, 1, 2), // 11
+    hopperImage(64, 1, 8), // 11
     hopperImage(64, 1, 1), // 12
     hopperImage(128, 0, 1), // 13
     hopperImage(64, 0, 1), // 14
@@ -225,7 +225,7 @@ void checkHopperTactics()
     auto const tactics = hstu::findTactics(general(), bfloatSignature(64, 64), gpuOf(90));
     expect(tactics.size() == 3 && tactics[0].tactic == kHopperTactic && tactics[1].tactic == 1 && tactics[2].tactic == 2,
         "the Hopper tactic comes first, the portable ones follow ascending");
-    expect(tactics[0].hopper[0] == at(12) && tactics[0].hopper[1] == at(11), "both splits");
+    expect(tactics[0].hopper[0] == at(12) && tactics[0].hopper[1] == at(11), "with tiles of its own and with shared ones");
     expect(tactics[0].unaligned == at(10) && tactics[0].aligned == nullptr,
         "the first portable tactic is what a call falls back to");
     expect(!hstu::isHopper(tactics[1]) && tactics[1].unaligned == at(10), "a portable tactic has no Hopper image");
@@ -234,7 +234,7 @@ void checkHopperTactics()
     auto const narrow = hstu::findTactics(general(), bfloatSignature(56, 40), gpuOf(90));
     expect(narrow.size() == 3 && narrow[0].hopper[0] == at(12), "head dims are padded to the next that is compiled");
     auto const wide = hstu::findTactics(causal(), bfloatSignature(128, 72), gpuOf(90));
-    expect(wide.size() == 2 && wide[0].hopper[0] == at(13) && wide[0].hopper[1] == nullptr, "128 has one split here");
+    expect(wide.size() == 2 && wide[0].hopper[0] == at(13) && wide[0].hopper[1] == nullptr, "128 has no shared tiles here");
     expect(hstu::findTactics(general(), bfloatSignature(128, 72), gpuOf(90)).size() == 1,
         "a general mask does not take the causal kernel");
     expect(hstu::findTactics(general(), bfloatSignature(60, 64), gpuOf(90)).size() == 2,
@@ -300,24 +300,30 @@ void checkHopperCalls()
 void checkHopperGrid()
 {
     HstuKernelImage const& whole = kHstuKernelImages[12];
-    HstuKernelImage const& paired = kHstuKernelImages[11];
-    expect(hstu::hopperGrid(whole, sizesOf(100000, 100000, 8, 4), 132) == 132, "one block an SM");
-    expect(hstu::hopperGrid(whole, sizesOf(400, 400, 1, 4), 132) == 12, "no more blocks than tiles can be");
-    expect(hstu::hopperGrid(paired, sizesOf(400, 400, 1, 4), 132) == 24, "two for a tile");
-    expect(hstu::hopperGrid(paired, sizesOf(100000, 100000, 8, 4), 131) == 130, "whole pairs");
-    expect(hstu::hopperGrid(whole, sizesOf(100, 0, 0, 4), 132) == 1, "one block clears the rows of no sequence");
-    expect(hstu::hopperGrid(paired, sizesOf(100, 0, 0, 4), 132) == 2, "and one pair");
+    HstuKernelImage const& shared = kHstuKernelImages[11];
+    expect(hstu::hopperGrid(whole, 1, sizesOf(100000, 100000, 8, 4), 132) == 132, "one block an SM");
+    expect(hstu::hopperGrid(whole, 1, sizesOf(400, 400, 1, 4), 132) == 12, "no more blocks than tiles can be");
+    expect(hstu::hopperGrid(shared, 2, sizesOf(400, 400, 1, 4), 132) == 24, "two for a tile");
+    expect(hstu::hopperGrid(shared, 8, sizesOf(400, 400, 1, 4), 132) == 96, "eight for a tile");
+    expect(hstu::hopperGrid(shared, 2, sizesOf(100000, 100000, 8, 4), 131) == 130, "whole pairs");
+    expect(hstu::hopperGrid(shared, 4, sizesOf(100000, 100000, 8, 4), 132) == 112, "clusters of four that run at once");
+    expect(hstu::hopperGrid(shared, 8, sizesOf(100000, 100000, 8, 4), 132) == 112, "and of eight");
+    expect(hstu::hopperGrid(whole, 1, sizesOf(100, 0, 0, 4), 132) == 1, "one block clears the rows of no sequence");
+    expect(hstu::hopperGrid(shared, 8, sizesOf(100, 0, 0, 4), 132) == 8, "and one cluster");
 }
 
 } // namespace
 
 int main(int argc, char** argv)
 {
-    if (argc == 8 && std::string(argv[1]) == "split")
+    if (argc == 10 && std::string(argv[1]) == "split")
     {
         hstu::NodeSizes const sizes =
             sizesOf(std::stoll(argv[2]), std::stoll(argv[3]), std::stoll(argv[4]), std::stoll(argv[5]));
-        std::printf("%d\n", hstu::chooseSplit(sizes, std::stoi(argv[6]), std::stoi(argv[7])));
+        HstuKernelImage image = hopperImage(std::stoi(argv[6]), 1, 8);
+        image.blockM = std::stoi(argv[7]);
+        image.blockN = std::stoi(argv[8]);
+        std::printf("%d\n", hstu::chooseSplit(image, sizes, std::stoi(argv[9])));
         return 0;
     }
     checkArchitectures();
