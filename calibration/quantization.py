@@ -110,7 +110,8 @@ def smoothing_factors(
     rows = np.abs(matrix).max(axis=1).astype(np.float64)
     usable = (channel_amax > 0) & (rows > 0)
     exponent = alpha * np.log2(np.where(usable, channel_amax, 1)) - (1 - alpha) * np.log2(np.where(usable, rows, 1))
-    return np.exp2(np.rint(exponent).clip(-_LARGEST_SHIFT, _LARGEST_SHIFT)).astype(np.float32)
+    factors: NDArray[np.float32] = np.exp2(np.rint(exponent).clip(-_LARGEST_SHIFT, _LARGEST_SHIFT)).astype(np.float32)
+    return factors
 
 
 def _reason_to_keep(name: str, statistics: SiteStatistics, keep: Sequence[str]) -> str | None:

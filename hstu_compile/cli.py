@@ -238,7 +238,7 @@ def build(
     """
     quantization = _quantization(int8, fp8)
     # A quantised graph is float16 where it is not quantised; another precision that is asked for is refused.
-    precision = "fp16" if quantization is not None and not (fp32 or bf16) else _one_precision(fp32, fp16, bf16)
+    precision: Any = "fp16" if quantization is not None and not (fp32 or bf16) else _one_precision(fp32, fp16, bf16)
     config = BuildConfig(checkpoint=checkpoint, precision=precision, quantization=quantization, **settings)
     from hstu_compile import build_plan, pipeline
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from hstu_compile.artifacts import TensorSpec
 
-_NAMES = {
+_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
     TensorProto.BFLOAT16: "bf16",

@@ -69,7 +69,8 @@ def codes_of(levels: Array, kind: Quantization) -> Array:
     is_normal = mantissa >= 1 << _MANTISSA_BITS
     biased = np.where(is_normal, exponent + _EXPONENT_BIAS, 0)
     bits = (biased << _MANTISSA_BITS) | (mantissa & ((1 << _MANTISSA_BITS) - 1))
-    return (bits | np.where(np.signbit(levels), 0x80, 0)).astype(np.uint8)
+    signed: Array = (bits | np.where(np.signbit(levels), 0x80, 0)).astype(np.uint8)
+    return signed
 
 
 def levels_of(codes: Array, kind: Quantization) -> NDArray[np.float64]:
@@ -80,7 +81,10 @@ def levels_of(codes: Array, kind: Quantization) -> NDArray[np.float64]:
     biased, mantissa = (bits >> _MANTISSA_BITS) & 0xF, bits & ((1 << _MANTISSA_BITS) - 1)
     leading = np.where(biased > 0, 1 << _MANTISSA_BITS, 0)
     exponent = np.maximum(biased - _EXPONENT_BIAS, _LOWEST_EXPONENT) - _MANTISSA_BITS
-    return np.where(bits & 0x80, -1.0, 1.0) * np.ldexp((leading + mantissa).astype(np.float64), exponent)
+    values: NDArray[np.float64] = np.where(bits & 0x80, -1.0, 1.0) * np.ldexp(
+        (leading + mantissa).astype(np.float64), exponent
+    )
+    return values
 
 
 @dataclasses.dataclass(frozen=True)

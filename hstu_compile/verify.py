@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -50,6 +51,13 @@ _LISTS = ("top_items", "top_scores")
 
 # Eager runs of a quantised model beside the first, see `references_from_spec`.
 _OTHER_ROUNDINGS = 3
+
+# Least eager error of a quantised tensor, as a share of what the quantisation itself changes in it. Rounding moves each
+# value by an error of variance step**2 / 12, and a value on the other side of its step moves by a whole step: if a share
+# p of them is there, the difference is sqrt(12 p) of what the rounding changes. In float16 p is up to a percent, but a
+# tensor of few rows may show none in the eager runs and one in the artifact. With twice these shares a row may have
+# p = 1/12, which of a product of a dozen columns is one value, and the tensor as a whole p = 1/192.
+_ROW_SHARE, _WHOLE_SHARE = 1 / 2, 1 / 8
 _PRIMARY = {
     "retrieval": "user_embeddings",
     "packed": "logits",
@@ -136,6 +144,7 @@ def references_from_spec(
     With a quantisation both have it. Rounding to its grid is a step: a last bit decides on which side a value ends, and
     every evaluation in half precision has other last bits. So the eager error is then the largest of several runs whose
     activations differ in their last bit: that of one run would be a matter of luck where few values lie near a step.
+    It is never below a share of what the quantisation itself changes.
 
     Args:
         spec: the checkpoint.
@@ -158,53 +167,55 @@ def references_from_spec(
     references: list[Reference] = []
     cached: list[Outputs] = []
     session, cost = None, {}
-    with _rounded(exact_model, quantization):
-        for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
-            feeds = _feeds(exact_graph, exact_model, batches, cached, limits)
-            exact, eager = [], []
-            with _rounded(eager_model, quantization):
-                for index, feed in enumerate(feeds):
-                    progress(f"eager {exact_graph.name}", index, len(feeds))
-                    exact.append(exact_graph.reference(feed.arrays, prune))
-                    eager.append(eager_graph.reference(feed.arrays, prune))
-            progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
-            if exact_graph.name == "prefill":
-                cached = [_key_values(exact_graph, outputs, cache_dtype) for outputs in eager]
-            error = _eager_error(exact, eager)
-            whole = _whole_error(exact, eager) if quantization is not None else None
-            for seed in range(_OTHER_ROUNDINGS if quantization is not None else 0):
+    plain: list[Outputs] = []
+    for exact_graph, eager_graph in zip(exact_graphs, eager_graphs, strict=True):
+        feeds = _feeds(exact_graph, exact_model, batches, cached, limits)
+        if quantization is not None:
+            plain = [exact_graph.reference(feed.arrays, prune) for feed in feeds]
+        exact, eager = [], []
+        with _rounded(exact_model, quantization), _rounded(eager_model, quantization):
+            for index, feed in enumerate(feeds):
+                progress(f"eager {exact_graph.name}", index, len(feeds))
+                exact.append(exact_graph.reference(feed.arrays, prune))
+                eager.append(eager_graph.reference(feed.arrays, prune))
+        progress(f"eager {exact_graph.name}", len(feeds), len(feeds))
+        if exact_graph.name == "prefill":
+            cached = [_key_values(exact_graph, outputs, cache_dtype) for outputs in eager]
+        error, whole = _eager_error(exact, eager), None
+        if quantization is not None:
+            whole = _whole_error(exact, eager)
+            for seed in range(_OTHER_ROUNDINGS):
                 progress(f"eager {exact_graph.name}, other roundings", seed, _OTHER_ROUNDINGS)
                 with _rounded(eager_model, quantization, seed):
                     moved = [eager_graph.reference(feed.arrays, prune) for feed in feeds]
                 error = _largest(error, _eager_error(exact, moved))
-                whole = _largest(whole or {}, _whole_error(exact, moved))
-            references.append(
-                Reference(
-                    exact_graph.name,
-                    _PRIMARY[exact_graph.name],
-                    tuple(feeds),
-                    tuple(exact),
-                    tuple(eager),
-                    error,
-                    items,
-                    whole,
-                )
+                whole = _largest(whole, _whole_error(exact, moved))
+            changed = _eager_error(plain, exact)
+            if not references:
+                cost = {name: each for name, each in changed.items() if not is_tap(name)}
+            error = _at_least(error, _ROW_SHARE, changed)
+            whole = _at_least(whole, _WHOLE_SHARE, _whole_error(plain, exact))
+        references.append(
+            Reference(
+                exact_graph.name,
+                _PRIMARY[exact_graph.name],
+                tuple(feeds),
+                tuple(exact),
+                tuple(eager),
+                error,
+                items,
+                whole,
             )
-        if isinstance(exact_model, RankingModel) and cached:
-            with _rounded(eager_model, quantization):
-                session = _session_reference(
-                    exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress
-                )
-            if quantization is not None:
-                # The same rows as in the packed forward, with another divisor: its other roundings stand for these.
-                known = {name: references[0].eager_error[name] for name in PREDICTIONS}
-                session = dataclasses.replace(session, eager_error=_largest(session.eager_error, known))
-        elif cached:
-            session = _incremental_reference(references[0])
-    if quantization is not None:
-        first = references[0]
-        plain = [exact_graphs[0].reference(feed.arrays, prune) for feed in first.feeds]
-        cost = {name: error for name, error in _eager_error(plain, first.exact).items() if not is_tap(name)}
+        )
+    if isinstance(exact_model, RankingModel) and cached:
+        with _rounded(exact_model, quantization), _rounded(eager_model, quantization):
+            session = _session_reference(exact_model.config, references[0], exact_graphs[0], eager_graphs[0], progress)
+        if quantization is not None:
+            # The same rows as in the packed forward, with another divisor: its other roundings stand for these.
+            known = {name: references[0].eager_error[name] for name in PREDICTIONS}
+            session = dataclasses.replace(session, eager_error=_largest(session.eager_error, known))
+    elif cached:
+        session = _incremental_reference(references[0])
     return References(tuple(references), session, cost)
 
 
@@ -217,6 +228,14 @@ def _rounded(
 
 def _largest(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
     return {name: max(error, others[name]) for name, error in some.items()}
+
+
+def _at_least(some: dict[str, float], share: float, changed: dict[str, float]) -> dict[str, float]:
+    """Errors, none below a share of what the quantisation changes; where that is infinite, a row of zeros, as they are."""
+    return {
+        name: max(error, share * changed[name]) if math.isfinite(changed[name]) else error
+        for name, error in some.items()
+    }
 
 
 def _key_values(prefill: ServedGraph, outputs: Outputs, dtype: np.dtype) -> Outputs:

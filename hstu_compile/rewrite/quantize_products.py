@@ -184,7 +184,8 @@ class _Rewriting:
             rows = smoothed
         code_type = _CODE_TYPES[self.plan.kind]
         scale = self._initializer(
-            f"{_MODEL}{scales.weight_name}/input_scale", numpy_helper.from_array(np.float16(scales.input_scale)[...])
+            f"{_MODEL}{scales.weight_name}/input_scale",
+            numpy_helper.from_array(np.array(scales.input_scale, np.float16)),
         )
         zero = self._initializer(f"{self.plan.kind}_zero", _zeros(code_type, ()))
         codes, activation = f"{prefix}/codes", f"{prefix}/activation"
