@@ -53,8 +53,8 @@ _LISTS = ("top_items", "top_scores")
 _OTHER_ROUNDINGS = 3
 
 # Least eager error of a quantised tensor, as a share of what the quantisation itself changes in it. Rounding moves each
-# value by an error of variance step**2 / 12, and a value on the other side of its step moves by a whole step: if a share
-# p of them is there, the difference is sqrt(12 p) of what the rounding changes. In float16 p is up to a percent, but a
+# value by an error of variance step**2 / 12, and a value on the other side of its step moves by a whole step: if a
+# share p of them is there, the difference is sqrt(12 p) of what the rounding changes. In float16 p is up to a percent, but a
 # tensor of few rows may show none in the eager runs and one in the artifact. With twice these shares a row may have
 # p = 1/12, which of a product of a dozen columns is one value, and the tensor as a whole p = 1/192.
 _ROW_SHARE, _WHOLE_SHARE = 1 / 2, 1 / 8
@@ -231,7 +231,7 @@ def _largest(some: dict[str, float], others: dict[str, float]) -> dict[str, floa
 
 
 def _at_least(some: dict[str, float], share: float, changed: dict[str, float]) -> dict[str, float]:
-    """Errors, none below a share of what the quantisation changes; where that is infinite, a row of zeros, as they are."""
+    """Errors, none below a share of what the quantisation changes, unless that is infinite, of a row of zeros."""
     return {
         name: max(error, share * changed[name]) if math.isfinite(changed[name]) else error
         for name, error in some.items()
