@@ -133,9 +133,9 @@ def bound_rule(precision: str, quantization: str | None = None) -> str:
     if quantization is None:
         return rule
     return (
-        f"{rule}; and over all rows of a tensor, rms(artifact - float64) / rms(float64) by the same rule; each of them "
-        f"rounds to the {quantization} numbers of the plan, and counts at least a half (rows) or an eighth (tensors) of "
-        "what that rounding changes"
+        f"{rule}; and over all rows of a tensor, rms(artifact - float64) / rms(float64) by the same rule; each of "
+        f"them rounds to the {quantization} numbers of the plan, and counts at least a half (rows) or an eighth "
+        "(tensors) of what that rounding changes"
     )
 
 

@@ -55,8 +55,8 @@ _OTHER_ROUNDINGS = 3
 # Least eager error of a quantised tensor, as a share of what the quantisation itself changes in it. Rounding moves each
 # value by an error of variance step**2 / 12, and a value on the other side of its step moves by a whole step: if a
 # share p of them is there, the difference is sqrt(12 p) of what the rounding changes. In float16 p is up to a percent,
-# but a tensor of few rows may show none in the eager runs and one in the artifact. With twice these shares a row may have
-# p = 1/12, which of a product of a dozen columns is one value, and the tensor as a whole p = 1/192.
+# but a tensor of few rows may show none in the eager runs and one in the artifact. With twice these shares a row may
+# have p = 1/12, which of a product of a dozen columns is one value, and the tensor as a whole p = 1/192.
 _ROW_SHARE, _WHOLE_SHARE = 1 / 2, 1 / 8
 _PRIMARY = {
     "retrieval": "user_embeddings",

@@ -47,7 +47,7 @@ COLUMNS = (
 )
 
 
-def prepare(work: Path, *, tiny: bool) -> None:
+def prepare(work: Path, kinds: Sequence[str], *, tiny: bool) -> None:
     """A checkpoint, its calibration table, a bundle per kind with references, and the requests to time."""
     from m_falcon_prepare import save_checkpoint
     from m_falcon_workload import DLRM_V3, TINY
@@ -64,7 +64,7 @@ def prepare(work: Path, *, tiny: bool) -> None:
     calibration_table(checkpoint, config).save(table)
     program = str(Path(sys.executable).with_name("hstu-compile"))
     limits = ("--max-seq-len", EVENTS, "--max-candidates", CANDIDATES, "--max-batch", USERS[-1], "--opt-batch", 2)
-    for kind in KINDS:
+    for kind in kinds:
         quantised = () if kind == "fp16" else ("--calib", table)
         command = (program, "build", checkpoint, "--config", config, f"--{kind}", *quantised, *limits)
         words = [*map(str, command), "--backend", "onnx", "-o", str(work / kind), "--force"]
@@ -107,7 +107,9 @@ def checked(work: Path, kind: str, engine: Path, backend: str, plugin: Path | No
     return worst.error, worst.bound
 
 
-def run(work: Path, backend: str, plugin: Path | None, *, build_only: bool) -> list[dict[str, Any]]:
+def run(
+    work: Path, kinds: Sequence[str], backend: str, plugin: Path | None, *, build_only: bool
+) -> list[dict[str, Any]]:
     """The rows of one backend."""
     from bench_plugin import gpu_name
     from device_timing import EngineRunner
@@ -126,7 +128,7 @@ def run(work: Path, backend: str, plugin: Path | None, *, build_only: bool) -> l
         "command": f"bench_calibration.py --run WORK --backend {backend}",
     }
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
+    for kind in kinds:
         row: dict[str, Any] = {**common, "kind": kind}
         try:
             engine, facts = build(work, kind, backend, plugin)
@@ -194,17 +196,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"))
     parser.add_argument("--plugin", type=Path, help="plugin library, for tensorrt")
     parser.add_argument("--build-only", action="store_true", help="of --run: stop after the builds and write nothing")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--out", type=Path, help="CSV that the rows go into")
     arguments = parser.parse_args(argv)
     if arguments.prepare is not None:
         arguments.prepare.mkdir(parents=True, exist_ok=True)
-        prepare(arguments.prepare.resolve(), tiny=arguments.tiny)
+        prepare(arguments.prepare.resolve(), arguments.kinds, tiny=arguments.tiny)
     if arguments.run is None:
         return 0
     if arguments.backend is None or (arguments.out is None and not arguments.build_only):
         parser.error("--run needs --backend, and --out or --build-only")
     plugin = arguments.plugin.resolve() if arguments.plugin is not None else None
-    rows = run(arguments.run.resolve(), arguments.backend, plugin, build_only=arguments.build_only)
+    rows = run(arguments.run.resolve(), arguments.kinds, arguments.backend, plugin, build_only=arguments.build_only)
     if not arguments.build_only:
         merged(arguments.out, rows)
     return 0 if all(row["status"] in ("ok", "built") for row in rows) else 1
