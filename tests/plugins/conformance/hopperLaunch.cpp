@@ -15,7 +15,7 @@ namespace
 {
 
 constexpr int32_t kBfloat16 = 2;
-unsigned char const kCode[] = {0, 1, 2, 3, 4};
+unsigned char const kCode[] = {0, 1, 2, 3, 4, 5};
 
 constexpr HstuKernelImage hopperImage(
     int32_t split, int32_t blockM, int32_t threads, int32_t timestampBits, unsigned char const* code)
@@ -32,6 +32,14 @@ constexpr HstuKernelImage portableImage(int32_t timestampBits, unsigned char con
         "portable", code, 1};
 }
 
+//! For nodes with a cache, and aligned pointers alone.
+constexpr HstuKernelImage cachedImage(int32_t timestampBits, unsigned char const* code)
+{
+    HstuKernelImage image = portableImage(timestampBits, code);
+    image.hasCache = image.aligned = 1;
+    return image;
+}
+
 } // namespace
 
 HstuKernelImage const kHstuKernelImages[] = {
@@ -40,6 +48,7 @@ HstuKernelImage const kHstuKernelImages[] = {
     hopperImage(8, 128, 384, 0, kCode + 2),
     portableImage(64, kCode + 3),
     hopperImage(1, 128, 384, 64, kCode + 4),
+    cachedImage(64, kCode + 5),
 };
 size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
 
@@ -160,6 +169,7 @@ public:
         checkNoKeys();
         checkBias();
         checkCounters();
+        checkCache();
         expect(mCalls.allocations == 0, "every counter is freed");
     }
 
@@ -332,6 +342,59 @@ private:
         hstu::HstuAttentionCore moved(std::move(copy));
         moved.unload();
         expect(mCalls.allocations == before + 2, "the others keep theirs");
+    }
+
+    //! Joined timestamps, and cached rows whose address counts only where there are any.
+    void checkCache()
+    {
+        Shape const shape{2, 300, 300, 4, 64, 64};
+        hstu::HstuAttentionAttributes attributes = attributesOf(true);
+        attributes.hasCache = 1;
+        auto const tensors = [&shape](int64_t cached, int64_t columns)
+        {
+            using hstu::ElementType;
+            hstu::NodeTensors all = tensorsOf(shape, 4);
+            auto const set = [&all](Input input, hstu::TensorView const& tensor)
+            { all.inputs[static_cast<size_t>(input)] = tensor; };
+            set(Input::kColTimestamps, view(ElementType::kInt64, {columns}));
+            set(Input::kKCached, view(ElementType::kBfloat16, {cached, shape.heads, shape.dqk}));
+            set(Input::kVCached, view(ElementType::kBfloat16, {cached, shape.heads, shape.dv}));
+            set(Input::kCacheOffsets, view(ElementType::kInt32, {shape.batch + 1}));
+            return all;
+        };
+        hstu::HstuAttentionCore core("node", attributes, hstu::EngineSignature{});
+        auto const problem = [](auto const& call) -> std::string
+        {
+            try
+            {
+                call();
+                return "";
+            }
+            catch (std::exception const& error)
+            {
+                return error.what();
+            }
+        };
+        expect(problem([&] { core.configure(tensors(500, 300)); })
+                       .find("Lcol is 300 in axis 0 of col_timestamps; allowed: Lc + Lk = 800")
+                   != std::string::npos,
+            "the timestamps of the keys are those of cached and new rows");
+        expect(problem([&] { core.configure(tensors(INT32_MAX, -1)); }).find("allowed: at most 2147483647 together")
+                   != std::string::npos,
+            "more joined rows than 32 bits count");
+        core.configure(tensors(500, 800));
+        core.load();
+        expect(core.tactics() == std::vector<int32_t>{1}, "the portable tactic");
+        hstu::DevicePointers pointers = pointersOf(attributes);
+        auto const enqueue = [&](int64_t cached)
+        { core.enqueue(tensors(cached, cached + shape.lk), pointers, reinterpret_cast<CUstream>(0x77)); };
+        enqueue(500);
+        expect(mCalls.launches.back().image == kCode + 5, "the kernel that reads a cache");
+        pointers.inputs[static_cast<size_t>(Input::kKCached)] = reinterpret_cast<void const*>(0x1002);
+        expect(problem([&] { enqueue(500); }).find("not 16-byte aligned") != std::string::npos, "cached keys 2 bytes off");
+        size_t const before = mCalls.launches.size();
+        enqueue(0);
+        expect(mCalls.launches.size() == before + 1, "the address of an empty cache does not matter");
     }
 
     fake::Calls& mCalls;

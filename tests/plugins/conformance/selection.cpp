@@ -49,6 +49,14 @@ constexpr HstuKernelImage bfloatImage(int32_t blockDim, int32_t tactic)
         kCode, sizeof(kCode)};
 }
 
+//! bfloat16, for nodes with a cache.
+constexpr HstuKernelImage cachedImage(int32_t blockDim)
+{
+    HstuKernelImage cached = bfloatImage(blockDim, 1);
+    cached.hasCache = 1;
+    return cached;
+}
+
 } // namespace
 
 HstuKernelImage const kHstuKernelImages[] = {
@@ -69,6 +77,7 @@ HstuKernelImage const kHstuKernelImages[] = {
     hopperImage(64, 0, 1), // 14
     bfloatImage(128, 1),   // 15
     accurateImage(64, 1, 1), // 16
+    cachedImage(64),         // 17
 };
 size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
 
@@ -270,6 +279,22 @@ void checkSilu()
         "the message says which kernels are accurate");
 }
 
+void checkCache()
+{
+    hstu::HstuAttentionAttributes cached = general();
+    cached.hasCache = 1;
+    auto const tactics = hstu::findTactics(cached, bfloatSignature(64, 64), gpuOf(90));
+    expect(tactics.size() == 1 && tactics[0].unaligned == at(17), "a node with a cache takes the kernel that reads one");
+    expect(!hstu::isHopper(tactics[0]), "and no Hopper kernel, which reads none");
+    auto const plain = hstu::findTactics(general(), bfloatSignature(64, 64), gpuOf(90));
+    expect(plain.size() == 3 && plain[1].unaligned == at(10), "a node without a cache takes none that reads one");
+    std::string const missing = hstu::describeMissingKernel(cached, bfloatSignature(128, 128), gpuOf(90));
+    expect(missing.find("general mask, with a cache. It was built for") != std::string::npos
+               || missing.find("general mask, with a cache on sm_90") != std::string::npos,
+        "the message says that a cache is needed");
+    expect(missing.find("[bfloat16 64x64 general cache]") != std::string::npos, "and which kernels read one");
+}
+
 void checkHopperCalls()
 {
     hstu::DevicePointers pointers;
@@ -332,6 +357,7 @@ int main(int argc, char** argv)
     checkAlignment();
     checkTimestamps();
     checkMessage();
+    checkCache();
     checkSilu();
     checkHopperTactics();
     checkHopperCalls();
