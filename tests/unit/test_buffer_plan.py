@@ -1,0 +1,136 @@
+"""The plan of a pass's memory: nothing that is alive overlaps, writing in place is only used where it is legal."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu_compile.axis_sizes import axis_size
+from hstu_compile.runtime._bfloat16 import storage_dtype
+from hstu_compile.runtime._buffer_plan import BufferPlan, Lifetime, planned_buffers
+from hstu_compile.runtime._free_list import ALIGNMENT, aligned
+from tests.segmented_cases import ranking_case, retrieval_case
+
+_STEPS = 8
+
+
+@st.composite
+def tensors(draw: st.DrawFn, most: int = 10) -> list[Lifetime]:
+    found = []
+    for number in range(draw(st.integers(0, most))):
+        first = draw(st.integers(0, _STEPS - 1))
+        last = draw(st.integers(first, _STEPS - 1))
+        nbytes = draw(st.sampled_from([0, 1, 255, 256, 257, 512, 1000, 4096, 5000, 65536]))
+        found.append(Lifetime(f"t{number}", nbytes, first, last))
+    return found
+
+
+def occupied(each: Lifetime, plan: BufferPlan) -> range:
+    return range(plan.offsets[each.name], plan.offsets[each.name] + max(each.nbytes, 1))
+
+
+def assert_valid(lives: list[Lifetime], plan: BufferPlan, shared: set[frozenset[str]] = frozenset()) -> None:
+    """By brute force: step by step, byte range by byte range."""
+    assert set(plan.offsets) == {each.name for each in lives}
+    for each in lives:
+        assert plan.offsets[each.name] % ALIGNMENT == 0
+        assert plan.offsets[each.name] + aligned(each.nbytes) <= plan.nbytes
+    for step in range(_STEPS):
+        alive = [each for each in lives if each.first <= step <= each.last]
+        for one, other in itertools.combinations(alive, 2):
+            a, b = occupied(one, plan), occupied(other, plan)
+            apart = a.stop <= b.start or b.stop <= a.start
+            assert apart or frozenset((one.name, other.name)) in shared, (step, one, other)
+
+
+@settings(max_examples=150)
+@given(tensors())
+def test_no_two_live_tensors_overlap(lives: list[Lifetime]) -> None:
+    plan = planned_buffers(lives)
+    assert_valid(lives, plan)
+    assert plan.least_nbytes <= plan.nbytes
+
+
+@settings(max_examples=150)
+@given(tensors())
+def test_the_block_is_within_the_stated_bound(lives: list[Lifetime]) -> None:
+    plan = planned_buffers(lives)
+    together = [sum(aligned(other.nbytes) for other in lives if other.meets(each)) for each in lives]
+    assert plan.nbytes <= 2 * max(together, default=0)
+    assert plan.nbytes <= sum(aligned(each.nbytes) for each in lives)
+
+
+@settings(max_examples=150)
+@given(tensors(), st.data())
+def test_only_the_last_reader_writes_over_an_operand_of_its_size(lives: list[Lifetime], data: st.DataObject) -> None:
+    names = [each.name for each in lives]
+    in_place = {name: data.draw(st.sampled_from(names)) for name in names if data.draw(st.booleans())}
+    plan = planned_buffers(lives, in_place)
+    by_name = {each.name: each for each in lives}
+    shared = set()
+    for name, operand in in_place.items():
+        new, old = by_name[name], by_name[operand]
+        if plan.offsets[name] == plan.offsets[operand] and new.meets(old) and name != operand:
+            assert old.last == new.first > old.first
+            assert old.nbytes == new.nbytes
+            shared.add(frozenset((name, operand)))
+    assert_valid(lives, plan, shared)
+
+
+def test_two_writers_never_share_one_operand() -> None:
+    lives = [Lifetime("a", 512, 0, 1), Lifetime("b", 512, 1, 2), Lifetime("c", 512, 1, 2)]
+    plan = planned_buffers(lives, {"b": "a", "c": "a"})
+    assert plan.offsets["b"] == plan.offsets["a"] != plan.offsets["c"]
+    assert plan.nbytes == 1024
+
+
+def test_a_chain_written_in_place_takes_one_place() -> None:
+    lives = [Lifetime(f"x{i}", 300, i, i + 1) for i in range(6)]
+    plan = planned_buffers(lives, {f"x{i + 1}": f"x{i}" for i in range(5)})
+    assert set(plan.offsets.values()) == {0}
+    assert plan.nbytes == 512
+    assert planned_buffers(lives).nbytes == 1024
+
+
+@pytest.mark.parametrize(
+    "lives",
+    [
+        [Lifetime("a", 1, 0, 0), Lifetime("a", 1, 1, 1)],
+        [Lifetime("a", -1, 0, 0)],
+        [Lifetime("a", 1, 2, 1)],
+    ],
+)
+def test_what_cannot_be_is_refused(lives: list[Lifetime]) -> None:
+    with pytest.raises(ValueError, match="a"):
+        planned_buffers(lives)
+
+
+def test_no_tensors_take_no_memory() -> None:
+    assert planned_buffers([]) == BufferPlan({}, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"L": 4096, "T": 512, "B": 1, "Lc": 4096, "A": 16}, {"L": 65536, "T": 4096, "B": 16, "Lc": 65536, "A": 256}],
+)
+def test_real_schedules_take_at_most_a_tenth_more_than_their_fullest_step(sizes: dict[str, int]) -> None:
+    for cut in (ranking_case("packed", "bf16").cut, retrieval_case("append", "fp16").cut):
+        lives = []
+        for each in cut.crossing:
+            shape = [size if isinstance(size, int) else _size(size, sizes) for size in each.spec.shape]
+            nbytes = math.prod(shape) * storage_dtype(each.spec.dtype).itemsize
+            lives.append(Lifetime(each.spec.name, nbytes, each.first, each.last))
+        plan = planned_buffers(lives)
+        assert plan.nbytes <= 1.1 * plan.least_nbytes
+        assert plan.nbytes < sum(aligned(each.nbytes) for each in lives), "nothing was reused"
+
+
+def _size(text: str, sizes: dict[str, int]) -> int:
+    expression = axis_size(text)
+    assert expression is not None
+    return int(np.int64(expression.at(sizes)))
