@@ -154,7 +154,6 @@ def run(
                     )
         except Exception as error:  # a row says what a backend cannot do; the others are still measured
             rows.append({**row, "status": "error", "note": f"{type(error).__name__}: {error}"[-300:]})
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -208,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--run needs --backend, and --out or --build-only")
     plugin = arguments.plugin.resolve() if arguments.plugin is not None else None
     rows = run(arguments.run.resolve(), arguments.kinds, arguments.backend, plugin, build_only=arguments.build_only)
+    for row in rows:
+        print({name: value for name, value in row.items() if name not in ("command", "commit")})
     if not arguments.build_only:
         merged(arguments.out, rows)
     return 0 if all(row["status"] in ("ok", "built") for row in rows) else 1
