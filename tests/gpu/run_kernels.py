@@ -35,9 +35,9 @@ from hstu_compile.plugins.kernels.hopper.variants import (  # noqa: E402
     hopper_variants_for,
 )
 from hstu_compile.plugins.kernels.tiles import TileConfig, tile_configs  # noqa: E402
-from hstu_compile.plugins.kernels.variants import ARCHS, padded_dim  # noqa: E402
+from hstu_compile.plugins.kernels.variants import ARCHS, padded_dim, takes_hopper  # noqa: E402
 from tests.attention_cases import attention_grid, with_dtype  # noqa: E402
-from tests.oracle import AttentionCase, attention_error, oracle_of  # noqa: E402
+from tests.oracle import ELEMENT_INPUTS, AttentionCase, attention_error, oracle_of  # noqa: E402
 from tests.oracle import error_bound as attention_bound  # noqa: E402
 from tests.plugins.conformance.prepare_conformance import large_cases  # noqa: E402
 
@@ -79,6 +79,9 @@ def kernel_output(run: KernelRun) -> np.ndarray[Any, Any]:
         return torch.from_numpy(np.ascontiguousarray(values)).cuda()
 
     inputs = {name: None if values is None else on_gpu(values) for name, values in case.optional_inputs().items()}
+    for name in ELEMENT_INPUTS:
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name].to(dtype)
     q, k, v = (on_gpu(values).to(dtype) for values in (case.q, case.k, case.v))
     shape = (q.shape[0], q.shape[1], v.shape[2])
     allocate = torch.empty
@@ -142,6 +145,8 @@ def hopper_runs() -> list[KernelRun]:
     runs, wanted = [], set()
     for case in (*attention_grid(), *large_cases()):
         if case.ts_table is not None and case.ts_table.shape[0] > MOST_TIME_HEADS:
+            continue
+        if not takes_hopper(has_cache=case.cache_offsets is not None):
             continue
         for dtype in ELEMENT_TYPES:
             variants = hopper_variants_for(
