@@ -91,8 +91,9 @@ class OpContract:
     attributes: tuple[OpAttribute, ...]
 
     def present_inputs(self, attributes: Mapping[str, Any]) -> tuple[OpInput, ...]:
-        """Inputs of a node with these attributes, in order."""
-        return tuple(i for i in self.inputs if i.present_when is None or attributes[i.present_when] == 1)
+        """Inputs of a node with these attributes, in order; an attribute that is not given has its default."""
+        given = {**self.defaults(), **attributes}
+        return tuple(i for i in self.inputs if i.present_when is None or given[i.present_when] == 1)
 
     def defaults(self) -> dict[str, float]:
         """What the attributes that a node may lack mean then."""

@@ -92,6 +92,7 @@ def test_a_node_from_before_the_cache_has_none() -> None:
     node = attention_node({**LEGAL})
     node.attribute.remove(next(a for a in node.attribute if a.name == "has_cache"))
     assert node_attributes(node) == LEGAL
+    assert attention_contract().present_inputs(attributes) == attention_contract().present_inputs(LEGAL)
 
 
 def test_a_node_outside_the_contract_is_a_bug_that_names_the_node() -> None:
