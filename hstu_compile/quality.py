@@ -133,11 +133,16 @@ def changes(reference: Quality, measured: Quality) -> dict[str, float]:
 
 
 def worst_change(reference: Quality, measured: Quality) -> float:
-    """Largest magnitude of a change that a budget limits, to the better or to the worse; infinite for NaN.
+    """`largest_change` from one quality to another."""
+    return largest_change(changes(reference, measured))
+
+
+def largest_change(change: Mapping[str, float]) -> float:
+    """Largest magnitude of the changes that a budget limits, to the better or to the worse; infinite for NaN.
 
     A change to the better counts: on a few hundred requests it is as much an accident as one to the worse.
     """
-    sizes = [abs(change) for name, change in changes(reference, measured).items() if is_budgeted(name)]
+    sizes = [abs(value) for name, value in change.items() if is_budgeted(name)]
     return max(size if math.isfinite(size) else math.inf for size in sizes)
 
 

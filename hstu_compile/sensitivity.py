@@ -2,8 +2,9 @@
 
 Each site is quantised alone, and left out alone, and the whole ladder is climbed: the site whose absence brings the
 scores closest to the float32 model's is left in float16 first, then the next, until the quality on labelled requests
-differs from the float32 model's by no more than the budget. Order comes from the scores, which have no steps; only the
-decision where to stop comes from the metrics, in which a few hundred requests are coarse.
+differs from the float32 model's by no more than the budget. Order comes from the scores, which have no steps; the
+metrics, in which a few hundred requests are coarse, decide where to stop. A site whose absence alone brings them within
+the budget comes before all others, so that one is kept where one is enough.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from hstu_compile.errors import CalibrationError
 from hstu_compile.labelled_requests import LabelledRequests
 from hstu_compile.model.fake_quantization import fake_quantized
 from hstu_compile.model.families import HstuModel
-from hstu_compile.quality import Answers, Quality, answers_of, changes, quality_of, score_difference, worst_change
+from hstu_compile.quality import (
+    Answers,
+    Quality,
+    answers_of,
+    changes,
+    largest_change,
+    quality_of,
+    score_difference,
+    worst_change,
+)
 from hstu_compile.quantized import QuantizationPlan
 
 Progress = Callable[[str, int, int], None]
@@ -164,7 +174,7 @@ def climb_ladder(
         CalibrationError: HSTU-E832, if no plan with at least one quantised site is within the budget.
     """
     measurement = _Measurement(models, requests)
-    effects = _site_effects(measurement, plan, progress)
+    effects = _site_effects(measurement, plan, budget, progress)
     rungs: list[Rung] = []
     for number in range(len(effects)):
         kept = [each.site for each in effects[:number]]
@@ -194,8 +204,10 @@ def climb_ladder(
     )
 
 
-def _site_effects(measurement: _Measurement, plan: QuantizationPlan, progress: Progress) -> list[SiteEffect]:
-    """Effect of every site, the one first without which the scores are closest to the float32 model's."""
+def _site_effects(
+    measurement: _Measurement, plan: QuantizationPlan, budget: float, progress: Progress
+) -> list[SiteEffect]:
+    """Effect of every site, in the order in which they are left out."""
     effects = []
     for number, site in enumerate(plan.sites):
         progress("sensitivity of sites", number, len(plan.sites))
@@ -204,4 +216,9 @@ def _site_effects(measurement: _Measurement, plan: QuantizationPlan, progress: P
         effects.append(SiteEffect(site, alone, measurement.effect(plan.without([site], REASON))))
     progress("sensitivity of sites", len(plan.sites), len(plan.sites))
     place = {site: number for number, site in enumerate(plan.sites)}
-    return sorted(effects, key=lambda each: (each.others.scores, -each.alone.scores, place[each.site]))
+
+    def order(each: SiteEffect) -> tuple[bool, float, float, int]:
+        is_enough = largest_change(each.others.change) <= budget
+        return not is_enough, each.others.scores, -each.alone.scores, place[each.site]
+
+    return sorted(effects, key=order)

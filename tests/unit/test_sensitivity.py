@@ -13,7 +13,7 @@ from hstu_compile._report_ladder import ladder_section, ladder_table
 from hstu_compile.errors import CalibrationError
 from hstu_compile.labelled_requests import labelled_requests
 from hstu_compile.model.fake_quantization import fake_quantized, product_weights
-from hstu_compile.quality import answers_of, quality_of, score_difference, worst_change
+from hstu_compile.quality import answers_of, largest_change, quality_of, score_difference, worst_change
 from hstu_compile.quantized import QuantizationPlan, SiteScales, quantized_weight
 from hstu_compile.sensitivity import REASON, climb_ladder
 from tests.dlrm_reference import DlrmForm
@@ -88,6 +88,24 @@ def test_the_numbers_are_those_of_the_fake_quantised_models(retrieval):
         with fake_quantized(models["fp32"], plan.without(left_out, "test")):
             assert effect.scores == score_difference(exact, answers_of(models["fp32"], requests))
     assert [each.others.scores for each in ladder.sites] == sorted(each.others.scores for each in ladder.sites)
+
+
+def test_a_site_whose_absence_is_enough_comes_first(retrieval):
+    models, requests, _ = retrieval
+    alone = {"fp32": models["fp32"]}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        plan = plan_of(
+            models["fp32"], {name: 2.0 ** -int(rng.integers(2, 6)) for name in product_weights(models["fp32"])}
+        )
+        by_scores = climb_ladder(alone, plan, requests, 1.0, silent)
+        sizes = [largest_change(site.others.change) for site in by_scores.sites]
+        if min(sizes) < min(sizes[0], by_scores.rungs[0].worst):
+            break
+    else:
+        pytest.fail("no plan has another order by the metrics")
+    ladder = climb_ladder(alone, plan, requests, min(sizes), silent)
+    assert ladder.kept == (by_scores.sites[sizes.index(min(sizes))].site,)
 
 
 def test_the_same_data_gives_the_same_ladder_and_it_is_plain_json(retrieval):
