@@ -208,6 +208,32 @@ class DeviceBuffers:
             self._held.clear()
 
 
+class DeviceBuffer:
+    """One block of device memory that only grows, in powers of two, so that it seldom moves."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver, self._held = driver, 0
+        self.address = 0
+
+    def holds(self, size_bytes: int) -> bool:
+        """Whether `reserve` would leave the memory where it is."""
+        return size_bytes <= self._held
+
+    def reserve(self, size_bytes: int) -> None:
+        """Hold at least that much. Nothing is using the memory, whose content is lost if it moves."""
+        if self.holds(size_bytes):
+            return
+        self.close()
+        held = 1 << max(0, size_bytes - 1).bit_length()
+        self.address, self._held = self._driver.allocate(held), held
+
+    def close(self) -> None:
+        """Free it. A second call does nothing."""
+        if self.address:
+            address, self.address, self._held = self.address, 0, 0
+            self._driver.free(address)
+
+
 def host_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """An uninitialised array that `download` can fill; bfloat16 is held as its 16 bits."""
     return np.empty(shape, storage_dtype(dtype))
