@@ -378,7 +378,7 @@ def engine(
 @click.option(
     "--observer",
     type=click.Choice(["amax", "percentile", "entropy", "mse"]),
-    help="How a build bounds activations unless told otherwise (default: percentile). The table serves all of them.",
+    help="How a build bounds activations unless told otherwise (default: amax). The table serves all of them.",
 )
 @click.option("--samples", type=int, default=1024, show_default=True, help="Most requests, drawn across all lengths.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
