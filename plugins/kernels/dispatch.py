@@ -62,4 +62,4 @@ def hstu_attention_cuda(
     inputs = (q, k, v, q_offsets, k_offsets)
     if fits and _can_compile():
         return hstu_attention_hopper(*inputs, ts_table=ts_table, silu=silu, **given)
-    return hstu_attention_triton(*inputs, ts_table=ts_table, **present, **given)
+    return hstu_attention_triton(*inputs, ts_table=ts_table, **(present | given))
