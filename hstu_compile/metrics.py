@@ -214,7 +214,8 @@ def area_under_curve(scores: FloatArray, labels: NDArray[np.bool_]) -> float:
     positive, negative = (np.bincount(group[which], minlength=size).astype(np.int64) for which in (labels, ~labels))
     # Twice the number of pairs in the right order, in whole numbers: negatives below each positive, and its ties once.
     twice = int((positive * (2 * (np.cumsum(negative) - negative) + negative)).sum())
-    return twice / (2 * positives * (labels.shape[0] - positives))
+    pairs: int = positives * (labels.shape[0] - positives)
+    return twice / (2 * pairs)
 
 
 def normalised_entropy(logits: FloatArray, labels: NDArray[np.bool_]) -> float:
@@ -235,7 +236,8 @@ def normalised_entropy(logits: FloatArray, labels: NDArray[np.bool_]) -> float:
     share = _num_positives(logits, labels) / labels.shape[0]
     losses = np.logaddexp(0.0, np.where(labels, -1.0, 1.0) * logits.astype(np.float64))
     base = -(share * math.log(share) + (1 - share) * math.log1p(-share))
-    return math.fsum(losses.tolist()) / labels.shape[0] / base
+    log_loss: float = math.fsum(losses.tolist()) / labels.shape[0]
+    return log_loss / base
 
 
 def _num_positives(scores: FloatArray, labels: NDArray[np.bool_]) -> int:

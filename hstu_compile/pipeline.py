@@ -319,7 +319,7 @@ def _mixed(
     settings, budget = plan.quantization, config.quality_budget
     if config.mixed is None or settings is None or requests is None or budget is None:
         return plan
-    models = {"fp32": model_from_spec(plan.spec), config.precision: model}
+    models: dict[str, HstuModel] = {"fp32": model_from_spec(plan.spec), config.precision: model}
     ladder = climb_ladder(models, settings.plan, requests, budget, build.listener.stage_progress)
     build.keep("02_sensitivity.json", json.dumps(ladder.to_dict(), indent=1))
     chosen = dataclasses.replace(settings, plan=ladder.plan, sensitivity=ladder.to_dict())
