@@ -233,7 +233,7 @@ def normalised_entropy(logits: FloatArray, labels: NDArray[np.bool_]) -> float:
     Raises:
         ValueError: if the shapes differ, a logit is NaN, or all labels are the same: their entropy is zero.
     """
-    share = _num_positives(logits, labels) / labels.shape[0]
+    share: float = _num_positives(logits, labels) / labels.shape[0]
     losses = np.logaddexp(0.0, np.where(labels, -1.0, 1.0) * logits.astype(np.float64))
     base = -(share * math.log(share) + (1 - share) * math.log1p(-share))
     log_loss: float = math.fsum(losses.tolist()) / labels.shape[0]
