@@ -165,7 +165,7 @@ class _Append(_Recommender):
         assert output.joined is not None
         ids = features["item_ids"]
         if seen is not None:
-            ids = torch.cat([seen, ids]).index_select(0, output.joined.index)
+            ids = torch.cat([seen, ids]).index_select(0, output.joined.places)
         answers = self.answers(output.activations[-1], features[SEQ_OFFSETS], ids, output.joined.offsets)
         return (*answers, *(part for pair in output.key_values for part in pair), *output.activations)
 

@@ -99,9 +99,9 @@ def hstu_attention(
     if cache_offsets is not None or k_cached is not None or v_cached is not None:
         if cache_offsets is None or k_cached is None or v_cached is None:
             raise ValueError("k_cached, v_cached and cache_offsets go together")
-        k_offsets, index = joined_rows(cache_offsets, k_offsets, k_cached.shape[0], k.shape[0])
-        k = torch.cat([k_cached, k]).index_select(0, index)
-        v = torch.cat([v_cached, v]).index_select(0, index)
+        k_offsets, places = joined_rows(cache_offsets, k_offsets, k_cached.shape[0], k.shape[0])
+        k = torch.cat([k_cached, k]).index_select(0, places)
+        v = torch.cat([v_cached, v]).index_select(0, places)
     q_lengths, k_lengths = q_offsets[1:] - q_offsets[:-1], k_offsets[1:] - k_offsets[:-1]
     max_q, max_k = max(int(q_lengths.max()), 1), max(int(k_lengths.max()), 1)
     if batch > 1 and batch * q.shape[1] * max_q * max_k > _MAX_SCORES:

@@ -57,11 +57,11 @@ class JoinedRows(NamedTuple):
 
     Attributes:
         offsets: [B + 1] int -- bounds of the joined rows.
-        index: [La + Lb] int64 -- of each joined row, its place in the two tensors one behind the other.
+        places: [La + Lb] int64 -- of each joined row, its place in the two tensors one behind the other.
     """
 
     offsets: Tensor
-    index: Tensor
+    places: Tensor
 
 
 def joined_rows(first_offsets: Tensor, second_offsets: Tensor, num_first: int, num_second: int) -> JoinedRows:
@@ -81,9 +81,9 @@ def joined_rows(first_offsets: Tensor, second_offsets: Tensor, num_first: int, n
     rows = torch.arange(num_first + num_second, device=offsets.device)
     step = rows - offsets.to(torch.int64).index_select(0, owner)
     first_len = (first_offsets[1:] - first_offsets[:-1]).to(torch.int64).index_select(0, owner)
-    index = torch.where(
+    places = torch.where(
         step < first_len,
         first_offsets.to(torch.int64).index_select(0, owner) + step,
         num_first + second_offsets.to(torch.int64).index_select(0, owner) + step - first_len,
     ).clamp(0, num_first + num_second - 1)
-    return JoinedRows(offsets, index)
+    return JoinedRows(offsets, places)

@@ -244,7 +244,7 @@ class RetrievalModel(nn.Module):
         if config.has_time_bias:
             if cached_timestamps is None:
                 raise ValueError("this model has a time bias; cached_timestamps [Lc] are missing")
-            key_timestamps = torch.cat([cached_timestamps, timestamps]).index_select(0, joined.index)
+            key_timestamps = torch.cat([cached_timestamps, timestamps]).index_select(0, joined.places)
         cached_len = (cache_offsets[1:] - cache_offsets[:-1]).to(torch.int64)
         position = position + cached_len.index_select(0, sequence_index(seq_offsets, num_new))
         cache = CachedRows(cache_offsets, max_new or config.max_seq_len)

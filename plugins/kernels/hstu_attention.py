@@ -332,7 +332,6 @@ def hstu_attention(
     k_begin = tl.load(k_offsets + sequence)
     num_queries = tl.load(q_offsets + sequence + 1) - q_begin
     num_keys = tl.load(k_offsets + sequence + 1) - k_begin
-    c_begin = 0
     num_cached = 0
     if HAS_CACHE:
         c_begin = tl.load(cache_offsets + sequence)
