@@ -130,30 +130,47 @@ class Crossing:
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentedGraph:
-    """Stage 3, where the runtime takes no plugins: a graph cut at every attention.
+class Schedule:
+    """What runs in which order where a graph is cut at its attentions, and what crosses: all that a runtime needs.
 
     Attributes:
-        name: of the graph.
-        precision: type of weights and activations.
         inputs: of the graph, in order.
         outputs: of the graph, in order.
-        segments: valid ONNX graphs between the attentions; their inputs are inputs of the graph or crossing tensors.
         calls: the attentions.
         steps: segments and attentions in the order in which they run.
         crossing: tensors that outlive the step that makes them, in the order in which they are made.
         constants: arrays that attentions read; the name of each is in some call's `inputs`.
     """
 
-    name: str
-    precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    segments: tuple[OnnxGraph, ...]
     calls: tuple[AttentionCall, ...]
     steps: tuple[Step, ...]
     crossing: tuple[Crossing, ...]
     constants: dict[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Type and shape of an input of the graph, of a crossing tensor or of a constant."""
+        if name in self.constants:
+            array = self.constants[name]
+            return TensorSpec(name, str(array.dtype), array.shape)
+        specs = {spec.name: spec for spec in (*self.inputs, *(each.spec for each in self.crossing))}
+        return specs[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentedGraph(Schedule):
+    """Stage 3, where the runtime takes no plugins: a graph cut at every attention.
+
+    Attributes:
+        name: of the graph.
+        precision: type of weights and activations.
+        segments: valid ONNX graphs between the attentions; their inputs are inputs of the graph or crossing tensors.
+    """
+
+    name: str
+    precision: Precision
+    segments: tuple[OnnxGraph, ...]
 
     def reads(self, step: Step) -> tuple[str, ...]:
         """Names of the tensors that a step reads, constants included."""

@@ -257,6 +257,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The plugin library cannot be loaded",
         "The dynamic loader refused the file; its message follows.",
     ),
+    "HSTU-E505": ErrorCode(
+        "An attention kernel could not run",
+        "The library of attention kernels has none that fits the attention's attributes, types or shapes on this GPU, "
+        "or the driver refused a launch. The message is the library's own.",
+    ),
     "HSTU-E601": ErrorCode(
         "The artifact differs from the eager model",
         "The error against the float64 reference is larger than the bound: twice the error that the eager model in the "

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from hstu_compile.artifacts import Profile, TensorSpec
+from hstu_compile.axis_sizes import axis_size, axis_values
 from hstu_compile.errors import EngineError, UsageError
 
 _INT32_MAX = 2**31 - 1
@@ -195,3 +196,48 @@ def _range(sizes: ProfileSizes, axis: str) -> AxisRange:
     found = sizes.axis(axis)
     assert found is not None
     return found
+
+
+def derived_profile(
+    name: str, profile: Profile, inputs: Sequence[TensorSpec], tensors: Sequence[TensorSpec]
+) -> Profile:
+    """The profile of a part of a graph.
+
+    Args:
+        name: of the profile.
+        profile: of the graph.
+        inputs: of the graph, dynamic axes by name.
+        tensors: inputs of the part: of the graph, or made by another part; an axis is an expression of the same names.
+
+    Raises:
+        EngineError: HSTU-E405, if the profile gives one axis two sizes, or no size to an axis of the tensors.
+    """
+    declared = {each.name: each.shape for each in inputs}
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    for kind, given in (("min", profile.min), ("opt", profile.opt), ("max", profile.max)):
+        try:
+            # An input without dynamic axes may be left out of a profile.
+            known = {n: shape for n, shape in declared.items() if n in given}
+            values = axis_values({n: given[n] for n in known}, known)
+            shapes.append({each.name: _shape_at(each, given, values) for each in tensors})
+        except (KeyError, ValueError) as error:
+            raise EngineError(
+                "HSTU-E405",
+                f"the {kind} shapes of profile {profile.name} do not give those of {name}",
+                f"no size for the axis {error}" if isinstance(error, KeyError) else str(error),
+                "give inputs that share an axis the same size: leave --minShapes, --optShapes and --maxShapes out",
+                {"profile": profile.name, "part": name},
+            ) from error
+    return Profile(name, *shapes)
+
+
+def _shape_at(tensor: TensorSpec, given: Mapping[str, tuple[int, ...]], values: Mapping[str, int]) -> tuple[int, ...]:
+    if tensor.name in given:
+        return tuple(given[tensor.name])
+    sizes = []
+    for axis in tensor.shape:
+        expression = axis_size(axis) if isinstance(axis, str) else None
+        if isinstance(axis, str) and expression is None:
+            raise ValueError(f"the axis {axis} of {tensor.name} is no expression of names")
+        sizes.append(expression.at(values) if expression is not None else int(axis))
+    return tuple(sizes)

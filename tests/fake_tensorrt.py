@@ -62,7 +62,7 @@ def sums_engine(*, int64: bool = True) -> FakeEngine:
 
 
 def fake_tensorrt(
-    engine: FakeEngine,
+    engine: FakeEngine | Mapping[bytes, FakeEngine],
     cuda: FakeCuda,
     *,
     loads: bool = True,
@@ -77,7 +77,11 @@ def fake_tensorrt(
 
     Without `captures`, enqueueing fails while the stream is being recorded. With `stateful`, an engine reads its shapes
     from the context when it runs, also from a graph. In a graph it is a node of type `node_kind`: 0 is a kernel.
+    Several engines are given by their plans.
     """
+    if isinstance(engine, Mapping):
+        modules = {plan: fake_tensorrt(each, cuda, loads=loads, captures=captures) for plan, each in engine.items()}
+        return _of_several(modules)
     kind = types.SimpleNamespace
     types_of = {name: each[0] for name, each in (*engine.inputs.items(), *engine.outputs.items())}
 
@@ -85,9 +89,14 @@ def fake_tensorrt(
         Severity = kind(VERBOSE=kind(name="VERBOSE"), ERROR=kind(name="ERROR"))
 
     class Context:
-        def __init__(self) -> None:
+        def __init__(self, config: Any = None) -> None:
             self.shapes: dict[str, Shape] = {}
             self.addresses: dict[str, int] = {}
+            self.memory, self.needs_memory = 0, False
+            if config is not None:
+                assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+                assert config.cuda_graph_strategy == "disabled"
+                self.needs_memory = config.allocation == "user"
 
         def set_input_shape(self, name: str, shape: Shape) -> bool:
             _, low, high = engine.inputs[name]
@@ -110,8 +119,17 @@ def fake_tensorrt(
             raw = (ctypes.c_uint8 * nbytes).from_address(addresses[name])
             return np.frombuffer(raw, stored).reshape(shape)
 
+        def set_device_memory(self, address: int, size: int) -> None:
+            assert size >= Engine.device_memory_size_v2
+            cuda.require_device(address, size)
+            self.memory = address
+
+        def is_stream_capturable(self, stream: int) -> bool:
+            return captures
+
         def execute_async_v3(self, stream: int) -> bool:
             assert set(self.addresses) == set(types_of), "an address is missing"
+            assert self.memory or not self.needs_memory, "an engine without memory to compute in"
 
             # A kernel's arguments are those of its launch, also in a graph that is launched much later.
             launched, addresses = dict(self.shapes), dict(self.addresses)
@@ -134,6 +152,7 @@ def fake_tensorrt(
 
     class Engine:
         num_io_tensors = len(types_of)
+        device_memory_size_v2 = 1000
 
         def get_tensor_name(self, index: int) -> str:
             return list(types_of)[index]
@@ -154,8 +173,13 @@ def fake_tensorrt(
             _, low, high = engine.inputs[name]
             return low, high, high
 
-        def create_execution_context(self) -> Context:
-            return Context()
+        def create_runtime_config(self) -> Any:
+            config = kind(allocation="static")
+            config.set_execution_context_allocation_strategy = lambda value: setattr(config, "allocation", value)
+            return config
+
+        def create_execution_context(self, config: Any = None) -> Context:
+            return Context(config)
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -172,7 +196,24 @@ def fake_tensorrt(
         Runtime=Runtime,
         TensorIOMode=kind(INPUT="in", OUTPUT="out"),
         DataType=kind(INT64=0) if int64 else kind(),
+        DynamicShapesKernelSpecializationStrategy=kind(EAGER="eager"),
+        CudaGraphStrategy=kind(DISABLED="disabled"),
+        ExecutionContextAllocationStrategy=kind(USER_MANAGED="user"),
     )
+
+
+def _of_several(modules: Mapping[bytes, types.SimpleNamespace]) -> types.SimpleNamespace:
+    """One module whose runtime loads each plan's engine, and nothing for any other plan."""
+    first = next(iter(modules.values()))
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Any:
+            return modules[plan].Runtime(self.logger).deserialize_cuda_engine(plan) if plan in modules else None
+
+    return types.SimpleNamespace(**{**vars(first), "Runtime": Runtime})
 
 
 def open_fake(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -137,7 +138,7 @@ class _Cut:
             steps=tuple(steps),
             crossing=(),
             constants={
-                name: numpy_helper.to_array(self.constants[name])
+                name: np.ascontiguousarray(numpy_helper.to_array(self.constants[name]))
                 for call in calls
                 for name in call.inputs.values()
                 if name in self.constants

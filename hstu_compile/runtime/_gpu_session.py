@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
-from hstu_compile.errors import EngineError, RequestError
+from hstu_compile.errors import EngineError, PluginError, RequestError
 from hstu_compile.runtime._bfloat16 import storage_dtype, values_of_bits
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffer
 from hstu_compile.runtime._cuda_graph import CudaGraph
@@ -184,6 +184,10 @@ class GpuSession(abc.ABC):
     @abc.abstractmethod
     def _execute(self, log: Any) -> None:
         """Enqueue a pass on the driver's stream."""
+
+    def _unrecordable(self) -> str:
+        """Why the pass that was just run cannot be recorded; "" if it can, as far as the runtime knows."""
+        return ""
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See `Session.run`.
@@ -398,12 +402,16 @@ class GpuSession(abc.ABC):
 
     def _capture(self, graphs: GraphCache[_Replay], key: Hashable, plan: _Plan, log: Any) -> None:
         """Record the pass that was just run, for the next one of its key. Its answer is already fetched."""
+        if why := self._unrecordable():
+            graphs.refuse(key)
+            self._warn(f"a pass of {self.name} stays without a CUDA graph: {why}")
+            return
         try:
             graph = CudaGraph(self._driver, lambda: self._execute(log))
-        except EngineError as error:
+        except (EngineError, PluginError) as error:
             graphs.refuse(key)
             # What a failed recording left behind in TensorRT must not fail the next request.
-            with contextlib.suppress(EngineError), self._driver.synchronised():
+            with contextlib.suppress(EngineError, PluginError), self._driver.synchronised():
                 self._execute(log)
             self._warn(f"a pass of {self.name} stays without a CUDA graph: {error.what}: {error.why}")
             return

@@ -51,7 +51,8 @@ class LoadedEngine:
         name: of the session, for messages.
         log: of the load.
         settled: for TensorRT-RTX: the context compiles the kernels of new shapes when it first runs them, and not on
-            another thread meanwhile; so a pass that ran once can be recorded, and its numbers stay.
+            another thread meanwhile, so a pass that ran once can be recorded, and its numbers stay; and it computes in
+            the memory of `compute_in`, not in its own.
 
     Attributes:
         inputs: what the engine reads, in its order.
@@ -104,6 +105,15 @@ class LoadedEngine:
             else:
                 outputs.append(TensorSpec(tensor, dtype, shape))
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that a pass of any legal shapes computes in."""
+        return int(self._engine.device_memory_size_v2)
+
+    def compute_in(self, address: int, size_bytes: int) -> None:
+        """Use this memory, which other engines may use while this one does not run. 256-byte aligned."""
+        self._context.set_device_memory(address, size_bytes)
 
     def inferred(self, shapes: Mapping[str, tuple[int, ...]], log: Any) -> dict[str, tuple[int, ...]]:
         """Set the shape of every input; the shape of every output."""
@@ -159,4 +169,5 @@ def _settled(api: TensorRtApi, engine: Any) -> Any:
     config = engine.create_runtime_config()
     config.dynamic_shapes_kernel_specialization_strategy = api.trt.DynamicShapesKernelSpecializationStrategy.EAGER
     config.cuda_graph_strategy = api.trt.CudaGraphStrategy.DISABLED
+    config.set_execution_context_allocation_strategy(api.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     return config

@@ -76,7 +76,6 @@ def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelPro
         call: the attention.
     """
     contract = attention_contract()
-    specs = {spec.name: spec for spec in graph.inputs} | {each.spec.name: each.spec for each in graph.crossing}
     source = graph.segments[0].model
     opset = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
     fed = [name for name in dict.fromkeys(call.inputs.values()) if name not in graph.constants]
@@ -95,8 +94,8 @@ def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelPro
     body = helper.make_graph(
         [node],
         call.name,
-        [_value_info(specs[name]) for name in fed],
-        [_value_info(specs[call.output])],
+        [_value_info(graph.spec(name)) for name in fed],
+        [_value_info(graph.spec(call.output))],
         [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constant.items()],
     )
     return helper.make_model(

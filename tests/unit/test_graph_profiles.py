@@ -14,7 +14,7 @@ from hstu_compile.artifacts import Profile, TensorSpec
 from hstu_compile.engine_stage import EngineRequest, profiles_of
 from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.graph_limits import GraphLimits, read_limits, write_limits
-from hstu_compile.profiles import ProfileSizes, graph_profiles
+from hstu_compile.profiles import ProfileSizes, derived_profile, graph_profiles
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.trt_options import EngineOptions
 from tests.dlrm_reference import ACTIONS, CANDIDATE, HISTORY, QUERY_TIME, TIME, DlrmForm
@@ -179,3 +179,33 @@ def test_the_engine_command_refuses_a_count_below_one_before_it_reads_the_graph(
         profiles_of(request)
     assert caught.value.why == "allowed: 1 or more"
     assert option in caught.value.fix
+
+
+def test_a_part_of_a_graph_takes_the_sizes_that_its_axes_expressions_have() -> None:
+    inputs = (
+        TensorSpec("ids", "int32", ("L",)),
+        TensorSpec("item", "int32", ("T",)),
+        TensorSpec("genres", "int32", ("B_times_3",)),
+        TensorSpec("seq_offsets", "int32", ("B_plus_1",)),
+    )
+    (whole,) = graph_profiles("packed", inputs, ProfileSizes(max_batch=4, max_seq_len=10, max_candidates=6))
+    parts = (
+        TensorSpec("seq_offsets", "int32", ("B_plus_1",)),
+        TensorSpec("rows", "float16", ("4*B + L + T", 2, 5)),
+        TensorSpec("offsets", "int32", ("B + 1",)),
+    )
+    found = derived_profile("packed_segment_1", whole, inputs, parts)
+    assert found.min == {"seq_offsets": (2,), "rows": (6, 2, 5), "offsets": (2,)}
+    assert found.opt == {"seq_offsets": (5,), "rows": (16 + 20 + 3, 2, 5), "offsets": (5,)}
+    assert found.max == {"seq_offsets": (5,), "rows": (16 + 40 + 6, 2, 5), "offsets": (5,)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [({"ids": (7,), "times": (8,)}, r"times of shape \[8\] does not fit L = 7"), ({}, "no size for the axis 'L'")],
+)
+def test_a_profile_that_gives_a_part_no_size_is_refused(sizes: dict[str, tuple[int, ...]], text: str) -> None:
+    inputs = (TensorSpec("ids", "int32", ("L",)), TensorSpec("times", "int64", ("L",)))
+    profile = Profile("mine", sizes, sizes, sizes)
+    with pytest.raises(EngineError, match=rf"HSTU-E405[\s\S]*{text}"):
+        derived_profile("part", profile, inputs, [TensorSpec("rows", "float16", ("L + 1", 4))])

@@ -1,0 +1,101 @@
+#ifndef HSTU_ATTENTION_KERNELS_H
+#define HSTU_ATTENTION_KERNELS_H
+
+//! The attention kernels without TensorRT, for a host that runs them between engines of its own. Plain C: a host loads the
+//! library with dlopen and needs no C++ runtime of the same make.
+//!
+//! Tensors and attributes are named as in HstuAttention_PluginConfig.yaml and come in any order; nothing is known by its
+//! position, so a contract that grows an optional input leaves this interface as it is. A call is thread-safe unless two
+//! use the same HstuAttention. The caller's CUDA context is current in every call but the first two.
+//!
+//! A function that returns int32_t returns 0, or another number and a message of at most errorCapacity bytes, NUL
+//! included, that says what failed, the values seen and those allowed. No exception leaves the library.
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+//! Version of this interface. A host refuses a library of another version.
+#define HSTU_ATTENTION_KERNELS_API_VERSION 1
+
+//! Most axes of a tensor.
+#define HSTU_MAX_RANK 8
+
+//! Element types; the values of hstu::ElementType.
+enum HstuElementType
+{
+    kHSTU_FLOAT32 = 0,
+    kHSTU_FLOAT16 = 1,
+    kHSTU_BFLOAT16 = 2,
+    kHSTU_INT32 = 3,
+    kHSTU_INT64 = 4
+};
+
+//! One attribute of the contract. Integers and floats alike are given as a double, which holds every legal integer.
+typedef struct HstuAttribute
+{
+    char const* name;
+    double value;
+} HstuAttribute;
+
+//! One input, or the output, whose name is "out". Row-major and contiguous.
+typedef struct HstuTensor
+{
+    char const* name;
+    int32_t type; //!< an HstuElementType
+    int32_t rank;
+    int64_t dims[HSTU_MAX_RANK]; //!< in hstuAttentionCreate -1 where the extent may vary
+    //! Device address. Not read by hstuAttentionCreate and hstuAttentionWorkspace; may be null where the tensor is empty.
+    //! What an input's address points to is not written.
+    void* data;
+} HstuTensor;
+
+//! One attention: attributes, element types, and loaded kernels.
+typedef struct HstuAttention HstuAttention;
+
+//! \return HSTU_ATTENTION_KERNELS_API_VERSION of the library. Needs no GPU.
+int32_t hstuAttentionKernelsApiVersion(void);
+
+//! \return identifier of the kernels in the library: changes whenever any of their bytes does. Owned by the library.
+//! Needs no GPU.
+char const* hstuAttentionKernelsBuildId(void);
+
+//! Makes an attention and loads its kernels into the current CUDA context, so that a later enqueue loads nothing.
+//!
+//! \param nodeName name of the node, for messages.
+//! \param attributes every attribute of the contract that has no default.
+//! \param inputs the inputs that the attributes make present.
+//! \param output the output.
+//! \param attention receives the attention, which hstuAttentionDestroy frees; null after an error.
+int32_t hstuAttentionCreate(char const* nodeName, HstuAttribute const* attributes, int32_t nbAttributes,
+    HstuTensor const* inputs, int32_t nbInputs, HstuTensor const* output, HstuAttention** attention, char* error,
+    size_t errorCapacity);
+
+//! Device memory that an enqueue of these shapes needs beside its tensors.
+//!
+//! \param inputs every extent known.
+//! \param bytes receives the number, which may be 0.
+int32_t hstuAttentionWorkspace(HstuAttention const* attention, HstuTensor const* inputs, int32_t nbInputs,
+    size_t* bytes, char* error, size_t errorCapacity);
+
+//! Queues the kernels on a stream and does nothing else: no allocation, no loading, no synchronisation, no work on another
+//! stream. So it may be recorded into a CUDA graph, and what it queues depends on the extents and addresses alone.
+//!
+//! \param inputs every extent known, every address set; 256-byte aligned, as those of an engine are.
+//! \param output likewise. It overlaps no input and no workspace.
+//! \param workspace of at least the bytes that hstuAttentionWorkspace names, 256-byte aligned; may be null if that is 0.
+//! \param stream a CUstream.
+int32_t hstuAttentionEnqueue(HstuAttention* attention, HstuTensor const* inputs, int32_t nbInputs,
+    HstuTensor const* output, void* workspace, size_t workspaceBytes, void* stream, char* error, size_t errorCapacity);
+
+//! Frees an attention; null does nothing. Nothing of it is running.
+void hstuAttentionDestroy(HstuAttention* attention);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // HSTU_ATTENTION_KERNELS_H

@@ -1,0 +1,157 @@
+"""A cut graph on fakes: engines that compute their segment in ONNX Runtime, kernels that compute the native body."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hstu_compile.artifacts import AttentionCall, OnnxGraph, SegmentedGraph, TensorSpec
+from hstu_compile.axis_sizes import axis_size
+from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
+from hstu_compile.runtime._cuda import CudaDriver
+from hstu_compile.runtime.attention_kernels import Launch, Shape
+from hstu_compile.runtime.fused_session import FusedSession
+from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
+from hstu_compile.runtime.segmented_onnx_session import attention_model
+from hstu_compile.tensorrt_api import TensorRtApi
+from tests.fake_cuda import FakeCuda
+from tests.fake_tensorrt import Arrays, FakeEngine, fake_tensorrt
+
+_TRT_TYPES = {"int32": "INT32", "int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+_LARGEST = 4096
+
+
+def _dims(spec: TensorSpec, dynamic: int) -> Shape:
+    return tuple(size if isinstance(size, int) else dynamic for size in spec.shape)
+
+
+def _sizes(specs: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Every axis of the specs by its normalised name."""
+    found: dict[str, int] = {}
+    for spec in specs:
+        for axis, size in zip(spec.shape, shapes[spec.name], strict=True):
+            if isinstance(axis, str):
+                expression = axis_size(axis)
+                assert expression is not None
+                assert found.setdefault(str(expression), size) == size, f"{axis} has two sizes"
+                if len(expression.terms) == 1:
+                    name, factor = expression.terms[0]
+                    found.setdefault(name, (size - expression.constant) // factor)
+    return found
+
+
+def segment_engine(segment: OnnxGraph) -> FakeEngine:
+    """The segment as an engine; shapes follow from the names of its axes."""
+    session = OnnxRuntimeSession(segment.model)
+
+    def infer(shapes: dict[str, Shape]) -> dict[str, Shape]:
+        sizes = _sizes(segment.inputs, shapes)
+        found = {}
+        for spec in segment.outputs:
+            dims = []
+            for axis in spec.shape:
+                if isinstance(axis, int):
+                    dims.append(axis)
+                    continue
+                expression = axis_size(axis)
+                assert expression is not None
+                dims.append(sizes[str(expression)] if str(expression) in sizes else expression.at(sizes))
+            found[spec.name] = tuple(dims)
+        return found
+
+    def compute(arrays: Arrays) -> Arrays:
+        return session.run({spec.name: arrays[spec.name] for spec in session.inputs})
+
+    return FakeEngine(
+        # Offsets have two entries at least, everything else one row.
+        inputs={
+            spec.name: (_TRT_TYPES[spec.dtype], _dims(spec, 2 if "offsets" in spec.name else 1), _dims(spec, _LARGEST))
+            for spec in segment.inputs
+        },
+        outputs={spec.name: (_TRT_TYPES[spec.dtype], _dims(spec, -1)) for spec in segment.outputs},
+        infer=infer,
+        compute=compute,
+    )
+
+
+@dataclasses.dataclass
+class FakeKernels:
+    """`AttentionKernels` on the memory of a `FakeCuda`.
+
+    Attributes:
+        workspace: bytes that every attention asks for, and fills when it runs.
+        opened: attentions that were not closed.
+        launches: enqueued, while not recording.
+        skips: attentions that, when recorded, do nothing: what a broken graph would do.
+    """
+
+    graph: SegmentedGraph
+    cuda: FakeCuda
+    workspace: int = 0
+    opened: int = 0
+    launches: int = 0
+    skips: bool = False
+    name: str = "fake kernels"
+
+    def prepare(self, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> Any:
+        assert set(tensors) == {*call.inputs, "out"}
+        self.opened += 1
+        return _FakeAttention(self, call, tensors)
+
+
+class _FakeAttention:
+    def __init__(self, kernels: FakeKernels, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> None:
+        self._kernels, self._call, self._types = kernels, call, {n: spec.dtype for n, spec in tensors.items()}
+        self._session = OnnxRuntimeSession(attention_model(kernels.graph, call))
+
+    def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        assert set(shapes) == set(self._call.inputs)
+        return self._kernels.workspace
+
+    def _at(self, address: int, shape: Shape, dtype: str) -> Any:
+        stored = storage_dtype(dtype)
+        nbytes = math.prod(shape) * stored.itemsize
+        if not nbytes:
+            return np.empty(shape, stored)
+        self._kernels.cuda.require_device(address, nbytes)
+        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), stored).reshape(shape)
+
+    def enqueue(self, launch: Launch, stream: int) -> None:
+        kernels = self._kernels
+        recording = stream in kernels.cuda.recording
+        kernels.launches += not recording
+
+        def work() -> None:
+            if recording and kernels.skips:
+                return
+            if launch.workspace_bytes:
+                kernels.cuda.require_device(launch.workspace, launch.workspace_bytes)
+                ctypes.memset(launch.workspace, 0xAB, launch.workspace_bytes)
+            given = {}
+            for name, (address, shape) in launch.inputs.items():
+                array = self._at(address, shape, self._types[name]).copy()
+                given[self._call.inputs[name]] = values_of_bits(array) if self._types[name] == "bfloat16" else array
+            (result,) = self._session.run({spec.name: given[spec.name] for spec in self._session.inputs}).values()
+            target = self._at(*launch.output, self._types["out"])
+            target[...] = bits_of_values(result) if self._types["out"] == "bfloat16" else result
+
+        kernels.cuda.enqueue(stream, work)
+
+    def close(self) -> None:
+        self._kernels.opened -= 1
+
+
+def fused_session(
+    graph: SegmentedGraph, cuda: FakeCuda, kernels: FakeKernels | None = None, *, cuda_graphs: int = 0, **settings: Any
+) -> FusedSession:
+    """A session over the graph; `settings` are those of `fake_tensorrt`."""
+    engines = {f"segment {i}".encode(): segment_engine(each) for i, each in enumerate(graph.segments)}
+    api = TensorRtApi("tensorrt-rtx", fake_tensorrt(engines, cuda, **settings))  # type: ignore[arg-type]
+    return FusedSession(
+        api, graph, list(engines), kernels or FakeKernels(graph, cuda), CudaDriver(cuda), cuda_graphs=cuda_graphs
+    )
