@@ -13,7 +13,7 @@ from hstu_compile.op_schema import is_attention, is_norm, node_attributes
 from hstu_compile.plugin_library import PluginBuildRequest
 from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, HopperVariant, hopper_variants_for
 from hstu_compile.plugins.kernels.norm_variants import NormVariant, norm_variant
-from hstu_compile.plugins.kernels.variants import DTYPE_CODES, KernelVariant, takes_hopper, variants_for
+from hstu_compile.plugins.kernels.variants import DTYPE_CODES, KernelVariant, variants_for
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
@@ -103,8 +103,8 @@ def _nodes_of(model: onnx.ModelProto, runtime_version: str | None) -> Iterator[_
             "time_bias": attributes["time_bias"] == 1,
             "timestamp_bits": 32 if is_tensorrt8 else 64,
         }
-        hopper = hopper_variants_for(dtype, *dims, **bias, plain_causal=is_plain, silu=SILU_FORMS[attributes["silu"]])
+        silu = SILU_FORMS[attributes["silu"]]
         yield _Node(
             variants_for(dtype, *dims, **bias, mask_kinds=(0,) if is_plain else (1,), has_cache=has_cache),
-            hopper if takes_hopper(has_cache=has_cache) else (),
+            hopper_variants_for(dtype, *dims, **bias, plain_causal=is_plain, silu=silu, has_cache=has_cache),
         )

@@ -37,7 +37,7 @@ struct HstuKernelImage
     unsigned char const* data;
     size_t size; //!< bytes of data, the NUL of a PTX included
     int32_t silu{0}; //!< Hopper: value of the attribute that a node must have; portable: 0, and serves every node
-    int32_t hasCache{0}; //!< portable: 1 reads keys in two segments, for nodes with a cache alone
+    int32_t hasCache{0}; //!< 1: reads keys in two segments, for nodes with a cache alone
 };
 
 extern HstuKernelImage const kHstuKernelImages[];

@@ -43,12 +43,19 @@ int32_t residentClusters(int32_t split, int32_t numSms) noexcept
     return std::max(used / split, 1);
 }
 
+//! \return rows of the cached keys, none without a cache.
+int64_t cachedRows(NodeSizes const& sizes) noexcept
+{
+    return std::max<int64_t>(sizes[Symbol::kLc], 0);
+}
+
 std::string describeCall(HstuKernelImage const& image, NodeSizes const& sizes)
 {
     std::ostringstream text;
-    text << kPluginName << ", " << image.name << " of head dim " << image.blockDqk << (image.split > 1 ? ", shared tiles" : "")
-         << " (Lq " << sizes[Symbol::kLq] << ", Lk " << sizes[Symbol::kLk] << ", B " << sizes[Symbol::kB] << ", H "
-         << sizes[Symbol::kH] << ", Dqk " << sizes[Symbol::kDqk] << ", Dv " << sizes[Symbol::kDv] << ")";
+    text << kPluginName << ", " << image.name << " of head dim " << image.blockDqk
+         << (image.split > 1 ? ", shared tiles" : "") << " (Lq " << sizes[Symbol::kLq] << ", Lk " << sizes[Symbol::kLk]
+         << ", Lc " << sizes[Symbol::kLc] << ", B " << sizes[Symbol::kB] << ", H " << sizes[Symbol::kH] << ", Dqk "
+         << sizes[Symbol::kDqk] << ", Dv " << sizes[Symbol::kDv] << ")";
     return text.str();
 }
 
@@ -81,7 +88,7 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
     // Positions are compared with bounds of +-2^30; a tile has 64 rows or more, and the counter passes the last tile.
     constexpr int64_t kMostRows = 1 << 30;
     constexpr int32_t kLeastBlockM = 64;
-    bool const isCountable = sizes[Symbol::kLq] < kMostRows && sizes[Symbol::kLk] < kMostRows
+    bool const isCountable = sizes[Symbol::kLq] < kMostRows && sizes[Symbol::kLk] + cachedRows(sizes) < kMostRows
                              && mostTiles(sizes, kLeastBlockM) < kMostRows;
     constexpr int64_t kMostTimeHeads = 8; // of bias.cuh
     uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
@@ -90,6 +97,11 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
     {
         bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kK)]);
         bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kV)]);
+    }
+    if (cachedRows(sizes) > 0)
+    {
+        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kKCached)]);
+        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kVCached)]);
     }
     return isCountable && sizes[Symbol::kHt] <= kMostTimeHeads && bits % kAlignment == 0;
 }
@@ -101,7 +113,7 @@ int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_
     constexpr double kLeastGain = 1.0;
     auto const sequences = static_cast<double>(std::max<int64_t>(sizes[Symbol::kB], 1));
     int64_t const tiles = (sizes[Symbol::kLq] + image.blockM - 1) / image.blockM * sizes[Symbol::kH];
-    double const longest = static_cast<double>(sizes[Symbol::kLk]) / sequences / image.blockN;
+    double const longest = static_cast<double>(sizes[Symbol::kLk] + cachedRows(sizes)) / sequences / image.blockN;
     double const others = std::max(static_cast<double>(sizes[Symbol::kLq]) / sequences - image.blockM, 0.0);
     double const shortest = std::max(longest - others / image.blockN, 1.0);
     double const mean = (longest + shortest) / 2.0;
@@ -141,13 +153,16 @@ void launchHopper(LoadedKernel const& kernel, int32_t split, HstuAttentionAttrib
     auto const input = [&pointers](Input which) { return pointers.inputs[static_cast<size_t>(which)]; };
     auto const size = [&sizes](Symbol symbol) { return static_cast<int32_t>(sizes[symbol]); };
 
-    // Without keys nothing is copied, but a tensor map wants the address of something.
-    bool const hasKeys = sizes[Symbol::kLk] > 0;
+    // Without rows nothing is copied, but a tensor map wants the address of something.
     void const* const q = input(Input::kQ);
+    auto const keyMap = [&](Input data, Symbol rows, Symbol columns)
+    { return tensorMap(image, sizes, sizes[rows] > 0 ? input(data) : q, rows, columns, image.blockN); };
     TensorMap queries = tensorMap(image, sizes, q, Symbol::kLq, Symbol::kDqk, image.blockM);
-    TensorMap keys =
-        tensorMap(image, sizes, hasKeys ? input(Input::kK) : q, Symbol::kLk, Symbol::kDqk, image.blockN);
-    TensorMap values = tensorMap(image, sizes, hasKeys ? input(Input::kV) : q, Symbol::kLk, Symbol::kDv, image.blockN);
+    TensorMap keys = keyMap(Input::kK, Symbol::kLk, Symbol::kDqk);
+    TensorMap values = keyMap(Input::kV, Symbol::kLk, Symbol::kDv);
+    bool const hasCache = attributes.hasCache != 0;
+    TensorMap cachedKeys = hasCache ? keyMap(Input::kKCached, Symbol::kLc, Symbol::kDqk) : TensorMap{};
+    TensorMap cachedValues = hasCache ? keyMap(Input::kVCached, Symbol::kLc, Symbol::kDv) : TensorMap{};
 
     AttentionParameters parameters{};
     parameters.out = pointers.output;
@@ -177,8 +192,11 @@ void launchHopper(LoadedKernel const& kernel, int32_t split, HstuAttentionAttrib
     parameters.tsHeads = size(Symbol::kHt);
     parameters.posTableLen = size(Symbol::kPosTableLen);
     parameters.posHeads = size(Symbol::kHp);
+    parameters.cacheOffsets = static_cast<int32_t const*>(input(Input::kCacheOffsets));
+    parameters.lc = static_cast<int32_t>(cachedRows(sizes));
 
-    void* arguments[] = {&queries, &keys, &values, &parameters};
+    // The driver reads as many as the kernel has: the last two where there is a cache.
+    void* arguments[] = {&queries, &keys, &values, &parameters, &cachedKeys, &cachedValues};
     ClusterAttribute cluster;
     cluster.blocks[0] = static_cast<unsigned>(split);
     LaunchConfig config;

@@ -55,17 +55,11 @@ bool fitsSilu(HstuKernelImage const& image, HstuAttentionAttributes const& attri
     return image.kind != kHstuKernelHopper || image.silu == attributes.silu;
 }
 
-//! A portable image is compiled with a cache or without one. No Hopper image reads a cache.
-bool fitsCache(HstuKernelImage const& image, HstuAttentionAttributes const& attributes) noexcept
-{
-    return image.kind == kHstuKernelHopper ? attributes.hasCache == 0 : image.hasCache == attributes.hasCache;
-}
-
 bool fitsNode(
     HstuKernelImage const& image, HstuAttentionAttributes const& attributes, EngineSignature const& signature) noexcept
 {
     return image.dtype == signature.elementType && fitsDims(image, signature) && fitsSilu(image, attributes)
-           && fitsCache(image, attributes) && image.posBias == attributes.posBias && image.timeBias == attributes.timeBias
+           && image.hasCache == attributes.hasCache && image.posBias == attributes.posBias && image.timeBias == attributes.timeBias
            && (attributes.timeBias == 0 || image.timestampBits == signature.timestampBits)
            && image.maskKind >= neededMaskKind(attributes);
 }

@@ -392,7 +392,14 @@ def write_cpp_source(
 
     rows = [row(_portable_fields(image), image.name, image.data, 0, int(image.variant.has_cache)) for image in images]
     rows += [
-        row(_hopper_fields(image), KERNEL_NAME, image.data, int(image.variant.is_accurate)) for image in hopper_images
+        row(
+            _hopper_fields(image),
+            KERNEL_NAME,
+            image.data,
+            int(image.variant.is_accurate),
+            int(image.variant.has_cache),
+        )
+        for image in hopper_images
     ]
     norm_rows = [row(_norm_fields(image), image.name, image.data) for image in norm_images]
     blob.write_bytes(bytes(content))

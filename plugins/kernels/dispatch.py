@@ -12,7 +12,6 @@ from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper, why_not
 from hstu_compile.plugins.kernels.hopper.variants import MOST_TIME_HEADS, Silu, check_silu
 from hstu_compile.plugins.kernels.launch import hstu_attention_triton
-from hstu_compile.plugins.kernels.variants import takes_hopper
 
 
 @functools.cache
@@ -58,8 +57,9 @@ def hstu_attention_cuda(
     has_few_tables = ts_table is None or ts_table.shape[0] <= MOST_TIME_HEADS
     cache = {"k_cached": k_cached, "v_cached": v_cached, "cache_offsets": cache_offsets}
     present: dict[str, Any] = {name: tensor for name, tensor in cache.items() if tensor is not None}
-    fits = takes_hopper(has_cache=bool(present)) and why_not(q, k, v) is None and has_few_tables
+    present_rows = (x for x in (k_cached, v_cached) if x is not None and x.shape[0] > 0)
+    fits = why_not(q, k, v, *(x.contiguous() for x in present_rows)) is None and has_few_tables
     inputs = (q, k, v, q_offsets, k_offsets)
     if fits and _can_compile():
-        return hstu_attention_hopper(*inputs, ts_table=ts_table, silu=silu, **given)
+        return hstu_attention_hopper(*inputs, ts_table=ts_table, silu=silu, **(present | given))
     return hstu_attention_triton(*inputs, ts_table=ts_table, **(present | given))

@@ -147,7 +147,7 @@ def hopper_variants_of(variants: Iterable[KernelVariant]) -> tuple[HopperVariant
     """
     found: dict[HopperVariant, None] = {}
     for variant in variants:
-        if variant.aligned and takes_hopper(has_cache=variant.has_cache):
+        if variant.aligned:
             fitting = hopper_variants_for(
                 variant.dtype,
                 variant.block_dqk,
@@ -156,6 +156,7 @@ def hopper_variants_of(variants: Iterable[KernelVariant]) -> tuple[HopperVariant
                 pos_bias=variant.pos_bias,
                 time_bias=variant.time_bias,
                 timestamp_bits=variant.timestamp_bits,
+                has_cache=variant.has_cache,
             )
             found.update(dict.fromkeys(fitting))
     return tuple(found)
@@ -170,11 +171,6 @@ def _tiles_of(variant: KernelVariant, arch: int) -> tuple[TileConfig, ...]:
         pos_bias=variant.pos_bias,
         time_bias=variant.time_bias,
     )
-
-
-def takes_hopper(*, has_cache: bool) -> bool:
-    """Whether the Hopper kernel computes nodes of this kind at all: it reads no cache."""
-    return not has_cache
 
 
 def check_archs(archs: Iterable[int]) -> None:

@@ -35,7 +35,7 @@ from hstu_compile.plugins.kernels.hopper.variants import (  # noqa: E402
     hopper_variants_for,
 )
 from hstu_compile.plugins.kernels.tiles import TileConfig, tile_configs  # noqa: E402
-from hstu_compile.plugins.kernels.variants import ARCHS, padded_dim, takes_hopper  # noqa: E402
+from hstu_compile.plugins.kernels.variants import ARCHS, padded_dim  # noqa: E402
 from tests.attention_cases import attention_grid, with_dtype  # noqa: E402
 from tests.oracle import ELEMENT_INPUTS, AttentionCase, attention_error, oracle_of  # noqa: E402
 from tests.oracle import error_bound as attention_bound  # noqa: E402
@@ -146,8 +146,6 @@ def hopper_runs() -> list[KernelRun]:
     for case in (*attention_grid(), *large_cases()):
         if case.ts_table is not None and case.ts_table.shape[0] > MOST_TIME_HEADS:
             continue
-        if not takes_hopper(has_cache=case.cache_offsets is not None):
-            continue
         for dtype in ELEMENT_TYPES:
             variants = hopper_variants_for(
                 dtype,
@@ -156,6 +154,7 @@ def hopper_runs() -> list[KernelRun]:
                 pos_bias=case.pos_table is not None,
                 time_bias=case.ts_table is not None,
                 timestamp_bits=64 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize,
+                has_cache=case.cache_offsets is not None,
             )
             wanted |= {*variants, *(dataclasses.replace(variant, plain_causal=True) for variant in variants)}
             if variants:

@@ -61,8 +61,9 @@ def _seen(
     tile: tuple[int, int],
     *,
     is_plain: bool = False,
+    cached: int = -1,
 ) -> np.ndarray:
-    """How often each query attends to each key, over all tiles of a sequence."""
+    """How often each query attends to each key, over all tiles of a sequence; ``cached`` -1: by a kernel without."""
     num_queries, num_keys, targets = lengths
     rows = []
     for block in range(-(-num_queries // tile[0])):
@@ -77,13 +78,15 @@ def _seen(
             attrs.target_group_size,
             attrs.max_attn_len,
             attrs.min_full_attn_seq_len,
+            cached,
             block,
             *tile,
             seen.ctypes.data_as(ctypes.c_void_p),
             counts,
         )
         assert broken == 0, (
-            f"block {block}: a key tile begins outside the sequence (1) or forbids nothing behind it (2)"
+            f"block {block}: a key tile lies outside the sequence (1), lets rows see what is outside (2), or lies in "
+            "the cache and behind it (3)"
         )
         rows.append(seen)
     return np.concatenate(rows)
@@ -103,7 +106,8 @@ def test_key_tiles_and_masks_are_the_contracts(arithmetic: ctypes.CDLL, data: st
         max_attn_len=data.draw(st.sampled_from((0, 0, 1, tile[1] - 1, tile[1], 2 * tile[1] + 3))),
         min_full_attn_seq_len=data.draw(st.sampled_from((0, 1, tile[1]))),
     )
-    seen = _seen(arithmetic, (num_queries, num_keys, targets), context, attrs, tile)
+    cached = data.draw(st.integers(-1, num_keys))
+    seen = _seen(arithmetic, (num_queries, num_keys, targets), context, attrs, tile, cached=cached)
     expected = _valid_attn_mask(num_queries, num_keys, targets, context, attrs)
     np.testing.assert_array_equal(seen, expected.astype(np.uint8))
 
@@ -114,7 +118,8 @@ def test_plain_causal_tiles_are_the_contracts(arithmetic: ctypes.CDLL, data: st.
     tile = data.draw(st.sampled_from(TILES))
     num_keys, num_queries = (data.draw(st.integers(1, 3 * tile[0] + 5)) for _ in range(2))
     attrs = AttentionAttrs()
-    seen = _seen(arithmetic, (num_queries, num_keys, 0), 0, attrs, tile, is_plain=True)
+    cached = data.draw(st.integers(-1, num_keys))
+    seen = _seen(arithmetic, (num_queries, num_keys, 0), 0, attrs, tile, is_plain=True, cached=cached)
     np.testing.assert_array_equal(seen, _valid_attn_mask(num_queries, num_keys, 0, 0, attrs).astype(np.uint8))
 
 

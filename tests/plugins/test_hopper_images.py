@@ -53,6 +53,7 @@ COMPILED = (
     hopper_variants_for("bfloat16", 128, 128, plain_causal=True, silu="accurate")[0],
     hopper_variants_for("bfloat16", 256, 256, silu="accurate")[0],
     hopper_variants_for("bfloat16", 256, 256)[1],
+    hopper_variants_for("float16", 128, 128, has_cache=True)[1],
 )
 VARIANT = COMPILED[0]
 REGISTERS_OF_AN_SM = 65536
@@ -258,6 +259,8 @@ def test_which_kernels_a_library_gets() -> None:
     assert [(variant.block_dim, variant.shares) for variant in wide] == [(256, False), (256, True)]
     assert hopper_variants_of(variants_for("float32", 64, 64)) == ()
     assert hopper_variants_of(variants_for("float16", 50, 50)) == (), "no multiple of 8, as far as the kernel tells"
+    cached = hopper_variants_of(variants_for("float16", 64, 64, has_cache=True))
+    assert [(v.has_cache, v.shares) for v in cached] == [(True, False), (True, True)]
     biased = hopper_variants_of(variants_for("float16", 64, 64, pos_bias=True, time_bias=True, timestamp_bits=32))
     assert [(v.pos_bias, v.timestamp_bits, v.shares) for v in biased] == [(True, 32, False), (True, 32, True)]
 
@@ -364,6 +367,7 @@ def test_the_table_holds_both_kinds_of_image(tmp_path: Path) -> None:
             "sharedBytes": image.shared_bytes,
             "leastDriver": 12000,
             "silu": int(variant.is_accurate),
+            "hasCache": int(variant.has_cache),
             "name": "hstu_attention_sm90",
             "data": variant.dtype,
         }

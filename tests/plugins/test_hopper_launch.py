@@ -38,7 +38,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, AttentionParame
     )
 
     def launch_kernel(_: object, grid: int, *arguments: Any) -> None:
-        parameters = arguments[-1][-1]
+        parameters = arguments[-1][3 if len(arguments[-1]) > 3 else -1]
         # What was freed too early is given to these.
         reused = [torch.full((count,), 7.0) for count in (6, 14) for _ in range(8)]
         lengths = {"ts_table": 6, "pos_table": 14}
@@ -121,6 +121,36 @@ def test_the_launch_says_how_large_its_clusters_are(
         launch.hstu_attention_hopper(**_arguments(split=split))
     assert seen == [(1, False), (2, True), (4, True), (8, True)]
     assert not launched
+
+
+def test_cached_keys_choose_the_kernel_and_its_split(
+    launched: list[tuple[int, AttentionParameters, dict[str, list[float]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants: list[HopperVariant] = []
+    arguments: list[int] = []
+    kernel, launch_kernel = launch._kernel, launch.launch
+    monkeypatch.setattr(launch, "_kernel", lambda variant, _: variants.append(variant) or kernel(variant, _))
+
+    def counted(function: object, grid: int, *others: Any) -> None:
+        arguments.append(len(others[-1]))
+        launch_kernel(function, grid, *others[:-1], others[-1][:4])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launch, "launch", counted)
+    cached = torch.zeros(4096, HEADS, DIM, dtype=torch.float16)
+    cache_offsets = torch.tensor([0, 4096], dtype=torch.int32)
+    cache = {"k_cached": cached, "v_cached": cached, "cache_offsets": cache_offsets}
+    launch.hstu_attention_hopper(**_arguments(**cache))
+    [(grid, parameters, _)] = launched
+    assert (grid, parameters.lc, parameters.lk) == (8 * HEADS, 4096, ROWS)
+    assert parameters.cache_offsets == cache_offsets.data_ptr()
+    launch.hstu_attention_hopper(**_arguments())
+    assert [(variant.has_cache, variant.shares) for variant in variants] == [(True, True), (False, False)]
+    assert arguments == [6, 4], "maps of the cache where there is one"
+    assert (launched[-1][1].lc, launched[-1][1].cache_offsets) == (0, None)
+    with pytest.raises(ValueError, match="k_cached, v_cached and cache_offsets go together"):
+        launch.hstu_attention_hopper(**_arguments(k_cached=cached))
+    with pytest.raises(ValueError, match=r"v_cached must be \(4096, 2, 64\) torch.float16"):
+        launch.hstu_attention_hopper(**_arguments(**{**cache, "v_cached": cached[:5]}))
 
 
 def test_the_form_of_silu_chooses_the_kernel(

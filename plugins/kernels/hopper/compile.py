@@ -194,6 +194,7 @@ def _switches(variant: HopperVariant) -> list[str]:
         "POS_BIAS": int(variant.pos_bias),
         "TIMESTAMP_BITS": variant.timestamp_bits,
         "ACCURATE": int(variant.is_accurate),
+        "CACHE": int(variant.has_cache),
         "SHARED_BYTES": shared_bytes(variant),
     }
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17", "-Xptxas=-v"]

@@ -40,6 +40,8 @@ class AttentionParameters(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_timestamps", "col_timestamps", "ts_thresholds")),
         *((name, ctypes.c_void_p) for name in ("ts_table", "pos_table")),
         *((name, ctypes.c_int32) for name in ("num_buckets", "ts_heads", "pos_table_len", "pos_heads")),
+        ("cache_offsets", ctypes.c_void_p),
+        ("lc", ctypes.c_int32),
     )
 
 

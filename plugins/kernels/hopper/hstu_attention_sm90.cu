@@ -6,7 +6,8 @@
 // key tile are multiplied while the values of the last one are, and SiLU of the next runs beside the latter.
 //
 // Compiled once per set of the macros HSTU_TYPE, HSTU_DIM, HSTU_WARPGROUPS, HSTU_BLOCK_N, HSTU_STAGES, HSTU_PLAIN_CAUSAL,
-// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SHARES, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS, HSTU_ACCURATE and HSTU_SHARED_BYTES;
+// HSTU_TURNS, HSTU_HELD_STEPS, HSTU_SHARES, HSTU_POS_BIAS, HSTU_TIMESTAMP_BITS, HSTU_ACCURATE, HSTU_CACHE and
+// HSTU_SHARED_BYTES;
 // compile.py chooses them.
 #include <cstdint>
 #include <type_traits>
@@ -39,6 +40,7 @@ constexpr bool kTimeBias = HSTU_TIMESTAMP_BITS != 0;
 using Timestamp = std::conditional_t<HSTU_TIMESTAMP_BITS == 32, int32_t, int64_t>;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
 constexpr bool kIsAccurate = HSTU_ACCURATE != 0;
+constexpr bool kHasCache = HSTU_CACHE != 0; // the first keys of a sequence lie in other tensors than the rest
 // The blocks of a cluster share a tile: of n, each takes every n-th key tile, and as there is no softmax their sums just
 // add. For launches with fewer tiles than there are SMs, which say how many blocks a cluster has: 2, 4 or 8.
 constexpr bool kShares = HSTU_SHARES != 0;
@@ -244,7 +246,7 @@ struct Scheduler
             tile.head = -1;
             if (index < numTiles)
             {
-                describeTile<kPlainCausal>(p, shared.schedule, index, kBlockM, kBlockN, tile);
+                describeTile<kPlainCausal, kHasCache>(p, shared.schedule, index, kBlockM, kBlockN, tile);
                 takeShare(tile);
             }
             barrierArrive(&shared.barriers.tileFull[slot.index]);
@@ -276,6 +278,8 @@ struct Producer
     CUtensorMap const& qMap;
     CUtensorMap const& kMap;
     CUtensorMap const& vMap;
+    CUtensorMap const& kCachedMap; //!< kMap and vMap again where there is no cache
+    CUtensorMap const& vCachedMap;
     Shared& shared;
 
     Ring<kTileSlots> slot;
@@ -283,10 +287,13 @@ struct Producer
     Ring<kStages> stage;
 
     __device__ __forceinline__ Producer(
-        CUtensorMap const& queryMap, CUtensorMap const& keyMap, CUtensorMap const& valueMap, Shared& memory)
+        CUtensorMap const& queryMap, CUtensorMap const& keyMap, CUtensorMap const& valueMap,
+        CUtensorMap const& cachedKeyMap, CUtensorMap const& cachedValueMap, Shared& memory)
         : qMap(queryMap)
         , kMap(keyMap)
         , vMap(valueMap)
+        , kCachedMap(cachedKeyMap)
+        , vCachedMap(cachedValueMap)
         , shared(memory)
     {
     }
@@ -304,15 +311,21 @@ struct Producer
         query.advance();
     }
 
-    __device__ __forceinline__ void copyKeysAndValues(int32_t head, int32_t row)
+    //! The key tile at `start` of the tile's sequence, from the tensors that hold it.
+    __device__ __forceinline__ void copyKeysAndValues(Tile const& tile, int32_t start)
     {
+        bool const isCached = kHasCache && start < tile.numCached;
+        CUtensorMap const* const keyMap = isCached ? &kCachedMap : &kMap;
+        CUtensorMap const* const valueMap = isCached ? &vCachedMap : &vMap;
+        int32_t const row = isCached ? tile.cachedRow + start : tile.keyRow + start - (kHasCache ? tile.numCached : 0);
+        int32_t const head = tile.head;
         uint64_t* const keysFull = &shared.barriers.keysFull[stage.index];
         barrierWait(&shared.barriers.keysEmpty[stage.index], stage.phase ^ 1);
         barrierArriveExpect(keysFull, sizeof(shared.buffers.keys[0]));
 #pragma unroll
         for (int32_t slab = 0; slab < kSlabs; ++slab)
         {
-            copyBox(shared.buffers.keys[stage.index][slab], &kMap, keysFull, slab * kSlab, head, row);
+            copyBox(shared.buffers.keys[stage.index][slab], keyMap, keysFull, slab * kSlab, head, row);
         }
         uint64_t* const valuesFull = &shared.barriers.valuesFull[stage.index];
         barrierWait(&shared.barriers.valuesEmpty[stage.index], stage.phase ^ 1);
@@ -320,7 +333,7 @@ struct Producer
 #pragma unroll
         for (int32_t slab = 0; slab < kSlabs; ++slab)
         {
-            copyBox(shared.buffers.values[stage.index][slab], &vMap, valuesFull, slab * kSlab, head, row);
+            copyBox(shared.buffers.values[stage.index][slab], valueMap, valuesFull, slab * kSlab, head, row);
         }
         stage.advance();
     }
@@ -351,12 +364,41 @@ struct Producer
                 }
                 if (t < share)
                 {
-                    copyKeysAndValues(tile.head, tile.keyRow + keyStart(tile, t));
+                    copyKeysAndValues(tile, keyStart(tile, t));
                 }
             }
             barrierArrive(&shared.barriers.tileEmpty[slot.index]);
             slot.advance();
         }
+    }
+};
+
+//! Rows of a stage that belong to the sequence, in one register: up to `end`, and with a cache from `begin` on.
+struct ValidRows
+{
+    static constexpr int32_t kBits = 16;
+    int32_t packed;
+
+    static __device__ __forceinline__ ValidRows all()
+    {
+        return {kBlockN};
+    }
+
+    //! \param start of a key tile; negative where it begins in front of the sequence.
+    static __device__ __forceinline__ ValidRows of(int32_t start, int32_t numKeys)
+    {
+        int32_t const end = numKeys - start;
+        return {kHasCache ? max(-start, 0) << kBits | min(end, kBlockN) : end};
+    }
+
+    __device__ __forceinline__ int32_t begin() const
+    {
+        return kHasCache ? packed >> kBits : 0;
+    }
+
+    __device__ __forceinline__ int32_t end() const
+    {
+        return kHasCache ? packed & ((1 << kBits) - 1) : packed;
     }
 };
 
@@ -366,7 +408,7 @@ struct Ending
     int32_t head;
     int32_t queryRow;
     int32_t rows;
-    int32_t valid; //!< keys of the last key tile that belong to the sequence
+    ValidRows valid; //!< of the last key tile
     float scale;
     bool isSingle; //!< one key tile was multiplied
 };
@@ -537,16 +579,26 @@ struct Consumer
         barrierWait(&shared.barriers.keysFull[keyStage.index], keyStage.phase);
     }
 
-    //! `valid` keys belong to the sequence. Clears what lies behind: it may be anything, and 0 * NaN is NaN.
-    __device__ __forceinline__ void awaitValues(int32_t valid) const
+    //! Which of the values of key tile t belong to the sequence.
+    __device__ __forceinline__ ValidRows validRows(Tile const& tile, int32_t t) const
+    {
+        return {uniform(ValidRows::of(keyStart(tile, t), tile.numKeys).packed)};
+    }
+
+    //! Clears what does not belong to the sequence: it may be anything, and 0 * NaN is NaN.
+    __device__ __forceinline__ void awaitValues(ValidRows valid) const
     {
         barrierWait(&shared.barriers.valuesFull[valueStage.index], valueStage.phase);
-        if (valid >= kBlockN)
+        if (kHasCache ? valid.packed == kBlockN : valid.end() >= kBlockN)
         {
             return;
         }
-        for (int32_t row = valid + thread / 8; row < kBlockN; row += 16)
+        for (int32_t row = (kHasCache ? 0 : valid.end()) + thread / 8; row < kBlockN; row += 16)
         {
+            if (kHasCache && row >= valid.begin() && row < valid.end())
+            {
+                continue;
+            }
 #pragma unroll
             for (int32_t slab = 0; slab < kSlabs; ++slab)
             {
@@ -597,10 +649,25 @@ struct Consumer
         }
     }
 
+    //! Columns in front of the sequence, which begins inside the key tile.
+    __device__ __forceinline__ void clearFront(int32_t keyStart)
+    {
+        int32_t const first = keyStart + 2 * (lane % 4);
+#pragma unroll
+        for (int32_t i = 0; i < kBlockN / 2; ++i)
+        {
+            scores[i] = isInSequence(first, columnOffset(i)) ? scores[i] : 0.0F;
+        }
+    }
+
     //! What the mask forbids becomes zero, and SiLU of that is zero.
     __device__ __forceinline__ void mask(Tile const& tile, int32_t t)
     {
         int32_t const start = keyStart(tile, t);
+        if (kHasCache && start < 0)
+        {
+            clearFront(start);
+        }
         Mask const kind = tile.mask;
         if (kShares && kind == Mask::kNothing)
         {
@@ -655,7 +722,7 @@ struct Consumer
         int32_t const column = keyStart + 2 * (lane % 4);
         bool const isHistory =
             tile.firstRow + kBlockM <= tile.history && keyStart + kBlockN <= tile.history && tile.firstRow >= 0;
-        if (uniform(isHistory && tile.numKeys <= p.posTableLen ? 1 : 0) != 0)
+        if (uniform(isHistory && tile.numKeys <= p.posTableLen && (!kHasCache || keyStart >= 0) ? 1 : 0) != 0)
         {
             // Entries depend on column - row alone, so eight columns on, the lower row meets those of the upper one.
             float const* const entries = table + (column - row);
@@ -685,11 +752,23 @@ struct Consumer
         }
     }
 
+    //! Where the sequence's times begin among those of all keys, cached ones included.
+    static __device__ __forceinline__ int32_t firstTime(Tile const& tile)
+    {
+        return kHasCache ? tile.keyRow + tile.cachedRow : tile.keyRow;
+    }
+
+    //! A column whose time is there, for one that may lie outside the sequence.
+    static __device__ __forceinline__ int32_t timeColumn(Tile const& tile, int32_t column)
+    {
+        return min(kHasCache ? max(column, 0) : column, tile.numKeys - 1);
+    }
+
     __device__ __forceinline__ void scaleWithTimeBias(Tile const& tile, int32_t keyStart)
     {
         // Of the columns' times, lane l reads every 32nd from l on. Rows and columns behind the sequence repeat the last one:
         // what becomes of them is neither stored nor seen.
-        auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + tile.keyRow;
+        auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + firstTime(tile);
         auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
         int64_t const base = columns[0];
         bool isFar = shared.times.isCrowded != 0;
@@ -705,7 +784,7 @@ struct Consumer
 #pragma unroll
         for (int32_t i = 0; i < kPieces; ++i)
         {
-            columnTimes[i] = fromBase(columns[min(keyStart + 32 * i + lane, tile.numKeys - 1)]);
+            columnTimes[i] = fromBase(columns[timeColumn(tile, keyStart + 32 * i + lane)]);
         }
         if (__any_sync(0xFFFFFFFF, isFar) != 0)
         {
@@ -783,7 +862,7 @@ struct Consumer
     //! For times that the table does not serve.
     __device__ __forceinline__ void scaleWithSearchedTimeBias(Tile const& tile, int32_t keyStart)
     {
-        auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + tile.keyRow;
+        auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + firstTime(tile);
         auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
         int64_t const times[2] = {rows[min(rowInTile, tile.rows - 1)], rows[min(rowInTile + 8, tile.rows - 1)]};
         int32_t const column = keyStart + 2 * (lane % 4);
@@ -791,7 +870,7 @@ struct Consumer
         for (int32_t i = 0; i < kBlockN / 2; ++i)
         {
             asm volatile("" ::: "memory"); // one after the other: times loaded ahead would take the registers of others
-            int64_t const time = columns[min(column + columnOffset(i), tile.numKeys - 1)];
+            int64_t const time = columns[timeColumn(tile, column + columnOffset(i))];
             float const bias = searchedTimeBias<Timestamp>(p, tile.head, times[i % 4 / 2], time);
             scores[i] = fmaf(halfAlpha, scores[i], bias);
         }
@@ -844,8 +923,8 @@ struct Consumer
         release(&shared.barriers.tileEmpty[&tile - shared.tiles]);
     }
 
-    //! Issues the products of a key tile's scores, and of the key tile before it, of whose values `valid` rows count.
-    __device__ __forceinline__ void multiplyBoth(int32_t valid, bool isFirst)
+    //! Issues the products of a key tile's scores, and of the key tile before it, of whose values the `valid` rows count.
+    __device__ __forceinline__ void multiplyBoth(ValidRows valid, bool isFirst)
     {
         awaitKeys();
         // Before the turn: a wait between the two products would leave the tensor cores idle.
@@ -868,7 +947,7 @@ struct Consumer
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
-    __device__ __forceinline__ void step(Tile const& tile, int32_t t, int32_t valid, bool isFirst, bool isLast)
+    __device__ __forceinline__ void step(Tile const& tile, int32_t t, ValidRows valid, bool isFirst, bool isLast)
     {
         multiplyBoth(valid, isFirst);
         // Looking times up takes registers, and branches where the compiler does not see that all lanes branch alike.
@@ -886,7 +965,7 @@ struct Consumer
     //! A key tile that the mask cuts.
     __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst, bool isLast)
     {
-        multiplyBoth(uniform(tile.numKeys - keyStart(tile, t - 1)), isFirst);
+        multiplyBoth(validRows(tile, t - 1), isFirst);
         productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
         releaseKeys(isLast);
@@ -1087,12 +1166,12 @@ struct Consumer
             {
                 maskedStep(*tile, t, t == first + 1, t + 1 == share);
             }
-            // Of the key tiles, only a masked one can reach past the sequence.
-            int32_t valid = uniform(tile->numKeys - keyStart(*tile, t - 1));
+            // Of the key tiles, only a masked one can reach out of the sequence.
+            ValidRows valid = validRows(*tile, t - 1);
             for (; t < share; ++t)
             {
                 step(*tile, t, valid, t == first + 1, t + 1 == share);
-                valid = kBlockN;
+                valid = ValidRows::all();
             }
             if constexpr (!kHoldsQueries)
             {
@@ -1100,7 +1179,7 @@ struct Consumer
             }
             // Given back first: the next tile may need the slot to be described in.
             Ending const ending{tile->head, tile->queryRow, tile->rows,
-                tile->numKeys - keyStart(*tile, tile->share - 1), 1.0F / tile->divisor, tile->share == first + 1};
+                validRows(*tile, tile->share - 1), 1.0F / tile->divisor, tile->share == first + 1};
             releaseTile(*tile);
             tile = takeTile();
             awaitValues(ending.valid);
@@ -1160,8 +1239,17 @@ struct Consumer
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
     __grid_constant__ CUtensorMap const qMap, __grid_constant__ CUtensorMap const kMap,
-    __grid_constant__ CUtensorMap const vMap, __grid_constant__ AttentionParameters const p)
+    __grid_constant__ CUtensorMap const vMap, __grid_constant__ AttentionParameters const p
+#if HSTU_CACHE
+    ,
+    __grid_constant__ CUtensorMap const kCachedMap, __grid_constant__ CUtensorMap const vCachedMap
+#endif
+)
 {
+#if !HSTU_CACHE
+    CUtensorMap const& kCachedMap = kMap;
+    CUtensorMap const& vCachedMap = vMap;
+#endif
     // Declared so, and not computed: the compiler has to see that these are addresses of shared memory.
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -1176,6 +1264,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         prefetchDescriptor(&qMap);
         prefetchDescriptor(&kMap);
         prefetchDescriptor(&vMap);
+        if constexpr (kHasCache)
+        {
+            prefetchDescriptor(&kCachedMap);
+            prefetchDescriptor(&vCachedMap);
+        }
         initBarriers(shared.barriers);
     }
     bool const isValid = areOffsetsValid(p);
@@ -1209,7 +1302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         giveRegisters<kProducerRegisters>();
         if (threadIdx.x == 0)
         {
-            Producer(qMap, kMap, vMap, shared).run();
+            Producer(qMap, kMap, vMap, kCachedMap, vCachedMap, shared).run();
         }
         else if (threadIdx.x == 32)
         {

@@ -16,6 +16,7 @@ import torch
 from hstu_compile.plugins.kernels.hopper.compile import KERNEL_NAME, HopperImage, compile_hopper
 from hstu_compile.plugins.kernels.hopper.driver import (
     AttentionParameters,
+    TensorMap,
     launch,
     load_kernel,
     tensor_map,
@@ -38,16 +39,21 @@ _ALIGNMENT = 16
 cache_dir: Path | None = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hstu-compile" / "hopper"
 
 
-def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why the kernel cannot take these tensors; None if it can."""
+def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *cached: torch.Tensor) -> str | None:
+    """Return why the kernel cannot take these tensors; None if it can.
+
+    Args:
+        q: as in ``hstu_attention_hopper``; k and v too.
+        cached: k_cached and v_cached, where there are any.
+    """
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != divmod(HOPPER_ARCH, 10):
         return "the tensors are not on a GPU of compute capability 9.0"
     if q.dtype not in _DTYPES:
         return f"q, k and v are {q.dtype}; the kernel takes float16 and bfloat16"
     if block_dim_of(q.shape[2], v.shape[2]) is None:
         return f"head dims must be multiples of 8 up to 256, got {q.shape[2]} and {v.shape[2]}"
-    if any(tensor.data_ptr() % _ALIGNMENT for tensor in (q, k, v)):
-        return f"q, k and v must start at multiples of {_ALIGNMENT} bytes"
+    if any(tensor.data_ptr() % _ALIGNMENT for tensor in (q, k, v, *cached)):
+        return f"q, k, v and what is cached must start at multiples of {_ALIGNMENT} bytes"
     return None
 
 
@@ -89,6 +95,9 @@ def hstu_attention_hopper(
     pos_table: torch.Tensor | None = None,
     ts_table: torch.Tensor | None = None,
     ts_thresholds: torch.Tensor | None = None,
+    k_cached: torch.Tensor | None = None,
+    v_cached: torch.Tensor | None = None,
+    cache_offsets: torch.Tensor | None = None,
     alpha: float,
     scaling_seq_len: float,
     target_group_size: int = 1,
@@ -105,9 +114,12 @@ def hstu_attention_hopper(
         q_offsets: [B + 1] int32; k_offsets likewise. Checked on the device: invalid offsets give zeros.
         num_targets: [B] int32; contextual_seq_lens [B] int32; scaling_seq_lens [B] float32. The last two replace the
             attributes.
-        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lk] and ts_thresholds [num_buckets] the same type;
-            ts_table [1 or H, num_buckets + 1] float32, of at most 8 heads. All four or none.
+        row_timestamps: [Lq] int64 or int32, seconds; col_timestamps [Lc + Lk], of the joined keys, and ts_thresholds
+            [num_buckets] the same type; ts_table [1 or H, num_buckets + 1] float32, of at most 8 heads. All four or
+            none.
         pos_table: [1 or H, 2 * pos_table_len - 1] float32.
+        k_cached: [Lc, H, Dqk] like k -- keys in front of those of k; v_cached [Lc, H, Dv] and cache_offsets [B + 1]
+            int32 with it. All three or none.
         alpha: multiplier of the products; the other attributes as in the contract.
         split: blocks that share a tile of query rows, one of ``SPLITS``; None chooses by the shapes.
         silu: "fast" or "accurate"; silu.cuh has the error of each.
@@ -120,13 +132,28 @@ def hstu_attention_hopper(
     if split not in (None, *SPLITS):
         raise ValueError(f"hstu_attention_hopper: split must be one of {SPLITS} or None, got {split}")
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    reason = why_not(q, k, v)
+    cache = (k_cached, v_cached, cache_offsets)
+    has_cache = k_cached is not None
+    if any((tensor is not None) != has_cache for tensor in cache):
+        raise ValueError("hstu_attention_hopper: k_cached, v_cached and cache_offsets go together")
+    # Without cached rows there is nothing to copy, but a tensor map wants an address.
+    lc = 0 if k_cached is None else k_cached.shape[0]
+    cached_keys, cached_values = (tensor.contiguous() if tensor is not None and lc else q for tensor in cache[:2])
+    reason = why_not(q, k, v, *((cached_keys, cached_values) if lc else ()))
     if reason is not None:
         raise ValueError(f"hstu_attention_hopper: {reason}. Fix: call hstu_attention_triton, which takes them")
     (lq, heads, dqk), lk, dv = q.shape, k.shape[0], v.shape[2]
     if tuple(k.shape[1:]) != (heads, dqk) or tuple(v.shape[:2]) != (lk, heads):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"hstu_attention_hopper: shapes do not agree: {shapes}")
+    for name, tensor, shape in (("k_cached", k_cached, (lc, heads, dqk)), ("v_cached", v_cached, (lc, heads, dv))):
+        if tensor is not None and (
+            tuple(tensor.shape) != shape or tensor.dtype != q.dtype or tensor.device != q.device
+        ):
+            raise ValueError(
+                f"hstu_attention_hopper: {name} must be {shape} {q.dtype} on {q.device}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
     batch = q_offsets.numel() - 1
     times = (row_timestamps, col_timestamps, ts_table, ts_thresholds)
     if any(tensor is None for tensor in times) and any(tensor is not None for tensor in times):
@@ -147,11 +174,12 @@ def hstu_attention_hopper(
     for name, tensor, dtype, size in (
         ("q_offsets", q_offsets, torch.int32, batch + 1),
         ("k_offsets", k_offsets, torch.int32, batch + 1),
+        ("cache_offsets", cache_offsets, torch.int32, batch + 1),
         ("num_targets", num_targets, torch.int32, batch),
         ("contextual_seq_lens", contextual_seq_lens, torch.int32, batch),
         ("scaling_seq_lens", scaling_seq_lens, torch.float32, batch),
         ("row_timestamps", row_timestamps, time_type, lq),
-        ("col_timestamps", col_timestamps, time_type, lk),
+        ("col_timestamps", col_timestamps, time_type, lc + lk),
         ("ts_thresholds", ts_thresholds, time_type, buckets),
         ("ts_table", ts_table, torch.float32, time_heads * (buckets + 1)),
         ("pos_table", pos_table, torch.float32, pos_heads * entries),
@@ -170,8 +198,10 @@ def hstu_attention_hopper(
     dtype_name = _DTYPES[q.dtype]
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     bits = 0 if row_timestamps is None else time_type.itemsize * 8
-    chosen = split or chosen_split(dim, lq, lk, batch, heads, multiprocessors)
-    variant = HopperVariant(dtype_name, dim, is_plain, chosen > 1, pos_table is not None, bits, silu == "accurate")
+    chosen = split or chosen_split(dim, lq, lc + lk, batch, heads, multiprocessors)
+    variant = HopperVariant(
+        dtype_name, dim, is_plain, chosen > 1, pos_table is not None, bits, silu == "accurate", has_cache
+    )
     image, function = _kernel(variant, q.device.index)
     stream = torch.cuda.current_stream(q.device).cuda_stream
 
@@ -212,15 +242,21 @@ def hstu_attention_hopper(
         ts_heads=time_heads,
         pos_table_len=(entries + 1) // 2,
         pos_heads=pos_heads,
+        cache_offsets=address(cache_offsets),
+        lc=lc,
     )
     # Without keys there is nothing to copy, but a tensor map wants an address.
     keys, values = (k, v) if lk else (q, q)
-    maps = (
-        tensor_map(q.data_ptr(), dtype_name, (lq, heads, dqk), image.block_m),
-        tensor_map(keys.data_ptr(), dtype_name, (lk, heads, dqk), image.tile.block_n),
-        tensor_map(values.data_ptr(), dtype_name, (lk, heads, dv), image.tile.block_n),
-    )
+    queries_map = tensor_map(q.data_ptr(), dtype_name, (lq, heads, dqk), image.block_m)
+
+    def maps(k: torch.Tensor, v: torch.Tensor, rows: int) -> tuple[TensorMap, TensorMap]:
+        shapes = ((k, (rows, heads, dqk)), (v, (rows, heads, dv)))
+        first, second = (tensor_map(x.data_ptr(), dtype_name, shape, image.tile.block_n) for x, shape in shapes)
+        return first, second
+
+    cached_maps = maps(cached_keys, cached_values, lc) if has_cache else ()
+    arguments = (queries_map, *maps(keys, values, lk), parameters, *cached_maps)
     most_tiles = (lq // image.block_m + batch) * heads
     clusters = max(1, min(resident_clusters(chosen, multiprocessors), most_tiles))
-    launch(function, clusters * chosen, chosen, image.threads, image.shared_bytes, stream, (*maps, parameters))
+    launch(function, clusters * chosen, chosen, image.threads, image.shared_bytes, stream, arguments)
     return out

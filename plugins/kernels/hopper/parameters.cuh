@@ -30,7 +30,7 @@ struct AttentionParameters
     int32_t minFullAttnSeqLen;
     // With bias tables; kernels without them do not look.
     void const* rowTimestamps; //!< [Lq] int64 or int32
-    void const* colTimestamps; //!< [Lk] the same
+    void const* colTimestamps; //!< [Lc + Lk] the same
     void const* tsThresholds;  //!< [numBuckets] the same, ascending
     float const* tsTable;      //!< [tsHeads, numBuckets + 1]
     float const* posTable;     //!< [posHeads, 2 * posTableLen - 1]
@@ -38,6 +38,9 @@ struct AttentionParameters
     int32_t tsHeads; //!< 1: shared by all heads
     int32_t posTableLen;
     int32_t posHeads; //!< 1: shared by all heads
+    // With keys in a cache; kernels without do not look.
+    int32_t const* cacheOffsets; //!< [B + 1]
+    int32_t lc;
 };
 
 } // namespace hstu

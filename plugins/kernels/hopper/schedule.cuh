@@ -26,7 +26,9 @@ struct Sequence
     int32_t queryBegin;
     int32_t numQueries;
     int32_t keyBegin;
-    int32_t numKeys;
+    int32_t cachedBegin;
+    int32_t numCached;
+    int32_t numKeys; //!< cached ones included
     int32_t history;
     int32_t context;
     float divisor;
@@ -47,7 +49,9 @@ __device__ __forceinline__ Sequence readSequence(AttentionParameters const& p, i
     sequence.queryBegin = p.qOffsets[index];
     sequence.numQueries = p.qOffsets[index + 1] - sequence.queryBegin;
     sequence.keyBegin = p.kOffsets[index];
-    sequence.numKeys = p.kOffsets[index + 1] - sequence.keyBegin;
+    sequence.cachedBegin = p.cacheOffsets != nullptr ? p.cacheOffsets[index] : 0;
+    sequence.numCached = p.cacheOffsets != nullptr ? p.cacheOffsets[index + 1] - sequence.cachedBegin : 0;
+    sequence.numKeys = p.kOffsets[index + 1] - sequence.keyBegin + sequence.numCached;
     int32_t const targets = p.numTargets != nullptr ? p.numTargets[index] : 0;
     sequence.history = sequence.numKeys - min(max(targets, 0), sequence.numKeys);
     int32_t const context = p.contextualSeqLens != nullptr ? p.contextualSeqLens[index] : p.contextualSeqLen;
@@ -56,13 +60,16 @@ __device__ __forceinline__ Sequence readSequence(AttentionParameters const& p, i
     return sequence;
 }
 
-//! Whether 0 == offsets[0] <= ... <= offsets[B] <= L holds for queries and keys. For all threads of the block.
+//! Whether 0 == offsets[0] <= ... <= offsets[B] <= L holds for queries, keys and cached keys. For all threads of the block.
 __device__ __forceinline__ bool areOffsetsValid(AttentionParameters const& p)
 {
     bool isFaulty = p.qOffsets[0] != 0 || p.kOffsets[0] != 0 || p.qOffsets[p.batch] > p.lq || p.kOffsets[p.batch] > p.lk;
+    bool const hasCache = p.cacheOffsets != nullptr;
+    isFaulty |= hasCache && (p.cacheOffsets[0] != 0 || p.cacheOffsets[p.batch] > p.lc);
     for (int32_t b = threadIdx.x; b < p.batch; b += blockDim.x)
     {
         isFaulty |= p.qOffsets[b + 1] < p.qOffsets[b] || p.kOffsets[b + 1] < p.kOffsets[b];
+        isFaulty |= hasCache && p.cacheOffsets[b + 1] < p.cacheOffsets[b];
     }
     return __syncthreads_or(isFaulty) == 0;
 }
@@ -135,7 +142,7 @@ __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Sch
 
 //! Describes tile `index` of all heads' tiles. Where its slot is empty or its rows see nothing it has no key tiles, and no
 //! rows where the slot is empty.
-template <bool kPlainCausal>
+template <bool kPlainCausal, bool kHasCache>
 __device__ __forceinline__ void describeTile(AttentionParameters const& p, Schedule const& schedule, int32_t index,
     int32_t blockM, int32_t blockN, Tile& tile)
 {
@@ -154,6 +161,8 @@ __device__ __forceinline__ void describeTile(AttentionParameters const& p, Sched
     int32_t const block = (sequence.numQueries + blockM - 1) / blockM - 1 - (slot - firstSlot(low));
     tile.head = index - slot * p.heads;
     tile.keyRow = sequence.keyBegin;
+    tile.cachedRow = sequence.cachedBegin;
+    tile.numCached = sequence.numCached;
     tile.numKeys = sequence.numKeys;
     tile.history = sequence.history;
     tile.context = sequence.context;
@@ -167,7 +176,7 @@ __device__ __forceinline__ void describeTile(AttentionParameters const& p, Sched
         tile.tiles = 0;
         return;
     }
-    findKeyTiles<kPlainCausal>(p, tile, blockM, blockN);
+    findKeyTiles<kPlainCausal, kHasCache>(p, tile, blockM, blockN);
 }
 
 } // namespace hstu

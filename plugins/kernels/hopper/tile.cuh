@@ -29,7 +29,9 @@ struct Tile
     int32_t rows;     //!< rows from there to the end of the sequence; more than a tile has in all but the last
     int32_t firstRow; //!< first row as a position among the keys; may be negative
     int32_t keyRow;   //!< first key of the sequence, in k and v
-    int32_t numKeys;
+    int32_t cachedRow; //!< first key of the sequence, in the cached keys and values
+    int32_t numCached; //!< keys in front of those of k and v
+    int32_t numKeys;   //!< both
     int32_t history;
     int32_t context;
     float divisor;
@@ -100,7 +102,26 @@ __device__ __forceinline__ RowBounds rowBounds(AttentionParameters const& p, Til
     return bounds;
 }
 
-//! Whether a row may attend to column `first + offset`; with a constant offset, a few comparisons with constants.
+//! Start of the key tile that holds a column, where one tile begins at `origin`, which is less than a tile, and others every
+//! blockN columns in front of it and behind.
+__device__ __forceinline__ int32_t tileFloor(int32_t column, int32_t origin, int32_t blockN)
+{
+    return (column - origin + blockN) / blockN * blockN - blockN + origin;
+}
+
+//! Start of the first key tile that does not begin in front of a column.
+__device__ __forceinline__ int32_t tileCeil(int32_t column, int32_t origin, int32_t blockN)
+{
+    return tileFloor(column + blockN - 1, origin, blockN);
+}
+
+//! Whether column `first + offset` is not in front of the sequence. Masks alone do not ask.
+__device__ __forceinline__ bool isInSequence(int32_t first, int32_t offset)
+{
+    return offset >= -first;
+}
+
+//! Whether a row may attend to column `first + offset` of the sequence; with a constant offset, a few comparisons with constants.
 template <Mask kMask>
 __device__ __forceinline__ bool isAllowed(Tile const& tile, RowBounds const& bounds, int32_t first, int32_t offset)
 {
@@ -123,8 +144,11 @@ __device__ __forceinline__ bool isAllowed(Tile const& tile, RowBounds const& bou
     return isSeen && position >= bounds.windowBegin;
 }
 
-//! Fills in the ranges of key tiles. firstRow, rows, numKeys, history and context are given.
-template <bool kPlainCausal>
+//! Fills in the ranges of key tiles. firstRow, rows, numCached, numKeys, history and context are given.
+//!
+//! With a cache, a tile's keys come from one of two tensors. No tile lies in both, because one begins where the cache ends;
+//! the first then begins in front of the sequence, and is masked.
+template <bool kPlainCausal, bool kHasCache>
 __device__ __forceinline__ void findKeyTiles(AttentionParameters const& p, Tile& tile, int32_t blockM, int32_t blockN)
 {
     int32_t const first = max(tile.firstRow, 0);
@@ -159,14 +183,16 @@ __device__ __forceinline__ void findKeyTiles(AttentionParameters const& p, Tile&
         ownFirst = groupBegin(p, max(first, tile.history), tile.history);
         ownEnd = last >= tile.history ? last + 1 : 0;
     }
-    tile.left = leftBegin / blockN * blockN;
-    tile.whole = (fullBegin + blockN - 1) / blockN * blockN;
-    tile.right = max(fullEnd / blockN * blockN, tile.whole);
-    int32_t const rightEnd = max((maskedEnd + blockN - 1) / blockN * blockN, tile.right);
+    int32_t const origin = kHasCache ? tile.numCached % blockN : 0;
+    tile.left = tileFloor(leftBegin, origin, blockN);
+    tile.whole = tileCeil(fullBegin, origin, blockN);
+    tile.right = max(tileFloor(fullEnd, origin, blockN), tile.whole);
+    int32_t const rightEnd = max(tileCeil(maskedEnd, origin, blockN), tile.right);
     tile.leftTiles = (tile.whole - tile.left) / blockN;
     tile.edgeTiles = tile.leftTiles + (rightEnd - tile.right) / blockN;
-    // Key tiles may begin anywhere, so a tile's groups lie in as few as there can be.
-    tile.ownLeft = max(ownFirst, rightEnd);
+    // Key tiles may begin anywhere, so a tile's groups lie in as few as there can be. Not so in the cache, whose end a tile
+    // must not pass.
+    tile.ownLeft = max(kHasCache && ownFirst < tile.numCached ? tileFloor(ownFirst, origin, blockN) : ownFirst, rightEnd);
     tile.maskedTiles = tile.edgeTiles + max(ownEnd - tile.ownLeft + blockN - 1, 0) / blockN;
     tile.tiles = tile.maskedTiles + (tile.right - tile.whole) / blockN;
 }

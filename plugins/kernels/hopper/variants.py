@@ -18,7 +18,7 @@ DIM_MULTIPLE = 8
 #: Columns of one product instruction.
 _STEP = 16
 #: Bytes of the schedule, the barriers and the tiles' descriptions, rounded up; the source asserts that they fit.
-_BOOKKEEPING_BYTES = 256 * (8 + 4 + 28) + 768
+_BOOKKEEPING_BYTES = 256 * (8 + 4 + 36) + 768
 #: Heads with a time table of their own that a block has room for.
 MOST_TIME_HEADS = 8
 #: Per cell of bias.cuh two thresholds, a bucket, and two values per head; and a flag.
@@ -78,6 +78,7 @@ class HopperVariant:
         pos_bias: adds the position bias.
         timestamp_bits: of the timestamps of a time bias, 32 or 64; 0 without one.
         is_accurate: SiLU by an exponential and a reciprocal instead of a tanh.
+        has_cache: a sequence's first keys and values lie in two tensors of their own.
     """
 
     dtype: str
@@ -87,6 +88,7 @@ class HopperVariant:
     pos_bias: bool = False
     timestamp_bits: int = 0
     is_accurate: bool = False
+    has_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no kernel is compiled for."""
@@ -124,8 +126,9 @@ def tile_of(variant: HopperVariant) -> HopperTile:
         # The powers and reciprocals in flight need the registers: with held queries these kernels spill at head dims 64
         # and 128.
         return replace(tile, held_steps=0, reason="no registers for what the tanh's tile holds")
-    # What times are looked up with, and what is exchanged between blocks, needs the registers.
-    needs_registers = variant.timestamp_bits > 0 or (variant.shares and variant.block_dim > 64)
+    # What times are looked up with, what blocks exchange and what finds rows outside a cache needs the registers.
+    is_wide, is_widest = variant.block_dim > 64, variant.block_dim > 128
+    needs_registers = variant.timestamp_bits > 0 or (variant.shares and is_wide) or (variant.has_cache and is_widest)
     return replace(tile, held_steps=0) if needs_registers else tile
 
 
@@ -189,6 +192,7 @@ def hopper_variants_for(
     time_bias: bool = False,
     timestamp_bits: int = 64,
     silu: Silu = "fast",
+    has_cache: bool = False,
 ) -> tuple[HopperVariant, ...]:
     """Return the Hopper kernels that one model can use: none for float32 or for head dims they cannot address.
 
@@ -199,6 +203,7 @@ def hopper_variants_for(
         pos_bias: the model adds a position bias; time_bias likewise.
         timestamp_bits: 64 or 32; ignored without a time bias.
         silu: "fast" or "accurate".
+        has_cache: the model reads cached keys.
 
     Raises:
         ValueError: silu is neither.
@@ -210,7 +215,8 @@ def hopper_variants_for(
     bits = timestamp_bits if time_bias else 0
     is_accurate = silu == "accurate"
     return tuple(
-        HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate) for shares in (False, True)
+        HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate, has_cache)
+        for shares in (False, True)
     )
 
 
@@ -249,7 +255,7 @@ def chosen_split(block_dim: int, lq: int, lk: int, batch: int, heads: int, multi
 
     Args:
         block_dim: padded head dim.
-        lq: rows of q; lk those of k and v.
+        lq: rows of q; lk those of all keys, cached ones included.
         batch: sequences; heads that each has.
         multiprocessors: of the GPU.
 

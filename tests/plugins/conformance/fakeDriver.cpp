@@ -166,7 +166,7 @@ extern "C" CUresult fakeLaunchKernelEx(
     }
     fake::Launch launch{name, image, {c.grid[0], c.grid[1], c.grid[2]}, {c.block[0], c.block[1], c.block[2]},
         isCluster ? c.attributes->blocks[0] : 1, c.sharedBytes, c.stream, {}, {}};
-    for (int i = 0; i < 3; ++i)
+    for (int const i : name == "hopperCache" ? std::vector<int>{0, 1, 2, 4, 5} : std::vector<int>{0, 1, 2})
     {
         launch.maps.push_back(calls.maps.at(static_cast<hstu::TensorMap const*>(arguments[i])->words[0]));
     }

@@ -34,7 +34,7 @@ struct Launch
     unsigned cluster; //!< blocks of one; 1 where the launch named none
     unsigned sharedBytes;
     CUstream stream;
-    std::vector<MapCall> maps;            //!< of a kernel named "hopper"
+    std::vector<MapCall> maps;            //!< of a kernel named "hopper", or "hopperCache" with two more
     hstu::AttentionParameters parameters; //!< of the same
 };
 

@@ -15,7 +15,7 @@ namespace
 {
 
 constexpr int32_t kBfloat16 = 2;
-unsigned char const kCode[] = {0, 1, 2, 3, 4, 5};
+unsigned char const kCode[] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 constexpr HstuKernelImage hopperImage(
     int32_t split, int32_t blockM, int32_t threads, int32_t timestampBits, unsigned char const* code)
@@ -40,6 +40,14 @@ constexpr HstuKernelImage cachedImage(int32_t timestampBits, unsigned char const
     return image;
 }
 
+constexpr HstuKernelImage cachedHopperImage(int32_t split, int32_t blockM, int32_t threads, unsigned char const* code)
+{
+    HstuKernelImage image = hopperImage(split, blockM, threads, 0, code);
+    image.hasCache = 1;
+    image.name = "hopperCache";
+    return image;
+}
+
 } // namespace
 
 HstuKernelImage const kHstuKernelImages[] = {
@@ -49,6 +57,8 @@ HstuKernelImage const kHstuKernelImages[] = {
     portableImage(64, kCode + 3),
     hopperImage(1, 128, 384, 64, kCode + 4),
     cachedImage(64, kCode + 5),
+    cachedHopperImage(8, 128, 384, kCode + 6),
+    cachedImage(0, kCode + 7),
 };
 size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
 
@@ -76,6 +86,7 @@ struct Shape
     int64_t heads;
     int64_t dqk;
     int64_t dv;
+    int64_t lc{-1}; //!< negative: without a cache
 };
 
 hstu::HstuAttentionAttributes attributesOf(bool hasBias)
@@ -124,6 +135,12 @@ hstu::NodeTensors tensorsOf(Shape const& shape, int64_t timeHeads)
         set(Input::kTsTable, view(ElementType::kFloat32, {timeHeads, 17}));
         set(Input::kTsThresholds, view(ElementType::kInt64, {16}));
     }
+    if (shape.lc >= 0)
+    {
+        set(Input::kKCached, view(ElementType::kBfloat16, {shape.lc, shape.heads, shape.dqk}));
+        set(Input::kVCached, view(ElementType::kBfloat16, {shape.lc, shape.heads, shape.dv}));
+        set(Input::kCacheOffsets, view(ElementType::kInt32, {shape.batch + 1}));
+    }
     tensors.output = view(ElementType::kBfloat16, {shape.lq, shape.heads, shape.dv});
     return tensors;
 }
@@ -145,7 +162,8 @@ hstu::DevicePointers pointersOf(hstu::HstuAttentionAttributes const& attributes)
 
 hstu::HstuAttentionCore coreOf(Shape const& shape, int64_t timeHeads = 0)
 {
-    hstu::HstuAttentionAttributes const attributes = attributesOf(timeHeads > 0);
+    hstu::HstuAttentionAttributes attributes = attributesOf(timeHeads > 0);
+    attributes.hasCache = shape.lc >= 0 ? 1 : 0;
     hstu::HstuAttentionCore core("node", attributes, hstu::EngineSignature{});
     core.configure(tensorsOf(shape, timeHeads));
     core.load();
@@ -170,6 +188,7 @@ public:
         checkBias();
         checkCounters();
         checkCache();
+        checkHopperCache();
         expect(mCalls.allocations == 0, "every counter is freed");
     }
 
@@ -322,6 +341,42 @@ private:
                    && p.posTable == at(Input::kPosTable),
             "tables and times");
         expect(p.numBuckets == 16 && p.tsHeads == 4 && p.posTableLen == 50 && p.posHeads == 1, "their sizes");
+    }
+
+    void checkHopperCache()
+    {
+        Shape const shape{1, 256, 256, 4, 64, 64, 4096};
+        hstu::HstuAttentionAttributes attributes = attributesOf(false);
+        attributes.hasCache = 1;
+        hstu::DevicePointers pointers = pointersOf(attributes);
+        fake::Launch const launch = launchOf(coreOf(shape), shape, pointers);
+        expect(launch.image == kCode + 6 && launch.cluster == 8, "cached keys count where a split is chosen");
+        Input const inputs[] = {Input::kQ, Input::kK, Input::kV, Input::kKCached, Input::kVCached};
+        uint64_t const rows[] = {256, 256, 256, 4096, 4096};
+        for (size_t i = 0; i < 5; ++i)
+        {
+            expect(launch.maps.at(i).address == pointers.inputs[static_cast<size_t>(inputs[i])]
+                       && launch.maps.at(i).dims[2] == rows[i],
+                "a map of each tensor");
+        }
+        expect(launch.parameters.cacheOffsets == pointers.inputs[static_cast<size_t>(Input::kCacheOffsets)]
+                   && launch.parameters.lc == 4096 && launch.parameters.lk == 256,
+            "offsets and rows of the cache");
+        Shape const empty{1, 256, 256, 4, 64, 64, 0};
+        pointers.inputs[static_cast<size_t>(Input::kVCached)] = reinterpret_cast<void const*>(0x2008);
+        fake::Launch const none = launchOf(coreOf(empty), empty, pointers);
+        expect(none.image == kCode + 6 && none.maps.at(4).address == pointers.inputs[0] && none.maps.at(4).dims[2] == 1,
+            "a map of something where nothing is cached");
+        bool isRefused = false;
+        try
+        {
+            launchOf(coreOf(shape), shape, pointers);
+        }
+        catch (std::exception const& error)
+        {
+            isRefused = std::string(error.what()).find("not 16-byte aligned") != std::string::npos;
+        }
+        expect(isRefused, "cached values that are not aligned take the portable kernel, of which there is only an aligned one");
     }
 
     void checkCounters()

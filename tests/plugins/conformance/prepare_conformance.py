@@ -37,7 +37,7 @@ from hstu_compile.plugins.kernels.hopper.variants import (
     silu_code,
 )
 from hstu_compile.plugins.kernels.norm_variants import NormVariant
-from hstu_compile.plugins.kernels.variants import KernelVariant, takes_hopper, variants_for
+from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from tests import tolerances
 from tests.attention_cases import (
     attention_grid,
@@ -150,8 +150,6 @@ def hopper_variants_of_cases(cases: Iterable[AttentionCase]) -> tuple[HopperVari
     """Return the Hopper kernels that the cases can use, each once; with causal-only ones for the large cases."""
     found: dict[HopperVariant, None] = {}
     for case in cases:
-        if not takes_hopper(has_cache=case.cache_offsets is not None):
-            continue
         bits = 0 if case.row_timestamps is None else 8 * case.row_timestamps.dtype.itemsize
         for is_plain in (False, True)[: 2 if case.name == "large-causal" else 1]:
             fitting = hopper_variants_for(
@@ -163,6 +161,7 @@ def hopper_variants_of_cases(cases: Iterable[AttentionCase]) -> tuple[HopperVari
                 time_bias=bits > 0,
                 timestamp_bits=bits,
                 silu=case.attrs.silu,
+                has_cache=case.cache_offsets is not None,
             )
             found.update(dict.fromkeys(fitting))
     return tuple(found)

@@ -8,10 +8,14 @@
 namespace
 {
 
-template <bool kPlainCausal>
+template <bool kPlainCausal, bool kHasCache>
 bool isAllowed(hstu::Tile const& tile, hstu::RowBounds const& bounds, int32_t start, int32_t offset)
 {
     using hstu::Mask;
+    if (kHasCache && !hstu::isInSequence(start, offset))
+    {
+        return false;
+    }
     if (kPlainCausal || tile.mask == Mask::kDiagonal)
     {
         return hstu::isAllowed<Mask::kDiagonal>(tile, bounds, start, offset);
@@ -20,33 +24,40 @@ bool isAllowed(hstu::Tile const& tile, hstu::RowBounds const& bounds, int32_t st
                                       : hstu::isAllowed<Mask::kWindow>(tile, bounds, start, offset);
 }
 
-template <bool kPlainCausal>
+template <bool kPlainCausal, bool kHasCache>
 int32_t tileMask(hstu::AttentionParameters const& p, hstu::Tile& tile, int32_t rows, int32_t blockM, int32_t blockN,
     uint8_t* seen, int32_t* counts)
 {
-    hstu::findKeyTiles<kPlainCausal>(p, tile, blockM, blockN);
+    hstu::findKeyTiles<kPlainCausal, kHasCache>(p, tile, blockM, blockN);
     counts[0] = tile.tiles;
     counts[1] = tile.maskedTiles;
     for (int32_t t = 0; t < tile.tiles; ++t)
     {
         int32_t const start = tile.keyStart(t, blockN);
-        if (start < 0 || start >= tile.numKeys)
+        bool const isCached = start < tile.numCached;
+        if (start >= tile.numKeys || start + blockN <= 0 || (start < 0 && !isCached))
         {
             return 1;
+        }
+        if (isCached && start + blockN > tile.numCached)
+        {
+            return 3;
         }
         for (int32_t row = 0; row < rows; ++row)
         {
             hstu::RowBounds const bounds = hstu::rowBounds(p, tile, tile.firstRow + row);
-            for (int32_t offset = 0; offset < blockN && start + offset < tile.numKeys; ++offset)
+            for (int32_t offset = max(-start, 0); offset < blockN && start + offset < tile.numKeys; ++offset)
             {
                 bool const isWhole = t >= tile.maskedTiles;
                 seen[row * tile.numKeys + start + offset] +=
-                    isWhole || isAllowed<kPlainCausal>(tile, bounds, start, offset) ? 1 : 0;
+                    isWhole || isAllowed<kPlainCausal, kHasCache>(tile, bounds, start, offset) ? 1 : 0;
             }
-            // Nobody may attend to what lies behind the sequence, and a whole tile asks nobody.
-            for (int32_t offset = tile.numKeys - start; offset < blockN; ++offset)
+            // Nobody may attend to what lies behind the sequence or in front of it, and a whole tile asks nobody.
+            for (int32_t offset = 0; offset < blockN; ++offset)
             {
-                if (t >= tile.maskedTiles || isAllowed<kPlainCausal>(tile, bounds, start, offset))
+                bool const isOutside = start + offset < 0 || start + offset >= tile.numKeys;
+                if (isOutside
+                    && (t >= tile.maskedTiles || isAllowed<kPlainCausal, kHasCache>(tile, bounds, start, offset)))
                 {
                     return 2;
                 }
@@ -86,24 +97,27 @@ struct Documented
 
 } // namespace
 
-//! How often each of the tile's rows attends to each key; 0, or which promise is broken.
+//! How often each of the tile's rows attends to each key; 0, or which promise is broken. numCached is negative for a kernel
+//! without a cache.
 extern "C" int32_t hstu_tile_mask(int32_t isPlainCausal, int32_t numQueries, int32_t numKeys, int32_t targets,
-    int32_t context, int32_t group, int32_t window, int32_t fullTail, int32_t block, int32_t blockM, int32_t blockN,
-    uint8_t* seen, int32_t* counts)
+    int32_t context, int32_t group, int32_t window, int32_t fullTail, int32_t numCached, int32_t block, int32_t blockM,
+    int32_t blockN, uint8_t* seen, int32_t* counts)
 {
     hstu::AttentionParameters p{};
     p.targetGroupSize = group;
     p.maxAttnLen = window;
     p.minFullAttnSeqLen = fullTail;
     hstu::Tile tile{};
+    tile.numCached = max(numCached, 0);
     tile.numKeys = numKeys;
     tile.history = numKeys - min(max(targets, 0), numKeys);
     tile.context = min(max(context, 0), numKeys);
     tile.rows = numQueries - block * blockM;
     tile.firstRow = numKeys - numQueries + block * blockM;
     int32_t const rows = min(tile.rows, blockM);
-    return isPlainCausal != 0 ? tileMask<true>(p, tile, rows, blockM, blockN, seen, counts)
-                              : tileMask<false>(p, tile, rows, blockM, blockN, seen, counts);
+    auto const run = isPlainCausal != 0 ? (numCached < 0 ? tileMask<true, false> : tileMask<true, true>)
+                                        : (numCached < 0 ? tileMask<false, false> : tileMask<false, true>);
+    return run(p, tile, rows, blockM, blockN, seen, counts);
 }
 
 //! Half the bias of each difference, by the table; 1 if a cell holds two thresholds.
