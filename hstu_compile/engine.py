@@ -90,6 +90,7 @@ def engine_from_onnx(
     plugin_library: Path | None = None,
     options: EngineOptions | None = None,
     on_progress: Progress | None = None,
+    part_of: Precision | None = None,
 ) -> EngineArtifact:
     """Build an engine.
 
@@ -103,6 +104,8 @@ def engine_from_onnx(
         plugin_library: library with the plugin, for real TensorRT only.
         options: builder settings.
         on_progress: called while TensorRT >= 10 builds.
+        part_of: precision of the graph that this one is a segment of, for TensorRT-RTX: the segment is built like the
+            others, whatever its own weights are, and so that a pass can be recorded together with other work.
 
     Returns:
         The engine. `layers` counts, as the inspector shows them: total, plugin, and fp32, fp16, bf16, int8, fp8, other
@@ -136,14 +139,14 @@ def engine_from_onnx(
         )
     started = time.perf_counter()
     proto = _loaded(model)
-    precision = graph_precision(proto)
+    precision = part_of or graph_precision(proto)
     wanted = plugin_nodes(proto) if plugin_library is not None else []
     products = quantized_products(proto)
     if "fp8" in products.values():
         _require_fp8(options)
     with api.capture() as log:
         proto = _prepared(proto, api, precision, plugin_library, options)
-        build = _Build(api, log, proto, precision, options, on_progress)
+        build = _Build(api, log, proto, precision, options, on_progress, recordable=part_of is not None)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
             layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
@@ -293,9 +296,12 @@ class _Build:
         precision: Precision,
         options: EngineOptions,
         on_progress: Progress | None,
+        *,
+        recordable: bool = False,
     ) -> None:
         self.api, self.trt, self.log = api, api.trt, log
         self.proto, self.precision, self.options, self.on_progress = proto, precision, options, on_progress
+        self.recordable = recordable
         self.is_quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
 
     def run(self, profiles: Sequence[Profile]) -> tuple[bytes, dict[str, int]]:
@@ -385,6 +391,9 @@ class _Build:
         if options.version_compatible:
             config.set_flag(self._member(trt.BuilderFlag, "VERSION_COMPATIBLE", "versionCompatible"))
         self._set_tf32(config)
+        if self.recordable:
+            # Without it an engine may allocate while it runs, which no recorded pass can.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.api.is_tensorrt8:
             self._set_weak_types(config, network)
         self._set_compute_capabilities(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import AttentionCall, OnnxGraph, SegmentedGraph, TensorSpec
+from hstu_compile.artifacts import AttentionCall, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
 from hstu_compile.axis_sizes import axis_size
 from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
 from hstu_compile.runtime._cuda import CudaDriver
@@ -147,11 +147,19 @@ class _FakeAttention:
 
 
 def fused_session(
-    graph: SegmentedGraph, cuda: FakeCuda, kernels: FakeKernels | None = None, *, cuda_graphs: int = 0, **settings: Any
+    graph: SegmentedGraph,
+    cuda: FakeCuda,
+    kernels: FakeKernels | None = None,
+    *,
+    schedule: Schedule | None = None,
+    cuda_graphs: int = 0,
+    **settings: Any,
 ) -> FusedSession:
-    """A session over the graph; `settings` are those of `fake_tensorrt`."""
+    """A session over the graph, by another schedule than its own if one is given.
+
+    `settings` are those of `fake_tensorrt`.
+    """
     engines = {f"segment {i}".encode(): segment_engine(each) for i, each in enumerate(graph.segments)}
     api = TensorRtApi("tensorrt-rtx", fake_tensorrt(engines, cuda, **settings))  # type: ignore[arg-type]
-    return FusedSession(
-        api, graph, list(engines), kernels or FakeKernels(graph, cuda), CudaDriver(cuda), cuda_graphs=cuda_graphs
-    )
+    kernels = kernels or FakeKernels(graph, cuda)
+    return FusedSession(api, schedule or graph, list(engines), kernels, CudaDriver(cuda), cuda_graphs=cuda_graphs)

@@ -51,6 +51,7 @@ LEVELS: dict[str, int] = {
     # What joins stages.
     "verify": 4,
     "bundle": 4,
+    "segment_engines": 4,
     "polygraphy_files": 4,
     "quality": 4,
     "build_quantization": 4,

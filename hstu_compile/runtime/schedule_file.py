@@ -1,0 +1,137 @@
+"""A schedule as a file: what a bundle needs beside its engines to run a graph that was cut. Level 3; no torch, no ONNX.
+
+JSON, so that a loader in another language reads it: constants are base64 of their little-endian bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from hstu_compile.artifacts import AttentionCall, Crossing, Schedule, Step, TensorSpec
+from hstu_compile.errors import BundleError
+from hstu_compile.op_schema import attention_contract
+from hstu_compile.runtime._bfloat16 import storage_dtype
+
+FORMAT_VERSION = 1
+
+
+def schedule_text(schedule: Schedule) -> str:
+    """The file's content. Equal schedules have equal texts."""
+    constants = {}
+    for name in sorted(schedule.constants):
+        spec, array = schedule.spec(name), schedule.constants[name]
+        little = array if sys.byteorder == "little" else array.byteswap()
+        constants[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data": base64.b64encode(little.tobytes()).decode("ascii"),
+        }
+    contract = attention_contract()
+    content = {
+        "format_version": FORMAT_VERSION,
+        "operator": {"name": contract.name, "version": contract.version},
+        "inputs": [_spec_json(spec) for spec in schedule.inputs],
+        "outputs": [_spec_json(spec) for spec in schedule.outputs],
+        "attentions": [dataclasses.asdict(call) for call in schedule.calls],
+        "steps": [dataclasses.asdict(step) for step in schedule.steps],
+        "crossing": [{**_spec_json(each.spec), "first": each.first, "last": each.last} for each in schedule.crossing],
+        "constants": constants,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def schedule_from_text(text: str, source: str) -> Schedule:
+    """Read a file's content.
+
+    Args:
+        text: of the file.
+        source: its name, for messages.
+
+    Raises:
+        BundleError: HSTU-E803, if it is no schedule, of another format, or of another version of the operator.
+    """
+    try:
+        content = json.loads(text)
+        _check_versions(content)
+        schedule = _schedule(content)
+        _check_order(schedule)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            "HSTU-E803",
+            f"{source} is not a schedule that can be run",
+            f"{type(error).__name__}: {error}",
+            "build the bundle again with this version",
+        ) from error
+    return schedule
+
+
+def _spec_json(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _spec(entry: dict[str, Any]) -> TensorSpec:
+    shape = tuple(entry["shape"])
+    if not all(isinstance(size, (int, str)) for size in shape):
+        raise ValueError(f"{entry['name']} has shape {list(shape)}")
+    storage_dtype(entry["dtype"])
+    return TensorSpec(entry["name"], entry["dtype"], shape)
+
+
+def _check_versions(content: dict[str, Any]) -> None:
+    contract = attention_contract()
+    if content["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format {content['format_version']}, and this hstu-compile reads format {FORMAT_VERSION}")
+    if content["operator"] != {"name": contract.name, "version": contract.version}:
+        raise ValueError(f"operator {content['operator']}, and this hstu-compile has version {contract.version}")
+
+
+def _schedule(content: dict[str, Any]) -> Schedule:
+    constants = {}
+    for name, entry in content["constants"].items():
+        spec = _spec({"name": name, **entry})
+        flat = np.frombuffer(
+            base64.b64decode(entry["data"], validate=True), storage_dtype(spec.dtype).newbyteorder("<")
+        )
+        constants[name] = np.ascontiguousarray(flat.astype(flat.dtype.newbyteorder("=")).reshape(entry["shape"]))
+    calls = tuple(
+        AttentionCall(each["name"], dict(each["attributes"]), dict(each["inputs"]), each["output"])
+        for each in content["attentions"]
+    )
+    return Schedule(
+        inputs=tuple(_spec(each) for each in content["inputs"]),
+        outputs=tuple(_spec(each) for each in content["outputs"]),
+        calls=calls,
+        steps=tuple(Step(each["kind"], each["index"]) for each in content["steps"]),
+        crossing=tuple(Crossing(_spec(each), each["first"], each["last"]) for each in content["crossing"]),
+        constants=constants,
+    )
+
+
+def _check_order(schedule: Schedule) -> None:
+    """Refuse what a damaged file could make a session do: read what is not there, or run a step twice."""
+    contract = attention_contract()
+    problems = []
+    for kind, count in (("attention", len(schedule.calls)), ("segment", None)):
+        indices = [step.index for step in schedule.steps if step.kind == kind]
+        if indices != list(range(len(indices) if count is None else count)):
+            problems.append(f"{kind} steps {indices}")
+    if any(step.kind not in ("attention", "segment") for step in schedule.steps):
+        problems.append("a step is neither a segment nor an attention")
+    for call in schedule.calls:
+        problems += contract.problems(call.attributes)
+        wanted = [each.name for each in contract.present_inputs(contract.defaults() | call.attributes)]
+        if list(call.inputs) != wanted:
+            problems.append(f"{call.name} has inputs {list(call.inputs)}, and its attributes say {wanted}")
+        for tensor in (*call.inputs.values(), call.output):
+            schedule.spec(tensor)
+    for each in schedule.crossing:
+        if not 0 <= each.first <= each.last < len(schedule.steps):
+            problems.append(f"{each.spec.name} lives from step {each.first} to {each.last}")
+    if problems:
+        raise ValueError("; ".join(problems))
