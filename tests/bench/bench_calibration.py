@@ -110,8 +110,8 @@ def checked(work: Path, kind: str, engine: Path, backend: str, plugin: Path | No
 def run(
     work: Path, kinds: Sequence[str], backend: str, plugin: Path | None, *, build_only: bool
 ) -> list[dict[str, Any]]:
-    """The rows of one backend."""
-    from bench_plugin import gpu_name
+    """The rows of one backend, in the types given."""
+    from bench_plugin import commit_of, gpu_name
     from device_timing import EngineRunner
 
     from hstu_compile.tensorrt_api import tensorrt_api
@@ -121,9 +121,7 @@ def run(
         "backend": backend,
         "version": api.version,
         "gpu": "" if build_only else gpu_name(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=REPOSITORY
-        ).stdout.strip(),
+        "commit": commit_of(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": f"bench_calibration.py --run WORK --backend {backend}",
     }
@@ -176,11 +174,11 @@ def timed(runner: Any, work: Path, users: int, *, is_tensorrt8: bool) -> dict[st
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the rows of one backend in place of what the file has of it."""
-    kept = []
+    """Put the rows of one backend and type in place of what the file has of these."""
+    kept, replaced = [], {(row["backend"], row["kind"]) for row in rows}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row["backend"] != rows[0]["backend"]]
+            kept = [row for row in csv.DictReader(file) if (row["backend"], row["kind"]) not in replaced]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
@@ -206,11 +204,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.backend is None or (arguments.out is None and not arguments.build_only):
         parser.error("--run needs --backend, and --out or --build-only")
     plugin = arguments.plugin.resolve() if arguments.plugin is not None else None
-    rows = run(arguments.run.resolve(), arguments.kinds, arguments.backend, plugin, build_only=arguments.build_only)
-    for row in rows:
-        print({name: value for name, value in row.items() if name not in ("command", "commit")})
-    if not arguments.build_only:
-        merged(arguments.out, rows)
+    rows: list[dict[str, Any]] = []
+    for kind in arguments.kinds:
+        # Each type is kept when it is measured: what comes after may run out of time.
+        found = run(arguments.run.resolve(), [kind], arguments.backend, plugin, build_only=arguments.build_only)
+        for row in found:
+            print({name: value for name, value in row.items() if name not in ("command", "commit")}, flush=True)
+        if not arguments.build_only:
+            merged(arguments.out, found)
+        rows += found
     return 0 if all(row["status"] in ("ok", "built") for row in rows) else 1
 
 
