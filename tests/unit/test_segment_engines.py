@@ -57,3 +57,29 @@ def test_an_option_that_tensorrt_rtx_lacks_is_refused() -> None:
     case = retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False)
     with pytest.raises(UsageError, match="HSTU-E901"):
         engines_from_segments(case.cut, profile_of(case), EngineOptions(plugins=(Path("libplugin.so"),)))
+
+
+def test_the_bindings_have_every_name_that_a_session_of_segments_uses() -> None:
+    """A session runs on fakes here: they must not have what TensorRT-RTX has not."""
+    import tensorrt_rtx
+
+    names = {
+        "BuilderFlag": ["REQUIRE_USER_ALLOCATION"],
+        "CudaGraphStrategy": ["DISABLED"],
+        "DynamicShapesKernelSpecializationStrategy": ["EAGER"],
+        "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
+        "ICudaEngine": ["create_execution_context", "create_runtime_config", "device_memory_size_v2"],
+        "IExecutionContext": ["execute_async_v3", "is_stream_capturable", "set_device_memory", "set_tensor_address"],
+        "IRuntimeConfig": [
+            "cuda_graph_strategy",
+            "dynamic_shapes_kernel_specialization_strategy",
+            "set_execution_context_allocation_strategy",
+        ],
+    }
+    lacking = [
+        f"{kind}.{name}"
+        for kind, each in names.items()
+        for name in each
+        if not hasattr(getattr(tensorrt_rtx, kind), name)
+    ]
+    assert not lacking
