@@ -1,10 +1,10 @@
 """Round a request's sizes up to a few, so that one recorded pass serves many requests. Arithmetic. Level 3; no torch.
 
 A graph is recorded for one set of shapes, and requests of ever new lengths would never meet one. So every axis is
-padded up to the next rung of a ladder: rows of events, candidates and cached keys with zeros that belong to no sequence,
-because the offsets that are fed end before them; sequences with empty ones, whose offsets repeat the last. Our graphs
-give neither any influence and put both last. The answers lose the rows that the padding added, and are those of the
-request. The divisor of attention is an attribute, or counts offsets; it never comes from a padded shape.
+padded up to the next rung of a ladder: rows of events, candidates and cached keys with zeros that belong to no
+sequence, because the offsets that are fed end before them; sequences with empty ones, whose offsets repeat the last.
+Our graphs give neither any influence and put both last. The answers lose the rows that the padding added, and are
+those of the request. The divisor of attention is an attribute, or counts offsets; it never comes from a padded shape.
 """
 
 from __future__ import annotations
