@@ -36,6 +36,7 @@ class FakeCuda:
         executables: instantiated graphs that were not destroyed.
         launches: of graphs.
         capture_status: what ending a capture says; 0 is success.
+        graph_bytes: device memory that an instantiated graph takes.
     """
 
     def __init__(self, most_bytes: int = 2**20) -> None:
@@ -49,6 +50,7 @@ class FakeCuda:
         self.executables: dict[int, list[Node]] = {}
         self.launches = 0
         self.capture_status = 0
+        self.graph_bytes = 0
         self._most_bytes = most_bytes
         self._next_handle = 1000
         self._next_stream = 1
@@ -130,6 +132,11 @@ class FakeCuda:
             address._obj.value = start
             self.memory[start] = (buffer, size.value)
             self.allocations += 1
+        return 0 if self.depth else 201
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:  # noqa: N802 - libcuda's name
+        total._obj.value = 2**40
+        free._obj.value = 2**40 - self.graph_bytes * len(self.executables)
         return 0 if self.depth else 201
 
     def cuMemFree_v2(self, address: Any) -> int:  # noqa: N802 - libcuda's name

@@ -153,6 +153,7 @@ def fused_session(
     *,
     schedule: Schedule | None = None,
     cuda_graphs: int = 0,
+    graph_budget_bytes: int | None = None,
     **settings: Any,
 ) -> FusedSession:
     """A session over the graph, by another schedule than its own if one is given.
@@ -162,4 +163,12 @@ def fused_session(
     engines = {f"segment {i}".encode(): segment_engine(each) for i, each in enumerate(graph.segments)}
     api = TensorRtApi("tensorrt-rtx", fake_tensorrt(engines, cuda, **settings))  # type: ignore[arg-type]
     kernels = kernels or FakeKernels(graph, cuda)
-    return FusedSession(api, schedule or graph, list(engines), kernels, CudaDriver(cuda), cuda_graphs=cuda_graphs)
+    return FusedSession(
+        api,
+        schedule or graph,
+        list(engines),
+        kernels,
+        CudaDriver(cuda),
+        cuda_graphs=cuda_graphs,
+        graph_budget_bytes=graph_budget_bytes,
+    )

@@ -109,6 +109,12 @@ class CudaDriver:
         """Give memory of `allocate` back."""
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
+    def free_bytes(self) -> int:
+        """Device memory that nobody has taken."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return int(free.value)
+
     def allocate_pinned(self, size_bytes: int) -> int:
         """Page-locked host memory, which copies reach without a stop on the way. Freed by `free_pinned`."""
         address = ctypes.c_void_p()

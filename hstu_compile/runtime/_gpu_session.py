@@ -129,6 +129,7 @@ class GpuSession(abc.ABC):
         driver: CUDA; None opens device 0.
         allow_tf32: False for engines of TensorRT-RTX that were built without TF32.
         cuda_graphs: graphs that are kept, the least recently used goes first; 0 records none.
+        graph_budget_bytes: device memory that the graphs may take together; None sets no limit.
 
     Raises:
         EngineError: HSTU-E401 without a GPU, E404 if an engine cannot be loaded.
@@ -138,14 +139,23 @@ class GpuSession(abc.ABC):
     outputs: tuple[TensorSpec, ...]
 
     def __init__(
-        self, api: TensorRtApi, name: str, driver: CudaDriver | None, *, allow_tf32: bool, cuda_graphs: int
+        self,
+        api: TensorRtApi,
+        name: str,
+        driver: CudaDriver | None,
+        *,
+        allow_tf32: bool,
+        cuda_graphs: int,
+        graph_budget_bytes: int | None = None,
     ) -> None:
         self.name = name
         self._api, self._lock, self._closed = api, threading.Lock(), False
         self._driver = driver or CudaDriver()
         self._incoming, self._outgoing = MirroredBuffer(self._driver), MirroredBuffer(self._driver)
         self._scratch = DeviceBuffer(self._driver)
-        self._graphs: GraphCache[_Replay] | None = GraphCache(cuda_graphs) if cuda_graphs else None
+        self._graphs: GraphCache[_Replay] | None = None
+        if cuda_graphs:
+            self._graphs = GraphCache(cuda_graphs, graph_budget_bytes)
         # Shapes of the last pass that the contexts themselves enqueued; None while they are being changed.
         self._context_shapes: Hashable = None
         self._all_bound = False
@@ -406,6 +416,7 @@ class GpuSession(abc.ABC):
             graphs.refuse(key)
             self._warn(f"a pass of {self.name} stays without a CUDA graph: {why}")
             return
+        free = self._driver.free_bytes()
         try:
             graph = CudaGraph(self._driver, lambda: self._execute(log))
         except (EngineError, PluginError) as error:
@@ -415,7 +426,8 @@ class GpuSession(abc.ABC):
                 self._execute(log)
             self._warn(f"a pass of {self.name} stays without a CUDA graph: {error.what}: {error.why}")
             return
-        graphs.keep(key, _Replay(graph, plan))
+        # Whoever else allocates at this moment is counted too; a driver that had memory to spare counts nothing.
+        graphs.keep(key, _Replay(graph, plan), max(0, free - self._driver.free_bytes()))
         if graph.bound_by:
             self._warn_bound(f"a graph has {graph.bound_by}")
 

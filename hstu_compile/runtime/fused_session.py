@@ -38,9 +38,10 @@ class FusedSession(GpuSession):
         driver: CUDA; None opens device 0.
         allow_tf32: False for engines that were built without TF32.
         cuda_graphs: graphs that are kept, the least recently used goes first; 0 records none.
+        graph_budget_bytes: device memory that the graphs may take together; None sets no limit.
 
     Raises:
-        UsageError: HSTU-E901 for a negative number of graphs.
+        UsageError: HSTU-E901 for a negative number of graphs or bytes.
         EngineError: HSTU-E401 without a GPU, E404 if an engine cannot be loaded, or is not of this schedule.
         PluginError: HSTU-E505 if no kernel fits an attention on this GPU.
     """
@@ -55,13 +56,14 @@ class FusedSession(GpuSession):
         *,
         allow_tf32: bool = True,
         cuda_graphs: int = 0,
+        graph_budget_bytes: int | None = None,
     ) -> None:
-        if cuda_graphs < 0:
+        if cuda_graphs < 0 or (graph_budget_bytes or 0) < 0:
             raise UsageError(
                 "HSTU-E901",
-                f"a session cannot keep {cuda_graphs} CUDA graphs",
-                "the number is negative",
-                "pass cuda_graphs=0",
+                f"a session cannot keep {cuda_graphs} CUDA graphs in {graph_budget_bytes} bytes",
+                "a number is negative",
+                "pass cuda_graphs=0, and graph_budget_bytes=None for no limit",
             )
         self._schedule, self._plans, self._kernels = schedule, list(plans), kernels
         self._runtime: Any = None
@@ -78,7 +80,14 @@ class FusedSession(GpuSession):
         self._launches: list[Launch] = []
         self._remembered: collections.OrderedDict[Hashable, tuple[BufferPlan, list[int]]] = collections.OrderedDict()
         name = f"{api.backend} {api.version} with {kernels.name}"
-        super().__init__(api, name, driver, allow_tf32=allow_tf32, cuda_graphs=cuda_graphs)
+        super().__init__(
+            api,
+            name,
+            driver,
+            allow_tf32=allow_tf32,
+            cuda_graphs=cuda_graphs,
+            graph_budget_bytes=graph_budget_bytes,
+        )
 
     def _load(self, log: Any) -> None:
         schedule, plans, self._plans = self._schedule, self._plans, []

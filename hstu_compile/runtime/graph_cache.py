@@ -31,6 +31,7 @@ class GraphStats:
         evictions: graphs that went: the least recently used for a new one, or all when the session's buffers moved.
         failures: passes that could not be recorded, or whose graph gave another answer; each was warned of.
         kept: graphs now.
+        kept_bytes: device memory that they took when they were made.
     """
 
     captures: int = 0
@@ -38,6 +39,7 @@ class GraphStats:
     evictions: int = 0
     failures: int = 0
     kept: int = 0
+    kept_bytes: int = 0
 
     def __add__(self, other: GraphStats) -> GraphStats:
         """Of two sessions."""
@@ -53,11 +55,14 @@ class GraphCache(Generic[Kept]):
 
     Args:
         capacity: graphs that are kept, at least 1.
+        budget_bytes: device memory that they may take together; None sets no limit. A graph that alone takes more is
+            kept all the same, alone: its pass recurs, and nothing else would be kept in its place.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, budget_bytes: int | None = None) -> None:
+        self._capacity, self._budget_bytes = capacity, budget_bytes
         self._kept: collections.OrderedDict[Hashable, Kept] = collections.OrderedDict()
+        self._nbytes: dict[Hashable, int] = {}
         self._seen: collections.OrderedDict[Hashable, bool] = collections.OrderedDict()
         # Every name from the start, so that other threads may read while one counts.
         self._counts = dict.fromkeys(("captures", "replays", "evictions", "failures"), 0)
@@ -65,7 +70,7 @@ class GraphCache(Generic[Kept]):
     @property
     def stats(self) -> GraphStats:
         """Counters."""
-        return GraphStats(**self._counts, kept=len(self._kept))
+        return GraphStats(**self._counts, kept=len(self._kept), kept_bytes=sum(list(self._nbytes.values())))
 
     def find(self, key: Hashable) -> Kept | None:
         """The graph of a key, which is then the most recently used."""
@@ -91,11 +96,11 @@ class GraphCache(Generic[Kept]):
         self._remember(key, refused)
         return again and not refused
 
-    def keep(self, key: Hashable, graph: Kept) -> None:
-        """Keep a new graph; the least recently used goes if there are too many."""
-        while len(self._kept) >= self._capacity:
+    def keep(self, key: Hashable, graph: Kept, nbytes: int = 0) -> None:
+        """Keep a new graph, which takes that much device memory; the least recently used go if there is too much."""
+        while self._kept and (len(self._kept) >= self._capacity or self._exceeds(nbytes)):
             self._evict(next(iter(self._kept)))
-        self._kept[key] = graph
+        self._kept[key], self._nbytes[key] = graph, nbytes
         self._seen.pop(key, None)
         self._counts["captures"] += 1
 
@@ -103,6 +108,7 @@ class GraphCache(Generic[Kept]):
         """Count a failure, drop the key's graph if it has one, and never say again that the key is due."""
         self.failed()
         if (kept := self._kept.pop(key, None)) is not None:
+            del self._nbytes[key]
             kept.close()
         self._remember(key, True)
 
@@ -112,8 +118,12 @@ class GraphCache(Generic[Kept]):
             self._evict(key)
         self._seen = collections.OrderedDict((key, True) for key, refused in self._seen.items() if refused)
 
+    def _exceeds(self, more: int) -> bool:
+        return self._budget_bytes is not None and sum(self._nbytes.values()) + more > self._budget_bytes
+
     def _evict(self, key: Hashable) -> None:
         self._kept.pop(key).close()
+        del self._nbytes[key]
         self._counts["evictions"] += 1
 
     def _remember(self, key: Hashable, refused: bool) -> None:

@@ -304,6 +304,23 @@ def test_the_cache_forgets_passes_that_never_come_again_but_not_the_refused() ->
     assert cache.stats == GraphStats(captures=2, evictions=1, failures=2)
 
 
+def test_the_cache_keeps_to_its_budget_by_dropping_what_was_used_longest_ago() -> None:
+    cache: GraphCache[Kept] = GraphCache(9, budget_bytes=100)
+    kept = {name: Kept() for name in "abcd"}
+    cache.keep("a", kept["a"], 40)
+    cache.keep("b", kept["b"], 40)
+    cache.find("a")
+    cache.keep("c", kept["c"], 60)
+    assert [kept[name].closed for name in "abc"] == [0, 1, 0]
+    assert cache.stats == GraphStats(captures=3, evictions=1, kept=2, kept_bytes=100)
+    cache.refuse("c")
+    assert cache.stats.kept_bytes == 40
+    cache.keep("d", kept["d"], 500)
+    assert (kept["a"].closed, kept["d"].closed) == (1, 0), "a graph that is larger than the budget is kept alone"
+    cache.clear()
+    assert cache.stats.kept_bytes == 0
+
+
 def memcpy(source: int, target: int, size: int, kinds: tuple[int, int]) -> Memcpy3D:
     copy = Memcpy3D()
     copy.source.memory_type, copy.target.memory_type = kinds

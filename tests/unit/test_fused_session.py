@@ -87,6 +87,23 @@ def test_the_whole_pass_is_one_graph_from_its_second_use_on(cuda: FakeCuda, retr
         assert kernels.launches - launched < len(retrieval.feeds) * len(retrieval.cut.calls)
 
 
+def test_graphs_keep_to_their_memory_budget(cuda: FakeCuda, retrieval: Case) -> None:
+    cuda.graph_bytes = 1000
+    expected = answers(retrieval)
+    by_shape = {tuple(a.shape for a in feeds.values()): i for i, feeds in enumerate(retrieval.feeds)}
+    assert len(by_shape) >= 3
+    with fused_session(retrieval.cut, cuda, cuda_graphs=9, graph_budget_bytes=2500) as session:
+        for index in by_shape.values():
+            for _ in range(3):
+                assert_equal(session.run(retrieval.feeds[index]), expected[index])
+            assert len(cuda.executables) <= 2
+        stats = session.graph_stats
+        assert stats is not None
+        assert (stats.kept, stats.kept_bytes) == (2, 2000)
+        assert stats.captures == len(by_shape)
+        assert stats.evictions == len(by_shape) - 2
+
+
 def test_a_graph_without_its_attention_is_found_out_before_it_answers(cuda: FakeCuda, retrieval: Case) -> None:
     kernels = FakeKernels(retrieval.cut, cuda, skips=True)
     expected = answers(retrieval)
@@ -177,3 +194,5 @@ def test_a_negative_number_of_graphs_is_refused_before_a_gpu_is_touched(retrieva
     kernels = FakeKernels(retrieval.cut, untouched)
     with pytest.raises(UsageError, match=r"HSTU-E901.*-1"):
         FusedSession(cast(Any, None), retrieval.cut, [], kernels, cuda_graphs=-1)
+    with pytest.raises(UsageError, match=r"HSTU-E901.*2 CUDA graphs in -5 bytes"):
+        FusedSession(cast(Any, None), retrieval.cut, [], kernels, cuda_graphs=2, graph_budget_bytes=-5)
