@@ -194,6 +194,15 @@ def test_inputs_are_bound_by_their_names_in_the_contract() -> None:
             assert call.output == node.output[0]
 
 
+def test_an_attention_with_a_cache_reads_the_graphs_inputs_where_they_are() -> None:
+    cut = retrieval_case("append", "fp16").cut
+    for number, call in enumerate(cut.calls):
+        assert call.attributes["has_cache"] == 1
+        assert (call.inputs["k_cached"], call.inputs["v_cached"]) == (f"k_{number}", f"v_{number}")
+    made = {name for step in cut.steps for name in cut.writes(step)}
+    assert not any(name.startswith(("k_", "v_")) for name in made), "cached rows were copied"
+
+
 def test_a_graph_without_attention_is_one_segment() -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["L", 4])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["L", 4])
