@@ -58,7 +58,7 @@ constexpr int32_t kExchangeBarrier = 7;
 constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
 constexpr int32_t kConsumerWarps = 4 * kWarpgroups;
 // Looking times up beside 128 columns of sums takes more registers; elsewhere the scheduler would have to spill.
-constexpr bool kNeedsMost = kTimeBias && kDim == 128 && !kShares;
+constexpr bool kNeedsMost = kTimeBias && kDim == 128 && !kShares && !kHasCache;
 constexpr int32_t kProducerRegisters = kWarpgroups != 2 ? 32 : kNeedsMost ? 24 : 40;
 constexpr int32_t kConsumerRegisters = kWarpgroups != 2 ? 160 : kNeedsMost ? 240 : 232;
 // A thread has as many at first as fit all threads, in steps of eight. Whoever asks for more than others give back waits
@@ -1271,7 +1271,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         }
         initBarriers(shared.barriers);
     }
-    bool const isValid = areOffsetsValid(p);
+    bool const isValid = areOffsetsValid<kHasCache>(p);
     clearRows(p, isValid ? p.qOffsets[p.batch] : 0);
     if (!isValid || p.batch == 0)
     {
@@ -1290,7 +1290,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         __syncthreads();
         buildTimeTable<Timestamp>(p, shared.times);
     }
-    orderSequences(p, shared.schedule, kBlockM);
+    orderSequences<kHasCache>(p, shared.schedule, kBlockM);
     __syncthreads();
     if constexpr (kShares)
     {

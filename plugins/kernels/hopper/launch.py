@@ -28,6 +28,7 @@ from hstu_compile.plugins.kernels.hopper.variants import (
     HopperVariant,
     Silu,
     block_dim_of,
+    can_share,
     check_silu,
     chosen_split,
     resident_clusters,
@@ -198,7 +199,8 @@ def hstu_attention_hopper(
     dtype_name = _DTYPES[q.dtype]
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     bits = 0 if row_timestamps is None else time_type.itemsize * 8
-    chosen = split or chosen_split(dim, lq, lc + lk, batch, heads, multiprocessors)
+    can_split = can_share(dim, is_accurate=silu == "accurate")
+    chosen = split or (chosen_split(dim, lq, lc + lk, batch, heads, multiprocessors) if can_split else 1)
     variant = HopperVariant(
         dtype_name, dim, is_plain, chosen > 1, pos_table is not None, bits, silu == "accurate", has_cache
     )

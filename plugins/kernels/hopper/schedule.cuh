@@ -43,15 +43,20 @@ struct Schedule
     int32_t numSlots;
 };
 
+template <bool kHasCache>
 __device__ __forceinline__ Sequence readSequence(AttentionParameters const& p, int32_t index)
 {
     Sequence sequence;
     sequence.queryBegin = p.qOffsets[index];
     sequence.numQueries = p.qOffsets[index + 1] - sequence.queryBegin;
     sequence.keyBegin = p.kOffsets[index];
-    sequence.cachedBegin = p.cacheOffsets != nullptr ? p.cacheOffsets[index] : 0;
-    sequence.numCached = p.cacheOffsets != nullptr ? p.cacheOffsets[index + 1] - sequence.cachedBegin : 0;
-    sequence.numKeys = p.kOffsets[index + 1] - sequence.keyBegin + sequence.numCached;
+    sequence.numKeys = p.kOffsets[index + 1] - sequence.keyBegin;
+    if constexpr (kHasCache)
+    {
+        sequence.cachedBegin = p.cacheOffsets[index];
+        sequence.numCached = p.cacheOffsets[index + 1] - sequence.cachedBegin;
+        sequence.numKeys += sequence.numCached;
+    }
     int32_t const targets = p.numTargets != nullptr ? p.numTargets[index] : 0;
     sequence.history = sequence.numKeys - min(max(targets, 0), sequence.numKeys);
     int32_t const context = p.contextualSeqLens != nullptr ? p.contextualSeqLens[index] : p.contextualSeqLen;
@@ -61,15 +66,15 @@ __device__ __forceinline__ Sequence readSequence(AttentionParameters const& p, i
 }
 
 //! Whether 0 == offsets[0] <= ... <= offsets[B] <= L holds for queries, keys and cached keys. For all threads of the block.
+template <bool kHasCache>
 __device__ __forceinline__ bool areOffsetsValid(AttentionParameters const& p)
 {
     bool isFaulty = p.qOffsets[0] != 0 || p.kOffsets[0] != 0 || p.qOffsets[p.batch] > p.lq || p.kOffsets[p.batch] > p.lk;
-    bool const hasCache = p.cacheOffsets != nullptr;
-    isFaulty |= hasCache && (p.cacheOffsets[0] != 0 || p.cacheOffsets[p.batch] > p.lc);
+    isFaulty |= kHasCache && (p.cacheOffsets[0] != 0 || p.cacheOffsets[p.batch] > p.lc);
     for (int32_t b = threadIdx.x; b < p.batch; b += blockDim.x)
     {
         isFaulty |= p.qOffsets[b + 1] < p.qOffsets[b] || p.kOffsets[b + 1] < p.kOffsets[b];
-        isFaulty |= hasCache && p.cacheOffsets[b + 1] < p.cacheOffsets[b];
+        isFaulty |= kHasCache && p.cacheOffsets[b + 1] < p.cacheOffsets[b];
     }
     return __syncthreads_or(isFaulty) == 0;
 }
@@ -88,6 +93,7 @@ __device__ __forceinline__ void clearRows(AttentionParameters const& p, int32_t 
 }
 
 //! Ranks the sequences. For all threads of the block, of which there are at least kOrderedSequences.
+template <bool kHasCache>
 __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Schedule& schedule, int32_t blockM)
 {
     if (p.batch > kOrderedSequences)
@@ -105,7 +111,7 @@ __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Sch
     SequenceCost cost{};
     if (isSequence)
     {
-        sequence = readSequence(p, b);
+        sequence = readSequence<kHasCache>(p, b);
         cost.numKeys = sequence.numKeys;
         cost.numTiles = (sequence.numQueries + blockM - 1) / blockM;
         schedule.costs[b] = cost;
@@ -156,13 +162,16 @@ __device__ __forceinline__ void describeTile(AttentionParameters const& p, Sched
         int32_t const middle = (low + high) / 2;
         (firstSlot(middle) <= slot ? low : high) = middle;
     }
-    Sequence const sequence = isOrdered ? schedule.sequences[low] : readSequence(p, low);
+    Sequence const sequence = isOrdered ? schedule.sequences[low] : readSequence<kHasCache>(p, low);
     // Last tile first.
     int32_t const block = (sequence.numQueries + blockM - 1) / blockM - 1 - (slot - firstSlot(low));
     tile.head = index - slot * p.heads;
     tile.keyRow = sequence.keyBegin;
-    tile.cachedRow = sequence.cachedBegin;
-    tile.numCached = sequence.numCached;
+    if constexpr (kHasCache)
+    {
+        tile.cachedRow = sequence.cachedBegin;
+        tile.numCached = sequence.numCached;
+    }
     tile.numKeys = sequence.numKeys;
     tile.history = sequence.history;
     tile.context = sequence.context;

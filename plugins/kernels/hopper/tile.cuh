@@ -103,16 +103,18 @@ __device__ __forceinline__ RowBounds rowBounds(AttentionParameters const& p, Til
 }
 
 //! Start of the key tile that holds a column, where one tile begins at `origin`, which is less than a tile, and others every
-//! blockN columns in front of it and behind.
+//! blockN columns in front of it and behind. Without a cache the origin is 0.
+template <bool kHasCache>
 __device__ __forceinline__ int32_t tileFloor(int32_t column, int32_t origin, int32_t blockN)
 {
-    return (column - origin + blockN) / blockN * blockN - blockN + origin;
+    return kHasCache ? (column - origin + blockN) / blockN * blockN - blockN + origin : column / blockN * blockN;
 }
 
 //! Start of the first key tile that does not begin in front of a column.
+template <bool kHasCache>
 __device__ __forceinline__ int32_t tileCeil(int32_t column, int32_t origin, int32_t blockN)
 {
-    return tileFloor(column + blockN - 1, origin, blockN);
+    return tileFloor<kHasCache>(column + blockN - 1, origin, blockN);
 }
 
 //! Whether column `first + offset` is not in front of the sequence. Masks alone do not ask.
@@ -184,15 +186,15 @@ __device__ __forceinline__ void findKeyTiles(AttentionParameters const& p, Tile&
         ownEnd = last >= tile.history ? last + 1 : 0;
     }
     int32_t const origin = kHasCache ? tile.numCached % blockN : 0;
-    tile.left = tileFloor(leftBegin, origin, blockN);
-    tile.whole = tileCeil(fullBegin, origin, blockN);
-    tile.right = max(tileFloor(fullEnd, origin, blockN), tile.whole);
-    int32_t const rightEnd = max(tileCeil(maskedEnd, origin, blockN), tile.right);
+    tile.left = tileFloor<kHasCache>(leftBegin, origin, blockN);
+    tile.whole = tileCeil<kHasCache>(fullBegin, origin, blockN);
+    tile.right = max(tileFloor<kHasCache>(fullEnd, origin, blockN), tile.whole);
+    int32_t const rightEnd = max(tileCeil<kHasCache>(maskedEnd, origin, blockN), tile.right);
     tile.leftTiles = (tile.whole - tile.left) / blockN;
     tile.edgeTiles = tile.leftTiles + (rightEnd - tile.right) / blockN;
     // Key tiles may begin anywhere, so a tile's groups lie in as few as there can be. Not so in the cache, whose end a tile
     // must not pass.
-    tile.ownLeft = max(kHasCache && ownFirst < tile.numCached ? tileFloor(ownFirst, origin, blockN) : ownFirst, rightEnd);
+    tile.ownLeft = max(kHasCache && ownFirst < tile.numCached ? tileFloor<kHasCache>(ownFirst, origin, blockN) : ownFirst, rightEnd);
     tile.maskedTiles = tile.edgeTiles + max(ownEnd - tile.ownLeft + blockN - 1, 0) / blockN;
     tile.tiles = tile.maskedTiles + (tile.right - tile.whole) / blockN;
 }

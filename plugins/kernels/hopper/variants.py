@@ -96,6 +96,8 @@ class HopperVariant:
             raise ValueError(f"dtype must be one of {sorted(ELEMENT_TYPES)}, got {self.dtype!r}")
         if self.block_dim not in BLOCK_DIMS:
             raise ValueError(f"block_dim must be one of {BLOCK_DIMS}, got {self.block_dim}")
+        if self.shares and not can_share(self.block_dim, is_accurate=self.is_accurate):
+            raise ValueError(f"no tiles are shared at block_dim {self.block_dim} with an accurate SiLU")
         if self.timestamp_bits not in (0, 32, 64):
             raise ValueError(f"timestamp_bits must be 0, 32 or 64, got {self.timestamp_bits}")
 
@@ -130,6 +132,15 @@ def tile_of(variant: HopperVariant) -> HopperTile:
     is_wide, is_widest = variant.block_dim > 64, variant.block_dim > 128
     needs_registers = variant.timestamp_bits > 0 or (variant.shares and is_wide) or (variant.has_cache and is_widest)
     return replace(tile, held_steps=0) if needs_registers else tile
+
+
+def can_share(block_dim: int, *, is_accurate: bool) -> bool:
+    """Return whether there is a kernel whose blocks share tiles: not where it would spill.
+
+    >>> can_share(256, is_accurate=False), can_share(256, is_accurate=True)
+    (True, False)
+    """
+    return not (is_accurate and block_dim == BLOCK_DIMS[-1])
 
 
 def query_buffers(variant: HopperVariant) -> int:
@@ -216,7 +227,7 @@ def hopper_variants_for(
     is_accurate = silu == "accurate"
     return tuple(
         HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate, has_cache)
-        for shares in (False, True)
+        for shares in ((False, True) if can_share(dim, is_accurate=is_accurate) else (False,))
     )
 
 
