@@ -127,10 +127,23 @@ def fake_tensorrt(
         def is_stream_capturable(self, stream: int) -> bool:
             return captures
 
+        def require_apart(self) -> None:
+            """What is written overlaps nothing else: a real engine writes while it still reads."""
+            sizes = {name: math.prod(shape) for name, shape in (self.shapes | engine.infer(self.shapes)).items()}
+            spans = {
+                name: (address, address + sizes[name] * storage_dtype(_NAMES[types_of[name]]).itemsize)
+                for name, address in self.addresses.items()
+            }
+            for name, other in itertools.permutations(spans, 2):
+                if name in engine.outputs and sizes[name] and sizes[other]:
+                    (start, stop), (other_start, other_stop) = spans[name], spans[other]
+                    assert stop <= other_start or other_stop <= start, f"{name} is written over {other}"
+
         def execute_async_v3(self, stream: int) -> bool:
             assert set(self.addresses) == set(types_of), "an address is missing"
             assert self.memory or not self.needs_memory, "an engine without memory to compute in"
 
+            self.require_apart()
             # A kernel's arguments are those of its launch, also in a graph that is launched much later.
             launched, addresses = dict(self.shapes), dict(self.addresses)
 

@@ -87,6 +87,7 @@ class FakeKernels:
         workspace: bytes that every attention asks for, and fills when it runs.
         opened: attentions that were not closed.
         launches: enqueued, while not recording.
+        found: last byte of the first attention's workspace when it runs, where there is one.
         skips: attentions that, when recorded, do nothing: what a broken graph would do.
     """
 
@@ -96,6 +97,7 @@ class FakeKernels:
     opened: int = 0
     launches: int = 0
     skips: bool = False
+    found: list[int] = dataclasses.field(default_factory=list)
     name: str = "fake kernels"
 
     def prepare(self, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> Any:
@@ -131,6 +133,8 @@ class _FakeAttention:
                 return
             if launch.workspace_bytes:
                 kernels.cuda.require_device(launch.workspace, launch.workspace_bytes)
+                if self._call == kernels.graph.calls[0]:
+                    kernels.found.append(ctypes.string_at(launch.workspace + launch.workspace_bytes - 1, 1)[0])
                 ctypes.memset(launch.workspace, 0xAB, launch.workspace_bytes)
             given = {}
             for name, (address, shape) in launch.inputs.items():

@@ -117,6 +117,17 @@ def test_a_graph_without_its_attention_is_found_out_before_it_answers(cuda: Fake
         assert session.graph_stats == GraphStats(captures=1, failures=1)
 
 
+def test_a_graph_is_compared_on_memory_that_holds_nothing_of_an_earlier_pass(cuda: FakeCuda, retrieval: Case) -> None:
+    # Far more than all tensors take: its last byte is no tensor's.
+    kernels = FakeKernels(retrieval.cut, cuda, workspace=2**20)
+    with fused_session(retrieval.cut, cuda, kernels, cuda_graphs=2) as session:
+        for _ in range(4):
+            session.run(retrieval.feeds[1])
+    left = 0xAB
+    # Two plain passes; the replay that is compared and the plain pass beside it; a replay.
+    assert kernels.found[1:] == [left, 0xFF, 0xFF, left]
+
+
 def test_a_segment_that_cannot_be_recorded_runs_without_a_graph_and_says_so(cuda: FakeCuda, retrieval: Case) -> None:
     with fused_session(retrieval.cut, cuda, cuda_graphs=2, captures=False) as session:
         session.run(retrieval.feeds[1])
