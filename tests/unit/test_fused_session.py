@@ -196,7 +196,7 @@ def test_engines_of_another_schedule_are_refused(cuda: FakeCuda, retrieval: Case
 
 
 def test_an_engine_that_cannot_be_loaded_leaves_nothing_behind(cuda: FakeCuda, retrieval: Case) -> None:
-    with pytest.raises(EngineError, match="HSTU-E404.*cannot load the engine"):
+    with pytest.raises(EngineError, match=r"HSTU-E404.*cannot load the engine"):
         fused_session(retrieval.cut, cuda, loads=False)
 
 
