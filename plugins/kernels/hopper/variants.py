@@ -96,8 +96,9 @@ class HopperVariant:
             raise ValueError(f"dtype must be one of {sorted(ELEMENT_TYPES)}, got {self.dtype!r}")
         if self.block_dim not in BLOCK_DIMS:
             raise ValueError(f"block_dim must be one of {BLOCK_DIMS}, got {self.block_dim}")
-        if self.shares and not can_share(self.block_dim, is_accurate=self.is_accurate):
-            raise ValueError(f"no tiles are shared at block_dim {self.block_dim} with an accurate SiLU")
+        has_times = self.timestamp_bits > 0
+        if self.shares and not can_share(self.block_dim, is_accurate=self.is_accurate, time_bias=has_times):
+            raise ValueError(f"no tiles are shared at block_dim {self.block_dim} with an accurate SiLU or a time bias")
         if self.timestamp_bits not in (0, 32, 64):
             raise ValueError(f"timestamp_bits must be 0, 32 or 64, got {self.timestamp_bits}")
 
@@ -134,13 +135,13 @@ def tile_of(variant: HopperVariant) -> HopperTile:
     return replace(tile, held_steps=0) if needs_registers else tile
 
 
-def can_share(block_dim: int, *, is_accurate: bool) -> bool:
+def can_share(block_dim: int, *, is_accurate: bool, time_bias: bool) -> bool:
     """Return whether there is a kernel whose blocks share tiles: not where it would spill.
 
-    >>> can_share(256, is_accurate=False), can_share(256, is_accurate=True)
+    >>> can_share(256, is_accurate=False, time_bias=False), can_share(256, is_accurate=True, time_bias=False)
     (True, False)
     """
-    return not (is_accurate and block_dim == BLOCK_DIMS[-1])
+    return block_dim < BLOCK_DIMS[-1] or not (is_accurate or time_bias)
 
 
 def query_buffers(variant: HopperVariant) -> int:
@@ -225,9 +226,9 @@ def hopper_variants_for(
         return ()
     bits = timestamp_bits if time_bias else 0
     is_accurate = silu == "accurate"
+    sharing = (False, True) if can_share(dim, is_accurate=is_accurate, time_bias=time_bias) else (False,)
     return tuple(
-        HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate, has_cache)
-        for shares in ((False, True) if can_share(dim, is_accurate=is_accurate) else (False,))
+        HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate, has_cache) for shares in sharing
     )
 
 
