@@ -271,10 +271,10 @@ def test_the_form_of_silu_is_chosen_by_name() -> None:
     assert [variant.is_accurate for variant in (*fast, *accurate)] == [False, False, True, True]
     assert [dataclasses.replace(variant, is_accurate=False) for variant in accurate] == list(fast)
     (widest,) = hopper_variants_for("float16", 256, 256, silu="accurate")
-    (timed,) = hopper_variants_for("float16", 256, 256, time_bias=True)
+    (biased_too,) = hopper_variants_for("float16", 256, 256, pos_bias=True)
     assert not widest.shares, "it would spill"
-    assert not timed.shares, "and so would this"
-    with pytest.raises(ValueError, match="no tiles are shared at block_dim 256 with an accurate SiLU or a time bias"):
+    assert not biased_too.shares, "and so would this"
+    with pytest.raises(ValueError, match="no tiles are shared at block_dim 256 with an accurate SiLU or a bias"):
         dataclasses.replace(widest, shares=True)
     with pytest.raises(ValueError, match="silu must be one of fast, accurate, got 'exact'"):
         hopper_variants_for("float16", 64, 64, silu=cast(Silu, "exact"))

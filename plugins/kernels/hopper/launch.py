@@ -199,7 +199,8 @@ def hstu_attention_hopper(
     dtype_name = _DTYPES[q.dtype]
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     bits = 0 if row_timestamps is None else time_type.itemsize * 8
-    can_split = can_share(dim, is_accurate=silu == "accurate", time_bias=bits > 0)
+    has_bias = bits > 0 or pos_table is not None
+    can_split = can_share(dim, is_accurate=silu == "accurate", has_bias=has_bias)
     chosen = split or (chosen_split(dim, lq, lc + lk, batch, heads, multiprocessors) if can_split else 1)
     variant = HopperVariant(
         dtype_name, dim, is_plain, chosen > 1, pos_table is not None, bits, silu == "accurate", has_cache

@@ -96,9 +96,9 @@ class HopperVariant:
             raise ValueError(f"dtype must be one of {sorted(ELEMENT_TYPES)}, got {self.dtype!r}")
         if self.block_dim not in BLOCK_DIMS:
             raise ValueError(f"block_dim must be one of {BLOCK_DIMS}, got {self.block_dim}")
-        has_times = self.timestamp_bits > 0
-        if self.shares and not can_share(self.block_dim, is_accurate=self.is_accurate, time_bias=has_times):
-            raise ValueError(f"no tiles are shared at block_dim {self.block_dim} with an accurate SiLU or a time bias")
+        has_bias = self.pos_bias or self.timestamp_bits > 0
+        if self.shares and not can_share(self.block_dim, is_accurate=self.is_accurate, has_bias=has_bias):
+            raise ValueError(f"no tiles are shared at block_dim {self.block_dim} with an accurate SiLU or a bias")
         if self.timestamp_bits not in (0, 32, 64):
             raise ValueError(f"timestamp_bits must be 0, 32 or 64, got {self.timestamp_bits}")
 
@@ -129,19 +129,23 @@ def tile_of(variant: HopperVariant) -> HopperTile:
         # The powers and reciprocals in flight need the registers: with held queries these kernels spill at head dims 64
         # and 128.
         return replace(tile, held_steps=0, reason="no registers for what the tanh's tile holds")
-    # What times are looked up with, what blocks exchange and what finds rows outside a cache needs the registers.
+    # What biases are looked up with, what blocks exchange and what finds rows outside a cache needs the registers.
     is_wide, is_widest = variant.block_dim > 64, variant.block_dim > 128
-    needs_registers = variant.timestamp_bits > 0 or (variant.shares and is_wide) or (variant.has_cache and is_widest)
+    needs_registers = (
+        variant.timestamp_bits > 0
+        or (variant.shares and is_wide)
+        or ((variant.has_cache or variant.pos_bias) and is_widest)
+    )
     return replace(tile, held_steps=0) if needs_registers else tile
 
 
-def can_share(block_dim: int, *, is_accurate: bool, time_bias: bool) -> bool:
+def can_share(block_dim: int, *, is_accurate: bool, has_bias: bool) -> bool:
     """Return whether there is a kernel whose blocks share tiles: not where it would spill.
 
-    >>> can_share(256, is_accurate=False, time_bias=False), can_share(256, is_accurate=True, time_bias=False)
+    >>> can_share(256, is_accurate=False, has_bias=False), can_share(256, is_accurate=True, has_bias=False)
     (True, False)
     """
-    return block_dim < BLOCK_DIMS[-1] or not (is_accurate or time_bias)
+    return block_dim < BLOCK_DIMS[-1] or not (is_accurate or has_bias)
 
 
 def query_buffers(variant: HopperVariant) -> int:
@@ -226,7 +230,7 @@ def hopper_variants_for(
         return ()
     bits = timestamp_bits if time_bias else 0
     is_accurate = silu == "accurate"
-    sharing = (False, True) if can_share(dim, is_accurate=is_accurate, time_bias=time_bias) else (False,)
+    sharing = (False, True) if can_share(dim, is_accurate=is_accurate, has_bias=pos_bias or time_bias) else (False,)
     return tuple(
         HopperVariant(dtype, dim, plain_causal, shares, pos_bias, bits, is_accurate, has_cache) for shares in sharing
     )

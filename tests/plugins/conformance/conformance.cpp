@@ -431,20 +431,20 @@ std::string runGraph(host::Plugin& plugin, Call& call, device::Stream const& str
     return facts;
 }
 
-//! \return what the tactics offered for a case leave untested: the Hopper kernel's splits, of which wide heads with a time
-//! bias have one.
+//! \return what the tactics offered for a case leave untested: the Hopper kernel's splits, of which wide heads with a bias
+//! have one.
 std::vector<int32_t> splitTactics(Case const& testCase, std::vector<int32_t> const& offered)
 {
     std::vector<int32_t> tactics;
     if (std::find(offered.begin(), offered.end(), kHopperTactic) != offered.end())
     {
-        constexpr int64_t kWidestTimed = 128;
+        constexpr int64_t kWidestBiased = 128;
         int64_t const widest = std::max(testCase.inputs[0].dims[2], testCase.outputDims[2]);
-        bool const isTimed = std::any_of(testCase.inputs.begin(), testCase.inputs.end(),
-            [](CaseTensor const& input) { return input.name == "ts_table"; });
+        bool const hasBias = std::any_of(testCase.inputs.begin(), testCase.inputs.end(),
+            [](CaseTensor const& input) { return input.name == "pos_table" || input.name == "ts_table"; });
         for (int32_t const split : kSplits)
         {
-            if (split == 1 || widest <= kWidestTimed || !isTimed)
+            if (split == 1 || widest <= kWidestBiased || !hasBias)
             {
                 tactics.push_back(kHopperTactic + split);
             }
