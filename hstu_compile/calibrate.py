@@ -37,8 +37,8 @@ from hstu_compile.model.product import product_sites, product_sizes
 from hstu_compile.runtime.request import feeds_from_npz
 from hstu_compile.served import served_graphs
 
-#: Rule that a table's bounds are taken by where neither `calibrate` nor `build` is told another. It clips nothing, so it
-#: has no data on which it is far off; what the others do to three models is in docs/calibration.md.
+#: Rule that a table's bounds are taken by where neither `calibrate` nor `build` is told another. It clips nothing, so
+#: it has no data on which it is far off; what the others do to three models is in docs/calibration.md.
 DEFAULT_OBSERVER: Observer = "amax"
 
 PARTIAL_FORMAT = "hstu-compile/calibration-partial-1"

@@ -208,7 +208,7 @@ class _Cut:
 
     def _is_size(self, name: str, sizes: set[int], reader: onnx.NodeProto) -> bool:
         if name in self.constants:
-            return self.constants[name].ByteSize() < _LARGE_BYTES
+            return bool(self.constants[name].ByteSize() < _LARGE_BYTES)
         return bool(reader.op_type in ("Shape", "Size") or self.producer.get(name) in sizes)
 
     def _is_view(self, node: onnx.NodeProto, sizes: set[int]) -> bool:
