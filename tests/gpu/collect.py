@@ -183,7 +183,7 @@ def table_text() -> str:
             tools = ", ".join(
                 f"{tool} {v['clean']} of {v['runs']} runs clean" for tool, v in content["sanitizers"].items()
             )
-            notes.append(f"- compute-sanitizer: {tools}")
+            notes.append(f"- compute-sanitizer: {tools or 'not run at this commit'}")
     missing = [name for name in SOURCES if name not in results]
     notes += [f"- {name}: no results yet" for name in missing]
     lines += ["", *notes, "", "| runtime | engine | worst error | allowed | |", "|---|---|---|---|---|", *engines]
