@@ -174,11 +174,13 @@ def feeds_from_npz(path: Path) -> dict[str, NDArray[Any]]:
         RequestError: HSTU-E706.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single .npy array, not an .npz archive")
-        with archive:
-            return {name: archive[name] for name in archive.files}
+        # Opened here: NumPy leaves the file of an archive that it cannot read to the garbage collector.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single .npy array, not an .npz archive")
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise RequestError(
             "HSTU-E706",

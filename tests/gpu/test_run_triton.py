@@ -63,6 +63,8 @@ def handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+# Slow, and how many requests meet in a batch depends on what else the machine does.
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("handlers")

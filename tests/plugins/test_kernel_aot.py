@@ -65,7 +65,7 @@ def test_parameters_of_the_kernel_are_the_documented_abi(images: list[KernelImag
     text = _ptx_of(images[-1])
     head = text[text.index(".visible .entry hstu_attention(") : text.index(".reqntid")]
     kinds = [line.split()[1] for line in head.splitlines() if line.strip().startswith(".param")]
-    pointers, scalars = [".u64"] * 14, [".f32"] * 2 + [".u32"] * 14
+    pointers, scalars = [".u64"] * 17, [".f32"] * 2 + [".u32"] * 15
     scratch = [".u64"] * 2
     normal = {".b64": ".u64", ".b32": ".u32"}
     assert [normal.get(kind, kind) for kind in kinds] == pointers + scalars + scratch

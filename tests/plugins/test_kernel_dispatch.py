@@ -64,10 +64,18 @@ def test_what_the_hopper_kernel_does_not_take_goes_to_the_portable_one(
     assert [name for name, _ in called] == ["hstu_attention_triton"] * 2
 
 
-def test_a_cache_goes_to_the_portable_kernel_whole(called: list[tuple[str, dict[str, object]]]) -> None:
+def test_a_cache_goes_to_either_kernel_whole(
+    called: list[tuple[str, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = {name: torch.zeros(3) for name in ("k_cached", "v_cached", "cache_offsets")}
     _call(**cache)
-    assert called == [("hstu_attention_triton", {"ts_table": None, **cache})]
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: "another GPU")
+    _call(**cache)
+    (hopper, given), (portable, given_portable) = called
+    assert (hopper, portable) == ("hstu_attention_hopper", "hstu_attention_triton")
+    for name, tensor in cache.items():
+        assert given[name] is tensor
+        assert given_portable[name] is tensor
 
 
 def test_a_missing_compiler_is_named_once(

@@ -76,12 +76,12 @@ def test_the_hopper_tactic_comes_first_where_it_fits(prepared: tuple[Path, Path]
         pytest.skip(str(error))
     _, results, _ = run(*prepared, "--host-only")
     offered = {
-        r["case"]: r["tactics"] for r in results if r["mode"] == "build-phase" and not r["case"].startswith("norm-")
+        r["case"]: tuple(r["tactics"])
+        for r in results
+        if r["mode"] == "build-phase" and not r["case"].startswith("norm-")
     }
-    cached = {tuple(tactics) for case, tactics in offered.items() if case.startswith("cached-")}
-    assert cached == {(1, 2)}, "the Hopper kernel reads no cache"
-    others = {tuple(tactics) for case, tactics in offered.items() if not case.startswith("cached-")}
-    assert others == {(HOPPER_TACTIC, 1, 2)}
+    assert any(case.startswith("cached-") for case in offered)
+    assert set(offered.values()) == {(HOPPER_TACTIC, 1, 2)}
 
 
 def test_a_required_tactic_that_did_not_run_is_a_failure(prepared: tuple[Path, Path]) -> None:
