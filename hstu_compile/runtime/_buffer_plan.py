@@ -1,7 +1,7 @@
 """Where tensors of known size and lifetime lie in one block of memory. Pure arithmetic. Level 3; private to runtime.
 
 A tensor is alive from the step that makes it to the last step that reads it, both included: what a step writes never
-lies where it still reads. Where a step may write over an operand, the two are planned as one.
+lies where it still reads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class BufferPlan:
     least_nbytes: int
 
 
-def planned_buffers(lifetimes: Iterable[Lifetime], in_place: Mapping[str, str] | None = None) -> BufferPlan:
+def planned_buffers(lifetimes: Iterable[Lifetime]) -> BufferPlan:
     """Find a place for every tensor.
 
     Three orders are tried, largest first, earliest first and longest-lived first, each tensor taking the lowest place
@@ -59,24 +59,21 @@ def planned_buffers(lifetimes: Iterable[Lifetime], in_place: Mapping[str, str] |
 
     Args:
         lifetimes: of the tensors, each name once.
-        in_place: tensor to the operand that it may be written over. Used where that operand is read for the last time
-            by the step that makes the tensor, and takes as many bytes; else the two lie apart.
 
     Raises:
         ValueError: for a name that comes twice, a negative size, or a life that ends before it begins.
     """
     tensors = list(lifetimes)
     _check(tensors)
-    blocks, owner = _merged(tensors, in_place or {})
     orders = [
-        sorted(blocks, key=lambda each: (-each.nbytes, each.first)),
-        sorted(blocks, key=lambda each: (each.first, -each.nbytes)),
-        sorted(blocks, key=lambda each: (each.first - each.last, -each.nbytes)),
+        sorted(tensors, key=lambda each: (-each.nbytes, each.first)),
+        sorted(tensors, key=lambda each: (each.first, -each.nbytes)),
+        sorted(tensors, key=lambda each: (each.first - each.last, -each.nbytes)),
     ]
     offsets, nbytes = min((_placed(order) for order in orders), key=lambda plan: plan[1])
-    steps = {each.first for each in blocks}
-    least = max((sum(aligned(b.nbytes) for b in blocks if b.first <= step <= b.last) for step in steps), default=0)
-    return BufferPlan({each.name: offsets[owner[each.name]] for each in tensors}, nbytes, least)
+    steps = {each.first for each in tensors}
+    least = max((sum(aligned(t.nbytes) for t in tensors if t.first <= step <= t.last) for step in steps), default=0)
+    return BufferPlan(offsets, nbytes, least)
 
 
 def _check(tensors: Sequence[Lifetime]) -> None:
@@ -87,29 +84,8 @@ def _check(tensors: Sequence[Lifetime]) -> None:
             raise ValueError(f"{each.name} has {each.nbytes} bytes and lives from step {each.first} to {each.last}")
 
 
-def _merged(tensors: Sequence[Lifetime], in_place: Mapping[str, str]) -> tuple[list[Lifetime], dict[str, str]]:
-    """One block for a tensor and what is written over it; the block of every tensor."""
-    by_name = {each.name: each for each in tensors}
-    blocks = dict(by_name)
-    owner = {each.name: each.name for each in tensors}
-    # Who was last written to each block: only over that one may be written.
-    holder = dict(owner)
-    # In the order in which they are made: an operand's block is final when something is written over it.
-    for each in sorted(tensors, key=lambda tensor: tensor.first):
-        operand = by_name.get(in_place.get(each.name, ""))
-        if operand is None or operand.first >= each.first:
-            continue
-        block = blocks[owner[operand.name]]
-        if holder[block.name] != operand.name or operand.last != each.first or block.nbytes != each.nbytes:
-            continue
-        blocks[block.name] = dataclasses.replace(block, last=each.last)
-        owner[each.name], holder[block.name] = block.name, each.name
-        del blocks[each.name]
-    return list(blocks.values()), owner
-
-
 def _placed(order: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
-    """Each block at the lowest place that is free throughout its life, in this order."""
+    """Each tensor at the lowest place that is free throughout its life, in this order."""
     placed: list[tuple[int, Lifetime]] = []
     offsets: dict[str, int] = {}
     for each in order:

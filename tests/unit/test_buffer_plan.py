@@ -1,4 +1,4 @@
-"""The plan of a pass's memory: nothing that is alive overlaps, writing in place is only used where it is legal."""
+"""The plan of a pass's memory: nothing that is alive overlaps, and the block is not much larger than it has to be."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def occupied(each: Lifetime, plan: BufferPlan) -> range:
     return range(plan.offsets[each.name], plan.offsets[each.name] + max(each.nbytes, 1))
 
 
-def assert_valid(lives: list[Lifetime], plan: BufferPlan, shared: set[frozenset[str]] = frozenset()) -> None:
+def assert_valid(lives: list[Lifetime], plan: BufferPlan) -> None:
     """By brute force: step by step, byte range by byte range."""
     assert set(plan.offsets) == {each.name for each in lives}
     for each in lives:
@@ -45,7 +45,7 @@ def assert_valid(lives: list[Lifetime], plan: BufferPlan, shared: set[frozenset[
         for one, other in itertools.combinations(alive, 2):
             a, b = occupied(one, plan), occupied(other, plan)
             apart = a.stop <= b.start or b.stop <= a.start
-            assert apart or frozenset((one.name, other.name)) in shared, (step, one, other)
+            assert apart, (step, one, other)
 
 
 @settings(max_examples=150)
@@ -65,42 +65,9 @@ def test_the_block_is_within_the_stated_bound(lives: list[Lifetime]) -> None:
     assert plan.nbytes <= sum(aligned(each.nbytes) for each in lives)
 
 
-@settings(max_examples=150)
-@given(tensors(), st.data())
-def test_only_the_last_reader_writes_over_an_operand_of_its_size(lives: list[Lifetime], data: st.DataObject) -> None:
-    names = [each.name for each in lives]
-    in_place = {name: data.draw(st.sampled_from(names)) for name in names if data.draw(st.booleans())}
-    plan = planned_buffers(lives, in_place)
-    by_name = {each.name: each for each in lives}
-    shared = set()
-    for name, operand in in_place.items():
-        new, old = by_name[name], by_name[operand]
-        # An empty tensor shares its place with anything.
-        if (
-            min(new.nbytes, old.nbytes)
-            and plan.offsets[name] == plan.offsets[operand]
-            and new.meets(old)
-            and name != operand
-        ):
-            assert old.last == new.first > old.first
-            assert old.nbytes == new.nbytes
-            shared.add(frozenset((name, operand)))
-    assert_valid(lives, plan, shared)
-
-
-def test_two_writers_never_share_one_operand() -> None:
-    lives = [Lifetime("a", 512, 0, 1), Lifetime("b", 512, 1, 2), Lifetime("c", 512, 1, 2)]
-    plan = planned_buffers(lives, {"b": "a", "c": "a"})
-    assert plan.offsets["b"] == plan.offsets["a"] != plan.offsets["c"]
-    assert plan.nbytes == 1024
-
-
-def test_a_chain_written_in_place_takes_one_place() -> None:
-    lives = [Lifetime(f"x{i}", 300, i, i + 1) for i in range(6)]
-    plan = planned_buffers(lives, {f"x{i + 1}": f"x{i}" for i in range(5)})
-    assert set(plan.offsets.values()) == {0}
-    assert plan.nbytes == 512
-    assert planned_buffers(lives).nbytes == 1024
+def test_a_chain_takes_two_places_in_turn() -> None:
+    plan = planned_buffers([Lifetime(f"x{i}", 300, i, i + 1) for i in range(6)])
+    assert plan.nbytes == plan.least_nbytes == 1024
 
 
 @pytest.mark.parametrize(
