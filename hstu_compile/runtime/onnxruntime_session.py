@@ -27,7 +27,7 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _ERRORS_ONLY = 3
-#: 1.23.2 gives wrong predictions for ranking graphs, by hundreds of times the bound; older ones were not looked at.
+#: 1.23.2 gives wrong predictions for ranking graphs, far beyond the bound; those up to 1.31 were not looked at.
 _OLDEST = (1, 31)
 
 #: Behind the name of a session that holds bfloat16 in float32: what ran is not quite what ships.
