@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from hstu_compile import plugin_library
 from hstu_compile.errors import PluginError
 from hstu_compile.plugin_library import (
     SELF_REGISTERING,
@@ -24,9 +23,13 @@ from hstu_compile.plugin_library import (
     PluginBuildRequest,
     PluginLibrary,
     build_plugin_library,
+    build_request,
+    building,
     find_cuda_headers,
     find_tensorrt_headers,
+    headers,
     load_plugin_library,
+    toolchain,
 )
 from hstu_compile.plugins.kernels.hopper.compile import usable_nvcc
 from tests.plugins.conformance.libraries import small_library
@@ -51,9 +54,9 @@ def no_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without TensorRT headers of any origin."""
     for name in ("TENSORRT_INCLUDE_DIR", "TENSORRT_ROOT", "TRT_ROOT", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(plugin_library, "_SDK_FOLDERS", ())
-    monkeypatch.setattr(plugin_library, "_CUDA_FOLDERS", ())
-    monkeypatch.setattr(plugin_library, "_package_folder", lambda *_: None)
+    monkeypatch.setattr(headers, "_SDK_FOLDERS", ())
+    monkeypatch.setattr(headers, "_CUDA_FOLDERS", ())
+    monkeypatch.setattr(headers, "_package_folder", lambda *_: None)
 
 
 @pytest.mark.parametrize("enterprise", [False, True])
@@ -67,7 +70,7 @@ def test_headers_are_searched_in_the_documented_order(
 ) -> None:
     packaged, sdk = write_headers(tmp_path / "packaged", 10, 14), write_headers(tmp_path / "sdk" / "include", 10, 3)
     named = write_headers(tmp_path / "named", 10, 9)
-    monkeypatch.setattr(plugin_library, "_package_folder", lambda *_: packaged)
+    monkeypatch.setattr(headers, "_package_folder", lambda *_: packaged)
     assert find_tensorrt_headers().origin == "kernel-lens package"
     monkeypatch.setenv("TENSORRT_ROOT", str(sdk.parent))
     assert find_tensorrt_headers().include_dir == sdk
@@ -128,15 +131,15 @@ class FakeBuild:
         (out / SELF_REGISTERING).write_bytes(b"library")
         if self.fail is not None:
             raise self.fail
-        digest = plugin_library._sha256(out / SELF_REGISTERING)
+        digest = building._sha256(out / SELF_REGISTERING)
         (out / "manifest.json").write_text(f'{{"files": {{"{SELF_REGISTERING}": "{digest}"}}}}')
 
 
 @pytest.fixture
 def fake_build(monkeypatch: pytest.MonkeyPatch) -> FakeBuild:
     fake = FakeBuild()
-    monkeypatch.setattr(plugin_library, "_build_into", fake)
-    monkeypatch.setattr(plugin_library, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(building, "_build_into", fake)
+    monkeypatch.setattr(building, "triton_version", lambda: "3.6.0")
     return fake
 
 
@@ -173,7 +176,7 @@ def test_the_hopper_kernels_and_their_compiler_decide_which_library_it_is(
     request_: PluginBuildRequest, fake_build: FakeBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def library(choice: HopperChoice, release: tuple[int, int]) -> PluginLibrary:
-        monkeypatch.setattr(plugin_library, "usable_nvcc", lambda: (Path("nvcc"), release))
+        monkeypatch.setattr(build_request, "usable_nvcc", lambda: (Path("nvcc"), release))
         return build_plugin_library(PluginBuildRequest(**{**vars(request_), "hopper": choice}))
 
     auto = library("auto", (13, 0))
@@ -266,7 +269,7 @@ def test_missing_tools_are_all_named(
 
 def test_a_compiler_error_is_shown(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="no such option") as caught:
-        plugin_library._run([sys.executable, "-c", "raise SystemExit('no such option')"], "CMake")
+        toolchain.run_tool([sys.executable, "-c", "raise SystemExit('no such option')"], "CMake")
     assert caught.value.code == "HSTU-E501"
 
 
@@ -274,7 +277,7 @@ def test_a_result_without_all_kernels_is_refused(
     request_: PluginBuildRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(plugin_library, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(building, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr("hstu_compile.plugins.kernels.aot.compile_variants", lambda *_, **__: [])
     with pytest.raises(PluginError, match="kernels are missing from the result"):
         build_plugin_library(request_)
@@ -333,7 +336,7 @@ def test_the_libraries_export_and_need_exactly_what_is_intended(request: pytest.
 def test_the_libraries_name_no_path_of_the_machine_that_built_them(request: pytest.FixtureRequest) -> None:
     library = small_library(request.config)
     content = library.self_registering.read_bytes()
-    for folder in {str(Path.home()), str(library.self_registering.parent), str(Path(plugin_library.__file__).parent)}:
+    for folder in {str(Path.home()), str(library.self_registering.parent), str(Path(building.__file__).parents[1])}:
         assert folder == "/" or folder.encode() not in content
 
 
@@ -343,10 +346,10 @@ def test_both_adapters_compile_without_a_warning_against_the_headers(
     library = small_library(request.config)
     if int(library.trt_version.split(".")[0]) < 10:
         pytest.skip("the headers found are TensorRT 8's: they have no IPluginV3")
-    source, build = plugin_library._source_dir(), tmp_path / "build"
+    source, build = toolchain.source_dir(), tmp_path / "build"
     table = tmp_path / "kernelImages.cpp"
     table.write_text('#include "hstuKernelImages.h"\n')
-    tools = plugin_library._find_tools()
+    tools = toolchain.find_toolchain()
     definitions = {
         "CMAKE_MAKE_PROGRAM": tools.make_program,
         "Python3_EXECUTABLE": sys.executable,
