@@ -221,6 +221,27 @@ class EngineArtifact:
 
 
 @dataclasses.dataclass(frozen=True)
+class FusedEngines:
+    """Stage 4, where a graph was cut at its attentions: the engine of every segment, and what joins them.
+
+    Attributes:
+        cut: the graph in segments, and their schedule.
+        profile: of the whole graph.
+        engines: of the segments, in order.
+        kernels: library of the attention kernels.
+        schedule_file: name of the schedule's file in a bundle.
+        engine_files: names of the engines' files there, in order.
+    """
+
+    cut: SegmentedGraph
+    profile: Profile
+    engines: tuple[EngineArtifact, ...]
+    kernels: Path
+    schedule_file: str
+    engine_files: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Feed:
     """One request batch: graph input name to array."""
 

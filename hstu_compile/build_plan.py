@@ -11,6 +11,7 @@ from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint
 from hstu_compile.config import AttentionSilu, BuildConfig, Limits
 from hstu_compile.environment import BackendChoice, choose_backend
 from hstu_compile.errors import UsageError
+from hstu_compile.fused_plan import FusedPlan, check_attention, fused_plan, requested_backend
 from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.plugin_library import installed_tensorrt_version
@@ -29,6 +30,7 @@ class BuildPlan:
         attention_silu: error that the attention kernels' SiLU may have.
         fuse_norms: one operator for each norm and what surrounds it.
         quantization: products that are quantised, and from which table; None for none.
+        fused: segments and kernels of a build with --attention fused; None for any other.
     """
 
     spec: CheckpointSpec
@@ -38,6 +40,12 @@ class BuildPlan:
     attention_silu: AttentionSilu = "fast"
     fuse_norms: bool = True
     quantization: QuantizationSettings | None = None
+    fused: FusedPlan | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether graphs are cut at their attentions."""
+        return self.fused is not None
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -70,6 +78,7 @@ class BuildPlan:
             "attention_silu": self.attention_silu,
             "fuse_norms": self.fuse_norms,
             "quantization": self.quantization.to_dict() if self.quantization is not None else None,
+            "fused": self.fused.to_dict() if self.fused is not None else None,
             "attention_nodes": self.spec.config.num_layers,
             "parameters": sum(tensor.numel() for tensor in self.spec.state_dict.values()),
             "ignored_keys": list(self.spec.ignored_keys),
@@ -81,12 +90,13 @@ def plan_build(config: BuildConfig) -> BuildPlan:
 
     Raises:
         CheckpointError, UnsupportedModelError: see `spec_from_checkpoint`.
-        UsageError: HSTU-E901, if a limit contradicts the model or another limit; see `planned_quantization` for those
-            of a quantised build.
+        UsageError: HSTU-E901, if a limit contradicts the model or another limit, or the backend --attention; see
+            `planned_quantization` for those of a quantised build.
         CalibrationError: HSTU-E812 to E814, if the calibration table is not one of this checkpoint.
         EngineError: HSTU-E401, if the requested backend is absent.
     """
     _check_numbers(config)
+    check_attention(config)
     check_quantization(config)
     user_config = config_from_file(config.config_file) if config.config_file is not None else None
     external = config.embeddings == "external"
@@ -103,10 +113,12 @@ def plan_build(config: BuildConfig) -> BuildPlan:
             )
         limits = _ranking_limits(config, model)
         narrowed = model.with_limits(limits.max_seq_len, limits.max_candidates)
-        prune, backend = config.prune is not False, choose_backend(config.backend)
+        prune, backend = config.prune is not False, choose_backend(requested_backend(config))
         quantization = planned_quantization(config, spec, backend)
         ranking = dataclasses.replace(spec, config=narrowed)
-        return BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization)
+        return _with_attention(
+            config, BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization)
+        )
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon micro-batch=": config.micro_batch,
@@ -128,11 +140,20 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         ]
     )
     narrowed_retrieval = model.with_max_seq_len(limits.max_seq_len)
-    backend = choose_backend(config.backend)
+    backend = choose_backend(requested_backend(config))
     prune = _prunes_retrieval(backend) if config.prune is None else config.prune
     retrieval = dataclasses.replace(spec, config=narrowed_retrieval)
     quantization = planned_quantization(config, spec, backend)
-    return BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms, quantization)
+    return _with_attention(config, BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms, quantization))
+
+
+def _with_attention(config: BuildConfig, plan: BuildPlan) -> BuildPlan:
+    """The plan with what --attention asks for."""
+    if config.attention != "fused":
+        return plan
+    fused = fused_plan(plan.spec.config, plan.graphs, config.precision, plan.attention_silu)
+    reason = "--attention fused" if config.backend == "auto" else plan.backend.reason
+    return dataclasses.replace(plan, backend=dataclasses.replace(plan.backend, reason=reason), fused=fused)
 
 
 def _prunes_retrieval(backend: BackendChoice) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hstu_compile
-from hstu_compile.artifacts import EngineArtifact, Precision
+from hstu_compile.artifacts import EngineArtifact, FusedEngines, Precision, Profile
 from hstu_compile.build_plan import BuildPlan
 from hstu_compile.environment import collect_environment
 from hstu_compile.graph_facts import graph_facts
@@ -22,8 +23,12 @@ from hstu_compile.quality import QualityTable
 from hstu_compile.report import SCHEMA_VERSION
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 from hstu_compile.runtime.retrieval_spec import RetrievalSpec
+from hstu_compile.runtime.schedule_facts import schedule_facts
 from hstu_compile.session_check import Reference, VerifyReport
 from hstu_compile.verify import BuiltGraph
+
+if TYPE_CHECKING:
+    from hstu_compile.plugin_library import KernelsLibrary
 
 _KV_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -56,6 +61,7 @@ class BuildOutcome:
         session: what the graphs were compared with as a session; None without such a comparison.
         quantization_cost: what the quantisation itself changes in each output; None where it was not measured.
         quality: on labelled requests; None where there were none.
+        kernels: library of the kernels between the engines of graphs that were cut; None for any other build.
     """
 
     plan: BuildPlan
@@ -66,6 +72,7 @@ class BuildOutcome:
     session: Reference | None = None
     quantization_cost: dict[str, float] | None = None
     quality: QualityTable | None = None
+    kernels: KernelsLibrary | None = None
 
     @property
     def status(self) -> str:
@@ -93,7 +100,8 @@ def engine_dict(engine: EngineArtifact) -> dict[str, Any]:
 def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
     """report.json, but for the list of files."""
     plan, main = outcome.plan, outcome.main
-    spec, engine, verification = plan.spec, main.engine, outcome.verification
+    spec, verification = plan.spec, outcome.verification
+    engine = main.engines[0] if main.engines else None
     return {
         "schema": SCHEMA_VERSION,
         "status": outcome.status,
@@ -107,6 +115,7 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
             "config": spec.config.to_dict(),
         },
         "precision": main.graph.precision,
+        "attention": "auto" if plan.fused is None else "fused",
         "attention_silu": plan.attention_silu,
         "fuse_norms": plan.fuse_norms,
         "quantization": None
@@ -164,7 +173,39 @@ def _graph_dict(built: BuiltGraph) -> dict[str, Any]:
         "inputs": [dataclasses.asdict(i) for i in graph.inputs],
         "outputs": [dataclasses.asdict(o) for o in graph.outputs],
         "passes": [dataclasses.asdict(record) for record in graph.passes],
-        "engine": {"file": built.engine_file, **engine_dict(built.engine)} if built.engine is not None else None,
+        "engine": _engine_dict(built),
+        "fused": None if built.fused is None else _fused_dict(built.fused),
+    }
+
+
+def _engine_dict(built: BuiltGraph) -> dict[str, Any] | None:
+    """Facts about the graph's engine, or about those of its segments as if they were one."""
+    if built.fused is None:
+        return None if built.engine is None else {"file": built.engine_file, **engine_dict(built.engine)}
+    engines = built.fused.engines
+    layers: Counter[str] = Counter()
+    for engine in engines:
+        layers.update(engine.layers)
+    whole = dataclasses.replace(
+        engines[0],
+        profiles=(built.fused.profile,),
+        layers=dict(layers),
+        messages=tuple(dict.fromkeys(line for engine in engines for line in engine.messages)),
+        seconds=sum(engine.seconds for engine in engines),
+    )
+    nbytes = sum(len(engine.plan) for engine in engines)
+    return {"file": built.fused.schedule_file, **engine_dict(whole), "bytes": nbytes}
+
+
+def _fused_dict(fused: FusedEngines) -> dict[str, Any]:
+    """Segments, what runs between them, and what crosses."""
+    return {
+        "schedule": fused.schedule_file,
+        "engines": [
+            {"file": name, **engine_dict(engine)}
+            for name, engine in zip(fused.engine_files, fused.engines, strict=True)
+        ],
+        **schedule_facts(fused.cut, fused.profile),
     }
 
 
@@ -207,6 +248,7 @@ def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, A
             "session": None if outcome.session is None else {"eager_error": outcome.session.eager_error},
         },
         "plugin": _plugin_dict(outcome.plugin),
+        "kernels": None if outcome.kernels is None else _kernels_dict(outcome.kernels),
     }
 
 
@@ -216,9 +258,12 @@ def _graph_entry(outcome: GraphOutcome) -> dict[str, Any]:
         "name": built.graph.name,
         "onnx": built.onnx_file,
         "engine": built.engine_file if built.engine is not None else None,
+        "fused": None
+        if built.fused is None
+        else {"schedule": built.fused.schedule_file, "engines": list(built.fused.engine_files)},
         "inputs": [dataclasses.asdict(i) for i in built.graph.inputs],
         "outputs": [dataclasses.asdict(o) for o in built.graph.outputs],
-        "profiles": [dataclasses.asdict(profile) for profile in built.engine.profiles] if built.engine else [],
+        "profiles": [dataclasses.asdict(profile) for profile in _profiles(built)],
         "verification": None
         if reference is None
         else {
@@ -238,6 +283,13 @@ def _graph_entry(outcome: GraphOutcome) -> dict[str, Any]:
             "polygraphy_arguments": list(outcome.polygraphy.arguments) if outcome.polygraphy else [],
         },
     }
+
+
+def _profiles(built: BuiltGraph) -> tuple[Profile, ...]:
+    """Of the whole graph."""
+    if built.fused is not None:
+        return (built.fused.profile,)
+    return built.engine.profiles if built.engine is not None else ()
 
 
 def _limits(plan: BuildPlan) -> dict[str, Any]:
@@ -337,4 +389,15 @@ def _plugin_dict(plugin: PluginLibrary | None) -> dict[str, Any] | None:
         "content_hash": plugin.content_hash,
         "variants": [dataclasses.asdict(variant) for variant in plugin.variants],
         "hopper": plugin.hopper.to_dict(),
+    }
+
+
+def _kernels_dict(kernels: KernelsLibrary) -> dict[str, Any]:
+    return {
+        "file": kernels.path.name,
+        "archs": list(kernels.archs),
+        "with_ptx": kernels.with_ptx,
+        "content_hash": kernels.content_hash,
+        "variants": [dataclasses.asdict(variant) for variant in kernels.variants],
+        "hopper": kernels.hopper.to_dict(),
     }

@@ -28,6 +28,7 @@ from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.files import writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
+from hstu_compile.runtime.open_fused import FUSED_BACKEND, open_fused_session
 from hstu_compile.runtime.packed_request import check_packed_request
 from hstu_compile.runtime.ranking_spec import RankingSpec
 from hstu_compile.runtime.request import RequestLimits, check_request
@@ -64,6 +65,21 @@ class ReferenceFiles:
     eager: str
     exact: str
     onnxruntime: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedFiles:
+    """What runs a graph that was cut at its attentions.
+
+    Attributes:
+        schedule: file of what runs in which order.
+        engines: files of the segments' engines, in order.
+        kernels: library of the attention kernels.
+    """
+
+    schedule: Path
+    engines: tuple[Path, ...]
+    kernels: Path
 
 
 def model_files(graph: str) -> tuple[str, str]:
@@ -252,8 +268,24 @@ class BundleFiles:
 
     @property
     def has_engine(self) -> bool:
-        """Whether an engine was built."""
+        """Whether an engine was built of the graph that answers a request by itself, in one piece."""
         return ENGINE_FILE in self.manifest["files"]
+
+    @property
+    def kernels_library(self) -> Path | None:
+        """The library of kernels that run between the engines of graphs that were cut, where the bundle has one."""
+        entry = self.manifest.get("kernels")
+        return None if entry is None else self.path / entry["file"]
+
+    def fused_graph(self, graph: str) -> FusedFiles | None:
+        """The files of a graph that was cut at its attentions; None for any other graph."""
+        entries = {entry["name"]: entry.get("fused") for entry in self.manifest["graphs"]}
+        entry = entries.get(graph)
+        if entry is None:
+            return None
+        kernels = self.kernels_library
+        assert kernels is not None  # whoever writes the one writes the other
+        return FusedFiles(self.path / entry["schedule"], tuple(self.path / name for name in entry["engines"]), kernels)
 
 
 def is_bundle(path: Path) -> bool:
@@ -322,6 +354,7 @@ def open_graph(
     plugin_library: Path | None = None,
     use_gpu: bool = False,
     cuda_graphs: int = 0,
+    graph_budget_bytes: int | None = None,
 ) -> Session:
     """Open one graph of a bundle.
 
@@ -331,7 +364,9 @@ def open_graph(
         runtime: onnxruntime, tensorrt or tensorrt-rtx.
         plugin_library: plugin that the engine needs (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
-        cuda_graphs: see `open_session`.
+        cuda_graphs: see `open_session`; also for graphs that were cut at their attentions.
+        graph_budget_bytes: device memory that the CUDA graphs of a graph that was cut may take together; None sets no
+            limit.
 
     Raises:
         EngineError: HSTU-E401 or E404 if the runtime cannot be used.
@@ -344,6 +379,24 @@ def open_graph(
             f"{plugin_library} was given",
             "leave the plugin out, or use the runtime tensorrt",
         )
+    allow_tf32 = files.manifest["precision"]["requested"] != "fp32"
+    fused = files.fused_graph(graph)
+    if fused is not None and runtime == FUSED_BACKEND:
+        return open_fused_session(
+            fused.schedule,
+            fused.engines,
+            fused.kernels,
+            allow_tf32=allow_tf32,
+            cuda_graphs=cuda_graphs,
+            graph_budget_bytes=graph_budget_bytes,
+        )
+    if graph_budget_bytes is not None:
+        raise UsageError(
+            "HSTU-E901",
+            f"{runtime} keeps no budget for CUDA graphs",
+            f"graph_budget_bytes is {graph_budget_bytes}, and {graph} is not a graph that was cut at its attentions",
+            "leave graph_budget_bytes out, or build with --attention fused",
+        )
     onnx, engine = model_files(graph)
     arguments: dict[str, Any] = {"use_gpu": use_gpu} if runtime == "onnxruntime" else {}
     if runtime == "tensorrt":
@@ -354,7 +407,7 @@ def open_graph(
         runtime,
         onnx=files.path / onnx,
         engine=files.path / engine if engine in files.manifest["files"] else None,
-        allow_tf32=files.manifest["precision"]["requested"] != "fp32",
+        allow_tf32=allow_tf32,
         **arguments,
     )
 
@@ -362,19 +415,14 @@ def open_graph(
 class Bundle:
     """A bundle that can be run. Close it, or use it as a context manager, to free the runtime's memory."""
 
-    def __init__(self, files: BundleFiles, runtime: str) -> None:
-        self.files, self.runtime = files, runtime
+    def __init__(self, files: BundleFiles, runtime: str, cuda_graphs: int = 0) -> None:
+        self.files, self.runtime, self._cuda_graphs = files, runtime, cuda_graphs
 
     @functools.cached_property
     def session(self) -> Session:
         """The runtime session, opened on first use."""
-        return open_session(
-            self.runtime,
-            onnx=self.files.path / ONNX_FILE,
-            engine=self.files.path / ENGINE_FILE if self.files.has_engine else None,
-            plugin_library=self.files.plugin_library if self.runtime == "tensorrt" else None,
-            allow_tf32=self.files.manifest["precision"]["requested"] != "fp32",
-        )
+        main = "retrieval" if self.files.ranking is None else "packed"
+        return open_graph(self.files, main, self.runtime, cuda_graphs=self._cuda_graphs)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Answer one request batch.
@@ -407,14 +455,15 @@ class Bundle:
         self.close()
 
 
-def load_bundle(path: str | Path, runtime: str = "onnxruntime") -> Bundle:
+def load_bundle(path: str | Path, runtime: str = "onnxruntime", *, cuda_graphs: int = 0) -> Bundle:
     """Open a bundle for running.
 
     Args:
         path: folder that `hstu-compile build` wrote.
         runtime: onnxruntime, tensorrt or tensorrt-rtx.
+        cuda_graphs: see `open_graph`.
 
     Raises:
         BundleError: HSTU-E803, if it is not a bundle or a file was altered.
     """
-    return Bundle(read_bundle(Path(path)), runtime)
+    return Bundle(read_bundle(Path(path)), runtime, cuda_graphs)

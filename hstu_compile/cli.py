@@ -21,6 +21,7 @@ from hstu_compile.trt_options import EngineOptions, parse_compute_capabilities, 
 
 if TYPE_CHECKING:
     from hstu_compile.build_plan import BuildPlan
+    from hstu_compile.fused_plan import FusedPlan
     from hstu_compile.pipeline import BuildResult, StageReport
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -184,6 +185,14 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
     help="Tables in the graph, or embedding rows as inputs (ranking models).",
 )
 @click.option(
+    "--attention",
+    type=click.Choice(["auto", "fused"]),
+    default="auto",
+    show_default=True,
+    help="Who computes attention: the plugin in TensorRT and native operators elsewhere (auto), or our kernels between "
+    "the engines of a graph that is cut at its attentions (fused; tensorrt-rtx).",
+)
+@click.option(
     "--attention-silu",
     type=click.Choice(["fast", "accurate"]),
     default="fast",
@@ -284,6 +293,18 @@ def _print_plan(plan: BuildPlan, precision: str) -> None:
         + (f", up to {limits.max_append} new events each" if limits.max_append else "")
     )
     click.echo(f"backend     {plan.backend.name}: {plan.backend.reason}")
+    if plan.fused is not None:
+        _print_fused(plan.fused)
+
+
+def _print_fused(plan: FusedPlan) -> None:
+    cut = ", ".join(
+        f"{graph} {count} engines around {plan.attentions[graph]} attentions" for graph, count in plan.segments.items()
+    )
+    click.echo(f"segments    {cut}")
+    click.echo(
+        f"kernels     {len(plan.kernels)} portable of attention, and {len(plan.hopper_kernels)} for Hopper where nvcc is"
+    )
 
 
 def _print_quantization(facts: dict[str, Any]) -> None:

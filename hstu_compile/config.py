@@ -11,6 +11,9 @@ Embeddings = Literal["inside", "external"]
 AttentionSilu = Literal["fast", "accurate"]
 Quantization = Literal["int8", "fp8"]
 BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
+#: Who computes attention in an engine: "auto" the plugin in TensorRT and the native body elsewhere; "fused" our kernels
+#: between the engines of a graph that is cut there.
+Attention = Literal["auto", "fused"]
 
 
 #: Of `--mixed auto` where nothing else is asked for.
@@ -39,6 +42,7 @@ class BuildConfig:
             retrieval alone.
             Ranking models only, as is max_candidates.
         embeddings: inside, ids are inputs and tables are weights; external, inputs are embedding rows.
+        attention: who computes it; "fused" needs the backend tensorrt-rtx, and "auto" takes that backend then.
         attention_silu: error that the attention kernels' SiLU may have; see the operator's contract.
         prune: compute the last layer only for the rows that are read; None does so except where the builder is known to
             crash on it (retrieval graphs in TensorRT 8).
@@ -75,6 +79,7 @@ class BuildConfig:
     micro_batch: int | None = None
     max_append: int | None = None
     embeddings: Embeddings = "inside"
+    attention: Attention = "auto"
     attention_silu: AttentionSilu = "fast"
     prune: bool | None = None
     fuse_norms: bool = True

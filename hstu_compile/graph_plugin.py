@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
@@ -40,6 +41,20 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
         norm_variants=tuple(dict.fromkeys(norms)),
         runtime_version=runtime_version,
     )
+
+
+def kernels_request_of(models: Sequence[onnx.ModelProto]) -> PluginBuildRequest:
+    """The smallest library of kernels that runs the attentions of graphs that are cut there, for every architecture.
+
+    Norms stay in the segments, whose compiler fuses them with what surrounds them.
+
+    Args:
+        models: as for `plugin_request_of`.
+
+    Raises:
+        InternalError: see `plugin_request_of`.
+    """
+    return dataclasses.replace(plugin_request_of(models), norm_variants=())
 
 
 def _norms_of(model: onnx.ModelProto) -> Iterator[NormVariant]:

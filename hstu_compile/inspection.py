@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hstu_compile.bundle import read_bundle
+from hstu_compile.artifacts import Profile
+from hstu_compile.bundle import BundleFiles, read_bundle
 from hstu_compile.errors import CheckpointError
+from hstu_compile.runtime.schedule_facts import schedule_facts
+from hstu_compile.runtime.schedule_file import schedule_from_text
 
 
 def inspect_path(path: Path, config_file: Path | None = None, dialect: str | None = None) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
             **{key: manifest[key] for key in keys},
             "retrieval": manifest.get("retrieval"),
             "quantization": manifest.get("quantization"),
+            "fused": _fused_facts(files),
             "verification": manifest["verification"],
             "files": manifest["files"],
         }
@@ -66,6 +70,24 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
         "tensors": [{"name": n, "shape": list(t.shape)} for n, t in spec.state_dict.items()],
         "ignored_keys": list(spec.ignored_keys),
     }
+
+
+def _fused_facts(files: BundleFiles) -> dict[str, Any] | None:
+    """Segments, attentions and what crosses between them, by graph; None where no graph was cut."""
+    found: dict[str, Any] = {}
+    for entry in files.manifest["graphs"]:
+        graph = files.fused_graph(entry["name"])
+        if graph is None:
+            continue
+        schedule = schedule_from_text(graph.schedule.read_text(encoding="utf-8"), graph.schedule.name)
+        (profile,) = (Profile(**each) for each in entry["profiles"])
+        segments = [{"engine": each.name, "bytes": each.stat().st_size} for each in graph.engines]
+        found[entry["name"]] = {
+            "schedule": graph.schedule.name,
+            "segments": segments,
+            **schedule_facts(schedule, profile),
+        }
+    return {"kernels": files.manifest["kernels"], "graphs": found} if found else None
 
 
 def render_inspection(facts: Mapping[str, Any]) -> str:

@@ -12,13 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
 from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
-from hstu_compile.artifacts import EngineArtifact, Feed, OnnxGraph, Precision, is_tap
+from hstu_compile import plugin_library
+from hstu_compile.artifacts import EngineArtifact, Feed, FusedEngines, OnnxGraph, Precision, Profile, is_tap
 from hstu_compile.build_plan import BuildPlan, plan_build
 from hstu_compile.build_report import (
     BuildOutcome,
@@ -40,7 +41,7 @@ from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import write_limits
-from hstu_compile.graph_plugin import plugin_request_of
+from hstu_compile.graph_plugin import kernels_request_of, plugin_request_of
 from hstu_compile.incremental_check import check_incremental
 from hstu_compile.labelled_requests import LARGEST_BATCH, LabelledRequests, labelled_requests
 from hstu_compile.m_falcon_check import check_m_falcon
@@ -54,7 +55,9 @@ from hstu_compile.profiles import graph_profiles
 from hstu_compile.quality import Answer, QualityMeasurement, QualityTable
 from hstu_compile.report import render_report
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes, quantized_sites
+from hstu_compile.runtime.schedule_file import schedule_text
 from hstu_compile.runtime.session import Session, open_session
+from hstu_compile.segment_engines import fused_from_onnx
 from hstu_compile.sensitivity import climb_ladder
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
@@ -69,6 +72,9 @@ from hstu_compile.session_check import (
 )
 from hstu_compile.trt_options import EngineOptions
 from hstu_compile.verify import BuiltGraph, References, open_built, references_from_spec, verify_artifacts
+
+if TYPE_CHECKING:
+    from hstu_compile.plugin_library import KernelsLibrary
 
 STAGES = ("checkpoint", "model", "export", "rewrite", "engine", "verify", "bundle")
 
@@ -245,20 +251,18 @@ def compile_checkpoint(
         summarise(", ".join(f"{count} {kind}" for kind, count in totals.items()))
     with build.stage("engine") as summarise:
         plugin = _plugin(config, plan, graphs, build.listener)
-        built = [
-            BuiltGraph(
-                graph,
-                _engine(plan, graph, options, plugin, build.listener),
-                *bundles.model_files(graph.name),
-                limits.contextual_len,
-            )
-            for graph in graphs
-        ]
+        kernels = _kernels(plan, graphs, build.listener)
+        built = [_built(plan, graph, options, plugin, kernels, build.listener) for graph in graphs]
         for each_built in built:
-            if each_built.engine is not None:
+            for number, each_engine in enumerate(each_built.engines):
                 name = "04_engine" if len(built) == 1 else f"04_engine_{each_built.graph.name}"
-                build.keep(f"{name}.json", json.dumps(engine_dict(each_built.engine), indent=1))
-        summarise(_engines_in_words(plan, built) + (f"; plugin with {plugin.hopper}" if plugin is not None else ""))
+                name += "" if each_built.fused is None else f"_segment_{number}"
+                build.keep(f"{name}.json", json.dumps(engine_dict(each_engine), indent=1))
+        summarise(
+            _engines_in_words(plan, built)
+            + (f"; plugin with {plugin.hopper}" if plugin is not None else "")
+            + (f"; {kernels.path.name} with {kernels.hopper}" if kernels is not None else "")
+        )
     references: References | None = None
     verification: VerifyReport | None = None
     runs: list[list[RuntimeCheck]] = []
@@ -300,7 +304,7 @@ def compile_checkpoint(
                 GraphOutcome(each_built, reference)
                 for each_built, reference in zip(built, references.graphs, strict=True)
             ]
-        result = _write_bundle(build, plan, outcomes, runs, plugin, verification, references, quality)
+        result = _write_bundle(build, plan, outcomes, runs, plugin, kernels, verification, references, quality)
         summarise(str(result.path))
     return result
 
@@ -361,8 +365,9 @@ def _quality(
     feeds = [Feed(f"labelled {number}", batch.feeds) for number, batch in enumerate(requests.batches)]
     library = plugin.self_registering if plugin else None
     files = {"onnxruntime": main.onnx_file}
-    if any(run.artifact == main.engine_file and run.status != "NOT RUN" for run in (runs[0] if runs else ())):
-        files[plan.backend.name] = main.engine_file
+    # The engine's run is the last one where there is an engine.
+    if main.runnable_file is not None and runs and runs[0][-1].status != "NOT RUN":
+        files[plan.backend.name] = main.runnable_file
     for runtime, file in files.items():
         progress(f"quality on {runtime}", 2, 3)
         with open_built(main, runtime, feeds, library) as session:
@@ -414,8 +419,10 @@ def _verify_session(
     """The graphs as one session: in ONNX Runtime, and their engines where those can run."""
     graphs = {each.graph.name: each for each in built}
     files = {"onnxruntime": {name: each.onnx_file for name, each in graphs.items()}}
-    if all(each.engine is not None for each in built):
-        files[plan.backend.name] = {name: each.engine_file for name, each in graphs.items()}
+    runnable = {name: each.runnable_file for name, each in graphs.items()}
+    engines = {name: file for name, file in runnable.items() if file is not None}
+    if len(engines) == len(built):
+        files[plan.backend.name] = engines
 
     def opener(runtime: str) -> Callable[[str], Session]:
         return lambda graph: open_built(graphs[graph], runtime, reference.feeds, plugin_library)
@@ -442,10 +449,14 @@ def _called(graph: OnnxGraph, graphs: Sequence[OnnxGraph]) -> str:
 
 
 def _engines_in_words(plan: BuildPlan, built: Sequence[BuiltGraph]) -> str:
-    engines = [each.engine for each in built if each.engine is not None]
+    engines = [engine for each in built for engine in each.engines]
     if not engines:
         return f"none: {plan.backend.reason}"
-    sizes = ", ".join(f"{len(engine.plan)} bytes" for engine in engines)
+    if any(each.fused is not None for each in built):
+        nbytes = sum(len(engine.plan) for engine in engines)
+        sizes = f"{len(engines)} segments of {len(built)} graphs, {nbytes} bytes"
+    else:
+        sizes = ", ".join(f"{len(engine.plan)} bytes" for engine in engines)
     return f"{engines[0].backend} {engines[0].version}, {sizes}; {plan.backend.reason}"
 
 
@@ -468,17 +479,62 @@ def _plugin(
     return build_plugin_library(request, listener.stage_progress)
 
 
+def _kernels(plan: BuildPlan, graphs: Sequence[OnnxGraph], listener: Listener) -> KernelsLibrary | None:
+    """The library of the kernels that run between the engines of these graphs, where they are cut."""
+    if not plan.is_fused:
+        return None
+    return plugin_library.build_kernels_library(
+        kernels_request_of([graph.model for graph in graphs]), listener.stage_progress
+    )
+
+
+def _built(
+    plan: BuildPlan,
+    graph: OnnxGraph,
+    options: EngineOptions,
+    plugin: PluginLibrary | None,
+    kernels: KernelsLibrary | None,
+    listener: Listener,
+) -> BuiltGraph:
+    """A graph with its engine, or with those of its segments."""
+    engine = fused = None
+    if kernels is not None:
+        fused = _fused(plan, graph, options, kernels, listener)
+    else:
+        engine = _engine(plan, graph, options, plugin, listener)
+    return BuiltGraph(graph, engine, *bundles.model_files(graph.name), plan.limits.contextual_len, fused)
+
+
+def _profile(plan: BuildPlan, graph: OnnxGraph, options: EngineOptions) -> Profile:
+    explicit = options.explicit_profile()
+    if explicit is not None:
+        return explicit
+    (profile,) = graph_profiles(graph.name, graph.inputs, plan.sizes(graph.name))
+    return profile
+
+
+def _fused(
+    plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, kernels: KernelsLibrary, listener: Listener
+) -> FusedEngines:
+    return fused_from_onnx(
+        graph,
+        _profile(plan, graph, options),
+        kernels.path,
+        Path(bundles.model_files(graph.name)[1]).stem,
+        options,
+        lambda segment, phase, fraction: listener.stage_progress(f"{segment} {phase}", round(100 * fraction), 100),
+    )
+
+
 def _engine(
     plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, plugin: PluginLibrary | None, listener: Listener
 ) -> EngineArtifact | None:
     if plan.backend.name == "onnx":
         return None
-    explicit = options.explicit_profile()
-    profiles = (explicit,) if explicit is not None else graph_profiles(graph.name, graph.inputs, plan.sizes(graph.name))
     return engine_from_onnx(
         graph.model,
         backend=plan.backend.name,
-        profiles=profiles,
+        profiles=(_profile(plan, graph, options),),
         plugin_library=plugin.self_registering if plugin is not None and plan.backend.name == "tensorrt" else None,
         options=options,
         on_progress=lambda phase, fraction: listener.stage_progress(
@@ -534,6 +590,7 @@ def _write_bundle(
     graphs: Sequence[GraphOutcome],
     runs: Sequence[Sequence[RuntimeCheck]],
     plugin: PluginLibrary | None,
+    kernels: KernelsLibrary | None,
     verification: VerifyReport | None,
     references: References | None,
     quality: QualityTable | None,
@@ -546,6 +603,12 @@ def _write_bundle(
             writer.add(built.onnx_file, built.graph.model.SerializeToString(deterministic=True))
             if built.engine is not None:
                 writer.add(built.engine_file, built.engine.plan)
+            if built.fused is not None:
+                for name, engine in zip(built.fused.engine_files, built.fused.engines, strict=True):
+                    writer.add(name, engine.plan)
+                writer.add(built.fused.schedule_file, schedule_text(built.fused.cut))
+        if kernels is not None:
+            writer.add(kernels.path.name, kernels.path.read_bytes())
         if plugin is not None:
             for library in filter(None, (plugin.self_registering, plugin.version_compatible)):
                 writer.add(library.name, library.read_bytes())
@@ -559,7 +622,7 @@ def _write_bundle(
                 save_outputs(folder / bundles.reference_files(SESSION).exact, "eager-float64", session.exact)
         stages = [dataclasses.asdict(stage) for stage in build.stages]
         cost = references.quantization_cost if references is not None else None
-        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session, cost, quality)
+        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session, cost, quality, kernels)
         report = build_report(outcome, config.bundle_path.name)
         report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
         writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hstu_compile.bundle import model_files, open_graph, read_bundle
 from hstu_compile.errors import BundleError
+from hstu_compile.runtime.open_fused import FUSED_BACKEND
 from hstu_compile.runtime.ranking import OverBudget, RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy
 from hstu_compile.runtime.ranking_spec import RankingSpec
@@ -28,6 +29,7 @@ def open_ranking_session(
     plugin_library: Path | None = None,
     use_gpu: bool = False,
     cuda_graphs: int | None = None,
+    graph_budget_bytes: int | None = None,
 ) -> RankingSession:
     """Open a ranking bundle for scoring.
 
@@ -40,8 +42,9 @@ def open_ranking_session(
         over_budget: what to do with a user that the budget cannot hold.
         plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
-        cuda_graphs: most CUDA graphs that each engine keeps (tensorrt only); 0 records none. None means
-            `CUDA_GRAPHS` with tensorrt, and none elsewhere.
+        cuda_graphs: most CUDA graphs that each graph of the bundle keeps (tensorrt, and tensorrt-rtx for bundles built
+            with --attention fused); 0 records none. None means `CUDA_GRAPHS` with these, and none elsewhere.
+        graph_budget_bytes: see `open_graph`.
 
     Returns:
         A session that owns the graphs; close it.
@@ -62,10 +65,13 @@ def open_ranking_session(
         )
     spec = RankingSpec.from_manifest(entry)
     if cuda_graphs is None:
-        cuda_graphs = CUDA_GRAPHS if runtime == "tensorrt" else 0
+        records = runtime == "tensorrt" or (runtime == FUSED_BACKEND and files.fused_graph("packed") is not None)
+        cuda_graphs = CUDA_GRAPHS if records else 0
     with contextlib.ExitStack() as opened:
         graphs = {
-            graph: opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs))
+            graph: opened.enter_context(
+                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes)
+            )
             for graph in _GRAPHS
             if graph == "packed" or model_files(graph)[0] in files.manifest["files"]
         }

@@ -10,14 +10,19 @@ from typing import Any
 import onnx
 
 from hstu_compile import bundle as bundles
-from hstu_compile.artifacts import Feed
-from hstu_compile.errors import BundleError
+from hstu_compile.artifacts import Feed, OnnxGraph
+from hstu_compile.errors import BundleError, EngineError
+from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.incremental_check import check_incremental
 from hstu_compile.m_falcon_check import check_m_falcon
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_feeds, load_outputs, run_polygraphy
 from hstu_compile.rewrite import affordable
+from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.runtime.schedule_file import schedule_text
+from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.session_check import (
+    SEGMENTS,
     SESSION,
     Progress,
     Reference,
@@ -50,7 +55,8 @@ class Recheck:
 def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     """Run the stored feeds again and compare with the stored float64 outputs, under the rule of the build.
 
-    Every graph runs in ONNX Runtime, its engine on its backend where that can run; the graphs of a model built with
+    Every graph runs in ONNX Runtime, one that was cut in segments as well, and its engine or engines on their backend
+    where that can run; the graphs of a model built with
     --m-falcon or --incremental also run together, as a session. Then the stored Polygraphy commands are repeated, which
     also cover top-k scores.
 
@@ -72,12 +78,13 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     commands = []
     for graph in files.manifest["graphs"]:
         reference = stored_reference(files.path, graph)
-        runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if graph["engine"] else [])]
-        checked.append((reference, [_check(files, graph, name, reference, progress) for name in runtimes]))
+        checked.append(
+            (reference, [_check(files, graph, name, reference, progress) for name in _runtimes(files, graph)])
+        )
         commands.append(run_polygraphy(files.path, graph["verification"]["polygraphy_arguments"]))
     if files.manifest["verification"]["session"] is not None:
         reference = _stored_session_reference(files)
-        engines = all(graph["engine"] for graph in files.manifest["graphs"])
+        engines = all(_runnable_file(graph) for graph in files.manifest["graphs"])
         runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if engines else [])]
         checked.append((reference, [_check_session_of(files, name, reference, progress) for name in runtimes]))
     quantization = files.manifest.get("quantization")
@@ -104,6 +111,19 @@ def stored_reference(folder: Path, graph: Mapping[str, Any]) -> Reference:
     )
 
 
+def _runnable_file(graph: Mapping[str, Any]) -> str | None:
+    """What stands for a graph on a GPU: its engine, or the schedule of its segments."""
+    fused = graph.get("fused")
+    return graph["engine"] if fused is None else str(fused["schedule"])
+
+
+def _runtimes(files: bundles.BundleFiles, graph: Mapping[str, Any]) -> list[str]:
+    """Where a graph is checked."""
+    segments = [] if graph.get("fused") is None else [SEGMENTS]
+    engine = [files.manifest["backend"]["name"]] if _runnable_file(graph) else []
+    return ["onnxruntime", *segments, *engine]
+
+
 def _stored_session_reference(files: bundles.BundleFiles) -> Reference:
     """What a bundle holds to compare its graphs with as one session: the requests are those of its first graph."""
     (packed, *_), stored = files.manifest["graphs"], files.manifest["verification"]["session"]
@@ -118,8 +138,7 @@ def _check_session_of(
     files: bundles.BundleFiles, runtime: str, reference: Reference, progress: Progress
 ) -> RuntimeCheck:
     graphs = {graph["name"]: graph for graph in files.manifest["graphs"]}
-    kind = "onnx" if runtime == "onnxruntime" else "engine"
-    names = {name: graph[kind] for name, graph in graphs.items()}
+    names = {name: _artifact(graph, runtime) for name, graph in graphs.items()}
     precision = files.manifest["precision"]["requested"]
 
     def open_it(graph: str) -> Session:
@@ -132,20 +151,39 @@ def _check_session_of(
 
 
 def _open(files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, feeds: Sequence[Feed]) -> Session:
-    arrays = [feed.arrays for feed in feeds]
-    return open_session(
-        runtime,
-        onnx=affordable(onnx.load(files.path / graph["onnx"]), arrays, files.contextual_len),
-        engine=files.path / graph["engine"] if graph["engine"] else None,
-        plugin_library=files.plugin_library if runtime == "tensorrt" else None,
-        allow_tf32=files.manifest["precision"]["requested"] != "fp32",
-    )
+    if runtime not in ("onnxruntime", SEGMENTS):
+        return bundles.open_graph(files, graph["name"], runtime)
+    whole = onnx.load(files.path / graph["onnx"])
+    runnable = affordable(whole, [feed.arrays for feed in feeds], files.contextual_len)
+    if runtime == "onnxruntime":
+        return open_session(runtime, onnx=runnable)
+    stored = files.path / graph["fused"]["schedule"]
+    if schedule_text(segmented_from_onnx(_graph_of(files, graph, whole))) != stored.read_text(encoding="utf-8"):
+        raise EngineError(
+            "HSTU-E404",
+            f"{stored.name} is not how this hstu-compile cuts {graph['onnx']}",
+            f"the bundle was built by hstu-compile {files.manifest['hstu_compile']}",
+            "verify it with that version, or build it again",
+        )
+    return SegmentedOnnxSession(segmented_from_onnx(_graph_of(files, graph, runnable)))
+
+
+def _graph_of(files: bundles.BundleFiles, graph: Mapping[str, Any], model: onnx.ModelProto) -> OnnxGraph:
+    """A stored graph as the build had it."""
+    inputs, outputs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
+    return OnnxGraph(graph["name"], model, files.manifest["precision"]["requested"], inputs, outputs)
+
+
+def _artifact(graph: Mapping[str, Any], runtime: str) -> str:
+    """The file that a runtime runs of a graph."""
+    name = graph["onnx"] if runtime == "onnxruntime" else _runnable_file(graph)
+    return str(name)
 
 
 def _check(
     files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, reference: Reference, progress: Progress
 ) -> RuntimeCheck:
-    artifact = graph["onnx"] if runtime == "onnxruntime" else graph["engine"]
+    artifact = _artifact(graph, runtime)
     precision = files.manifest["precision"]["requested"]
 
     def check(session: Session) -> RuntimeCheck:

@@ -24,6 +24,7 @@ def open_retrieval_session(
     plugin_library: Path | None = None,
     use_gpu: bool = False,
     cuda_graphs: int = 0,
+    graph_budget_bytes: int | None = None,
 ) -> RetrievalSession:
     """Open a retrieval bundle for histories that grow.
 
@@ -36,8 +37,10 @@ def open_retrieval_session(
         over_budget: what to do with a user that the budget cannot hold.
         plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
-        cuda_graphs: most CUDA graphs that each engine keeps (tensorrt only). They pay where many users have histories
-            of one length, such as the longest; a history that grows has a new shape every time.
+        cuda_graphs: most CUDA graphs that each graph of the bundle keeps (tensorrt, and tensorrt-rtx for bundles built
+            with --attention fused). They pay where many users have histories of one length, such as the longest; a
+            history that grows has a new shape every time.
+        graph_budget_bytes: see `open_graph`.
 
     Returns:
         A session that owns the graphs; close it.
@@ -57,7 +60,9 @@ def open_retrieval_session(
         )
     with contextlib.ExitStack() as opened:
         graphs = [
-            opened.enter_context(open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs))
+            opened.enter_context(
+                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes)
+            )
             for graph in _GRAPHS
         ]
         session = RetrievalSession(

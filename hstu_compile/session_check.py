@@ -29,6 +29,9 @@ Progress = Callable[[str, int, int], None]
 # Outputs with one number per candidate and task: [T, tasks].
 PREDICTIONS = ("preds", "logits")
 
+# How a check calls ONNX Runtime over the segments of a graph that was cut at its attentions.
+SEGMENTS = "onnxruntime, in segments"
+
 # Stands for a graph's name where graphs are checked together, as a session runs them.
 SESSION = "session"
 

@@ -16,7 +16,15 @@ import numpy as np
 import onnx
 import torch
 
-from hstu_compile.artifacts import CheckpointSpec, EngineArtifact, Feed, OnnxGraph, Precision, is_tap
+from hstu_compile.artifacts import (
+    CheckpointSpec,
+    EngineArtifact,
+    Feed,
+    FusedEngines,
+    OnnxGraph,
+    Precision,
+    is_tap,
+)
 from hstu_compile.calibration.append_batches import append_arrays
 from hstu_compile.calibration.batches import RequestBatch
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays, single_user_arrays
@@ -32,10 +40,14 @@ from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.quantized import QuantizationPlan
 from hstu_compile.rewrite import affordable
+from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.runtime.open_fused import open_fused_session
+from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
     PREDICTIONS,
+    SEGMENTS,
     SESSION,
     Outputs,
     Progress,
@@ -94,6 +106,7 @@ class BuiltGraph:
         onnx_file: its file name there.
         engine_file: the engine's.
         contextual_len: rows in front of every history.
+        fused: the engines of its segments in place of `engine`, where it was cut at its attentions.
     """
 
     graph: OnnxGraph
@@ -101,6 +114,21 @@ class BuiltGraph:
     onnx_file: str
     engine_file: str
     contextual_len: int = 0
+    fused: FusedEngines | None = None
+
+    @property
+    def engines(self) -> tuple[EngineArtifact, ...]:
+        """Every engine of the graph: none, one, or those of its segments."""
+        if self.fused is not None:
+            return self.fused.engines
+        return () if self.engine is None else (self.engine,)
+
+    @property
+    def runnable_file(self) -> str | None:
+        """The file that stands for what a GPU runs: the engine, or the schedule of the segments; None for neither."""
+        if self.fused is not None:
+            return self.fused.schedule_file
+        return None if self.engine is None else self.engine_file
 
     def affordable(self, feeds: Sequence[Feed]) -> onnx.ModelProto:
         """The graph as a CPU can run it on these requests."""
@@ -298,7 +326,7 @@ def _incremental_reference(whole: Reference) -> Reference:
 def open_built(
     built: BuiltGraph, runtime: str, feeds: Sequence[Feed], plugin_library: Path | None, taps: Sequence[str] = ()
 ) -> Session:
-    """Open one shipped graph in ONNX Runtime, or its engine on its backend.
+    """Open one shipped graph in ONNX Runtime, or its engine or engines on their backend.
 
     Args:
         built: the graph and its engine.
@@ -309,19 +337,37 @@ def open_built(
     """
     if runtime == "onnxruntime":
         return open_session(runtime, onnx=built.affordable(feeds), taps=taps)
+    allow_tf32 = built.graph.precision != "fp32"
+    if (fused := built.fused) is not None:
+        plans = [engine.plan for engine in fused.engines]
+        return open_fused_session(fused.cut, plans, fused.kernels, allow_tf32=allow_tf32)
     assert built.engine is not None
     return open_session(
         runtime,
         engine=built.engine.plan,
         plugin_library=plugin_library if runtime == "tensorrt" else None,
-        allow_tf32=built.graph.precision != "fp32",
+        allow_tf32=allow_tf32,
     )
+
+
+def open_segments(built: BuiltGraph, feeds: Sequence[Feed], taps: Sequence[str] = ()) -> Session:
+    """Open one shipped graph in segments in ONNX Runtime, as its engines run it.
+
+    Args:
+        built: the graph.
+        feeds: the largest requests that it has to take.
+        taps: intermediate values to give as well.
+    """
+    graph = dataclasses.replace(built.graph, model=built.affordable(feeds))
+    return SegmentedOnnxSession(segmented_from_onnx(graph), taps=taps)
 
 
 def verify_artifacts(
     built: BuiltGraph, reference: Reference, plugin_library: Path | None, progress: Progress
 ) -> list[RuntimeCheck]:
     """Check one shipped graph in ONNX Runtime, layer by layer, and its engine where that can run.
+
+    A graph that was cut is also checked in segments there: what its engines leave to show is that they compute them.
 
     Args:
         built: the graph and its engine.
@@ -333,7 +379,7 @@ def verify_artifacts(
         VerifyError: HSTU-E602, if ONNX Runtime is not installed: then nothing could be verified.
     """
     taps = [name for name in reference.exact[0] if is_tap(name)]
-    precision, engine = built.graph.precision, built.engine
+    precision = built.graph.precision
 
     def check(artifact: str) -> Callable[[Session], RuntimeCheck]:
         return lambda session: check_session(session, artifact, reference, precision, progress)
@@ -353,13 +399,16 @@ def verify_artifacts(
             runs[0].reason or "",
             "install onnxruntime (pip install 'hstu-compile[cpu]'), or build with --no-verify",
         )
-    if engine is not None:
+    if built.fused is not None:
+        file = built.fused.schedule_file
+        runs.append(
+            guarded_check(SEGMENTS, file, lambda: open_segments(built, reference.feeds, taps), check(file)),
+        )
+    if built.runnable_file is not None:
+        backend, file = built.engines[0].backend, built.runnable_file
         runs.append(
             guarded_check(
-                engine.backend,
-                built.engine_file,
-                lambda: open_built(built, engine.backend, reference.feeds, plugin_library),
-                check(built.engine_file),
+                backend, file, lambda: open_built(built, backend, reference.feeds, plugin_library), check(file)
             )
         )
     return runs

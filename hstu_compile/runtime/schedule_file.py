@@ -21,6 +21,15 @@ from hstu_compile.runtime._bfloat16 import storage_dtype
 FORMAT_VERSION = 1
 
 
+def fused_files(stem: str, num_segments: int) -> tuple[str, tuple[str, ...]]:
+    """File names of a graph's schedule and of its engines, in order.
+
+    >>> fused_files("model", 2)
+    ('model.schedule.json', ('model.segment-0.engine', 'model.segment-1.engine'))
+    """
+    return f"{stem}.schedule.json", tuple(f"{stem}.segment-{number}.engine" for number in range(num_segments))
+
+
 def schedule_text(schedule: Schedule) -> str:
     """The file's content. Equal schedules have equal texts."""
     constants = {}

@@ -1,0 +1,109 @@
+"""What a build with --attention fused makes of a model, known before anything is traced. Level 4."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from hstu_compile.config import AttentionSilu, BuildConfig, Precision
+from hstu_compile.errors import UsageError
+from hstu_compile.model.families import ModelConfig
+from hstu_compile.model.ranking_config import RankingConfig
+from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for
+from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
+from hstu_compile.runtime.open_fused import FUSED_BACKEND
+
+# Graphs whose attentions read cached keys, and whose candidates do not see one another.
+_CACHED = ("score", "append")
+_CANDIDATES = ("packed", "score")
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedPlan:
+    """Segments, attentions and kernels of a build.
+
+    Attributes:
+        attentions: number of them in each graph. A graph has an engine before each of them and one after the last.
+        kernels: portable kernels that its attentions need.
+        hopper_kernels: kernels that a Hopper GPU runs in their place, if the build has nvcc.
+    """
+
+    attentions: dict[str, int]
+    kernels: tuple[KernelVariant, ...]
+    hopper_kernels: tuple[HopperVariant, ...]
+
+    @property
+    def segments(self) -> dict[str, int]:
+        """Segments, and so engines, of each graph."""
+        return {graph: count + 1 for graph, count in self.attentions.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "attentions": self.attentions,
+            "segments": self.segments,
+            "engines": sum(self.segments.values()),
+            "kernels": [dataclasses.asdict(variant) for variant in self.kernels],
+            "hopper_kernels": [dataclasses.asdict(variant) for variant in self.hopper_kernels],
+        }
+
+
+def check_attention(config: BuildConfig) -> None:
+    """Refuse --attention fused for a backend that does not run it.
+
+    Raises:
+        UsageError: HSTU-E901.
+    """
+    if config.attention != "fused" or config.backend in ("auto", FUSED_BACKEND):
+        return
+    why = {
+        "tensorrt": "TensorRT takes our plugin, which runs the same kernels inside one engine",
+        "onnx": "that backend builds no engine, and the kernels run between engines",
+    }
+    raise UsageError(
+        "HSTU-E901",
+        f"--attention fused and --backend {config.backend} exclude each other",
+        why[config.backend],
+        f"leave --attention out, or pass --backend {FUSED_BACKEND}",
+        {"attention": config.attention, "backend": config.backend},
+    )
+
+
+def requested_backend(config: BuildConfig) -> str:
+    """The engine builder that a build asks for: --attention fused leaves no choice."""
+    return FUSED_BACKEND if config.attention == "fused" else config.backend
+
+
+def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, silu: AttentionSilu) -> FusedPlan:
+    """Count segments and attentions, and name the kernels.
+
+    Args:
+        model: configuration.
+        graphs: names of the graphs that are built.
+        precision: of the graphs.
+        silu: error that the attention's SiLU may have.
+    """
+    attention, layers = model.layer.attention, model.num_layers
+    # Nobody reads what the last layer of a ranking model's prefill attends to.
+    is_ranking = isinstance(model, RankingConfig)
+    attentions = {graph: layers - (graph == "prefill" and is_ranking) for graph in graphs}
+    kernels: dict[KernelVariant, None] = {}
+    hopper: dict[HopperVariant, None] = {}
+    for graph in (graph for graph, count in attentions.items() if count):
+        plain = graph not in _CANDIDATES and not attention.contextual_seq_len and not attention.max_attn_len
+        dims = (_DTYPES[precision], attention.attention_dim, attention.linear_dim)
+        pos_bias, time_bias = attention.pos_table_len > 0, attention.time_bias != "none"
+        cached = graph in _CACHED
+        kernels |= dict.fromkeys(
+            variants_for(
+                *dims, pos_bias=pos_bias, time_bias=time_bias, mask_kinds=(0,) if plain else (1,), has_cache=cached
+            )
+        )
+        hopper |= dict.fromkeys(
+            hopper_variants_for(
+                *dims, plain_causal=plain, pos_bias=pos_bias, time_bias=time_bias, silu=silu, has_cache=cached
+            )
+        )
+    return FusedPlan(attentions, tuple(kernels), tuple(hopper))
