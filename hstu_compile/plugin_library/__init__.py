@@ -23,6 +23,7 @@ from hstu_compile.plugin_library.headers import (
     installed_tensorrt_version,
     read_tensorrt_version,
 )
+from hstu_compile.plugin_library.kernels import KERNELS_LIBRARY, KernelsLibrary, build_kernels_library
 from hstu_compile.plugin_library.loading import load_plugin_library
 from hstu_compile.plugin_library.plugin import (
     SELF_REGISTERING,
@@ -32,16 +33,19 @@ from hstu_compile.plugin_library.plugin import (
 )
 
 __all__ = [
+    "KERNELS_LIBRARY",
     "SELF_REGISTERING",
     "SUPPORTED_MAJORS",
     "TENSORRT_DISTRIBUTIONS",
     "VERSION_COMPATIBLE",
     "HopperChoice",
     "HopperKernels",
+    "KernelsLibrary",
     "PluginBuildRequest",
     "PluginLibrary",
     "Progress",
     "TensorRtHeaders",
+    "build_kernels_library",
     "build_plugin_library",
     "default_cache_dir",
     "find_cuda_headers",

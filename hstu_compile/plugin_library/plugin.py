@@ -62,7 +62,7 @@ def build_plugin_library(request: PluginBuildRequest, progress: Progress | None 
     kernels = resolve_kernels(request, norm_variants)
     version = ".".join(map(str, headers.version))
     recipe = Recipe(
-        target="all",
+        target="hstu_plugins",
         files=(SELF_REGISTERING, VERSION_COMPATIBLE),
         kernels=kernels,
         headers=tuple(headers.include_dir.glob("NvInfer*.h")),
