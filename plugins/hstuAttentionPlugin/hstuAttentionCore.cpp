@@ -248,11 +248,13 @@ void HstuAttentionCore::enqueue(NodeTensors const& tensors, DevicePointers const
         read.inputs[static_cast<size_t>(Input::kKCached)] = nullptr;
         read.inputs[static_cast<size_t>(Input::kVCached)] = nullptr;
     }
-    bool const aligned = tactic.aligned != nullptr && isAligned(read);
+    bool const aligned = tactic.aligned != nullptr && isAligned(sizes, read);
     std::shared_ptr<LoadedKernel const> const& kernel = aligned ? tactic.aligned : tactic.unaligned;
     HSTU_CHECK(kernel != nullptr, kPluginName, " node '", mNodeName,
-        "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: bind I/O buffers that are "
-        "16-byte aligned, or build a library with KernelVariant(aligned=False)");
+        "': a tensor is not 16-byte aligned, or the rows of q, k or v are ", sizes.rowStride(Input::kQ), ", ",
+        sizes.rowStride(Input::kK), " and ", sizes.rowStride(Input::kV), " elements apart, not a multiple of 16, "
+        "and the library has aligned kernels only. Fix: bind I/O buffers that are 16-byte aligned, or build a library with "
+        "KernelVariant(aligned=False)");
     launchHstuAttention(*kernel, mAttributes, sizes, read, stream);
 }
 

@@ -59,14 +59,21 @@ std::string describeCall(HstuKernelImage const& image, NodeSizes const& sizes)
     return text.str();
 }
 
-//! Describes a contiguous [rows, heads, columns] tensor for copies of [boxRows, 1, 64] boxes. Rows and columns outside
-//! are copied as zero.
-TensorMap tensorMap(
-    HstuKernelImage const& image, NodeSizes const& sizes, void const* data, Symbol rows, Symbol columns, int32_t boxRows)
+//! Describes one of [rows, heads, columns] tensors for copies of [boxRows, 1, 64] boxes. Rows and columns outside are
+//! copied as zero.
+//!
+//! \param nothing what is described where the tensor has no rows: nothing is copied then, but a tensor map wants the
+//!     address of something.
+TensorMap tensorMap(HstuKernelImage const& image, NodeSizes const& sizes, DevicePointers const& pointers, Input input,
+    void const* nothing, int32_t boxRows)
 {
-    auto const extent = [&sizes](Symbol symbol) { return static_cast<uint64_t>(sizes[symbol]); };
-    uint64_t const dims[kRank] = {extent(columns), extent(Symbol::kH), std::max<uint64_t>(extent(rows), 1)};
-    uint64_t const strides[kRank - 1] = {kElementBytes * dims[0], kElementBytes * dims[0] * dims[1]};
+    auto const& spec = kInputs[static_cast<size_t>(input)];
+    auto const extent = [&](size_t axis) { return static_cast<uint64_t>(sizes[spec.dims[axis].symbol]); };
+    bool const isEmpty = extent(0) == 0;
+    void const* const data = isEmpty ? nothing : pointers.inputs[static_cast<size_t>(input)];
+    uint64_t const dims[kRank] = {extent(2), extent(1), isEmpty ? 1 : extent(0)};
+    uint64_t const rowStride = isEmpty ? dims[0] * dims[1] : static_cast<uint64_t>(sizes.rowStride(input));
+    uint64_t const strides[kRank - 1] = {kElementBytes * dims[0], kElementBytes * rowStride};
     uint32_t const box[kRank] = {kSlab, 1, static_cast<uint32_t>(boxRows)};
     uint32_t const steps[kRank] = {1, 1, 1};
     bool const isHalf = image.dtype == static_cast<int32_t>(ElementType::kFloat16);
@@ -92,16 +99,21 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
                              && mostTiles(sizes, kLeastBlockM) < kMostRows;
     constexpr int64_t kMostTimeHeads = 8; // of bias.cuh
     uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
-    bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kQ)]);
+    auto const add = [&](Input input)
+    {
+        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(input)]);
+        bits |= kElementBytes * static_cast<uintptr_t>(sizes.rowStride(input));
+    };
+    add(Input::kQ);
     if (sizes[Symbol::kLk] > 0)
     {
-        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kK)]);
-        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kV)]);
+        add(Input::kK);
+        add(Input::kV);
     }
     if (cachedRows(sizes) > 0)
     {
-        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kKCached)]);
-        bits |= reinterpret_cast<uintptr_t>(pointers.inputs[static_cast<size_t>(Input::kVCached)]);
+        add(Input::kKCached);
+        add(Input::kVCached);
     }
     return isCountable && sizes[Symbol::kHt] <= kMostTimeHeads && bits % kAlignment == 0;
 }
@@ -153,16 +165,14 @@ void launchHopper(LoadedKernel const& kernel, int32_t split, HstuAttentionAttrib
     auto const input = [&pointers](Input which) { return pointers.inputs[static_cast<size_t>(which)]; };
     auto const size = [&sizes](Symbol symbol) { return static_cast<int32_t>(sizes[symbol]); };
 
-    // Without rows nothing is copied, but a tensor map wants the address of something.
-    void const* const q = input(Input::kQ);
-    auto const keyMap = [&](Input data, Symbol rows, Symbol columns)
-    { return tensorMap(image, sizes, sizes[rows] > 0 ? input(data) : q, rows, columns, image.blockN); };
-    TensorMap queries = tensorMap(image, sizes, q, Symbol::kLq, Symbol::kDqk, image.blockM);
-    TensorMap keys = keyMap(Input::kK, Symbol::kLk, Symbol::kDqk);
-    TensorMap values = keyMap(Input::kV, Symbol::kLk, Symbol::kDv);
+    auto const map = [&](Input which, int32_t boxRows)
+    { return tensorMap(image, sizes, pointers, which, input(Input::kQ), boxRows); };
+    TensorMap queries = map(Input::kQ, image.blockM);
+    TensorMap keys = map(Input::kK, image.blockN);
+    TensorMap values = map(Input::kV, image.blockN);
     bool const hasCache = attributes.hasCache != 0;
-    TensorMap cachedKeys = hasCache ? keyMap(Input::kKCached, Symbol::kLc, Symbol::kDqk) : TensorMap{};
-    TensorMap cachedValues = hasCache ? keyMap(Input::kVCached, Symbol::kLc, Symbol::kDv) : TensorMap{};
+    TensorMap cachedKeys = hasCache ? map(Input::kKCached, image.blockN) : TensorMap{};
+    TensorMap cachedValues = hasCache ? map(Input::kVCached, image.blockN) : TensorMap{};
 
     AttentionParameters parameters{};
     parameters.out = pointers.output;

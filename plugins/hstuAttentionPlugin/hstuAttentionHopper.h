@@ -8,8 +8,8 @@
 namespace hstu
 {
 
-//! \return whether the Hopper kernel takes a call of a node that it fits: q, k, v and out are 16-byte aligned, rows and
-//! tiles are few enough to be counted in 32 bits, and the time tables of all heads have room in shared memory.
+//! \return whether the Hopper kernel takes a call of a node that it fits: q, k, v and out are 16-byte aligned, as are the
+//! rows of q, k and v among themselves, rows and tiles are few enough to be counted in 32 bits, and the time tables of all heads have room in shared memory.
 bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcept;
 
 //! Chooses by how many blocks each tile of a launch is shared, by what the host knows of a call, which is its dims: the

@@ -218,9 +218,16 @@ std::string describeMissingKernel(
     return text.str();
 }
 
-bool isAligned(DevicePointers const& pointers) noexcept
+bool isAligned(NodeSizes const& sizes, DevicePointers const& pointers) noexcept
 {
     constexpr uintptr_t kAlignment = 16;
+    for (Input const input : {Input::kQ, Input::kK, Input::kV})
+    {
+        if (sizes.rowStride(input) % kVectorElements != 0)
+        {
+            return false;
+        }
+    }
     uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
     for (void const* const pointer : pointers.inputs)
     {
@@ -263,6 +270,10 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
     int32_t heads = size(Symbol::kH);
     int32_t dqk = size(Symbol::kDqk);
     int32_t dv = size(Symbol::kDv);
+    auto stride = [&sizes](Input input) { return static_cast<int32_t>(sizes.rowStride(input)); };
+    int32_t qStride = stride(Input::kQ);
+    int32_t kStride = stride(Input::kK);
+    int32_t vStride = stride(Input::kV);
     int32_t posTableLen = size(Symbol::kPosTableLen);
     int32_t posHeads = size(Symbol::kHp);
     int32_t tsHeads = size(Symbol::kHt);
@@ -277,8 +288,9 @@ void launchHstuAttention(LoadedKernel const& kernel, HstuAttentionAttributes con
 
     void* arguments[] = {&q, &k, &v, &out, &qOffsets, &kOffsets, &numTargets, &contextualSeqLens, &scalingSeqLens,
         &rowTimestamps, &colTimestamps, &posTable, &tsTable, &tsThresholds, &kCached, &vCached, &cacheOffsets, &alpha,
-        &scalingSeqLen, &lq, &lk, &lc, &batch, &heads, &dqk, &dv, &posTableLen, &posHeads, &tsHeads, &numBuckets,
-        &targetGroupSize, &contextualSeqLen, &maxAttnLen, &minFullAttnSeqLen, &globalScratch, &profileScratch};
+        &scalingSeqLen, &lq, &lk, &lc, &batch, &heads, &dqk, &dv, &qStride, &kStride, &vStride, &posTableLen,
+        &posHeads, &tsHeads, &numBuckets, &targetGroupSize, &contextualSeqLen, &maxAttnLen, &minFullAttnSeqLen,
+        &globalScratch, &profileScratch};
 
     // A sequence's tiles start at slot q_offsets[b] / blockM + b, so this many slots hold every tile of any offsets:
     // the launch depends on nothing but dims. In 64 bits because Lq + B may pass 2^31.

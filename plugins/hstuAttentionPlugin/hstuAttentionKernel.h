@@ -56,8 +56,9 @@ struct DevicePointers
     void* output{nullptr};
 };
 
-//! \return whether every pointer the portable kernel reads or writes in vectors is 16-byte aligned.
-bool isAligned(DevicePointers const& pointers) noexcept;
+//! \return whether a portable kernel that reads and writes in vectors takes a call: every pointer is 16-byte aligned, and
+//! the rows of q, k and v are a multiple of 16 elements apart.
+bool isAligned(NodeSizes const& sizes, DevicePointers const& pointers) noexcept;
 
 //! Launches a portable kernel on the stream. Does nothing else: no allocation, no synchronisation, no loading, so it may be
 //! captured into a CUDA graph.

@@ -128,6 +128,26 @@ void checkJoinedRows(HstuAttentionAttributes const& attributes, NodeSizes const&
         columns, " in axis 0 of col_timestamps; allowed: Lc + Lk = ", cached + rows);
 }
 
+//! Rows of q, k and v may lie in a wider tensor; kernels count the elements between them in 32 bits.
+void setRowStrides(NodeTensors const& tensors, NodeSizes& sizes)
+{
+    for (int32_t i = 0; i < kNbInputs; ++i)
+    {
+        int64_t const stride = tensors.rowStrides[static_cast<size_t>(i)];
+        if (stride == 0)
+        {
+            continue;
+        }
+        auto const input = static_cast<Input>(i);
+        HSTU_CHECK(input == Input::kQ || input == Input::kK || input == Input::kV, kPluginName, ": the rows of ",
+            kInputs[i].name, " are ", stride, " elements apart; allowed: 0, a contiguous tensor");
+        int64_t const width = sizes.rowStride(input);
+        HSTU_CHECK(stride >= width && stride <= kMaxInt32, kPluginName, ": the rows of ", kInputs[i].name, " are ",
+            stride, " elements apart; allowed: 0, a contiguous tensor, or ", width, " to ", kMaxInt32);
+        sizes.setRowStride(input, stride);
+    }
+}
+
 void checkTableHeads(NodeSizes const& sizes, Symbol symbol)
 {
     int64_t const heads = sizes[symbol];
@@ -137,6 +157,21 @@ void checkTableHeads(NodeSizes const& sizes, Symbol symbol)
 }
 
 } // namespace
+
+int64_t NodeSizes::rowStride(Input input) const noexcept
+{
+    int64_t stride = mRowStrides[static_cast<size_t>(input)];
+    if (stride == 0)
+    {
+        TensorSpec const& spec = kInputs[static_cast<size_t>(input)];
+        stride = 1;
+        for (int32_t axis = 1; axis < spec.rank; ++axis)
+        {
+            stride *= (*this)[spec.dims[static_cast<size_t>(axis)].symbol];
+        }
+    }
+    return stride;
+}
 
 bool isInputPresent(HstuAttentionAttributes const& attributes, int32_t input) noexcept
 {
@@ -181,7 +216,7 @@ NodeSizes resolveSizes(HstuAttentionAttributes const& attributes, NodeTensors co
     checkTensorType(kOutputs[0], tensors.output, tensors);
     solver.add(kOutputs[0], tensors.output);
 
-    NodeSizes const& sizes = solver.sizes();
+    NodeSizes sizes = solver.sizes();
     for (Symbol const symbol : kStaticSymbols)
     {
         HSTU_CHECK(sizes[symbol] != kUnknown, kPluginName, ": ", kSymbolNames[static_cast<size_t>(symbol)],
@@ -209,6 +244,7 @@ NodeSizes resolveSizes(HstuAttentionAttributes const& attributes, NodeTensors co
         checkInRange(sizes, Symbol::kNumBuckets, kMinNumBuckets, kMaxNumBuckets);
         checkTableHeads(sizes, Symbol::kHt);
     }
+    setRowStrides(tensors, sizes);
     return sizes;
 }
 

@@ -16,9 +16,12 @@ struct NodeTensors
 {
     std::array<TensorView, kNbInputs> inputs{};
     TensorView output{};
+    //! Elements from a row of q, k or v to the next; 0: contiguous. Every other input is contiguous, and so is the output.
+    std::array<int64_t, kNbInputs> rowStrides{};
 };
 
-//! Value of every symbol of the contract, -1 where a dynamic extent leaves it open and 0 where its tensor is absent.
+//! Value of every symbol of the contract, -1 where a dynamic extent leaves it open and 0 where its tensor is absent; and
+//! how far apart the rows of q, k and v are.
 class NodeSizes
 {
 public:
@@ -32,8 +35,18 @@ public:
         return mValues[static_cast<size_t>(symbol)];
     }
 
+    //! \return elements from a row of an input to the next, where its other extents are known.
+    int64_t rowStride(Input input) const noexcept;
+
+    //! \param stride 0: that of a contiguous tensor.
+    void setRowStride(Input input, int64_t stride) noexcept
+    {
+        mRowStrides[static_cast<size_t>(input)] = stride;
+    }
+
 private:
     std::array<int64_t, kNbSymbols> mValues{};
+    std::array<int64_t, kNbInputs> mRowStrides{};
 };
 
 //! \return whether the attributes make this input part of the node.
@@ -46,7 +59,7 @@ int32_t countInputs(HstuAttentionAttributes const& attributes) noexcept;
 //! \return its index in kInputs.
 int32_t inputAt(HstuAttentionAttributes const& attributes, int32_t position) noexcept;
 
-//! Checks ranks, types and extents against the contract and solves for its symbols.
+//! Checks ranks, types, extents and row strides against the contract and solves for its symbols.
 //!
 //! \param requireStatic every extent must be known (enqueue); otherwise only the head count, the head dims and the
 //!     tables' widths must be.

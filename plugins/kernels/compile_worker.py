@@ -99,7 +99,8 @@ def _attention_source(task: CompileTask) -> ASTSource:
         "MASK_KIND": variant.mask_kind,
         "HAS_CACHE": int(variant.has_cache),
     }
-    aligned = [n for n, kind in signature.items() if kind.startswith("*")] + ["Dqk", "Dv"] if variant.aligned else []
+    vectors = ("Dqk", "Dv", "q_stride", "k_stride", "v_stride")
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in vectors] if variant.aligned else []
     hints = {(hstu_attention.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(fn=hstu_attention, signature=signature, constexprs=constants, attrs=hints)
 

@@ -13,7 +13,8 @@ one range of columns j.  Whole key tiles that lie in the cache are loaded as wit
 other tile goes through the loop for cut tiles, where each column picks its segment's address.
 
 Memory: q [Lq, H, Dqk], k [Lk, H, Dqk], v [Lk, H, Dv], k_cached [Lc, H, Dqk], v_cached [Lc, H, Dv], out [Lq, H, Dv],
-contiguous; offsets int32 [B + 1] on the device.
+contiguous but for the rows of q, k and v, which may lie in a wider tensor: they are q_stride, k_stride and v_stride
+elements apart, multiples of 16 in kernels for aligned tensors.  Offsets int32 [B + 1] on the device.
 Nothing is padded in memory and no workspace is used.  Row pointers are 64-bit: Lk * H * D passes 2^31 at 4.2 M tokens
 of 512.
 
@@ -182,6 +183,8 @@ def _accumulate(
     context,
     k_stride,
     v_stride,
+    k_cached_stride,
+    v_cached_stride,
     Dqk,
     Dv,
     pos_last,
@@ -208,8 +211,10 @@ def _accumulate(
     if TWO_SEGMENTS:
         is_cached = cols < num_cached
         key_rows = tl.where(is_cached, cols, cols - num_cached).to(tl.int64)
-        k_rows = tl.where(is_cached, k_cached_head, k_head) + key_rows * k_stride  # [BLOCK_N]
-        v_rows = tl.where(is_cached, v_cached_head, v_head) + key_rows * v_stride
+        k_rows = tl.where(is_cached, k_cached_head, k_head)  # [BLOCK_N]
+        v_rows = tl.where(is_cached, v_cached_head, v_head)
+        k_rows += key_rows * tl.where(is_cached, k_cached_stride, k_stride)
+        v_rows += key_rows * tl.where(is_cached, v_cached_stride, v_stride)
         k_pointers = k_rows[:, None] + dims_qk[None, :]  # [BLOCK_N, BLOCK_DQK]
         v_pointers = v_rows[:, None] + dims_v[None, :]  # [BLOCK_N, BLOCK_DV]
     else:
@@ -283,6 +288,9 @@ def hstu_attention(
     H,
     Dqk,
     Dv,
+    q_stride,
+    k_stride,
+    v_stride,
     pos_table_len,
     pos_heads,
     ts_heads,
@@ -311,8 +319,7 @@ def hstu_attention(
     dims_qk = tl.arange(0, BLOCK_DQK)
     dims_v = tl.arange(0, BLOCK_DV)
     lanes = tl.arange(0, BLOCK_M)
-    q_stride = H.to(tl.int64) * Dqk
-    v_stride = H.to(tl.int64) * Dv
+    out_stride = H.to(tl.int64) * Dv
     out_head = out + head.to(tl.int64) * Dv
 
     sequence, is_valid = _locate_sequence(q_offsets, k_offsets, cache_offsets, slot, B, Lq, Lk, Lc, BLOCK_M, HAS_CACHE)
@@ -323,7 +330,7 @@ def hstu_attention(
     if (slot.to(tl.int64) + 1) * BLOCK_M > zero_begin:
         is_tail = (zero_rows >= zero_begin) & (zero_rows < Lq)
         zeros = tl.zeros([BLOCK_M, BLOCK_DV], dtype=out.dtype.element_ty)
-        pointers = out_head + zero_rows[:, None] * v_stride + dims_v[None, :]
+        pointers = out_head + zero_rows[:, None] * out_stride + dims_v[None, :]
         tl.store(pointers, zeros, mask=is_tail[:, None] & (dims_v < Dv)[None, :])
     if (sequence < 0) | (is_valid == 0):
         return
@@ -417,13 +424,17 @@ def hstu_attention(
 
     q_pointers = q + head.to(tl.int64) * Dqk + token_rows[:, None] * q_stride + dims_qk[None, :]
     q_tile = tl.load(q_pointers, mask=is_query[:, None] & (dims_qk < Dqk)[None, :], other=0.0)  # [BLOCK_M, BLOCK_DQK]
-    k_head = k + k_begin.to(tl.int64) * q_stride + head.to(tl.int64) * Dqk
+    k_head = k + k_begin.to(tl.int64) * k_stride + head.to(tl.int64) * Dqk
     v_head = v + k_begin.to(tl.int64) * v_stride + head.to(tl.int64) * Dv
     k_cached_head = k_head
     v_cached_head = v_head
+    k_cached_stride = k_stride
+    v_cached_stride = v_stride
     if HAS_CACHE:
-        k_cached_head = k_cached + c_begin.to(tl.int64) * q_stride + head.to(tl.int64) * Dqk
-        v_cached_head = v_cached + c_begin.to(tl.int64) * v_stride + head.to(tl.int64) * Dv
+        k_cached_stride = H.to(tl.int64) * Dqk
+        v_cached_stride = out_stride
+        k_cached_head = k_cached + c_begin.to(tl.int64) * k_cached_stride + head.to(tl.int64) * Dqk
+        v_cached_head = v_cached + c_begin.to(tl.int64) * v_cached_stride + head.to(tl.int64) * Dv
     pos_head = pos_table
     pos_last = 0
     pos_row = rows
@@ -482,8 +493,10 @@ def hstu_attention(
                 num_cached,
                 history,
                 context,
-                q_stride,
-                v_stride,
+                k_cached_stride,
+                v_cached_stride,
+                k_cached_stride,
+                v_cached_stride,
                 Dqk,
                 Dv,
                 pos_last,
@@ -527,8 +540,10 @@ def hstu_attention(
             num_cached,
             history,
             context,
-            q_stride,
+            k_stride,
             v_stride,
+            k_cached_stride,
+            v_cached_stride,
             Dqk,
             Dv,
             pos_last,
@@ -545,5 +560,5 @@ def hstu_attention(
         )
 
     acc = acc * (1.0 / scale)
-    out_pointers = out_head + token_rows[:, None] * v_stride + dims_v[None, :]
+    out_pointers = out_head + token_rows[:, None] * out_stride + dims_v[None, :]
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=is_query[:, None] & (dims_v < Dv)[None, :])

@@ -30,6 +30,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"hstu_attention_triton: {message}")
 
 
+def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x [L, H, D] itself where each row is contiguous, as a slice of the columns of [L, W] is; else a copy."""
+    width = x.shape[1] * x.shape[2]
+    if x.shape[0] > 1 and x.stride(0) >= width and x[0].is_contiguous():
+        return x
+    return x.contiguous()
+
+
 def hstu_attention_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -60,8 +68,8 @@ def hstu_attention_triton(
     """Return HSTU attention [Lq, H, Dv] in q's dtype; one launch, no synchronisation, no data-dependent host work.
 
     Args:
-        q: [Lq, H, Dqk] float32, float16 or bfloat16, made contiguous if it is not; k [Lk, H, Dqk] and v [Lk, H, Dv] the
-            same dtype.
+        q: [Lq, H, Dqk] float32, float16 or bfloat16; k [Lk, H, Dqk] and v [Lk, H, Dv] the same dtype.  Rows that are
+            not contiguous are copied; they may lie in a wider tensor.
         q_offsets: [B + 1] int32; k_offsets likewise.  Checked on the device: invalid offsets give zeros.
         num_targets: [B] int32 -- candidates at each tail, clamped to the length; contextual_seq_lens [B] int32;
             scaling_seq_lens [B] float32.  When given, the last two replace the attributes.
@@ -163,10 +171,11 @@ def hstu_attention_triton(
     time_type = torch.int64 if row_timestamps is None else row_timestamps.dtype
     tile = config or _config_of(q, v, pos_bias=pos_table is not None, time_bias=time_bias)
     grid = (q.shape[0] // tile.block_m + batch + 1, num_heads)
+    q, k, v = _with_whole_rows(q), _with_whole_rows(k), _with_whole_rows(v)
     hstu_attention[grid](
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+        q,
+        k,
+        v,
         out,
         q_offsets.contiguous(),
         k_offsets.contiguous(),
@@ -190,6 +199,9 @@ def hstu_attention_triton(
         num_heads,
         dqk,
         dv,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
         0 if pos_table is None else (pos_table.shape[1] + 1) // 2,
         0 if pos_table is None else pos_table.shape[0],
         0 if ts_table is None else ts_table.shape[0],

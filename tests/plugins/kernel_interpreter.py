@@ -6,12 +6,16 @@ import dataclasses
 import multiprocessing
 import os
 from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tests.attention_cases import round_to_dtype
 from tests.norm_cases import NormCase
 from tests.oracle import Array, AttentionCase
+
+if TYPE_CHECKING:
+    import torch
 
 #: (BLOCK_M, BLOCK_N) of the tests: the smallest legal tile meets most boundaries per row computed.
 SMALL_TILE = (16, 16)
@@ -56,8 +60,15 @@ def _repair_bfloat16() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
-def run_kernel(case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None) -> Array:
+def run_kernel(
+    case: AttentionCase,
+    tile: tuple[int, int] = SMALL_TILE,
+    mask_kind: int | None = None,
+    columns: tuple[int, int, int] | None = None,
+) -> Array:
     """Return the kernel's output [Lq, H, Dv] as float32; the output buffer starts as NaN, so an unwritten row shows.
+
+    With ``columns``, q, k and v are columns of wider tensors, with so many columns of NaN on either side of each.
 
     Only for a worker process of :class:`KernelInterpreter`.
     """
@@ -85,6 +96,9 @@ def run_kernel(case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kin
     }
     allocate = torch.empty
     q, k, v = (torch.from_numpy(np.ascontiguousarray(values)).to(dtype) for values in (case.q, case.k, case.v))
+    if columns is not None:
+        q, k, v = (_among_nans(x, count) for x, count in zip((q, k, v), columns, strict=True))
+        assert all(launch._with_whole_rows(x) is x for x in (q, k, v)), "columns were copied"
     out_shape = (q.shape[0], q.shape[1], v.shape[2])
     torch.empty = lambda *size, **options: (  # type: ignore[assignment]
         poisoned(out_shape, **options) if size == (out_shape,) else allocate(*size, **options)
@@ -104,6 +118,15 @@ def run_kernel(case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kin
     finally:
         torch.empty = allocate
     return out.float().numpy()
+
+
+def _among_nans(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The same [L, H, D], its rows between ``count`` columns of NaN."""
+    import torch
+
+    rows = x.reshape(x.shape[0], -1)
+    wide = torch.nn.functional.pad(rows, (count, count), value=float("nan"))
+    return wide[:, count : count + rows.shape[1]].unflatten(1, x.shape[1:])
 
 
 def run_norm_kernel(case: NormCase) -> Array:
@@ -167,10 +190,14 @@ class KernelInterpreter:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(
-        self, case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None
+        self,
+        case: AttentionCase,
+        tile: tuple[int, int] = SMALL_TILE,
+        mask_kind: int | None = None,
+        columns: tuple[int, int, int] | None = None,
     ) -> Future[Array]:
         """Start ``case``; the future's result is the output [Lq, H, Dv]."""
-        return self._pool.submit(run_kernel, case, tile, mask_kind)
+        return self._pool.submit(run_kernel, case, tile, mask_kind, columns)
 
     def run(self, case: AttentionCase, tile: tuple[int, int] = SMALL_TILE, mask_kind: int | None = None) -> Array:
         """Return the output [Lq, H, Dv] of ``case``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,10 +66,17 @@ def test_parameters_of_the_kernel_are_the_documented_abi(images: list[KernelImag
     text = _ptx_of(images[-1])
     head = text[text.index(".visible .entry hstu_attention(") : text.index(".reqntid")]
     kinds = [line.split()[1] for line in head.splitlines() if line.strip().startswith(".param")]
-    pointers, scalars = [".u64"] * 17, [".f32"] * 2 + [".u32"] * 15
+    pointers, scalars = [".u64"] * 17, [".f32"] * 2 + [".u32"] * 18
     scratch = [".u64"] * 2
     normal = {".b64": ".u64", ".b32": ".u32"}
     assert [normal.get(kind, kind) for kind in kinds] == pointers + scalars + scratch
+
+
+def test_rows_that_may_be_columns_of_a_wider_tensor_are_still_copied_in_vectors(images: list[KernelImage]) -> None:
+    text = _ptx_of(images[-1])
+    assert set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*, (0x[0-9a-f]+), ", text)) == {"0x10"}
+    assert "ld.global.v4.b32" in text, "queries"
+    assert "ld.global.b16" not in text, "keys and values one by one"
 
 
 def test_no_image_names_this_machine(images: list[KernelImage], cache_dir: Path) -> None:

@@ -102,6 +102,14 @@ def test_a_split_of_the_keys_changes_no_bit(cached: list[int], interpreter: Kern
     np.testing.assert_array_equal(whole.result(), split.result())
 
 
+@pytest.mark.parametrize("name", ["window-context-targets-tail", "cached-append-biased"])
+def test_rows_of_wider_tensors_are_read_where_they_lie(name: str, interpreter: KernelInterpreter) -> None:
+    case = next(c for c in GRID if c.name == name)
+    contiguous, columns = interpreter.submit(case), interpreter.submit(case, columns=(1, 8, 5))
+    check_attention(columns.result(), oracle_of(case), case.dtype)
+    np.testing.assert_array_equal(columns.result(), contiguous.result())
+
+
 def test_more_sequences_than_one_scan_step(interpreter: KernelInterpreter) -> None:
     lengths = [1, 0, 2] * 45
     case = build_case(lengths, num_heads=1, num_targets=[1, 0, 1] * 45, seed=7)

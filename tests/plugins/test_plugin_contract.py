@@ -105,7 +105,7 @@ def core_sources(*names: str) -> list[str]:
 def selection(tmp_path_factory: pytest.TempPathFactory, includes: list[str]) -> Path:
     """The program that picks kernel images from a table of its own."""
     program = tmp_path_factory.mktemp("selection") / "selection"
-    sources = [str(PROGRAMS / "selection.cpp"), *core_sources("Kernel", "Hopper")]
+    sources = [str(PROGRAMS / "selection.cpp"), *core_sources("Kernel", "Hopper", "Shapes")]
     subprocess.run(["g++", *WARNINGS, *includes, *sources, "-o", str(program), "-ldl"], check=True)
     return program
 

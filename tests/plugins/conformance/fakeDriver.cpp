@@ -165,7 +165,7 @@ extern "C" CUresult fakeLaunchKernelEx(
         return CUDA_ERROR_INVALID_VALUE;
     }
     fake::Launch launch{name, image, {c.grid[0], c.grid[1], c.grid[2]}, {c.block[0], c.block[1], c.block[2]},
-        isCluster ? c.attributes->blocks[0] : 1, c.sharedBytes, c.stream, {}, {}};
+        isCluster ? c.attributes->blocks[0] : 1, c.sharedBytes, c.stream, {}, {}, {}};
     for (int const i : name == "hopperCache" ? std::vector<int>{0, 1, 2, 4, 5} : std::vector<int>{0, 1, 2})
     {
         launch.maps.push_back(calls.maps.at(static_cast<hstu::TensorMap const*>(arguments[i])->words[0]));
@@ -176,10 +176,16 @@ extern "C" CUresult fakeLaunchKernelEx(
 }
 
 extern "C" CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,
-    unsigned blockY, unsigned blockZ, unsigned sharedBytes, CUstream stream, void**, void**)
+    unsigned blockY, unsigned blockZ, unsigned sharedBytes, CUstream stream, void** arguments, void**)
 {
     auto const& [name, image] = functions.at(function);
+    constexpr size_t kFirstRowStride = 26;
+    std::vector<int32_t> rowStrides;
+    for (size_t i = 0; i < 3; ++i)
+    {
+        rowStrides.push_back(*static_cast<int32_t const*>(arguments[kFirstRowStride + i]));
+    }
     calls.launches.push_back(
-        {name, image, {gridX, gridY, gridZ}, {blockX, blockY, blockZ}, 1, sharedBytes, stream, {}, {}});
+        {name, image, {gridX, gridY, gridZ}, {blockX, blockY, blockZ}, 1, sharedBytes, stream, {}, {}, rowStrides});
     return CUDA_SUCCESS;
 }

@@ -36,6 +36,7 @@ struct Launch
     CUstream stream;
     std::vector<MapCall> maps;            //!< of a kernel named "hopper", or "hopperCache" with two more
     hstu::AttentionParameters parameters; //!< of the same
+    std::vector<int32_t> rowStrides;      //!< of q, k and v; of another kernel, whose parameters are those of kernels/README.md
 };
 
 struct Calls

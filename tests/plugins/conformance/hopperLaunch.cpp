@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -15,7 +16,7 @@ namespace
 {
 
 constexpr int32_t kBfloat16 = 2;
-unsigned char const kCode[] = {0, 1, 2, 3, 4, 5, 6, 7};
+unsigned char const kCode[] = {0, 1, 2, 3, 4, 5, 6, 7, 8};
 
 constexpr HstuKernelImage hopperImage(
     int32_t split, int32_t blockM, int32_t threads, int32_t timestampBits, unsigned char const* code)
@@ -30,6 +31,14 @@ constexpr HstuKernelImage portableImage(int32_t timestampBits, unsigned char con
     int32_t const bias = timestampBits > 0 ? 1 : 0;
     return {90, 0, kHstuKernelPortable, kBfloat16, timestampBits, 64, 64, 0, bias, bias, 1, 1, 64, 0, 128, 1, 0, 0,
         "portable", code, 1};
+}
+
+//! For tensors that are read in vectors, without a bias.
+constexpr HstuKernelImage alignedImage(unsigned char const* code)
+{
+    HstuKernelImage image = portableImage(0, code);
+    image.aligned = 1;
+    return image;
 }
 
 //! For nodes with a cache, and aligned pointers alone.
@@ -59,6 +68,7 @@ HstuKernelImage const kHstuKernelImages[] = {
     cachedImage(64, kCode + 5),
     cachedHopperImage(8, 128, 384, kCode + 6),
     cachedImage(0, kCode + 7),
+    alignedImage(kCode + 8),
 };
 size_t const kHstuNbKernelImages = sizeof(kHstuKernelImages) / sizeof(kHstuKernelImages[0]);
 
@@ -185,6 +195,7 @@ public:
         checkFixedSplits();
         checkFallbacks();
         checkNoKeys();
+        checkRowStrides();
         checkBias();
         checkCounters();
         checkCache();
@@ -308,6 +319,63 @@ private:
         hstu::HstuAttentionCore const many = coreOf(timed, 9);
         expect(launchOf(many, timed, pointersOf(attributesOf(true)), 9).image == kCode + 3,
             "and so do time tables of nine heads");
+    }
+
+    //! q, k and v as columns of one tensor, where each has rows of its own width.
+    void checkRowStrides()
+    {
+        Shape const shape{2, 300, 301, 4, 64, 48};
+        hstu::HstuAttentionCore core = coreOf(shape);
+        hstu::DevicePointers const pointers = pointersOf(attributesOf(false));
+        auto const strided = [&](std::array<int64_t, 3> const& strides)
+        {
+            hstu::NodeTensors tensors = tensorsOf(shape, 0);
+            std::copy(strides.begin(), strides.end(), tensors.rowStrides.begin());
+            core.enqueue(tensors, pointers, nullptr);
+            return mCalls.launches.back();
+        };
+        fake::Launch const hopper = strided({896, 904, 912});
+        expect(hopper.image == kCode + 1, "rows that are 16-byte aligned take the Hopper kernel");
+        uint64_t const columns[] = {64, 64, 48};
+        uint64_t const rows[] = {300, 301, 301};
+        for (size_t i = 0; i < 3; ++i)
+        {
+            expect(hopper.maps[i].strides == std::vector<uint64_t>{2 * columns[i], 2 * (896 + 8 * i)},
+                "bytes of a head and of the wider tensor's row");
+            expect(hopper.maps[i].dims == std::vector<uint64_t>{columns[i], 4, rows[i]}, "the tensor's own extents");
+            expect(hopper.maps[i].address == pointers.inputs[i], "from its first column on");
+        }
+        for (size_t i = 0; i < 3; ++i)
+        {
+            std::array<int64_t, 3> odd{896, 896, 896};
+            odd[i] = 900;
+            fake::Launch const launch = strided(odd);
+            expect(launch.image == kCode && launch.rowStrides == std::vector<int32_t>(odd.begin(), odd.end()),
+                "rows 8 bytes off take the portable kernel for any tensors, which gets their strides");
+        }
+        core.setTactic(1);
+        expect(strided({0, 0, 0}).rowStrides == std::vector<int32_t>{256, 256, 192}, "contiguous rows have their width");
+        expect(strided({912, 912, 912}).image == kCode + 8, "multiples of 16 elements are read in vectors");
+        expect(strided({912, 904, 912}).image == kCode, "others are not");
+        auto const refused = [&](size_t input, int64_t stride, char const* why)
+        {
+            hstu::NodeTensors tensors = tensorsOf(shape, 0);
+            tensors.rowStrides[input] = stride;
+            try
+            {
+                core.enqueue(tensors, pointers, nullptr);
+            }
+            catch (std::exception const& error)
+            {
+                return std::string(error.what()).find(why) != std::string::npos;
+            }
+            return false;
+        };
+        expect(refused(0, 255, "the rows of q are 255 elements apart; allowed: 0, a contiguous tensor, or 256 to 2147483647"),
+            "rows that overlap");
+        expect(refused(2, int64_t{1} << 31, "the rows of v are 2147483648 elements apart"), "more than 32 bits count");
+        expect(refused(3, 5, "the rows of q_offsets are 5 elements apart; allowed: 0, a contiguous tensor"),
+            "rows of another input");
     }
 
     void checkNoKeys()

@@ -174,17 +174,37 @@ void checkMasks()
     expect(hstu::findTactics(context, signatureOf(64), gpuOf(90))[0].aligned == at(2), "a context needs the general kernel");
 }
 
+hstu::NodeSizes sizesOf(int64_t lq, int64_t lk, int64_t batch, int64_t heads)
+{
+    hstu::NodeSizes sizes;
+    sizes[hstu::Symbol::kLq] = lq;
+    sizes[hstu::Symbol::kLk] = lk;
+    sizes[hstu::Symbol::kB] = batch;
+    sizes[hstu::Symbol::kH] = heads;
+    return sizes;
+}
+
 void checkAlignment()
 {
     auto const tactics = hstu::findTactics(general(), signatureOf(50), gpuOf(90));
     expect(tactics.size() == 1 && tactics[0].aligned == nullptr && tactics[0].unaligned == at(4),
         "head dim 50 takes only kernels that promise no alignment");
+    hstu::NodeSizes sizes = sizesOf(10, 10, 1, 2);
     hstu::DevicePointers pointers;
     pointers.output = reinterpret_cast<void*>(0x100);
     pointers.inputs[0] = reinterpret_cast<void const*>(0x200);
-    expect(hstu::isAligned(pointers), "256 and 512 are aligned, absent inputs do not matter");
+    expect(hstu::isAligned(sizes, pointers), "256 and 512 are aligned, absent inputs do not matter");
     pointers.inputs[1] = reinterpret_cast<void const*>(0x208);
-    expect(!hstu::isAligned(pointers), "8 bytes off is not aligned");
+    expect(!hstu::isAligned(sizes, pointers), "8 bytes off is not aligned");
+    pointers.inputs[1] = nullptr;
+    for (hstu::Input const input : {hstu::Input::kQ, hstu::Input::kK, hstu::Input::kV})
+    {
+        sizes.setRowStride(input, 160);
+        expect(hstu::isAligned(sizes, pointers), "rows that are 160 elements apart");
+        sizes.setRowStride(input, 168);
+        expect(!hstu::isAligned(sizes, pointers), "rows that are no multiple of 16 elements apart");
+        sizes.setRowStride(input, 0);
+    }
 }
 
 void checkTimestamps()
@@ -217,16 +237,6 @@ hstu::EngineSignature bfloatSignature(int32_t attentionDim, int32_t linearDim)
     signature.elementType = static_cast<int32_t>(hstu::ElementType::kBfloat16);
     signature.linearDim = linearDim;
     return signature;
-}
-
-hstu::NodeSizes sizesOf(int64_t lq, int64_t lk, int64_t batch, int64_t heads)
-{
-    hstu::NodeSizes sizes;
-    sizes[hstu::Symbol::kLq] = lq;
-    sizes[hstu::Symbol::kLk] = lk;
-    sizes[hstu::Symbol::kB] = batch;
-    sizes[hstu::Symbol::kH] = heads;
-    return sizes;
 }
 
 void checkHopperTactics()
@@ -318,6 +328,18 @@ void checkHopperCalls()
     expect(hstu::takesHopper(timed, pointers), "time tables of eight heads");
     timed[hstu::Symbol::kHt] = 9;
     expect(!hstu::takesHopper(timed, pointers), "time tables of more heads than there is room for");
+    hstu::NodeSizes strided = sizes;
+    for (hstu::Input const input : {hstu::Input::kQ, hstu::Input::kK, hstu::Input::kV})
+    {
+        strided.setRowStride(input, 264);
+        expect(hstu::takesHopper(strided, pointers), "rows 16 bytes off those of a contiguous tensor");
+        strided.setRowStride(input, 260);
+        expect(!hstu::takesHopper(strided, pointers), "rows that are 8 bytes off");
+        strided.setRowStride(input, 0);
+    }
+    strided = sizesOf(1000, 0, 4, 2);
+    strided.setRowStride(hstu::Input::kV, 260);
+    expect(hstu::takesHopper(strided, pointers), "without keys their rows do not matter");
     expect(!hstu::takesHopper(sizesOf(1000, int64_t{1} << 30, 4, 2), pointers), "too many keys to count");
     expect(!hstu::takesHopper(sizesOf(1 << 24, 1000, 4, 65535), pointers), "too many tiles to count");
 }
