@@ -7,7 +7,7 @@ import datetime
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hstu_compile
 from hstu_compile.artifacts import EngineArtifact, FusedEngines, Precision, Profile
@@ -17,7 +17,7 @@ from hstu_compile.graph_facts import graph_facts
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
-from hstu_compile.plugin_library import PluginLibrary
+from hstu_compile.plugin_library import KernelsLibrary, PluginLibrary
 from hstu_compile.polygraphy_files import PolygraphyCheck
 from hstu_compile.quality import QualityTable
 from hstu_compile.report import SCHEMA_VERSION
@@ -26,9 +26,6 @@ from hstu_compile.runtime.retrieval_spec import RetrievalSpec
 from hstu_compile.runtime.schedule_facts import schedule_facts
 from hstu_compile.session_check import Reference, VerifyReport
 from hstu_compile.verify import BuiltGraph
-
-if TYPE_CHECKING:
-    from hstu_compile.plugin_library import KernelsLibrary
 
 _KV_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -248,7 +245,7 @@ def build_manifest(outcome: BuildOutcome, report: dict[str, Any]) -> dict[str, A
             "session": None if outcome.session is None else {"eager_error": outcome.session.eager_error},
         },
         "plugin": _plugin_dict(outcome.plugin),
-        "kernels": None if outcome.kernels is None else _kernels_dict(outcome.kernels),
+        "kernels": None if outcome.kernels is None else outcome.kernels.to_dict(),
     }
 
 
@@ -389,15 +386,4 @@ def _plugin_dict(plugin: PluginLibrary | None) -> dict[str, Any] | None:
         "content_hash": plugin.content_hash,
         "variants": [dataclasses.asdict(variant) for variant in plugin.variants],
         "hopper": plugin.hopper.to_dict(),
-    }
-
-
-def _kernels_dict(kernels: KernelsLibrary) -> dict[str, Any]:
-    return {
-        "file": kernels.path.name,
-        "archs": list(kernels.archs),
-        "with_ptx": kernels.with_ptx,
-        "content_hash": kernels.content_hash,
-        "variants": [dataclasses.asdict(variant) for variant in kernels.variants],
-        "hopper": kernels.hopper.to_dict(),
     }

@@ -302,9 +302,8 @@ def _print_fused(plan: FusedPlan) -> None:
         f"{graph} {count} engines around {plan.attentions[graph]} attentions" for graph, count in plan.segments.items()
     )
     click.echo(f"segments    {cut}")
-    click.echo(
-        f"kernels     {len(plan.kernels)} portable of attention, and {len(plan.hopper_kernels)} for Hopper where nvcc is"
-    )
+    hopper = len(plan.hopper_kernels)
+    click.echo(f"kernels     {len(plan.kernels)} portable of attention, and {hopper} for Hopper if nvcc is there")
 
 
 def _print_quantization(facts: dict[str, Any]) -> None:
@@ -340,6 +339,13 @@ def _print_result(result: BuildResult) -> None:
 @click.argument("model", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="Engine file (default: MODEL's stem + .engine).")
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
+@click.option(
+    "--attention",
+    type=click.Choice(["auto", "fused"]),
+    default="auto",
+    show_default=True,
+    help="fused: cut the graph at its attentions into engines that a bundle's kernels run between (tensorrt-rtx).",
+)
 @click.option("--max-batch", type=int, default=64, show_default=True, help="Most sequences in a request.")
 @click.option("--opt-batch", type=int, help="Typical number of sequences (default: max-batch / 8).")
 @click.option("--max-seq-len", type=int, help="Longest history (default: what the graph was exported for).")
@@ -351,6 +357,7 @@ def engine(
     model: Path,
     output: Path | None,
     backend: str,
+    attention: Any,
     max_batch: int,
     opt_batch: int | None,
     max_seq_len: int | None,
@@ -374,8 +381,10 @@ def engine(
         max_seq_len=max_seq_len,
         opt_seq_len=opt_seq_len,
         options=engine_options,
+        attention=attention,
     )
     if dry_run:
+        engine_stage.require_one_engine(request)
         profiles = engine_stage.profiles_of(request)
         click.echo(trtexec_command(model, engine_options, profiles, engine_path=request.output))
         return 0

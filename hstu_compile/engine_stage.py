@@ -1,21 +1,30 @@
-"""The engine stage on its own: an .onnx file to an .engine file, on the machine that serves. Level 5, without torch."""
+"""The engine stage on its own: an .onnx file to an .engine file, on the machine that serves. Level 5, without torch.
+
+With attention fused, to a schedule and an engine a segment; the kernels that run between them are the bundle's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from hstu_compile.artifacts import Profile
-from hstu_compile.engine import engine_from_onnx
+from hstu_compile.artifacts import OnnxGraph, Profile
+from hstu_compile.config import Attention
+from hstu_compile.engine import engine_from_onnx, graph_precision
 from hstu_compile.environment import choose_backend
-from hstu_compile.errors import EngineError
+from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.files import write_whole
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import read_limits
 from hstu_compile.profiles import check_counts, graph_profiles
+from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.runtime.open_fused import FUSED_BACKEND
+from hstu_compile.runtime.schedule_file import fused_files, schedule_text
+from hstu_compile.segment_engines import engines_from_segments
 from hstu_compile.trt_options import EngineOptions
 
 
@@ -32,6 +41,7 @@ class EngineRequest:
         max_seq_len: longest history; None reads it from the attention nodes.
         opt_seq_len: typical history; None is half of the longest.
         options: of the builder; explicit shapes replace the four numbers above.
+        attention: "fused" cuts the graph at its attentions; files are then named after the stem of `output`.
     """
 
     model: Path
@@ -42,6 +52,7 @@ class EngineRequest:
     max_seq_len: int | None
     opt_seq_len: int | None
     options: EngineOptions
+    attention: Attention = "auto"
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
@@ -96,16 +107,36 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
     return graph_profiles(limits.graph, tensor_specs(model.graph.input), sizes)
 
 
+def require_one_engine(request: EngineRequest) -> None:
+    """Refuse to name the trtexec command of a graph that is cut: trtexec takes graphs in one piece.
+
+    Raises:
+        UsageError: HSTU-E901.
+    """
+    if request.attention == "fused":
+        raise UsageError(
+            "HSTU-E901",
+            "--dry-run and --attention fused exclude each other",
+            "no trtexec command cuts a graph at its attentions",
+            "leave --dry-run out; `hstu-compile build --attention fused --dry-run` says what would be built",
+        )
+
+
 def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
-    """Build the engine and write it, whole or not at all.
+    """Build the engine, or those of the segments, and write each file whole or not at all.
 
     Returns:
-        Facts about the engine: output, backend, version, bytes, seconds, layers, compute_capabilities, messages.
+        Facts about the engine: output, backend, version, bytes, seconds, layers, compute_capabilities, messages; with
+        attention fused `output` is the schedule, and `engines` are the segments' files.
 
     Raises:
         EngineError, PluginError: see `engine_from_onnx`.
+        RewriteError: HSTU-E303, if the graph cannot be cut.
+        UsageError: HSTU-E901, if the backend does not run segments.
         BundleError: HSTU-E802, if the file cannot be written.
     """
+    if request.attention == "fused":
+        return _run_fused_stage(request)
     model = load_onnx(request.model)
     profiles = profiles_of(request, model)
     choice = choose_backend(request.backend)
@@ -132,4 +163,45 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
         "layers": engine.layers,
         "compute_capabilities": list(engine.compute_capabilities),
         "messages": list(engine.messages),
+    }
+
+
+def _run_fused_stage(request: EngineRequest) -> dict[str, Any]:
+    if request.backend not in ("auto", FUSED_BACKEND):
+        raise UsageError(
+            "HSTU-E901",
+            f"--attention fused and --backend {request.backend} exclude each other",
+            "TensorRT takes our plugin, which runs the same kernels inside one engine",
+            f"leave --attention out, or pass --backend {FUSED_BACKEND}",
+        )
+    model = load_onnx(request.model)
+    (profile,) = profiles_of(request, model)
+    choice = choose_backend(FUSED_BACKEND)
+    graph = model.graph
+    cut = segmented_from_onnx(
+        OnnxGraph(
+            request.output.stem, model, graph_precision(model), tensor_specs(graph.input), tensor_specs(graph.output)
+        )
+    )
+    engines = engines_from_segments(cut, profile, request.options)
+    schedule, names = fused_files(request.output.stem, len(engines))
+    for name, engine in zip(names, engines, strict=True):
+        write_whole(request.output.with_name(name), engine.plan)
+    # Last: who finds a schedule finds its engines.
+    write_whole(request.output.with_name(schedule), schedule_text(cut).encode("utf-8"))
+    layers: Counter[str] = Counter()
+    for engine in engines:
+        layers.update(engine.layers)
+    return {
+        "output": str(request.output.with_name(schedule)),
+        "engines": [str(request.output.with_name(name)) for name in names],
+        "backend": engines[0].backend,
+        "reason": choice.reason,
+        "attention": f"fused: {len(cut.calls)} attentions between {len(engines)} engines",
+        "version": engines[0].version,
+        "bytes": sum(len(engine.plan) for engine in engines),
+        "seconds": sum(engine.seconds for engine in engines),
+        "layers": dict(layers),
+        "compute_capabilities": list(engines[0].compute_capabilities),
+        "messages": [line for engine in engines for line in engine.messages],
     }

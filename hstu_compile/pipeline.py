@@ -12,13 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import onnx
 from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
-from hstu_compile import plugin_library
 from hstu_compile.artifacts import EngineArtifact, Feed, FusedEngines, OnnxGraph, Precision, Profile, is_tap
 from hstu_compile.build_plan import BuildPlan, plan_build
 from hstu_compile.build_report import (
@@ -49,7 +48,13 @@ from hstu_compile.model.fake_quantization import fake_quantized
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
-from hstu_compile.plugin_library import PluginLibrary, build_plugin_library, installed_tensorrt_version
+from hstu_compile.plugin_library import (
+    KernelsLibrary,
+    PluginLibrary,
+    build_kernels_library,
+    build_plugin_library,
+    installed_tensorrt_version,
+)
 from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_feeds, save_outputs
 from hstu_compile.profiles import graph_profiles
 from hstu_compile.quality import Answer, QualityMeasurement, QualityTable
@@ -72,9 +77,6 @@ from hstu_compile.session_check import (
 )
 from hstu_compile.trt_options import EngineOptions
 from hstu_compile.verify import BuiltGraph, References, open_built, references_from_spec, verify_artifacts
-
-if TYPE_CHECKING:
-    from hstu_compile.plugin_library import KernelsLibrary
 
 STAGES = ("checkpoint", "model", "export", "rewrite", "engine", "verify", "bundle")
 
@@ -483,9 +485,7 @@ def _kernels(plan: BuildPlan, graphs: Sequence[OnnxGraph], listener: Listener) -
     """The library of the kernels that run between the engines of these graphs, where they are cut."""
     if not plan.is_fused:
         return None
-    return plugin_library.build_kernels_library(
-        kernels_request_of([graph.model for graph in graphs]), listener.stage_progress
-    )
+    return build_kernels_library(kernels_request_of([graph.model for graph in graphs]), listener.stage_progress)
 
 
 def _built(
