@@ -12,7 +12,7 @@ from hstu_compile.config import AttentionSilu, BuildConfig, Limits
 from hstu_compile.environment import BackendChoice, choose_backend
 from hstu_compile.errors import UsageError
 from hstu_compile.fused_plan import FusedPlan, check_attention, fused_plan, requested_backend
-from hstu_compile.graph_limits import GraphLimits
+from hstu_compile.graph_limits import GraphLimits, whole_cache_rows
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.plugin_library import installed_tensorrt_version
 from hstu_compile.profiles import ProfileSizes, check_counts, option_text
@@ -59,12 +59,17 @@ class BuildPlan:
         limits = self.limits
         candidates = {"packed": limits.max_candidates, "score": limits.micro_batch or 0}.get(graph, 0)
         max_append = (limits.max_append or 0) if graph == "append" else 0
-        return GraphLimits(graph, limits.max_seq_len, candidates, limits.contextual_len, max_append)
+        attention = self.spec.config.layer.attention
+        widths = attention.num_heads, attention.attention_dim, attention.linear_dim
+        cache_rows = whole_cache_rows(*widths) if graph == "score" else 0
+        return GraphLimits(graph, limits.max_seq_len, candidates, limits.contextual_len, max_append, cache_rows)
 
-    def sizes(self, graph: str) -> ProfileSizes:
-        """Numbers behind the profile of one graph."""
+    def sizes(self, graph: str, *, has_kernels: bool = False) -> ProfileSizes:
+        """Numbers behind the profile of one graph; see `GraphLimits.sizes`."""
         limits = self.limits
-        return self.graph_limits(graph).sizes(limits.max_batch, limits.opt_batch, None, limits.opt_seq_len)
+        return self.graph_limits(graph).sizes(
+            limits.max_batch, limits.opt_batch, None, limits.opt_seq_len, has_kernels=has_kernels
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

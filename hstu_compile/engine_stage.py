@@ -103,7 +103,13 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
             else "the graph has no attention node to read the longest sequence from",
             "build the bundle again with a larger --max-seq-len, or pass a smaller one here",
         )
-    sizes = limits.sizes(request.max_batch, request.opt_batch, longest, request.opt_seq_len)
+    sizes = limits.sizes(
+        request.max_batch,
+        request.opt_batch,
+        longest,
+        request.opt_seq_len,
+        has_kernels=bool(request.options.plugins),
+    )
     return graph_profiles(limits.graph, tensor_specs(model.graph.input), sizes)
 
 

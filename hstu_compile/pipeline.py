@@ -505,11 +505,11 @@ def _built(
     return BuiltGraph(graph, engine, *bundles.model_files(graph.name), plan.limits.contextual_len, fused)
 
 
-def _profile(plan: BuildPlan, graph: OnnxGraph, options: EngineOptions) -> Profile:
+def _profile(plan: BuildPlan, graph: OnnxGraph, options: EngineOptions, *, has_kernels: bool) -> Profile:
     explicit = options.explicit_profile()
     if explicit is not None:
         return explicit
-    (profile,) = graph_profiles(graph.name, graph.inputs, plan.sizes(graph.name))
+    (profile,) = graph_profiles(graph.name, graph.inputs, plan.sizes(graph.name, has_kernels=has_kernels))
     return profile
 
 
@@ -518,7 +518,7 @@ def _fused(
 ) -> FusedEngines:
     return fused_from_onnx(
         graph,
-        _profile(plan, graph, options),
+        _profile(plan, graph, options, has_kernels=True),
         kernels.path,
         Path(bundles.model_files(graph.name)[1]).stem,
         options,
@@ -531,11 +531,12 @@ def _engine(
 ) -> EngineArtifact | None:
     if plan.backend.name == "onnx":
         return None
+    library = plugin.self_registering if plugin is not None and plan.backend.name == "tensorrt" else None
     return engine_from_onnx(
         graph.model,
         backend=plan.backend.name,
-        profiles=(_profile(plan, graph, options),),
-        plugin_library=plugin.self_registering if plugin is not None and plan.backend.name == "tensorrt" else None,
+        profiles=(_profile(plan, graph, options, has_kernels=library is not None),),
+        plugin_library=library,
         options=options,
         on_progress=lambda phase, fraction: listener.stage_progress(
             f"{graph.name} {phase}", round(100 * fraction), 100

@@ -84,6 +84,8 @@ class ProfileSizes:
         contextual_len: rows of a KV cache in front of every history.
         max_append: most new events of one sequence in a graph that extends cached ones; each comes after one that is
             computed again. 0 in other graphs.
+        cache_rows: most rows of a KV cache that is taken whole, by twice as many sequences: in front of each comes one
+            without candidates, which owns the rows between. 0 where there are the sequences' own rows alone.
     """
 
     max_batch: int
@@ -95,6 +97,7 @@ class ProfileSizes:
     opt_candidates: int | None = None
     contextual_len: int = 0
     max_append: int = 0
+    cache_rows: int = 0
 
     def __post_init__(self) -> None:
         opt_batch, opt_seq_len = self.typical()
@@ -136,7 +139,8 @@ class ProfileSizes:
         with one row that belongs to no sequence.
         """
         opt_batch, opt_seq_len = self.typical()
-        batch = (self.min_batch, opt_batch, self.max_batch)
+        gaps = 2 if self.cache_rows else 1
+        batch = (self.min_batch, gaps * opt_batch, gaps * self.max_batch)
         if each := _PER_SEQUENCE.fullmatch(name):
             return tuple(int(each[1]) * size for size in batch)  # type: ignore[return-value]
         ranges: dict[str, AxisRange] = {
@@ -146,7 +150,7 @@ class ProfileSizes:
             "Lc": (
                 1,
                 opt_batch * (opt_seq_len + self.contextual_len),
-                self.max_batch * (self.max_seq_len + self.contextual_len),
+                max(self.max_batch * (self.max_seq_len + self.contextual_len), self.cache_rows),
             ),
         }
         if self.max_candidates:

@@ -62,12 +62,17 @@ def test_options_narrow_the_model_as_well_as_the_profile(ranking: dict[str, Path
     assert [plan.graph_limits(name) for name in plan.graphs] == [
         GraphLimits("packed", 10, 3, 4),
         GraphLimits("prefill", 10, 0, 4),
-        GraphLimits("score", 10, 7, 4),
+        GraphLimits("score", 10, 7, 4, cache_rows=(2**30 - 1) // (2 * 7)),
     ]
     ranges = {name: plan.sizes(name).axis("T") for name in plan.graphs}
     # A packed forward takes each user's candidates, a scoring pass one micro-batch of all users' together.
     assert ranges == {"packed": (1, 4, 48), "prefill": None, "score": (1, 4, 7)}
     assert plan.sizes("score").axis("Lc") == (1, 3 * (4 + 4), 16 * (10 + 4))
+    # Our kernels take the whole cache, and a sequence in front of every user's.
+    whole = plan.sizes("score", has_kernels=True)
+    assert whole.axis("Lc") == (1, 3 * (4 + 4), (2**30 - 1) // (2 * 7))
+    assert whole.axis("B_plus_1") == (2, 2 * 3 + 1, 2 * 16 + 1)
+    assert plan.sizes("prefill", has_kernels=True) == plan.sizes("prefill")
 
 
 def test_a_longer_history_than_in_training_is_legal_for_ranking_alone(

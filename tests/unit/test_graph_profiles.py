@@ -86,6 +86,18 @@ def test_score_takes_one_micro_batch_of_all_users_and_their_cached_rows() -> Non
     assert found["v_0"] == found["v_1"] == tuple((rows, 2, 7) for rows in cached)
 
 
+def test_score_with_our_kernels_takes_the_whole_cache_and_a_sequence_in_front_of_each() -> None:
+    graph = served_graphs(ranking_model(FORM), micro_batch=16)[-1]
+    limits = dataclasses.replace(LIMITS["score"], cache_rows=5000)
+    for has_kernels, most, users in ((True, 5000, (5, 17)), (False, 8 * 52, (3, 9))):
+        sizes = limits.sizes(8, 2, None, 10, has_kernels=has_kernels)
+        (profile,) = graph_profiles("score", specs_of(graph), sizes)
+        found = ranges(profile)
+        assert found["k_0"] == ((1, 2, 5), (28, 2, 5), (most, 2, 5))
+        assert found["cache_offsets"] == found["candidate_offsets"] == ((2,), *((each,) for each in users))
+        assert found[CANDIDATE] == ((1,), (8,), (16,))
+
+
 def test_append_takes_new_events_the_one_before_them_and_cached_rows() -> None:
     *_, graph = served_graphs(small_model(small_config()), top_k=3, max_append=4)
     (profile,) = graph_profiles("append", specs_of(graph), APPEND.sizes(8, 2, None, 10))
@@ -144,7 +156,9 @@ def empty_model() -> onnx.ModelProto:
     return helper.make_model(graph)
 
 
-@pytest.mark.parametrize("limits", [*LIMITS.values(), APPEND], ids=lambda limits: limits.graph)
+@pytest.mark.parametrize(
+    "limits", [*LIMITS.values(), APPEND, GraphLimits("score", 9, 1, cache_rows=7)], ids=lambda limits: limits.graph
+)
 def test_limits_survive_in_the_file(limits: GraphLimits) -> None:
     model = empty_model()
     write_limits(model, limits)
