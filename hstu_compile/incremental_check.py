@@ -13,7 +13,7 @@ import numpy as np
 
 from hstu_compile.artifacts import Feed, Precision
 from hstu_compile.compare import error_bound
-from hstu_compile.runtime.kv_cache import KvLayout
+from hstu_compile.runtime.kv_layout import KvLayout
 from hstu_compile.runtime.retrieval import RetrievalSession
 from hstu_compile.runtime.retrieval_request import RetrievalRequest, RetrievalResult
 from hstu_compile.runtime.retrieval_spec import RetrievalSpec

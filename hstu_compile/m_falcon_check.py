@@ -14,7 +14,7 @@ import numpy as np
 
 from hstu_compile.artifacts import Feed, Precision
 from hstu_compile.compare import error_bound
-from hstu_compile.runtime.kv_cache import KvLayout
+from hstu_compile.runtime.kv_layout import KvLayout
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.ranking_spec import RankingSpec

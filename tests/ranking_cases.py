@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.ranking_spec import RankingSpec
@@ -40,11 +41,29 @@ def chosen(request: RankingRequest, indices: Sequence[int]) -> RankingRequest:
 
 
 class Served:
-    """A session over fake graphs, and the graphs."""
+    """A session over fake graphs, and the graphs.
 
-    def __init__(self, spec: RankingSpec, users_in_cache: float = 50, **options: Any) -> None:
+    Args:
+        spec: of the model.
+        users_in_cache: users of full length that the cache holds.
+        cache_rows: most rows of a cache that `score` takes whole; None for one that takes its users' rows alone.
+        graph_stats: of every graph; None without CUDA graphs.
+        options: of the session.
+    """
+
+    def __init__(
+        self,
+        spec: RankingSpec,
+        users_in_cache: float = 50,
+        *,
+        cache_rows: int | None = None,
+        graph_stats: GraphStats | None = None,
+        **options: Any,
+    ) -> None:
         self.model = FakeModel(spec)
-        self.graphs = {role: FakeGraph(self.model, role) for role in ROLES}
+        self.graphs = {role: FakeGraph(self.model, role, cache_rows) for role in ROLES}
+        for graph in self.graphs.values():
+            graph.graph_stats = graph_stats
         sizing = RankingSession(spec, **self.graphs, kv_budget_bytes=1)
         self.user_bytes = sizing.entry_bytes(spec.max_history_len)
         budget = int(self.user_bytes * users_in_cache)

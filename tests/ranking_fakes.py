@@ -219,12 +219,19 @@ class FakeGraph:
         copied: of every resident run, how many copies came before and how many after it.
         failure: raised by every run while it is set.
         graph_stats: as of a session without CUDA graphs; a test may say otherwise.
+
+    Args:
+        model: of all three graphs.
+        role: of this one.
+        cache_rows: score: most rows of a cache that it takes whole, with sequences between the users'; None for a
+            graph that takes the users' rows alone, and says nothing of a profile.
     """
 
     graph_stats: GraphStats | None = None
 
-    def __init__(self, model: FakeModel, role: Role) -> None:
+    def __init__(self, model: FakeModel, role: Role, cache_rows: int | None = None) -> None:
         self.model, self.role, self.name = model, role, f"fake {role}"
+        self.cache_rows = cache_rows if role == "score" else None
         self.calls: list[tuple[int, int]] = []
         self.addresses: list[int] = []
         self.copied: list[int] = []
@@ -282,6 +289,11 @@ class FakeGraph:
     def memory_pool(self, capacity_bytes: int) -> HostPool:
         return HostPool(capacity_bytes)
 
+    def most_rows(self, name: str) -> int | None:
+        if self.cache_rows is None:
+            return None
+        return {"candidate_offsets": 2 * self.model.spec.max_batch + 1}.get(name, self.cache_rows)
+
     def close(self) -> None:
         self.closed = True
 
@@ -295,11 +307,12 @@ class FakeGraph:
         spec = self.model.spec
         offsets = arrays["seq_offsets" if self.role == "prefill" else "candidate_offsets"]
         batch = offsets.size - 1
+        rows = self.cache_rows or spec.max_batch * (spec.contextual_len + spec.max_history_len)
         most = {
-            "B": (batch, spec.max_batch),
+            "B": (batch, spec.max_batch * (1 if self.cache_rows is None else 2)),
             "history": (arrays[spec.history_time].size, spec.max_batch * spec.max_history_len)
             if self.role != "score"
-            else (arrays["k_0"].shape[0], spec.max_batch * (spec.contextual_len + spec.max_history_len)),
+            else (arrays["k_0"].shape[0], rows),
             "candidates": (arrays[spec.candidate_time].size, self._most_candidates())
             if self.role != "prefill"
             else (0, 0),
@@ -351,6 +364,8 @@ class FakeGraph:
         divisors = self._divisors(arrays, len(parts))
         answers = []
         for b, candidates in enumerate(parts):
+            if not candidates[self.model.spec.candidate_time].size:
+                continue  # its rows, which may be anybody's, are not read
             cached = [
                 arrays[name][offsets[b] : offsets[b + 1]].astype(np.float64) for name in self.model.spec.cached_names()
             ]

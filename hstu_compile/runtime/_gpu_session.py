@@ -494,6 +494,10 @@ class GpuSession(abc.ABC):
         """See `Session.graph_stats`."""
         return None if self._graphs is None else self._graphs.stats
 
+    def most_rows(self, name: str) -> int:
+        """See `Session.most_rows`; the first axis of the profile's greatest shape."""
+        return self._range[name][1][0]
+
     def memory_pool(self, capacity_bytes: int) -> DevicePool:
         """See `Session.memory_pool`. Memory of the session's GPU, with a stream of its own."""
         return DevicePool(capacity_bytes, self._driver.sibling())

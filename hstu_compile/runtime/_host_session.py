@@ -85,6 +85,10 @@ class HostSession(abc.ABC):
         """See `Session.graph_stats`."""
         return None
 
+    def most_rows(self, name: str) -> None:
+        """See `Session.most_rows`; there are no profiles."""
+        return None
+
     def memory_pool(self, capacity_bytes: int) -> HostPool:
         """See `Session.memory_pool`. Host memory, also with `use_gpu`: feeds of ONNX Runtime are host arrays here."""
         return HostPool(capacity_bytes)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def offsets_of(lengths: Sequence[int]) -> NDArray[np.int32]:
+def offsets_of(lengths: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:
     """[n + 1]: the cumulative sum with a 0 in front."""
     return np.cumsum([0, *lengths], dtype=np.int32)
 

@@ -87,6 +87,30 @@ def score_feeds(requests: Sequence[CheckedRequest], candidates: Sequence[Arrays]
     }
 
 
+def among_all_rows(feeds: Feeds, first_rows: Sequence[int]) -> Feeds:
+    """The feeds of a `score` pass, for keys and values that are those of all users in the cache.
+
+    A pass says where each sequence's cached rows end and the next one's begin by one number. So a sequence without
+    candidates comes in front of each user's, and owns the rows between the last user's and this one's: nothing is
+    computed for it, and none of its rows is read. There are twice as many sequences in every case, also where there is
+    nothing between, so that passes of as many users have equal shapes wherever these lie.
+
+    Args:
+        feeds: of `score_feeds`.
+        first_rows: of each user, in ascending order; no user's rows reach beyond the next one's first.
+    """
+    starts = np.asarray(first_rows, np.int32)
+    ends = starts + np.diff(feeds["cache_offsets"])
+    counts = np.diff(feeds["candidate_offsets"])
+    per_user = {name: feeds[name].repeat(2) for name in ("request_timestamps", "scaling_seq_lens") if name in feeds}
+    return {
+        **feeds,
+        **per_user,
+        "candidate_offsets": offsets_of(np.column_stack([np.zeros_like(counts), counts]).ravel()),
+        "cache_offsets": np.concatenate([[0], np.column_stack([starts, ends]).ravel()]).astype(np.int32),
+    }
+
+
 def packed_feeds(requests: Sequence[CheckedRequest], candidates: Sequence[Arrays], spec: RankingSpec) -> Feeds:
     """Feeds of `packed`: some candidates after each request's history."""
     return {

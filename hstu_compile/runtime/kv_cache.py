@@ -1,7 +1,7 @@
-"""Cached keys and values of users, in one pool of a fixed size. Level 3; no torch.
+"""Cached keys and values of users, in memory of a fixed size. Level 3; no torch.
 
-An entry is what a prefill computed for one user: `k_i` and `v_i` of every layer, in one region of the pool. Entries are
-evicted in the order in which they were last asked for, never while a lease holds them.
+An entry is what a prefill computed for one user: `k_i` and `v_i` of every layer. Entries are evicted in the order in
+which they were last asked for, never while a lease holds them.
 """
 
 from __future__ import annotations
@@ -9,68 +9,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, overload
 
 from hstu_compile.errors import InternalError, RequestError
-from hstu_compile.runtime._bfloat16 import storage_dtype
-from hstu_compile.runtime._free_list import aligned
-from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor
+from hstu_compile.runtime.kv_store import KvStore
+from hstu_compile.runtime.resident import Region, ResidentTensor
 
 Outcome = Literal["hit", "miss", "stale", "extended"]
-
-
-@dataclasses.dataclass(frozen=True)
-class KvLayout:
-    """What one cached row holds.
-
-    Attributes:
-        num_layers: attention layers.
-        num_heads: H.
-        attention_dim: width of a head's key.
-        linear_dim: width of a head's value.
-        dtype: element type as the graph declares it; bfloat16 is two bytes in every runtime.
-    """
-
-    num_layers: int
-    num_heads: int
-    attention_dim: int
-    linear_dim: int
-    dtype: str
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of one row over all layers, without the padding between blocks."""
-        width = self.num_heads * (self.attention_dim + self.linear_dim)
-        return self.num_layers * width * storage_dtype(self.dtype).itemsize
-
-    def entry_bytes(self, rows: int) -> int:
-        """Bytes of the budget that an entry of `rows` rows takes: each of its blocks starts at a multiple of 256."""
-        return sum(aligned(nbytes) for _, _, nbytes in self._blocks(rows))
-
-    def rows_within(self, nbytes: int) -> int:
-        """Most rows of an entry that takes no more than that many bytes; 0 if not even one fits."""
-        rows = nbytes // self.bytes_per_row
-        while rows and self.entry_bytes(rows) > nbytes:
-            rows -= 1
-        return rows
-
-    def tensors(self, pool: MemoryPool, region: Region, rows: int) -> dict[str, ResidentTensor]:
-        """`k_i` [rows, H, attention_dim] and `v_i` [rows, H, linear_dim] inside a region of `entry_bytes(rows)`."""
-        tensors, offset = {}, 0
-        for name, shape, nbytes in self._blocks(rows):
-            tensors[name] = pool.tensor(region, offset, shape, self.dtype)
-            offset += aligned(nbytes)
-        return tensors
-
-    def _blocks(self, rows: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-        """(name, shape, bytes) of `k_0`, `v_0`, `k_1`, ..."""
-        itemsize = storage_dtype(self.dtype).itemsize
-        for layer in range(self.num_layers):
-            for letter, width in (("k", self.attention_dim), ("v", self.linear_dim)):
-                shape = (rows, self.num_heads, width)
-                yield f"{letter}_{layer}", shape, rows * self.num_heads * width * itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +82,7 @@ class KvEntry:
         rows: cached rows.
         validity: what the content depends on.
         tensors: `k_0`, `v_0`, `k_1`, ...: [rows, H, attention_dim] and [rows, H, linear_dim].
+        region: of the store, that they lie in.
         outcome: "hit": the content is there, and must not be written. "miss", "stale", "extended": the lease's holder
             fills the tensors and calls `KvLease.publish`.
         base: of an extended entry, the one that it begins with, in the same lease; None otherwise.
@@ -143,7 +91,7 @@ class KvEntry:
     def __init__(self, slot: _Slot, outcome: Outcome, base: KvEntry | None = None) -> None:
         self._slot, self.base = slot, base
         self.key, self.rows, self.validity = slot.want.key, slot.want.rows, slot.want.validity
-        self.tensors, self.outcome = slot.tensors, outcome
+        self.tensors, self.region, self.outcome = slot.tensors, slot.region, outcome
 
 
 class KvLease(Sequence[KvEntry]):
@@ -217,13 +165,12 @@ class KvCache:
     """Least-recently-used cache of keys and values under a byte budget. Safe to use from several threads.
 
     Args:
-        pool: the memory; the cache is its only user, and its owner closes it after the cache's last lease.
-        layout: of a row.
+        store: the memory; the cache is its only user. The pool below it is closed after the cache's last lease.
         model_version: of the model whose prefill fills it. Keys and values of another model mean nothing to this one.
     """
 
-    def __init__(self, pool: MemoryPool, layout: KvLayout, model_version: str) -> None:
-        self._pool, self._layout, self.model_version = pool, layout, model_version
+    def __init__(self, store: KvStore, model_version: str) -> None:
+        self._store, self.model_version = store, model_version
         # Least recently asked for first.
         self._index: collections.OrderedDict[Hashable, _Slot] = collections.OrderedDict()
         self._slots: set[_Slot] = set()
@@ -231,11 +178,6 @@ class KvCache:
         self._queue: collections.deque[object] = collections.deque()
         self._changed = threading.Condition()
         self._counts: collections.Counter[str] = collections.Counter()
-
-    @property
-    def layout(self) -> KvLayout:
-        """Of a row."""
-        return self._layout
 
     def checkout(self, wants: Sequence[KvWant], model_version: str) -> KvLease:
         """Lease the entries of the first wants, as many as there is room for, and at least one.
@@ -288,14 +230,14 @@ class KvCache:
                 "make a cache for this bundle",
                 {"cache": self.model_version, "model": model_version},
             )
-        budget = self._pool.capacity_bytes
+        budget = self._store.capacity_bytes
         for want in wants:
-            size = self._layout.entry_bytes(want.rows)
+            size = self._store.entry_bytes(want.rows)
             if size > budget:
                 raise RequestError(
                     "HSTU-E707",
                     f"the KV cache is too small for user {want.key!r}",
-                    f"{want.rows} rows of {self._layout.bytes_per_row} bytes take {size} bytes with their padding; the "
+                    f"{want.rows} rows of {self._store.bytes_per_row} bytes take {size} bytes with their padding; the "
                     f"budget is {budget} bytes",
                     f"give the cache at least {size} bytes, or keep fewer events of the history",
                     {"user": str(want.key), "rows": want.rows, "entry_bytes": size, "budget_bytes": budget},
@@ -329,7 +271,7 @@ class KvCache:
             if slot.want == want:
                 return self._pinned(slot, "hit")
             base = slot
-        size = self._layout.entry_bytes(want.rows)
+        size = self._store.entry_bytes(want.rows)
         if base is not None and not self._can_fit(size, beside=base):
             base = None
         must_queue = bool(self._queue) and self._queue[0] is not ticket
@@ -340,8 +282,8 @@ class KvCache:
         known = None if base is None else self._pinned(base, "hit")
         if slot is not None:
             self._drop(slot)
-        region = self._make_room(size)
-        new = _Slot(want, region, self._layout.tensors(self._pool, region, want.rows))
+        region = self._make_room(want.rows)
+        new = _Slot(want, region, self._store.tensors(region, want.rows))
         self._index[want.key] = new
         self._slots.add(new)
         return self._pinned(new, "miss" if slot is None else "stale" if known is None else "extended", known)
@@ -366,13 +308,13 @@ class KvCache:
             if start - end >= size:
                 return True
             end = stop
-        return self._pool.capacity_bytes - end >= size
+        return self._store.capacity_bytes - end >= size
 
-    def _make_room(self, size: int) -> Region:
-        while (region := self._pool.allocate(size)) is None:
+    def _make_room(self, rows: int) -> Region:
+        while (region := self._store.allocate(rows)) is None:
             victim = next((slot for slot in self._index.values() if not slot.pins), None)
             if victim is None:
-                raise InternalError("the KV cache is not the only user of its pool")
+                raise InternalError("the KV cache is not the only user of its store")
             self._drop(victim)
             self._counts["eviction"] += 1
         return region
@@ -393,7 +335,7 @@ class KvCache:
     def _free_if_unused(self, slot: _Slot) -> None:
         if not slot.indexed and not slot.pins:
             self._slots.remove(slot)
-            self._pool.free(slot.region)
+            self._store.free(slot.region)
 
     def _leave_queue(self, ticket: object) -> None:
         if ticket in self._queue:
@@ -449,6 +391,6 @@ class KvCache:
                 evictions=self._counts["eviction"],
                 entries=len(self._slots),
                 used_bytes=sum(slot.region.nbytes for slot in self._slots),
-                capacity_bytes=self._pool.capacity_bytes,
+                capacity_bytes=self._store.capacity_bytes,
                 extended=self._counts["extended"],
             )

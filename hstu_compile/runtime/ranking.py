@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from hstu_compile.errors import BundleError, RequestError, UsageError
 from hstu_compile.runtime._packed_pieces import packed_passes
 from hstu_compile.runtime._ranking_feeds import (
+    among_all_rows,
     input_names,
     packed_feeds,
     prefill_feeds,
@@ -29,7 +31,9 @@ from hstu_compile.runtime._ranking_feeds import (
 )
 from hstu_compile.runtime._resident_io import Copies
 from hstu_compile.runtime.graph_cache import GraphStats
-from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvStats, KvWant
+from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvStats, KvWant
+from hstu_compile.runtime.kv_layout import KvLayout
+from hstu_compile.runtime.kv_store import KvBlocks, KvRows, KvStore, whole_rows
 from hstu_compile.runtime.m_falcon import PassLimits, Piece, default_staged_rows, micro_batches
 from hstu_compile.runtime.ranking_request import (
     Arrays,
@@ -57,7 +61,9 @@ class RankingStats:
         prefill_passes: runs of `prefill`.
         score_passes: runs of `score`.
         packed_passes: runs of `packed`.
-        staging_bytes: memory beside the cache's budget, for passes of several users, and for all with CUDA graphs.
+        staging_bytes: memory beside the cache's budget, for passes whose keys and values are copied.
+        scores_in_place: whether `score` reads the keys and values of all users of a pass where they lie in the cache.
+            False: those of several users are copied to the staging memory first, with CUDA graphs also those of one.
         cache: the KV cache's counters.
         graphs: CUDA graphs of the three sessions together.
     """
@@ -68,6 +74,7 @@ class RankingStats:
     score_passes: int
     packed_passes: int
     staging_bytes: int
+    scores_in_place: bool
     cache: KvStats
     graphs: GraphStats
 
@@ -97,11 +104,13 @@ class RankingSession:
     """Scores candidates of many users on one device. Safe to use from several threads.
 
     `score` looks for each user's cached keys and values, runs `prefill` for those that are absent or outdated (several
-    users per pass), then `score` in micro-batches (several users per pass; a pass of one user reads the cache where it
-    lies, one of several reads a copy in the staging memory). Sessions with CUDA graphs read all users from the staging
-    memory, so that passes of equal shapes are replays: many users with the longest history, or full micro-batches of
-    one user, but not requests of ever new lengths. Threads only meet in the cache's bookkeeping, in the staging memory,
-    and inside the sessions, which run one call at a time.
+    users per pass), then `score` in micro-batches (several users per pass). Threads only meet in the cache's
+    bookkeeping, in the staging memory, and inside the sessions, which run one call at a time.
+
+    Where the graph `score` takes the cache's tensors whole, as an engine with the plugin does, every pass reads the
+    cache where it lies. Then neither addresses nor shapes know whose keys and values are read, and with CUDA graphs all
+    passes of as many candidates and users are replays of one. Elsewhere a pass of one user reads the cache where it
+    lies, and one of several a copy in the staging memory; with CUDA graphs, all read the staging memory.
 
     A user's entry is reused only where the model's cache rule allows (`RankingSpec.cache_rule`): the digest of all that
     the entry depends on decides, so a reuse is never approximate. With `scaling` "batch" every request is its own
@@ -126,6 +135,9 @@ class RankingSession:
         BundleError: HSTU-E803 if a graph's inputs are not those of the specification.
         EngineError: HSTU-E404 if the memory cannot be had.
         UsageError: HSTU-E901 for arguments that do not go together.
+
+    Warns:
+        RuntimeWarning: if the cache has more rows than `score` takes as one tensor, so that passes make copies.
     """
 
     def __init__(
@@ -151,14 +163,15 @@ class RankingSession:
             longest = spec.contextual_len + spec.max_history_len
             affordable = self._layout.rows_within(kv_budget_bytes)
             staging_rows = default_staged_rows(longest, spec.max_batch, affordable)
-        self._limits = PassLimits(spec.micro_batch, spec.max_batch, staging_rows)
+        self._limits = self._score_limits = PassLimits(spec.micro_batch, spec.max_batch, staging_rows)
         self._counts: collections.Counter[str] = collections.Counter()
         self._counting, self._staging_lock = threading.Lock(), threading.Lock()
         self._pools: list[MemoryPool] = []
+        self._all_rows: KvRows | None = None
         if score is None:
             return
         try:
-            self._pool = self._pool_of(score, kv_budget_bytes)
+            self._store = self._store_of(score, kv_budget_bytes)
             self._staging = self._pool_of(score, self._layout.entry_bytes(self._limits.staged_rows))
             region = self._staging.allocate(self._staging.capacity_bytes)
             assert region is not None  # the pool is new and of this size
@@ -166,7 +179,16 @@ class RankingSession:
         except BaseException:
             self._close_pools()
             raise
-        self._cache = KvCache(self._pool, self._layout, spec.model_version)
+        self._cache = KvCache(self._store, spec.model_version)
+
+    def _store_of(self, score: Session, kv_budget_bytes: int) -> KvStore:
+        pool = self._pool_of(score, kv_budget_bytes)
+        if not _takes_all_rows(score, self.spec, whole_rows(self._layout, pool.capacity_bytes)):
+            return KvBlocks(pool, self._layout)
+        self._all_rows = rows = KvRows(pool, self._layout)
+        # What is not copied side by side needs no memory.
+        self._score_limits = dataclasses.replace(self._limits, staged_rows=rows.capacity_rows)
+        return rows
 
     def _pool_of(self, session: Session, capacity_bytes: int) -> MemoryPool:
         pool = session.memory_pool(capacity_bytes)
@@ -180,7 +202,8 @@ class RankingSession:
 
     def entry_bytes(self, num_events: int) -> int:
         """Bytes of the budget that a user with a history of that length takes."""
-        return self._layout.entry_bytes(self.spec.contextual_len + num_events)
+        rows = self.spec.contextual_len + num_events
+        return self._layout.entry_bytes(rows) if self._score is None else self._store.entry_bytes(rows)
 
     def score(self, requests: Sequence[RankingRequest], *, cache: bool = True) -> list[RankingResult]:
         """Score each request's candidates after its history.
@@ -209,7 +232,7 @@ class RankingSession:
             if not request.num_candidates:
                 continue
             rows = rows_of(request, self.spec)
-            if self._over_budget == "packed" and self._layout.entry_bytes(rows) > self._pool.capacity_bytes:
+            if self._over_budget == "packed" and self._store.entry_bytes(rows) > self._store.capacity_bytes:
                 without_cache.append(index)
                 continue
             want = KvWant(request.user, rows, validity_of(request, self.spec))
@@ -293,6 +316,7 @@ class RankingSession:
             score_passes=counts["score_passes"],
             packed_passes=counts["packed_passes"],
             staging_bytes=staging_bytes,
+            scores_in_place=self._all_rows is not None,
             cache=kv,
             graphs=self._graph_stats(),
         )
@@ -336,7 +360,7 @@ class RankingSession:
         for batch in self._prefill_batches(absent):
             requests = [group.head for group, _ in batch]
             entries = [entry for _, entry in batch]
-            if self._read_in_place(entries, self._prefill):
+            if self._used_in_place(entries, self._prefill):
                 self._run_prefill(requests, entries[0].tensors)
             else:
                 with self._staging_lock:
@@ -365,12 +389,12 @@ class RankingSession:
         self._prefill.run_resident(prefill_feeds(requests, self.spec), outputs, after=after)
         self._count(prefill_passes=1)
 
-    def _read_in_place(self, entries: Sequence[KvEntry], session: Session | None) -> bool:
-        """Whether a pass uses the cache where it lies.
+    def _used_in_place(self, entries: Sequence[KvEntry], session: Session | None) -> bool:
+        """Whether a pass is given an entry's own tensors.
 
         A CUDA graph knows the addresses that it was recorded with, and every user lies elsewhere: with graphs a user's
         rows go through the staging memory, where equal shapes are at equal places. The copy of 42 MB (4096 rows of 5
-        layers in fp16) takes an H100 0.13 ms; the launches that it saves, 0.5 ms.
+        layers in fp16) takes an H100 0.11 ms; the launches that it saves, 0.5 ms.
         """
         if len(entries) > 1:
             return False
@@ -381,7 +405,7 @@ class RankingSession:
         candidates = [group.candidates(self.spec.candidate_names) for group in groups]
         totals = [part[self.spec.candidate_time].shape[0] for part in candidates]
         joint = [_Rows(total, len(self.spec.tasks)) for total in totals]
-        passes = micro_batches(totals, [entry.rows for entry in lease], self._limits)
+        passes = micro_batches(totals, [entry.rows for entry in lease], self._score_limits)
         for _, run in itertools.groupby(enumerate(passes), lambda numbered: _alone(*numbered)):
             self._score_run([pieces for _, pieces in run], groups, lease, candidates, joint)
         for group, entry, rows in zip(groups, lease, joint, strict=True):
@@ -402,26 +426,46 @@ class RankingSession:
         joint: Sequence[_Rows],
     ) -> None:
         """Passes that read the same entries: these are staged once, if at all."""
+        if self._all_rows is not None:
+            passes = [self._as_they_lie(pieces, lease) for pieces in passes]
         entries = [lease[piece.sequence] for piece in passes[0]]
         with contextlib.ExitStack() as held:
-            cached: Mapping[str, ResidentTensor] = entries[0].tensors
-            before: Copies = ()
-            if not self._read_in_place(entries, self._score):
-                held.enter_context(self._staging_lock)
-                cached = self._staged(sum(entry.rows for entry in entries))
-                before = [(block, rows) for rows, block in _side_by_side(cached, entries)]
+            cached, before = self._cached_rows(entries, held)
             for pieces in passes:
                 feeds = score_feeds(
                     [groups[piece.sequence].head for piece in pieces],
                     [_cut(candidates[piece.sequence], piece) for piece in pieces],
                     self.spec,
                 )
+                if self._all_rows is not None:
+                    feeds = among_all_rows(feeds, [self._all_rows.first_row(entry.region) for entry in entries])
                 outputs = self._run_score(feeds, cached, before)
                 before = ()
                 start = 0
                 for piece in pieces:
                     joint[piece.sequence].put(outputs, start, slice(piece.start, piece.stop))
                     start += piece.num_candidates
+
+    def _as_they_lie(self, pieces: Sequence[Piece], lease: KvLease) -> list[Piece]:
+        """In the order of their entries in the cache."""
+        return sorted(pieces, key=lambda piece: lease[piece.sequence].region.offset)
+
+    def _cached_rows(
+        self, entries: Sequence[KvEntry], held: contextlib.ExitStack
+    ) -> tuple[Mapping[str, ResidentTensor], Copies]:
+        """Keys and values that passes of these users read, and the copies before the first of them.
+
+        Args:
+            entries: of the users.
+            held: takes the lock of the staging memory, if that is used.
+        """
+        if self._all_rows is not None:
+            return self._all_rows.tensors_of_all, ()
+        if self._used_in_place(entries, self._score):
+            return entries[0].tensors, ()
+        held.enter_context(self._staging_lock)
+        staged = self._staged(sum(entry.rows for entry in entries))
+        return staged, [(block, rows) for rows, block in _side_by_side(staged, entries)]
 
     def _run_score(
         self, feeds: dict[str, NDArray[Any]], cached: Mapping[str, ResidentTensor], before: Copies
@@ -501,6 +545,28 @@ def _side_by_side(
         for name, block in entry.tensors.items():
             yield staged[name].rows(start, start + entry.rows), block
         start += entry.rows
+
+
+def _takes_all_rows(score: Session, spec: RankingSpec, rows: int) -> bool:
+    """Whether the cache may be given to `score` as tensors of so many rows.
+
+    A profile with twice as many sequences as there are users was made for that; see `among_all_rows`. Without one the
+    graph may be run by gathering rows, which costs as much as there are.
+    """
+    sequences = score.most_rows("candidate_offsets")
+    most = [score.most_rows(name) for name in spec.cached_names()]
+    known = [each for each in most if each is not None]
+    if sequences is None or len(known) < len(most) or sequences <= 2 * spec.max_batch:
+        return False
+    if rows > min(known):
+        warnings.warn(
+            f"keys and values are copied before each pass: the KV cache has {rows} rows, and the engine of score takes "
+            f"{min(known)} as one tensor; a smaller kv_budget_bytes is read in place",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 def _check_inputs(role: str, session: Session, spec: RankingSpec) -> None:

@@ -26,7 +26,9 @@ from hstu_compile.runtime._retrieval_feeds import (
     validity_of,
 )
 from hstu_compile.runtime.graph_cache import GraphStats
-from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvStats, KvWant
+from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvStats, KvWant
+from hstu_compile.runtime.kv_layout import KvLayout
+from hstu_compile.runtime.kv_store import KvBlocks
 from hstu_compile.runtime.m_falcon import default_staged_rows
 from hstu_compile.runtime.resident import MemoryPool, Region, ResidentTensor
 from hstu_compile.runtime.retrieval_request import (
@@ -180,7 +182,7 @@ class RetrievalSession:
             self._staging = opened.enter_context(append.memory_pool(sum(sizes)))
             self._rows_region, self._new_region = (_whole(self._staging, size) for size in sizes)
             self._memory = opened.pop_all()
-        self._cache = KvCache(self._pool, self._layout, spec.model_version)
+        self._cache = KvCache(KvBlocks(self._pool, self._layout), spec.model_version)
 
     @property
     def runtime(self) -> str:

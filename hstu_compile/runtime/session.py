@@ -80,6 +80,13 @@ class Session(Protocol):
         to keep addresses the same by copies `before` and `after`.
         """
 
+    def most_rows(self, name: str) -> int | None:
+        """Most entries that the first axis of an input may have; None where no profile says.
+
+        Raises:
+            KeyError: if there is no such input.
+        """
+
     def memory_pool(self, capacity_bytes: int) -> MemoryPool:
         """A new pool of which this session takes tensors. The caller closes it; it may outlive the session.
 

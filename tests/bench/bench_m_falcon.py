@@ -115,7 +115,7 @@ class Bundle:
         Raises:
             ValueError: if the score engine takes fewer candidates than a micro-batch.
         """
-        from hstu_compile.runtime.kv_cache import KvLayout
+        from hstu_compile.runtime.kv_layout import KvLayout
         from hstu_compile.runtime.ranking import RankingSession
 
         if micro_batch > self.spec.micro_batch:

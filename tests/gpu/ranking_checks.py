@@ -24,7 +24,7 @@ from hstu_compile.errors import RequestError
 from hstu_compile.op_schema import is_attention, is_norm
 from hstu_compile.recheck import stored_reference
 from hstu_compile.runtime._feeds import converted
-from hstu_compile.runtime.kv_cache import KvLayout
+from hstu_compile.runtime.kv_layout import KvLayout
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.ranking_spec import RankingSpec

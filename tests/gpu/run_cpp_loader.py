@@ -36,7 +36,7 @@ from hstu_compile import bundle as bundles  # noqa: E402
 from hstu_compile.environment import loaded_libraries  # noqa: E402
 from hstu_compile.m_falcon_check import requests_of  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
-from hstu_compile.runtime.kv_cache import KvLayout  # noqa: E402
+from hstu_compile.runtime.kv_layout import KvLayout  # noqa: E402
 from hstu_compile.runtime.ranking_spec import RankingSpec  # noqa: E402
 from hstu_compile.runtime.session import Session, open_session  # noqa: E402
 from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402

@@ -88,6 +88,9 @@ class TorchGraph:
     def memory_pool(self, capacity_bytes: int) -> HostPool:
         return HostPool(capacity_bytes)
 
+    def most_rows(self, name: str) -> None:
+        """There are no profiles."""
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -18,7 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hstu_compile.errors import InternalError, RequestError
 from hstu_compile.runtime._cuda import CudaDriver
-from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLayout, KvLease, KvWant
+from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvWant
+from hstu_compile.runtime.kv_layout import KvLayout
+from hstu_compile.runtime.kv_store import KvBlocks
 from hstu_compile.runtime.resident import DevicePool, HostPool, MemoryPool
 from tests.fake_cuda import FakeCuda
 
@@ -45,7 +47,7 @@ def want(key: Any, rows: int = 10, validity: bytes = b"v") -> KvWant:
 
 def small_cache(units: int) -> tuple[HostPool, KvCache]:
     pool = HostPool(units * UNIT)
-    return pool, KvCache(pool, LAYOUT, VERSION)
+    return pool, KvCache(KvBlocks(pool, LAYOUT), VERSION)
 
 
 def outcomes(cache: KvCache, *wants: KvWant) -> list[str]:
@@ -478,7 +480,7 @@ def test_misuse_of_leases_is_refused() -> None:
         cache.checkout([], VERSION)
     with pytest.raises(ValueError, match="an entry of -1 rows"):
         want(1, rows=-1)
-    other = KvCache(HostPool(12 * UNIT), LAYOUT, VERSION)
+    other = KvCache(KvBlocks(HostPool(12 * UNIT), LAYOUT), VERSION)
     with cache.checkout([want(1), want(2)], VERSION) as lease, other.checkout([want(2)], VERSION) as foreign:
         with pytest.raises(RuntimeError, match="already holds a lease"):
             cache.checkout([want(3)], VERSION)
@@ -491,7 +493,7 @@ def test_misuse_of_leases_is_refused() -> None:
         lease.publish(lease[1])
     assert pool.used_bytes == 4 * UNIT
     taken = pool.allocate(5 * UNIT)
-    with pytest.raises(InternalError, match="not the only user of its pool"):
+    with pytest.raises(InternalError, match="not the only user of its store"):
         cache.checkout([want(2), want(3)], VERSION)
     assert taken is not None
     pool.free(taken)
@@ -614,7 +616,7 @@ def test_who_waits_for_a_user_does_not_keep_others_from_memory() -> None:
 def test_threads_hammer_a_small_cache(on_device: bool) -> None:
     cuda = FakeCuda()
     pool: MemoryPool = DevicePool(40 * UNIT, CudaDriver(cuda)) if on_device else HostPool(40 * UNIT)
-    cache = KvCache(pool, LAYOUT, VERSION)
+    cache = KvCache(KvBlocks(pool, LAYOUT), VERSION)
     leased: list[list[str]] = [[] for _ in range(4)]
 
     def serve(worker: int) -> None:

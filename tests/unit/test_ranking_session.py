@@ -382,10 +382,7 @@ class TestCudaGraphs:
 
     @staticmethod
     def served(**options: Any) -> Served:
-        served = Served(SPEC, **options)
-        for graph in served.graphs.values():
-            graph.graph_stats = GraphStats(captures=1, replays=2, kept=1)
-        return served
+        return Served(SPEC, graph_stats=GraphStats(captures=1, replays=2, kept=1), **options)
 
     def test_users_of_equal_lengths_share_an_address_and_keep_their_answers(self) -> None:
         served = self.served()
@@ -423,6 +420,71 @@ class TestCudaGraphs:
     def test_the_counters_of_the_three_sessions_are_added(self) -> None:
         assert self.served().session.stats().graphs == GraphStats(captures=3, replays=6, kept=3)
         assert Served(SPEC).session.stats().graphs == GraphStats()
+
+
+class TestTheWholeCache:
+    """A score graph that takes the cache's tensors whole reads every pass where it lies."""
+
+    @every_variant
+    @few
+    @given(data=st.data())
+    def test_answers_are_those_of_copied_rows_to_the_bit(self, spec: RankingSpec, data: st.DataObject) -> None:
+        batches = data.draw(st.lists(st.lists(requests(spec), min_size=1, max_size=5), min_size=1, max_size=4))
+        users = data.draw(st.permutations(range(5)))
+        limits = {"micro_batch": data.draw(st.integers(1, 16)), "max_batch": data.draw(st.integers(1, 5))}
+        spec = dataclasses.replace(spec, **limits)
+        room = data.draw(st.sampled_from([2.2, 3.5, 50]))
+        graphs = data.draw(st.sampled_from([None, GraphStats()]))
+        whole = Served(spec, room, cache_rows=10_000, graph_stats=graphs)
+        copied = Served(spec, room, staging_rows=0)
+        assert whole.session.stats().scores_in_place
+        assert not copied.session.stats().scores_in_place
+        for batch in batches:
+            batch = [replaced(request, user=users[i]) for i, request in enumerate(batch)]
+            for request, one, other in zip(batch, *(s.session.score(batch) for s in (whole, copied)), strict=True):
+                np.testing.assert_array_equal(one.logits, other.logits)
+                assert_same(one, in_one_pass(spec, request))
+            kv = whole.session.stats().cache
+            assert kv.used_bytes <= kv.capacity_bytes <= whole.user_bytes * room
+        assert sum(whole.graphs["score"].copied) == 0
+
+    def test_every_user_is_a_pass_of_the_same_shapes_and_addresses(self) -> None:
+        served = Served(SPEC, cache_rows=10_000, graph_stats=GraphStats())
+        for events in (12, 0, 7, 1, 12, 5):
+            request = request_of(SPEC, f"user of {events}", events, 4, seed=events)
+            assert_same(served.one(request), in_one_pass(SPEC, request))
+        assert len(set(served.graphs["score"].addresses)) == 1
+        assert set(served.calls("score")) == {(4, 2)}, "a sequence in front of each user's, also of the first"
+
+    def test_users_share_passes_without_staging_memory(self) -> None:
+        spec = spec_of(max_batch=4, micro_batch=20)
+        served = Served(spec, cache_rows=10_000, staging_rows=0)
+        batch = [request_of(spec, user, 12 - user, 3, seed=user) for user in range(4)]
+        # The cache holds them in another order than they are asked for.
+        for asked in (batch[2:], batch, batch[::-1]):
+            for request, result in zip(asked, served.session.score(asked), strict=True):
+                assert_same(result, in_one_pass(spec, request))
+        assert served.calls("score") == [(6, 4), (12, 8), (12, 8)]
+        assert served.graphs["score"].copied == [0] * 6
+
+    def test_a_cache_that_the_engine_cannot_take_whole_is_copied_and_said(self) -> None:
+        fits = Served(SPEC, 10, cache_rows=10 * 32)
+        assert fits.session.stats().scores_in_place
+        with pytest.warns(RuntimeWarning, match="the KV cache has 320 rows, and the engine of score takes 319 as one"):
+            served = Served(SPEC, 10, cache_rows=10 * 32 - 1)
+        assert not served.session.stats().scores_in_place
+        request = request_of(SPEC, 0, 5, 3)
+        assert_same(served.one(request), in_one_pass(SPEC, request))
+
+    def test_a_user_larger_than_the_budget_is_refused_or_packed(self) -> None:
+        requests = [request_of(SPEC, 0, 1, 2), request_of(SPEC, 1, 12, 2)]
+        spec = dataclasses.replace(SPEC, max_history_len=40)
+        with pytest.raises(RequestError, match="too small for user 1") as caught:
+            Served(spec, 0.5, cache_rows=10_000).session.score([request_of(spec, 1, 40, 2)])
+        assert caught.value.code == "HSTU-E707"
+        served = Served(SPEC, 0.5, cache_rows=10_000, over_budget="packed")
+        for request, result in zip(requests, served.session.score(requests), strict=True):
+            assert_same(result, in_one_pass(SPEC, request))
 
 
 class TestPackedSplits:

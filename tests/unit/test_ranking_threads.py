@@ -38,13 +38,15 @@ def expected(spec: RankingSpec, request: RankingRequest) -> RankingResult:
 
 @pytest.mark.parametrize("spec", [spec_of(scaling="batch"), spec_of("prefix")], ids=["meta", "prefix"])
 @pytest.mark.parametrize("users_in_cache", [1, 6.5])
-@pytest.mark.parametrize("graphs", [None, GraphStats()], ids=["in-place", "staged"])
+@pytest.mark.parametrize(
+    ("graphs", "cache_rows"),
+    [(None, None), (GraphStats(), None), (GraphStats(), 10_000)],
+    ids=["in-place", "staged", "whole-cache"],
+)
 def test_soak_with_a_cache_smaller_than_its_users(
-    spec: RankingSpec, users_in_cache: float, graphs: GraphStats | None
+    spec: RankingSpec, users_in_cache: float, graphs: GraphStats | None, cache_rows: int | None
 ) -> None:
-    served = Served(spec, users_in_cache=users_in_cache, staging_rows=30)
-    for graph in served.graphs.values():
-        graph.graph_stats = graphs
+    served = Served(spec, users_in_cache, cache_rows=cache_rows, graph_stats=graphs, staging_rows=30)
     report = soak(served.session, PLAN)
     assert report.failures(PLAN, max_growth_mib=32) == []
     assert report.users_seen > users_in_cache * 2
