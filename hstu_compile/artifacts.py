@@ -90,6 +90,23 @@ class OnnxGraph:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnView:
+    """Columns of a tensor [rows, width] that an attention reads where they lie, as [rows, heads, dim].
+
+    Attributes:
+        column: the first, from 0.
+        row_stride: elements from a row to the next: the tensor's width.
+        heads: of the attention.
+        dim: columns of a head.
+    """
+
+    column: int
+    row_stride: int
+    heads: int
+    dim: int
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionCall:
     """One attention that a kernel of ours computes between two segments.
 
@@ -98,12 +115,14 @@ class AttentionCall:
         attributes: the contract's, defaults included.
         inputs: the contract's name of each input that the node has, in the contract's order, to the tensor's name.
         output: name of the tensor that it makes.
+        views: those of q, k and v that are columns of their tensor, by the contract's name.
     """
 
     name: str
     attributes: dict[str, Any]
     inputs: dict[str, str]
     output: str
+    views: dict[str, ColumnView] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +175,13 @@ class Schedule:
             return TensorSpec(name, str(array.dtype), array.shape)
         specs = {spec.name: spec for spec in (*self.inputs, *(each.spec for each in self.crossing))}
         return specs[name]
+
+    def input_spec(self, call: AttentionCall, name: str) -> TensorSpec:
+        """Type and shape of what an attention reads as its input of this name in the contract."""
+        spec = self.spec(call.inputs[name])
+        if (view := call.views.get(name)) is None:
+            return spec
+        return TensorSpec(spec.name, spec.dtype, (spec.shape[0], view.heads, view.dim))
 
 
 @dataclasses.dataclass(frozen=True)

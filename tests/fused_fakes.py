@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import AttentionCall, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
+from hstu_compile.artifacts import AttentionCall, Crossing, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
 from hstu_compile.axis_sizes import axis_size
 from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
 from hstu_compile.runtime._cuda import CudaDriver
-from hstu_compile.runtime.attention_kernels import Launch, Shape
+from hstu_compile.runtime.attention_kernels import Launch, Placed, Shape
 from hstu_compile.runtime.fused_session import FusedSession
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.segmented_onnx_session import attention_model
@@ -108,20 +108,34 @@ class FakeKernels:
 
 class _FakeAttention:
     def __init__(self, kernels: FakeKernels, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> None:
-        self._kernels, self._call, self._types = kernels, call, {n: spec.dtype for n, spec in tensors.items()}
-        self._session = OnnxRuntimeSession(attention_model(kernels.graph, call))
+        # What the kernel is given is q, k and v themselves, wherever they lie.
+        own = {name: dataclasses.replace(tensors[name], name=f"its own {name}") for name in call.views}
+        self._kernels, self._types = kernels, {n: spec.dtype for n, spec in tensors.items()}
+        self._is_first = call.output == kernels.graph.calls[0].output
+        self._call = dataclasses.replace(
+            call, inputs=call.inputs | {name: spec.name for name, spec in own.items()}, views={}
+        )
+        crossing = (*kernels.graph.crossing, *(Crossing(spec, 0, 0) for spec in own.values()))
+        self._session = OnnxRuntimeSession(
+            attention_model(dataclasses.replace(kernels.graph, crossing=crossing), self._call)
+        )
 
     def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
         assert set(shapes) == set(self._call.inputs)
         return self._kernels.workspace
 
-    def _at(self, address: int, shape: Shape, dtype: str) -> Any:
-        stored = storage_dtype(dtype)
-        nbytes = math.prod(shape) * stored.itemsize
-        if not nbytes:
-            return np.empty(shape, stored)
-        self._kernels.cuda.require_device(address, nbytes)
-        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), stored).reshape(shape)
+    def _at(self, place: Placed, dtype: str) -> Any:
+        stored, width = storage_dtype(dtype), math.prod(place.shape[1:])
+        if not math.prod(place.shape):
+            return np.empty(place.shape, stored)
+        stride = place.row_stride or width
+        count = (place.shape[0] - 1) * stride + width
+        self._kernels.cuda.require_device(place.address, count * stored.itemsize)
+        memory = np.frombuffer((ctypes.c_uint8 * (count * stored.itemsize)).from_address(place.address), stored)
+        rows = np.lib.stride_tricks.as_strided(
+            memory, (place.shape[0], width), (stride * stored.itemsize, stored.itemsize)
+        )
+        return rows.reshape(place.shape) if stride == width else rows.copy().reshape(place.shape)
 
     def enqueue(self, launch: Launch, stream: int) -> None:
         kernels = self._kernels
@@ -133,15 +147,15 @@ class _FakeAttention:
                 return
             if launch.workspace_bytes:
                 kernels.cuda.require_device(launch.workspace, launch.workspace_bytes)
-                if self._call == kernels.graph.calls[0]:
+                if self._is_first:
                     kernels.found.append(ctypes.string_at(launch.workspace + launch.workspace_bytes - 1, 1)[0])
                 ctypes.memset(launch.workspace, 0xAB, launch.workspace_bytes)
             given = {}
-            for name, (address, shape) in launch.inputs.items():
-                array = self._at(address, shape, self._types[name]).copy()
+            for name, place in launch.inputs.items():
+                array = self._at(place, self._types[name]).copy()
                 given[self._call.inputs[name]] = values_of_bits(array) if self._types[name] == "bfloat16" else array
             (result,) = self._session.run({spec.name: given[spec.name] for spec in self._session.inputs}).values()
-            target = self._at(*launch.output, self._types["out"])
+            target = self._at(launch.output, self._types["out"])
             target[...] = bits_of_values(result) if self._types["out"] == "bfloat16" else result
 
         kernels.cuda.enqueue(stream, work)

@@ -9,7 +9,7 @@ import ctypes
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hstu_compile.artifacts import AttentionCall, TensorSpec
 from hstu_compile.errors import PluginError
@@ -24,19 +24,33 @@ _ELEMENT_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int32": 3, "int64"
 Shape = tuple[int, ...]
 
 
+class Placed(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes:
+        address: on the device; 0 is legal where the tensor is empty.
+        shape: of the tensor.
+        row_stride: elements from a row to the next; 0: contiguous. Of q, k and v it may be another.
+    """
+
+    address: int
+    shape: Shape
+    row_stride: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """What one pass of an attention reads and writes.
 
     Attributes:
-        inputs: device address and shape of every input, by the contract's names.
-        output: device address and shape of the output.
+        inputs: place of every input, by the contract's names.
+        output: place of the output.
         workspace: device address, or 0 where none is needed.
         workspace_bytes: bytes there.
     """
 
-    inputs: Mapping[str, tuple[int, Shape]]
-    output: tuple[int, Shape]
+    inputs: Mapping[str, Placed]
+    output: Placed
     workspace: int
     workspace_bytes: int
 
@@ -84,6 +98,7 @@ class _Tensor(ctypes.Structure):
         ("rank", ctypes.c_int32),
         ("dims", ctypes.c_int64 * _MAX_RANK),
         ("data", ctypes.c_void_p),
+        ("rowStride", ctypes.c_int64),
     )
 
 
@@ -138,7 +153,7 @@ class _LoadedAttention:
         self._handle = ctypes.c_void_p()
         # A dynamic axis is -1.
         shapes = {n: tuple(s if isinstance(s, int) else -1 for s in spec.shape) for n, spec in tensors.items()}
-        inputs, count = self._inputs({name: (0, shapes[name]) for name in call.inputs})
+        inputs, count = self._inputs({name: Placed(0, shapes[name]) for name in call.inputs})
         attributes = (_Attribute * len(call.attributes))(
             *(_Attribute(name.encode(), float(value)) for name, value in call.attributes.items())
         )
@@ -149,12 +164,12 @@ class _LoadedAttention:
             ctypes.c_int32(len(attributes)),
             inputs,
             count,
-            ctypes.byref(self._tensor(self._out, 0, shapes[self._out])),
+            ctypes.byref(self._tensor(self._out, Placed(0, shapes[self._out]))),
             ctypes.byref(self._handle),
         )
 
     def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        inputs, count = self._inputs({name: (0, shapes[name]) for name in self._call.inputs})
+        inputs, count = self._inputs({name: Placed(0, shapes[name]) for name in self._call.inputs})
         found = ctypes.c_size_t()
         self._checked("hstuAttentionWorkspace", self._handle, inputs, count, ctypes.byref(found))
         return int(found.value)
@@ -166,7 +181,7 @@ class _LoadedAttention:
             self._handle,
             inputs,
             count,
-            ctypes.byref(self._tensor(self._out, *launch.output)),
+            ctypes.byref(self._tensor(self._out, launch.output)),
             ctypes.c_void_p(launch.workspace or None),
             ctypes.c_size_t(launch.workspace_bytes),
             ctypes.c_void_p(stream),
@@ -177,13 +192,14 @@ class _LoadedAttention:
         if handle.value:
             self._lib.hstuAttentionDestroy(handle)
 
-    def _inputs(self, given: Mapping[str, tuple[int, Shape]]) -> tuple[Any, ctypes.c_int32]:
-        tensors = (_Tensor * len(given))(*(self._tensor(name, *place) for name, place in given.items()))
+    def _inputs(self, given: Mapping[str, Placed]) -> tuple[Any, ctypes.c_int32]:
+        tensors = (_Tensor * len(given))(*(self._tensor(name, place) for name, place in given.items()))
         return tensors, ctypes.c_int32(len(given))
 
-    def _tensor(self, name: str, address: int, shape: Shape) -> _Tensor:
+    def _tensor(self, name: str, place: Placed) -> _Tensor:
+        address, shape, row_stride = place
         dims = (ctypes.c_int64 * _MAX_RANK)(*shape)
-        return _Tensor(name.encode(), self._types[name], len(shape), dims, address or None)
+        return _Tensor(name.encode(), self._types[name], len(shape), dims, address or None, row_stride)
 
     def _checked(self, function: str, *arguments: Any) -> None:
         error = ctypes.create_string_buffer(_ERROR_BYTES)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from hstu_compile.artifacts import Schedule
+from hstu_compile.artifacts import AttentionCall, Schedule
 from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._buffer_plan import BufferPlan, Lifetime, planned_buffers
@@ -19,7 +19,7 @@ from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffer
 from hstu_compile.runtime._gpu_session import GpuSession, Shapes
 from hstu_compile.runtime._loaded_engine import LoadedEngine, started_runtime
 from hstu_compile.runtime._mirrored import Layout
-from hstu_compile.runtime.attention_kernels import AttentionKernel, AttentionKernels, Launch
+from hstu_compile.runtime.attention_kernels import AttentionKernel, AttentionKernels, Launch, Placed, Shape
 from hstu_compile.tensorrt_api import TensorRtApi
 
 # Most sets of input shapes whose plan is remembered.
@@ -104,7 +104,7 @@ class FusedSession(GpuSession):
         self._check_engines()
         self._range = {spec.name: self._range_of(spec.name, len(spec.shape)) for spec in schedule.inputs}
         for call in schedule.calls:
-            tensors = {name: schedule.spec(tensor) for name, tensor in call.inputs.items()}
+            tensors = {name: schedule.input_spec(call, name) for name in call.inputs}
             tensors["out"] = schedule.spec(call.output)
             self._attentions.append(self._kernels.prepare(call, tensors))
         self._upload_constants()
@@ -193,8 +193,8 @@ class FusedSession(GpuSession):
                 known |= self._engines[step.index].inferred(known, log)
             else:
                 call = self._schedule.calls[step.index]
-                rows, heads, _ = known[call.inputs["q"]]
-                known[call.output] = (rows, heads, known[call.inputs["v"]][2])
+                rows, heads, _ = _input_shape(call, "q", known)
+                known[call.output] = (rows, heads, _input_shape(call, "v", known)[2])
         self._shapes = known
         self._arena, self._workspaces = self._planned_arena()
         return {spec.name: known[spec.name] for spec in self.outputs}
@@ -215,7 +215,7 @@ class FusedSession(GpuSession):
         for number, step in enumerate(self._schedule.steps):
             if step.kind == "attention":
                 call = self._schedule.calls[step.index]
-                shapes = {name: self._shapes[tensor] for name, tensor in call.inputs.items()}
+                shapes = {name: _input_shape(call, name, self._shapes) for name in call.inputs}
                 workspaces.append(self._attentions[step.index].workspace_bytes(shapes))
                 if workspaces[-1]:
                     lives.append(Lifetime(_workspace(step.index), workspaces[-1], number, number))
@@ -240,13 +240,20 @@ class FusedSession(GpuSession):
             engine.bind(places, log)
         self._launches = [
             Launch(
-                inputs={name: (places[tensor], self._shapes[tensor]) for name, tensor in call.inputs.items()},
-                output=(places[call.output], self._shapes[call.output]),
+                inputs={name: self._placed_input(call, name, places) for name in call.inputs},
+                output=Placed(places[call.output], self._shapes[call.output]),
                 workspace=places.get(_workspace(index), 0),
                 workspace_bytes=self._workspaces[index],
             )
             for index, call in enumerate(self._schedule.calls)
         ]
+
+    def _placed_input(self, call: AttentionCall, name: str, places: Mapping[str, int]) -> Placed:
+        tensor, shape = call.inputs[name], _input_shape(call, name, self._shapes)
+        if (view := call.views.get(name)) is None:
+            return Placed(places[tensor], shape)
+        offset = view.column * storage_dtype(self._dtypes[tensor]).itemsize
+        return Placed(places[tensor] + offset, shape, view.row_stride)
 
     def _execute(self, log: Any) -> None:
         for step in self._schedule.steps:
@@ -260,6 +267,13 @@ class FusedSession(GpuSession):
         if not stuck:
             return ""
         return f"TensorRT-RTX says that segment {', '.join(map(str, stuck))} cannot be recorded on a stream"
+
+
+def _input_shape(call: AttentionCall, name: str, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of what an attention reads as its input of this name in the contract."""
+    shape = shapes[call.inputs[name]]
+    view = call.views.get(name)
+    return shape if view is None else (shape[0], view.heads, view.dim)
 
 
 def _workspace(index: int) -> str:

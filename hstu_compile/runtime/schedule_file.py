@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import AttentionCall, Crossing, Schedule, Step, TensorSpec
+from hstu_compile.artifacts import AttentionCall, ColumnView, Crossing, Schedule, Step, TensorSpec
 from hstu_compile.errors import BundleError
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.runtime._bfloat16 import storage_dtype
@@ -109,7 +109,13 @@ def _schedule(content: dict[str, Any]) -> Schedule:
         )
         constants[name] = np.ascontiguousarray(flat.astype(flat.dtype.newbyteorder("=")).reshape(entry["shape"]))
     calls = tuple(
-        AttentionCall(each["name"], dict(each["attributes"]), dict(each["inputs"]), each["output"])
+        AttentionCall(
+            each["name"],
+            dict(each["attributes"]),
+            dict(each["inputs"]),
+            each["output"],
+            {name: ColumnView(**view) for name, view in each["views"].items()},
+        )
         for each in content["attentions"]
     )
     return Schedule(
@@ -139,8 +145,26 @@ def _check_order(schedule: Schedule) -> None:
             problems.append(f"{call.name} has inputs {list(call.inputs)}, and its attributes say {wanted}")
         for tensor in (*call.inputs.values(), call.output):
             schedule.spec(tensor)
+        problems += _view_problems(schedule, call)
     for each in schedule.crossing:
         if not 0 <= each.first <= each.last < len(schedule.steps):
             problems.append(f"{each.spec.name} lives from step {each.first} to {each.last}")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _view_problems(schedule: Schedule, call: AttentionCall) -> list[str]:
+    """What would make an attention read outside of a tensor."""
+    problems = []
+    for name, view in call.views.items():
+        if name not in ("q", "k", "v"):
+            problems.append(f"{call.name} has {name} as columns, and only q, k and v may be")
+            continue
+        if any(type(number) is not int for number in dataclasses.astuple(view)):
+            raise ValueError(f"{call.name} has {view} as {name}")
+        shape = schedule.spec(call.inputs[name]).shape
+        last = view.row_stride - view.heads * view.dim
+        fits = view.heads > 0 and view.dim > 0 and 0 <= view.column <= last
+        if len(shape) != 2 or shape[1] != view.row_stride or not fits:
+            problems.append(f"{call.name} has {view} of a tensor {list(shape)} as {name}")
+    return problems

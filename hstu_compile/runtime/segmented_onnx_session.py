@@ -69,7 +69,8 @@ class SegmentedOnnxSession(HostSession):
 def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelProto:
     """One attention as a graph of its own, with its native body.
 
-    Its inputs and its output have the names that they have in the graph; what is constant is inside.
+    Its inputs and its output have the names that they have in the graph; what is constant is inside, and so is the
+    slicing of columns.
 
     Args:
         graph: that the call is of.
@@ -81,9 +82,11 @@ def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelPro
     fed = [name for name in dict.fromkeys(call.inputs.values()) if name not in graph.constants]
     constant = {name: graph.constants[name] for name in call.inputs.values() if name in graph.constants}
     buckets = len(constant[call.inputs["ts_thresholds"]]) if call.attributes["time_bias"] else 0
+    views = [_view_nodes(call, name) for name in call.views]
+    read = call.inputs | {name: _view_name(call, name) for name in call.views}
     node = helper.make_node(
         contract.name,
-        list(call.inputs.values()),
+        list(read.values()),
         [call.output],
         name=call.name,
         domain=contract.namespace,
@@ -92,11 +95,14 @@ def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelPro
         plugin_namespace=contract.namespace,
     )
     body = helper.make_graph(
-        [node],
+        [*(each for nodes, _ in views for each in nodes), node],
         call.name,
         [_value_info(graph.spec(name)) for name in fed],
         [_value_info(graph.spec(call.output))],
-        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constant.items()],
+        [
+            *(numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constant.items()),
+            *(tensor for _, tensors in views for tensor in tensors),
+        ],
     )
     return helper.make_model(
         body,
@@ -104,6 +110,29 @@ def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelPro
         ir_version=source.ir_version,
         functions=[native_body(call.attributes, buckets, opset)],
     )
+
+
+def _view_name(call: AttentionCall, name: str) -> str:
+    return f"{call.name}/{name}"
+
+
+def _view_nodes(call: AttentionCall, name: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """What makes an input of an attention from the tensor whose columns it is, and the constants of that."""
+    view, made = call.views[name], _view_name(call, name)
+    parameters = {
+        "first": [view.column],
+        "end": [view.column + view.heads * view.dim],
+        "axis": [1],
+        "shape": [0, view.heads, view.dim],  # 0: as many rows as there are
+    }
+    first, end, axis, shape = (f"{made}/{each}" for each in parameters)
+    nodes = [
+        helper.make_node("Slice", [call.inputs[name], first, end, axis], [f"{made}/columns"], name=f"{made}/slice"),
+        helper.make_node("Reshape", [f"{made}/columns", shape], [made], name=f"{made}/reshape"),
+    ]
+    return nodes, [
+        numpy_helper.from_array(np.array(values, np.int64), f"{made}/{each}") for each, values in parameters.items()
+    ]
 
 
 def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:

@@ -41,7 +41,7 @@ typedef struct HstuAttribute
     double value;
 } HstuAttribute;
 
-//! One input, or the output, whose name is "out". Row-major and contiguous.
+//! One input, or the output, whose name is "out". Row-major and contiguous, but for the rows of q, k and v.
 typedef struct HstuTensor
 {
     char const* name;
@@ -51,6 +51,9 @@ typedef struct HstuTensor
     //! Device address. Not read by hstuAttentionCreate and hstuAttentionWorkspace; may be null where the tensor is empty.
     //! What an input's address points to is not written.
     void* data;
+    //! Elements from a row, [H, D], of q, k or v to the next where they are columns of a wider tensor; 0: contiguous, as
+    //! everything else is. May differ from launch to launch. Kernels are fastest where every row is 16-byte aligned.
+    int64_t rowStride;
 } HstuTensor;
 
 //! One attention: attributes, element types, and loaded kernels.
@@ -84,7 +87,8 @@ int32_t hstuAttentionWorkspace(HstuAttention const* attention, HstuTensor const*
 //! Queues the kernels on a stream and does nothing else: no allocation, no loading, no synchronisation, no work on another
 //! stream. So it may be recorded into a CUDA graph, and what it queues depends on the extents and addresses alone.
 //!
-//! \param inputs every extent known, every address set; 256-byte aligned, as those of an engine are.
+//! \param inputs every extent known, every address set; 256-byte aligned, as those of an engine are, but that columns of a
+//!     wider tensor begin where they lie in it.
 //! \param output likewise. It overlaps no input and no workspace.
 //! \param workspace of at least the bytes that hstuAttentionWorkspace names, 256-byte aligned; may be null if that is 0.
 //! \param stream a CUstream.

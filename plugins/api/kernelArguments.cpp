@@ -175,6 +175,7 @@ NamedTensors inputsByName(
         HSTU_CHECK(!isGiven[index], nodeOf(nodeName), ": input '", tensor.name, "' is given more than once");
         isGiven[index] = true;
         named.tensors.inputs[index] = viewOf(nodeName, tensor);
+        named.tensors.rowStrides[index] = tensor.rowStride;
         named.pointers.inputs[index] = tensor.data;
     }
     for (int32_t input = 0; input < kNbInputs; ++input)
@@ -191,6 +192,8 @@ void setOutput(char const* nodeName, HstuTensor const* output, NamedTensors& nam
     char const* const wanted = kOutputs[0].name;
     HSTU_CHECK(output->name != nullptr && std::strcmp(output->name, wanted) == 0, nodeOf(nodeName), ": the output is '",
         output->name != nullptr ? output->name : "", "'; allowed: ", wanted);
+    HSTU_CHECK(output->rowStride == 0, nodeOf(nodeName), ": the rows of ", wanted, " are ", output->rowStride,
+        " elements apart; allowed: 0, a contiguous tensor");
     named.tensors.output = viewOf(nodeName, *output);
     named.pointers.output = output->data;
 }

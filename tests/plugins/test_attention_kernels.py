@@ -14,7 +14,7 @@ import pytest
 from hstu_compile.artifacts import AttentionCall, TensorSpec
 from hstu_compile.errors import PluginError
 from hstu_compile.op_schema import attention_contract
-from hstu_compile.runtime.attention_kernels import API_VERSION, KernelLibrary, Launch
+from hstu_compile.runtime.attention_kernels import API_VERSION, KernelLibrary, Launch, Placed
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "plugins" / "api" / "hstuAttentionKernels.h"
@@ -80,7 +80,11 @@ int32_t hstuAttentionEnqueue(HstuAttention* attention, HstuTensor const* inputs,
         return failed(error, errorCapacity, "workspace", (double) workspaceBytes);
     uint16_t const* from = q->data;
     uint16_t* to = output->data;
-    for (int64_t i = 0; i < q->dims[0] * q->dims[1] * q->dims[2]; ++i) to[i] = (uint16_t) (from[i] + attention->alpha);
+    int64_t const width = q->dims[1] * q->dims[2];
+    int64_t const stride = q->rowStride ? q->rowStride : width;
+    if (find(inputs, nbInputs, "k")->rowStride != 0) return failed(error, errorCapacity, "rows of k", 0);
+    for (int64_t i = 0; i < q->dims[0] * width; ++i)
+        to[i] = (uint16_t) (from[i / width * stride + i % width] + attention->alpha);
     return 0;
 }
 void hstuAttentionDestroy(HstuAttention* attention) { free(attention); }
@@ -127,8 +131,16 @@ def test_a_call_goes_through_the_interface_by_name(library: Path) -> None:
     q, out, workspace = np.arange(40, dtype=np.uint16), np.zeros(40, np.uint16), ctypes.create_string_buffer(500)
     shapes: dict[str, Any] = dict.fromkeys(call.inputs, (3,)) | dict.fromkeys(("q", "k", "v"), (5, 2, 4))
     assert kernel.workspace_bytes(shapes) == 500
-    places = {name: (q.ctypes.data, shape) for name, shape in shapes.items()}
-    kernel.enqueue(Launch(places, (out.ctypes.data, (5, 2, 4)), ctypes.addressof(workspace), 500), 0x1234)
+    places = {name: Placed(q.ctypes.data, shape) for name, shape in shapes.items()}
+    target = Placed(out.ctypes.data, (5, 2, 4))
+    kernel.enqueue(Launch(places, target, ctypes.addressof(workspace), 500), 0x1234)
+    assert out.tolist() == (q + 3).tolist()
+    # The same as columns 3 to 10 of 13.
+    wide = np.full((5, 13), 999, np.uint16)
+    wide[:, 3:11] = q.reshape(5, 8)
+    places["q"] = Placed(wide.ctypes.data + 6, (5, 2, 4), 13)
+    out[:] = 0
+    kernel.enqueue(Launch(places, target, ctypes.addressof(workspace), 500), 0x1234)
     assert out.tolist() == (q + 3).tolist()
     kernel.close()
     kernel.close()
@@ -140,7 +152,7 @@ def test_a_refusal_is_told_in_the_librarys_words(library: Path) -> None:
         kernels.prepare(*call_of(alpha=-2.0))
     kernel = kernels.prepare(*call_of())
     with pytest.raises(PluginError, match=r"hstuAttentionEnqueue: stream: 0"):
-        kernel.enqueue(Launch({"q": (0, (0, 2, 4))}, (0, (0, 2, 4)), 0, 0), 1)
+        kernel.enqueue(Launch({"q": Placed(0, (0, 2, 4))}, Placed(0, (0, 2, 4)), 0, 0), 1)
     kernel.close()
 
 
