@@ -157,7 +157,8 @@ def _ragged_uniform(largest: int, batch: int) -> tuple[int, ...]:
     return tuple(int(n) for n in rng.integers(int(np.ceil(0.05 * largest)), largest + 1, batch))
 
 
-def _ragged_log_normal(mean: float, batch: int, largest: int) -> tuple[int, ...]:
+def ragged_log_normal(mean: float, batch: int, largest: int) -> tuple[int, ...]:
+    """[B] lengths of that mean, from 16 to `largest`; the same arguments give the same lengths."""
     rng = np.random.default_rng([int(mean), batch])
     sigma = 0.8
     drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, batch)
@@ -198,7 +199,7 @@ def _ragged_cases(dtype: str) -> Iterator[Case]:
     uniform = _ragged_uniform(8192, 32)
     yield Case("uniform8192_B32", dtype, 128, uniform, bar=Bar(1.10))
     yield Case("uniform8192_B32_t256", dtype, 128, _longer(uniform, 256), targets=256, bar=Bar(1.10))
-    log_normal = _longer(_ragged_log_normal(1024.0, 64, 8192), 256)
+    log_normal = _longer(ragged_log_normal(1024.0, 64, 8192), 256)
     yield Case("lognormal1024_B64_t256", dtype, 128, log_normal, targets=256, bar=Bar(1.10))
     yield Case("B1_N8192", dtype, 128, (8192,), bar=Bar(1.4))
     yield Case("B1_N16384", dtype, 128, (16_384,), bar=Bar(1.15))

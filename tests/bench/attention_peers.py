@@ -55,6 +55,10 @@ class PeerArguments(ctypes.Structure):
 class PeerLibrary:
     """A loaded library.
 
+    Attributes:
+        forward: the C function.
+        version: what the library was built from.
+
     Raises:
         OSError: it cannot be loaded.
         AttributeError: it lacks one of the two functions.
@@ -64,7 +68,7 @@ class PeerLibrary:
         library = ctypes.CDLL(str(path.resolve()))
         library.hstu_peer_version.restype = ctypes.c_char_p
         library.hstu_peer_forward.argtypes = [ctypes.POINTER(PeerArguments)]
-        self._forward = library.hstu_peer_forward
+        self.forward = library.hstu_peer_forward
         self.version = str(library.hstu_peer_version().decode())
 
     def caller(self, inputs: Inputs, *, is_dense: bool, bias: Tensor | None = None) -> Callable[[], Tensor]:
@@ -110,7 +114,7 @@ class PeerLibrary:
                 out = torch.full_like(inputs.q, torch.nan)
                 arguments.out = out.data_ptr()
             arguments.stream = current_stream(device)
-            status = self._forward(ctypes.byref(arguments))
+            status = self.forward(ctypes.byref(arguments))
             if status == NOT_OFFERED:
                 raise NotOfferedError("the library has no kernel for it")
             if status:

@@ -11,7 +11,6 @@ import gc
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from attention_peers import NotOfferedError, meta_triton_module
 from attention_reference import DTYPES, HSTU, Inputs, Sample, draw, judge, make_sample
 from attention_reference import SOFTMAX as SOFTMAX_FUNCTION
 from bench_attention import PLAN, PROGRESS, TIMING, common_facts, write_part
-from bench_plugin import gpu_name, status_of
+from bench_plugin import clocks, gpu_name, status_of
 from device_timing import summary_of
 from torch import Tensor
 
@@ -191,17 +190,6 @@ def captured(run: Run) -> tuple[Run, Any]:
         for _ in range(GRAPH_CALLS):
             output = run()
     return graph.replay, output
-
-
-def clocks() -> str:
-    """Power limit and the SM clock's maximum, as nvidia-smi tells them; nothing here locks clocks."""
-    query = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    limit, _, fastest = (done.stdout.strip().splitlines() or [""])[0].partition(", ")
-    return f"power limit {limit}, SM clock up to {fastest}, not locked" if fastest else "unknown"
 
 
 class Worker:

@@ -97,6 +97,17 @@ def gpu_name() -> str:
     return (done.stdout.strip().splitlines() or ["unknown"])[0].replace(", ", ", driver ")
 
 
+def clocks() -> str:
+    """Power limit and the SM clock's maximum, as nvidia-smi tells them; nothing here locks clocks."""
+    query = ["nvidia-smi", "--query-gpu=power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    limit, _, fastest = (done.stdout.strip().splitlines() or [""])[0].partition(", ")
+    return f"power limit {limit}, SM clock up to {fastest}, not locked" if fastest else "unknown"
+
+
 def measured_row(case: Any, output: Any, time_it: Callable[[], dict[str, Any]], memory: Callable[[], Row]) -> Row:
     """Check the output, then time: a wrong result gets no time."""
     from attention_workload import check_rows

@@ -284,13 +284,13 @@ class Request:
         }
 
 
-def request(num_history: int, num_candidates: int, sizes: Sizes = DLRM_V3) -> Request:
-    """The request of n events and m candidates; those of fewer candidates are its beginning.
+def request(num_history: int, num_candidates: int, sizes: Sizes = DLRM_V3, user: int = 0) -> Request:
+    """The request of n events and m candidates; those of fewer candidates are its beginning. Another user, other bits.
 
     Events lie seconds to a day apart. Half of the longest history is older than the last time bucket of Meta's PyTorch
     path (181 days at D = 512), none is older than the last one of its table.
     """
-    prefix = f"n={num_history}"
+    prefix = f"n={num_history}" + (f" user={user}" if user else "")
     gaps = _integers(f"{prefix} gaps", num_history, 90)
     pause = _integers(f"{prefix} pauses", num_history, 10) == 0
     gaps = np.where(pause, 3600 + 900 * gaps, gaps)

@@ -1,0 +1,365 @@
+"""The end-to-end benchmark's own backends: sessions on engines of the bundles that prepare_job.py made.
+
+Run by bench_end_to_end.py beside TensorRT-RTX (families ours_rtx_fused, ours_rtx_native) and beside TensorRT 8.5
+(ours_trt85_plugin, Python 3.10, no torch). Engines are built where they run, from the bundles' graphs, for the shapes
+of the benchmark; a bundle's own are for the shapes of its options.
+
+  end_to_end-fp16  end_to_end-bf16                        model.onnx, its last layer pruned, and score.onnx
+  end_to_end-fp16-unpruned  end_to_end-bf16-unpruned      model.onnx
+  any of them, or --kernels                               libhstu_attention_kernels.so, for the fused sessions
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from bench_plugin import clocks, status_of
+from end_to_end_clock import DriverClock, call_times, timed
+from end_to_end_reference import Reference, reference_path
+from end_to_end_rows import GRAPH, RTX_FUSED, TRT85, backends_of, keys_path, line_of, load_keys, write_part
+from end_to_end_workload import CACHED, Case, packed_arrays, score_arrays
+from m_falcon_workload import Sizes
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from hstu_compile.artifacts import OnnxGraph, Profile
+    from hstu_compile.runtime._gpu_session import GpuSession
+    from hstu_compile.runtime.resident import ResidentTensor
+
+#: Least, typical and greatest size of every axis of the graphs' inputs, over all cases.
+AXES = {
+    "L": (1, 16_384, 65_536),
+    "T": (1, 2048, 8192),
+    "B": (1, 8, 32),
+    "B_plus_1": (2, 9, 33),
+    "Lc": (1, 32_776, 32_776),
+}
+KERNELS_FILE = "libhstu_attention_kernels.so"
+ELEMENTS = {"fp16": "float16", "bf16": "bfloat16"}
+#: Runs until a pass is surely a replay: a plain one, one that is recorded, one that is compared.
+_RUNS_TO_REPLAY = 4
+_CUDA_GRAPHS = 4
+_MIB = 2.0**20
+
+Row = dict[str, Any]
+Feeds = dict[str, Any]
+
+
+def bundle_name(case: Case) -> str:
+    """Folder of the bundle that a case's graph is in."""
+    return f"end_to_end-{case.dtype}" + ("" if case.is_pruned or case.mode == CACHED else "-unpruned")
+
+
+def graph_stem(case: Case) -> str:
+    """Of the graph's file."""
+    return "score" if case.mode == CACHED else "model"
+
+
+def profile_of(graph: OnnxGraph) -> Profile:
+    """The shapes of the benchmark for a graph's inputs.
+
+    Raises:
+        KeyError: an axis that `AXES` lacks.
+    """
+    from hstu_compile.artifacts import Profile
+
+    shapes = [
+        {
+            spec.name: tuple(AXES[axis][which] if isinstance(axis, str) else axis for axis in spec.shape)
+            for spec in graph.inputs
+        }
+        for which in range(3)
+    ]
+    return Profile("end_to_end", *shapes)
+
+
+def graph_of(path: Path) -> OnnxGraph:
+    """A bundle's graph as the stages hand it on."""
+    import onnx
+
+    from hstu_compile.artifacts import OnnxGraph
+    from hstu_compile.engine import graph_precision
+    from hstu_compile.graph_facts import tensor_specs
+
+    model = onnx.load(path)
+    specs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
+    return OnnxGraph("score" if path.stem == "score" else "packed", model, graph_precision(model), *specs)
+
+
+class Engines:
+    """Engines of one family: built where they are missing, and measured.
+
+    Args:
+        family: RTX_FUSED, RTX_NATIVE or TRT85.
+        bundles: folder of the bundles.
+        engines: folder for what is built.
+        plugin_library: for TRT85.
+        kernels: for RTX_FUSED; None looks in the bundles.
+    """
+
+    def __init__(
+        self, family: str, bundles: Path, engines: Path, plugin_library: Path | None, kernels: Path | None
+    ) -> None:
+        self._family, self._bundles, self._engines = family, bundles, engines
+        self._plugin_library, self._kernels = plugin_library, kernels
+
+    def why_not(self, case: Case) -> str:
+        """Why a case has no time here; "" if it may have one."""
+        if self._family == TRT85 and case.dtype == "bf16":
+            return "not offered: TensorRT 8.5 has no bfloat16"
+        return ""
+
+    def _folder(self, case: Case) -> Path:
+        return self._engines / self._family / bundle_name(case)
+
+    def _files(self, case: Case) -> list[Path]:
+        """The engines of a case, in order; of a fused one the schedule first."""
+        folder, stem = self._folder(case), graph_stem(case)
+        if self._family != RTX_FUSED:
+            return [folder / f"{stem}.engine"]
+        engines = sorted(folder.glob(f"{stem}.segment-*.engine"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+        return [folder / f"{stem}.schedule.json", *engines]
+
+    def target(self, case: Case) -> Path:
+        """The last file that building a case's engines writes; cases with the same graph share it."""
+        return self._files(case)[0]
+
+    def build(self, case: Case) -> float:
+        """Build a case's engines; returns the seconds it took.
+
+        Raises:
+            HstuCompileError: what the stages raise.
+        """
+        from hstu_compile.engine import engine_from_onnx
+
+        started = time.perf_counter()
+        graph = graph_of(self._bundles / bundle_name(case) / f"{graph_stem(case)}.onnx")
+        profile, target = profile_of(graph), self.target(case)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self._family == RTX_FUSED:
+            self._build_segments(graph, profile, target)
+        else:
+            engine = engine_from_onnx(
+                graph.model,
+                backend="tensorrt" if self._family == TRT85 else "tensorrt-rtx",
+                profiles=(profile,),
+                plugin_library=self._plugin_library if self._family == TRT85 else None,
+            )
+            _write(target, engine.plan)
+        seconds = time.perf_counter() - started
+        target.with_suffix(".seconds").write_text(f"{seconds:.3f}\n", encoding="utf-8")
+        return seconds
+
+    def _build_segments(self, graph: OnnxGraph, profile: Profile, target: Path) -> None:
+        from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+        from hstu_compile.runtime.schedule_file import fused_files, schedule_text
+        from hstu_compile.segment_engines import engines_from_segments
+
+        cut = segmented_from_onnx(graph)
+        engines = engines_from_segments(cut, profile)
+        stem = target.name.removesuffix(".schedule.json")
+        schedule_file, names = fused_files(stem, len(engines))
+        for name, engine in zip(names, engines, strict=True):
+            _write(target.with_name(name), engine.plan)
+        _write(target.with_name(schedule_file), schedule_text(cut).encode("utf-8"))
+
+    def build_seconds(self, case: Case) -> float | None:
+        """How long `build` took, if it said so."""
+        path = self._files(case)[0].with_suffix(".seconds")
+        return float(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def opened(self, case: Case) -> GpuSession:
+        """A session on a case's engines, which keeps CUDA graphs where its runtime has them.
+
+        Raises:
+            FileNotFoundError: its engines or its kernels are missing.
+            HstuCompileError: what the session raises.
+        """
+        from hstu_compile.runtime._gpu_session import GpuSession
+        from hstu_compile.runtime.tensorrt_session import TensorRtSession
+        from hstu_compile.tensorrt_api import tensorrt_api
+
+        files = self._files(case)
+        if not self.target(case).exists():
+            raise FileNotFoundError(f"{files[0].name} was not built")
+        if self._family == RTX_FUSED:
+            from hstu_compile.runtime.open_fused import open_fused_session
+
+            session = open_fused_session(files[0], files[1:], self._kernel_library(case), cuda_graphs=_CUDA_GRAPHS)
+            assert isinstance(session, GpuSession)
+            return session
+        if self._family == TRT85:
+            api = tensorrt_api("tensorrt")
+            return TensorRtSession(api, files[0].read_bytes(), self._plugin_library, cuda_graphs=_CUDA_GRAPHS)
+        return TensorRtSession(tensorrt_api("tensorrt-rtx"), files[0].read_bytes())
+
+    def _kernel_library(self, case: Case) -> Path:
+        candidates = [self._bundles / bundle_name(case) / KERNELS_FILE, *self._bundles.glob(f"*/{KERNELS_FILE}")]
+        found = self._kernels or next((path for path in candidates if path.exists()), None)
+        if found is None:
+            raise FileNotFoundError(f"no bundle has {KERNELS_FILE}, and none was given")
+        return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(content)
+    aside.replace(path)
+
+
+class OurRows:
+    """Checks and times a family's cases.
+
+    Args:
+        engines: of the family.
+        family: its name.
+        parts: folder of the rows and references.
+        scratch: folder of keys and values.
+        sizes: of the model.
+    """
+
+    def __init__(self, engines: Engines, family: str, parts: Path, scratch: Path, sizes: Sizes) -> None:
+        self._engines, self._family, self._parts = engines, family, parts
+        self._scratch, self._sizes, self._clocks = scratch, sizes, clocks()
+
+    def measure(self, case: Case) -> None:
+        """Write the rows of a case."""
+        names = backends_of(self._family)
+        rows: dict[str, Row] = {name: {} for name in names}
+        if reason := self._engines.why_not(case):
+            rows = {name: {"status": reason} for name in names}
+        else:
+            try:
+                self._fill(case, rows)
+            except Exception as error:
+                status = status_of(error)
+                for row in rows.values():
+                    row.setdefault("status", status)
+        for name, row in rows.items():
+            write_part(self._parts, case, name, {"clocks": self._clocks, "l2": "cold"} | row, self._sizes)
+            print(line_of(case.name, name, row), flush=True)
+
+    def _fill(self, case: Case, rows: dict[str, Row]) -> None:
+        reference = Reference.load(reference_path(self._parts, case))
+        common: Row = {"form": "pruned" if case.is_pruned else ""}
+        if (seconds := self._engines.build_seconds(case)) is not None:
+            common["build_s"] = seconds
+        before = free_bytes()
+        with self._engines.opened(case) as session, self.feeds(case, session) as feeds:
+            for row in rows.values():
+                row |= common | {"versions": session.name}
+            measured = Measured(session, feeds, reference)
+            try:
+                for name, row in rows.items():
+                    try:
+                        row |= measured.replays() if name.endswith(GRAPH) else measured.plain()
+                    except Exception as error:
+                        row["status"] = status_of(error)
+                    row["peak_mib"] = (before - free_bytes()) / _MIB
+            finally:
+                measured.close()
+
+    @contextlib.contextmanager
+    def feeds(self, case: Case, session: GpuSession) -> Iterator[Feeds]:
+        """Inputs of a case: arrays, and keys and values where the session computes."""
+        if case.mode != CACHED:
+            yield dict(packed_arrays(case, self._sizes))
+            return
+        keys = load_keys(keys_path(self._scratch, case), case)
+        dtype = ELEMENTS[case.dtype]
+        pool = session.memory_pool(sum(array.nbytes + 256 for array in keys.values()))
+        try:
+            feeds: Feeds = dict(score_arrays(case, self._sizes))
+            for name, array in keys.items():
+                region = pool.allocate(array.nbytes)
+                assert region is not None
+                tensor: ResidentTensor = pool.tensor(region, 0, array.shape, dtype)
+                pool.write(array, tensor)
+                feeds[name] = tensor
+            yield feeds
+        finally:
+            pool.close()
+
+
+class Measured:
+    """One request on one session: plain passes, and replays of a CUDA graph.
+
+    Args:
+        session: keeps graphs, unless its runtime has none.
+        feeds: the request.
+        reference: of its logits.
+    """
+
+    def __init__(self, session: GpuSession, feeds: Mapping[str, Any], reference: Reference) -> None:
+        self._session, self._feeds, self._reference = session, dict(feeds), reference
+        self._clock = DriverClock(session._driver)
+
+    def run(self) -> NDArray[Any]:
+        """Logits [T] of a whole call."""
+        outputs = self._session.run_resident(self._feeds, {})
+        return np.asarray(outputs["logits"])[:, 0]
+
+    def plain(self) -> Row:
+        """Check and time passes that are enqueued kernel by kernel."""
+        # Without them a session records what comes twice.
+        graphs, self._session._graphs = self._session._graphs, None
+        try:
+            self.run()
+            self._session.poison_outputs()
+            row = self._reference.judged(self.run())
+            if row["status"] != "ok":
+                return row
+            with self._session._api.capture() as log:
+                row |= timed(self._clock.samples(lambda: self._session._execute(log)))
+            return row | call_times(self.run)
+        finally:
+            self._session._graphs = graphs
+
+    def replays(self) -> Row:
+        """Check and time replays; what was to be replayed and was not has no time."""
+        from hstu_compile.runtime._cuda_graph import CudaGraph
+
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for _ in range(_RUNS_TO_REPLAY):
+                self.run()
+        before = self._session.graph_stats
+        self._session.poison_outputs()
+        row = self._reference.judged(self.run())
+        after = self._session.graph_stats
+        if row["status"] != "ok":
+            return row
+        if before is None or after is None or after.replays != before.replays + 1:
+            reasons = "; ".join(str(each.message) for each in warned[-2:])
+            return row | {"status": f"error: the pass was no replay: {reasons}"[:400]}
+        driver = self._session._driver
+        with driver.current(), self._session._api.capture() as log:
+            graph = CudaGraph(driver, lambda: self._session._execute(log))
+        try:
+            row |= {"nodes": graph.num_nodes} | timed(self._clock.samples(graph.launch))
+        finally:
+            with driver.current():
+                graph.close()
+        return row | call_times(self.run)
+
+    def close(self) -> None:
+        """Free the clock's memory."""
+        self._clock.close()
+
+
+def free_bytes() -> int:
+    """Device memory that the driver could still give out."""
+    from hstu_compile.runtime._cuda import CudaDriver
+
+    driver = CudaDriver()
+    try:
+        with driver.current():
+            return driver.free_bytes()
+    finally:
+        driver.close()
