@@ -12,7 +12,9 @@ namespace
 
 fake::Calls calls;
 std::map<CUfunction, std::pair<std::string, unsigned char const*>> functions;
-int currentContext = 0;
+int primary = 0;
+CUcontext const primaryContext = reinterpret_cast<CUcontext>(&primary);
+CUcontext currentContext = primaryContext;
 
 } // namespace
 
@@ -55,18 +57,19 @@ extern "C" CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, C
 
 extern "C" CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice)
 {
-    *context = reinterpret_cast<CUcontext>(&currentContext);
+    *context = primaryContext;
     return CUDA_SUCCESS;
 }
 
 extern "C" CUresult cuCtxGetCurrent(CUcontext* context)
 {
-    *context = reinterpret_cast<CUcontext>(&currentContext);
+    *context = currentContext;
     return CUDA_SUCCESS;
 }
 
-extern "C" CUresult cuCtxSetCurrent(CUcontext)
+extern "C" CUresult cuCtxSetCurrent(CUcontext context)
 {
+    currentContext = context;
     return CUDA_SUCCESS;
 }
 
@@ -93,7 +96,7 @@ extern "C" CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, c
 {
     *function = reinterpret_cast<CUfunction>(module);
     functions[*function] = {name, reinterpret_cast<unsigned char const*>(module)};
-    return CUDA_SUCCESS;
+    return calls.result;
 }
 
 extern "C" CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int)
@@ -172,7 +175,7 @@ extern "C" CUresult fakeLaunchKernelEx(
     }
     launch.parameters = *static_cast<hstu::AttentionParameters const*>(arguments[3]);
     calls.launches.push_back(launch);
-    return c.grid[0] % launch.cluster == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    return c.grid[0] % launch.cluster == 0 ? calls.result : CUDA_ERROR_INVALID_VALUE;
 }
 
 extern "C" CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,

@@ -45,6 +45,7 @@ struct Calls
     std::vector<MapCall> maps;
     int allocations{0}; //!< that were not freed
     int waits{0};       //!< allocations, frees, module loads and synchronisations so far
+    CUresult result{CUDA_SUCCESS}; //!< of Hopper launches, and of looking functions up
 };
 
 } // namespace fake

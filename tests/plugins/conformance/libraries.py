@@ -10,9 +10,12 @@ import pytest
 
 from hstu_compile.errors import PluginError
 from hstu_compile.plugin_library import (
+    KernelsLibrary,
     PluginBuildRequest,
     PluginLibrary,
+    build_kernels_library,
     build_plugin_library,
+    find_cuda_headers,
     find_tensorrt_headers,
     read_tensorrt_version,
 )
@@ -60,6 +63,28 @@ def small_library(config: pytest.Config, include_dir: Path | None = None) -> Plu
             with_ptx=False,
             tensorrt_include_dir=include_dir,
             runtime_version=version,
+            cache_dir=plugin_cache(config),
+        )
+    )
+
+
+def small_kernels_library(config: pytest.Config) -> KernelsLibrary:
+    """Build the library of attention kernels with `SMALL_VARIANTS` for sm_90.
+
+    Skips by name where triton or CUDA's headers are not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: the kernels cannot be compiled")
+    try:
+        cuda = find_cuda_headers()
+    except PluginError as error:
+        pytest.skip(f"no CUDA headers: {error.why}")
+    return build_kernels_library(
+        PluginBuildRequest(
+            variants=SMALL_VARIANTS,
+            archs=(90,),
+            with_ptx=False,
+            cuda_include_dir=cuda,
             cache_dir=plugin_cache(config),
         )
     )
