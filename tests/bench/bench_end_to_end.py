@@ -132,7 +132,12 @@ def command_for(arguments: argparse.Namespace, family: str) -> list[str]:
     for name in _OPTIONS:
         if (path := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(path.resolve())]
-    return command + (["--tiny"] if arguments.tiny else [])
+    return command + switches(arguments)
+
+
+def switches(arguments: argparse.Namespace) -> list[str]:
+    """Options without a value that other processes need as well."""
+    return [f"--{name.replace('_', '-')}" for name in ("tiny", "all_forms") if getattr(arguments, name)]
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -223,7 +228,8 @@ def peers_of(arguments: argparse.Namespace) -> Any:
         raise RuntimeError("torch finds no GPU")
     libraries = {name: getattr(arguments, name) for name in ("meta_library", "nvidia_library", "meta_repo")}
     device = torch.device("cpu" if arguments.tiny else "cuda")
-    return make_peers(arguments.parts, arguments.scratch, sizes_of(arguments), device, libraries)
+    given = (arguments.parts, arguments.scratch, sizes_of(arguments), device, libraries)
+    return make_peers(*given, all_forms=arguments.all_forms)
 
 
 def engines_of(arguments: argparse.Namespace, family: str) -> Engines:
@@ -259,7 +265,7 @@ def slices(arguments: argparse.Namespace, count: int, *options: str) -> list[lis
         if (path := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(path.resolve())]
     command += ["--backends", *arguments.backends, "--cases", *(case.name for case in cases_of(arguments))]
-    command += ["--tiny"] if arguments.tiny else []
+    command += switches(arguments)
     return [[*command, "--slice", str(index), "--workers", str(count)] for index in range(count)]
 
 
@@ -350,6 +356,8 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--build", action="store_true", help=f"only build the engines of {', '.join(OURS)}")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes at once")
     parser.add_argument("--profile", metavar="CASE", help="only write the timelines of the backends")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of the timelines (default: results)")
+    parser.add_argument("--all-forms", action="store_true", help=f"let {COMPILE} try both forms of the model")
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, to try the program")
     parser.add_argument("--merge", type=Path, metavar="DIR", help="write the CSV from the parts under DIR")
     parser.add_argument("--csv", type=Path, default=RESULTS)

@@ -28,9 +28,11 @@ from m_falcon_workload import Sizes
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from hstu_compile.artifacts import OnnxGraph, Profile
+    import onnx
+
     from hstu_compile.runtime._gpu_session import GpuSession
     from hstu_compile.runtime.resident import ResidentTensor
+    from hstu_compile.trt_options import EngineOptions
 
 #: Least, typical and greatest size of every axis of the graphs' inputs, over all cases.
 AXES = {
@@ -61,35 +63,24 @@ def graph_stem(case: Case) -> str:
     return "score" if case.mode == CACHED else "model"
 
 
-def profile_of(graph: OnnxGraph) -> Profile:
-    """The shapes of the benchmark for a graph's inputs.
+def options_of(model: onnx.ModelProto, plugin_library: Path | None) -> EngineOptions:
+    """Builder settings for a graph: the shapes of the benchmark.
 
     Raises:
         KeyError: an axis that `AXES` lacks.
     """
-    from hstu_compile.artifacts import Profile
-
-    shapes = [
-        {
-            spec.name: tuple(AXES[axis][which] if isinstance(axis, str) else axis for axis in spec.shape)
-            for spec in graph.inputs
-        }
-        for which in range(3)
-    ]
-    return Profile("end_to_end", *shapes)
-
-
-def graph_of(path: Path) -> OnnxGraph:
-    """A bundle's graph as the stages hand it on."""
-    import onnx
-
-    from hstu_compile.artifacts import OnnxGraph
-    from hstu_compile.engine import graph_precision
     from hstu_compile.graph_facts import tensor_specs
+    from hstu_compile.trt_options import EngineOptions
 
-    model = onnx.load(path)
-    specs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
-    return OnnxGraph("score" if path.stem == "score" else "packed", model, graph_precision(model), *specs)
+    least, typical, greatest = (
+        tuple(
+            (spec.name, tuple(AXES[axis][which] if isinstance(axis, str) else axis for axis in spec.shape))
+            for spec in tensor_specs(model.graph.input)
+        )
+        for which in range(3)
+    )
+    plugins = () if plugin_library is None else (plugin_library,)
+    return EngineOptions(min_shapes=least, opt_shapes=typical, max_shapes=greatest, plugins=plugins)
 
 
 class Engines:
@@ -136,38 +127,30 @@ class Engines:
         Raises:
             HstuCompileError: what the stages raise.
         """
-        from hstu_compile.engine import engine_from_onnx
+        import onnx
+
+        from hstu_compile.engine_stage import EngineRequest, run_engine_stage
 
         started = time.perf_counter()
-        graph = graph_of(self._bundles / bundle_name(case) / f"{graph_stem(case)}.onnx")
-        profile, target = profile_of(graph), self.target(case)
+        source, target = self._bundles / bundle_name(case) / f"{graph_stem(case)}.onnx", self.target(case)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if self._family == RTX_FUSED:
-            self._build_segments(graph, profile, target)
-        else:
-            engine = engine_from_onnx(
-                graph.model,
-                backend="tensorrt" if self._family == TRT85 else "tensorrt-rtx",
-                profiles=(profile,),
-                plugin_library=self._plugin_library if self._family == TRT85 else None,
-            )
-            _write(target, engine.plan)
+        plugin = self._plugin_library if self._family == TRT85 else None
+        options = options_of(onnx.load(source, load_external_data=False), plugin)
+        request = EngineRequest(
+            model=source,
+            output=target.with_name(f"{graph_stem(case)}.engine"),
+            backend="tensorrt" if self._family == TRT85 else "tensorrt-rtx",
+            max_batch=AXES["B"][2],
+            opt_batch=AXES["B"][1],
+            max_seq_len=None,
+            opt_seq_len=None,
+            options=options,
+            attention="fused" if self._family == RTX_FUSED else "auto",
+        )
+        run_engine_stage(request)
         seconds = time.perf_counter() - started
         target.with_suffix(".seconds").write_text(f"{seconds:.3f}\n", encoding="utf-8")
         return seconds
-
-    def _build_segments(self, graph: OnnxGraph, profile: Profile, target: Path) -> None:
-        from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
-        from hstu_compile.runtime.schedule_file import fused_files, schedule_text
-        from hstu_compile.segment_engines import engines_from_segments
-
-        cut = segmented_from_onnx(graph)
-        engines = engines_from_segments(cut, profile)
-        stem = target.name.removesuffix(".schedule.json")
-        schedule_file, names = fused_files(stem, len(engines))
-        for name, engine in zip(names, engines, strict=True):
-            _write(target.with_name(name), engine.plan)
-        _write(target.with_name(schedule_file), schedule_text(cut).encode("utf-8"))
 
     def build_seconds(self, case: Case) -> float | None:
         """How long `build` took, if it said so."""
@@ -205,12 +188,6 @@ class Engines:
         if found is None:
             raise FileNotFoundError(f"no bundle has {KERNELS_FILE}, and none was given")
         return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(content)
-    aside.replace(path)
 
 
 class OurRows:

@@ -2,13 +2,14 @@
 
 Run by bench_end_to_end.py, a family of backends in each process. First of all comes the family `reference`: answers in
 float64, and a plan for each case, which attention of those given is the fastest that is right, and which form of the
-projection is faster in an eager CUDA graph. torch.compile compiles every form and the faster one counts; the others
-take the plan's, max-autotune that of torch.compile.
+projection is faster. Eager is measured in every form and the faster one counts; what compiles takes the plan's, or
+with --all-forms torch.compile takes every one as well, and max-autotune the one that was faster there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import time
@@ -20,7 +21,7 @@ import torch
 from bench_plugin import clocks, status_of
 from end_to_end_attention import PLAIN, attention, provide, provider_of, ranked_providers, version_of
 from end_to_end_clock import TorchClock, call_times, timed
-from end_to_end_model import FORMS, JOINT, PlainModel, cached_names
+from end_to_end_model import FORMS, JOINT, SPLIT, PlainModel, cached_names
 from end_to_end_reference import Reference, ReferenceModel, make_reference, reference_path, torch_dtype
 from end_to_end_rows import (
     AOTI,
@@ -240,18 +241,27 @@ class Peers:
             return model(inputs.features).float().cpu().numpy()
 
     def _faster_form(self, case: Case, plan: Plan) -> str:
+        """The form whose projection is faster as a compiler leaves it: one product and a copy of it, or four products.
+
+        A compiler fuses what follows a joint product into one kernel that reads and writes all of it.
+        """
         if self._device.type != "cuda":
             return plan.form
-        times = {form: self._replay_ms(case, dataclasses.replace(plan, form=form)) for form in FORMS}
-        return min(times, key=lambda form: times[form])
-
-    def _replay_ms(self, case: Case, plan: Plan) -> float:
-        model, inputs = self._model(case, plan)
+        width, kind = self._sizes.width, {"dtype": torch_dtype(case), "device": self._device}
+        x, bias = torch.randn((case.tokens, width), **kind), torch.randn(4 * width, **kind)
+        joint = torch.randn((width, 4 * width), **kind)
+        parts = [each.contiguous() for each in joint.split(width, dim=1)]
+        forwards: dict[str, Run] = {
+            JOINT: lambda given: torch.addmm(bias, given["x"], joint).clone(),
+            SPLIT: lambda given: [torch.addmm(bias[:width], given["x"], part) for part in parts][-1],
+        }
+        times = {}
         with torch.inference_mode():
-            captured = Captured(model, inputs.features)
-            found = timed(self._clock.samples(lambda: captured(inputs.features)))
+            for form, forward in forwards.items():
+                graph = Captured(forward, {"x": x})
+                times[form] = timed(self._clock.samples(functools.partial(graph, {})))["median_ms"]
         self._release()
-        return float(found["median_ms"])
+        return min(times, key=lambda form: times[form])
 
     def _model(self, case: Case, plan: Plan, *, direct: bool = True) -> tuple[PlainModel, Inputs]:
         """A model and its inputs on the device.
@@ -300,7 +310,7 @@ class Peers:
             print(line_of(case.name, backend, row), flush=True)
 
     def _forms(self, case: Case, family: str, plan: Plan) -> Sequence[str]:
-        if family in (EAGER, COMPILE):
+        if family == EAGER or (family == COMPILE and self._all_forms):
             return FORMS
         if family == MAX_AUTOTUNE:
             for backend in (COMPILE + GRAPH, COMPILE):
@@ -433,6 +443,8 @@ def make_peers(
     sizes: Sizes,
     device: torch.device,
     libraries: Mapping[str, Path | None],
+    *,
+    all_forms: bool,
 ) -> Peers:
     """Load the attentions that were given; on a CPU the plain one takes their place.
 
@@ -442,6 +454,7 @@ def make_peers(
         sizes: of the model.
         device: the GPU, or a CPU.
         libraries: meta_library, nvidia_library, meta_repo.
+        all_forms: let torch.compile compile every form of the model.
     """
     names = provide(**libraries, plain=device.type != "cuda")
-    return Peers(parts, scratch, sizes, device, names)
+    return Peers(parts, scratch, sizes, device, names, all_forms=all_forms)

@@ -13,6 +13,10 @@
 #        timing                               device times of the engines that trt85 and rtx left in WORK
 #        bench-plugin bench-rtx bench-torch bench-native    tests/bench/bench_plugin.py; each alone on the GPU
 #        bench-attention                      tests/bench/bench_attention.py; alone on the GPU
+#        bench-end-to-end                     tests/bench/bench_end_to_end.py in both Pythons; alone on the GPU
+#        profile-end-to-end                   its timelines, on what bench-end-to-end left in WORK
+#        quantised-rtx quantised-trt85        int8 and fp8 engines against their references
+#        bench-calibration                    tests/bench/bench_calibration.py; alone on the GPU
 # Environment:
 #   TENSORRT85, RTX16  folders with an env.sh that puts TensorRT 8.5 (python3.10) or TensorRT-RTX on the paths
 #   WORK               scratch folder that later calls find again (default JOB/work)
@@ -28,7 +32,15 @@
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
 #   ATTENTION_BUDGET   its seconds
+#   END_TO_END_CASES   of bench-end-to-end, such as "bf16_*" (default: all); of profile-end-to-end, one or several
+#   END_TO_END_FAMILIES    what it measures, in this order (default below); END_TO_END_OPTIONS: more options of it
+#   END_TO_END_BUDGET  seconds of the whole step, of which END_TO_END_AHEAD at most are for compiling ahead; default
+#                      540 and 200. END_TO_END_TRITON=1 takes Meta's Triton attention from JOB/meta as well
 #   ATTENTION_COMPILE  cases whose kernels of Meta's are compiled first, in parallel (default "bf16_*")
+#   QUANTISED_OPTIONS  of run_quantised.py, such as "--bundles research-int8"
+#   CALIBRATION_BACKENDS    of bench-calibration (default tensorrt-rtx; tensorrt is 8.5, which has no fp8)
+#   CALIBRATION_OPTIONS     of bench_calibration.py, such as "--kinds fp16 int8"
+#   CALIBRATION_BUDGET      seconds of each backend
 #   BENCH_N, BENCH_DIMS, BENCH_BUDGET, NATIVE_N, NATIVE_DIMS, NATIVE_BUDGET    sizes of the benchmark; seconds
 set -uo pipefail
 
@@ -68,8 +80,11 @@ in_rtx() (
 )
 
 gpu_tests=$library/tests/gpu
-for archive in "$job"/*.tar.gz "$job"-m_falcon/*.tar.gz; do
+for archive in "$job"/*.tar.gz "$job"/*.tar.xz "$job"-m_falcon/*.tar.gz "$job"-end_to_end/*.tar.xz; do
     [ -e "$archive" ] && bash "$repository/tests/gpu/unpack.sh" "$archive" "$work/models"
+done
+for archive in "$job"-calibration/*.tar.gz; do
+    [ -e "$archive" ] && bash "$repository/tests/gpu/unpack.sh" "$archive" "$work"
 done
 bench=$library/tests/bench/bench_plugin.py
 
@@ -196,6 +211,104 @@ bench-attention() {
         [ -n "$(grep -rl '"status": "ok"' "$1/parts")" ]
 }
 
+# FOLDER BACKEND COMMAND...
+quantised() {
+    local folder=$1 backend=$2
+    shift 2
+    # Patterns of bundles are for the script, not for the shell; what COMMAND sources may have its own.
+    set -f
+    # shellcheck disable=SC2206
+    local options=(${QUANTISED_OPTIONS:-})
+    set +f
+    "$@" "$gpu_tests/run_quantised.py" "$job" "$folder" --backend "$backend" "${options[@]}"
+}
+quantised-rtx() { quantised "$1" tensorrt-rtx in_rtx timeout 420 "$python"; }
+quantised-trt85() { quantised "$1" tensorrt in_tensorrt85 timeout 540 python3.10; }
+bench-calibration() {
+    local status=0 backend limit=${CALIBRATION_BUDGET:-280}
+    local command=("$library/tests/bench/bench_calibration.py" --run "$work/calibration" --out "$1/calibration.csv")
+    for backend in ${CALIBRATION_BACKENDS:-tensorrt-rtx}; do
+        # shellcheck disable=SC2086
+        case $backend in
+            tensorrt-rtx) in_rtx timeout "$limit" "$python" "${command[@]}" --backend "$backend" ${CALIBRATION_OPTIONS:-} ;;
+            tensorrt) in_tensorrt85 timeout "$limit" python3.10 "${command[@]}" --backend "$backend" \
+                --plugin "$job/plugin/libhstu_trt_plugin.so" ${CALIBRATION_OPTIONS:-} ;;
+            *) echo "bench-calibration: there is no backend $backend"; false ;;
+        esac || status=1
+    done
+    return $status
+}
+
+# The families of the end-to-end benchmark, each in the Python that has its runtime; max-autotune last, as it never ends.
+end_to_end_families=${END_TO_END_FAMILIES:-reference eager ours_rtx_fused compile aoti ours_trt85_plugin compile_max_autotune}
+export TORCHINDUCTOR_CACHE_DIR=$work/inductor
+end_to_end() {
+    local python_of=(with_paths "$python")
+    case " $* " in
+        *" ours_trt85_plugin"*) python_of=(in_tensorrt85 python3.10) ;;
+        *" ours_rtx"*) python_of=(in_rtx "$python") ;;
+    esac
+    "${python_of[@]}" "$library/tests/bench/bench_end_to_end.py" --scratch "$work/end-to-end" --bundles "$end_to_end_bundles" \
+        --plugin-library "$job/plugin/libhstu_trt_plugin.so" "${end_to_end_options[@]}" "$@"
+}
+end_to_end_setup() {
+    local name
+    # As they were carried, or as prepare_job.py left them beside the job.
+    end_to_end_bundles=$models
+    end_to_end_options=()
+    for name in "$job"/libhstu_attention_kernels.so "$job"-end_to_end/libhstu_attention_kernels.so; do
+        [ -e "$name" ] && end_to_end_options+=(--kernels "$name") && break
+    done
+    for name in meta nvidia; do
+        [ -e "${PEERS:-}/lib${name}_hstu.so" ] && end_to_end_options+=("--$name-library" "$PEERS/lib${name}_hstu.so")
+    done
+    [ -n "${END_TO_END_TRITON:-}" ] && end_to_end_options+=(--meta-repo "$job/meta")
+    set -f
+    # shellcheck disable=SC2206
+    [ -n "${END_TO_END_CASES:-}" ] && end_to_end_options+=(--cases $END_TO_END_CASES)
+    # shellcheck disable=SC2206
+    end_to_end_options+=(${END_TO_END_OPTIONS:-})
+    set +f
+}
+# Whether a family is among those that are asked for.
+end_to_end_has() { case " $end_to_end_families " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+bench-end-to-end() {
+    local parts=$1/parts family building=() budget=${END_TO_END_BUDGET:-540} ahead=()
+    end_to_end_setup
+    mkdir -p "$parts"
+    # Building engines for TensorRT-RTX needs processors alone; the references need next to none meanwhile.
+    for family in ours_rtx_fused ours_rtx_native; do
+        end_to_end_has "$family" || continue
+        end_to_end --build --budget 240 --backends "$family" --workers 6 >"$1/build-$family.txt" 2>&1 &
+        building+=($!)
+    done
+    if end_to_end_has reference; then end_to_end --parts "$parts" --backends reference --resume --budget 150; fi
+    for family in compile aoti; do end_to_end_has "$family" && ahead+=("$family"); done
+    [ ${#ahead[@]} -eq 0 ] || end_to_end --parts "$parts" --compile-ahead --budget "${END_TO_END_AHEAD:-200}" --workers 8 \
+        --backends "${ahead[@]}"
+    # Its builder times kernels on the GPU: nothing else may be timed meanwhile, and nothing is.
+    end_to_end_has ours_trt85_plugin && end_to_end --build --budget 200 --backends ours_trt85_plugin --workers 3 \
+        >"$1/build-ours_trt85_plugin.txt" 2>&1
+    for family in "${building[@]}"; do wait "$family" || echo "not every engine was built: build-*.txt says why"; done
+    for family in $end_to_end_families; do
+        [ "$family" = reference ] || end_to_end --parts "$parts" --backends "$family" --budget "$((budget - SECONDS + started))"
+    done
+    # What others cannot do is a row; ours has to be right, and something has to be measured.
+    [ -z "$(find "$parts" -name '*-ours*.json' -exec grep -l '"status": "\(wrong\|error\)' {} +)" ] &&
+        [ -n "$(grep -l '"status": "ok"' "$parts"/*-*.json)" ]
+}
+profile-end-to-end() {
+    local parts=$work/bench-end-to-end/parts family status=0 name cases=${END_TO_END_CASES:?name the cases whose timelines are wanted}
+    for name in $cases; do
+        for family in $end_to_end_families; do
+            case $family in reference | ours_trt85_plugin) continue ;; esac
+            END_TO_END_CASES=$name end_to_end_setup
+            end_to_end --parts "$parts" --profile "$name" --backends "$family" --out "$1" || status=1
+        done
+    done
+    return $status
+}
+
 run_step() {
     local step=$1 folder=$work/$1 started=$SECONDS code
     mkdir -p "$folder"
@@ -225,7 +338,8 @@ for step in "$@"; do
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
         kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | cpp-loader | triton | bench-plugin | \
-            bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines) run_step "$step" || failed=$((failed + 1)) ;;
+            bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines | \
+            bench-end-to-end | profile-end-to-end | quantised-rtx | quantised-trt85 | bench-calibration) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done

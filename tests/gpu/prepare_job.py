@@ -2,8 +2,8 @@
 
 Usage: python tests/gpu/prepare_job.py OUT --tensorrt8-include-dir DIR [--fixture DIR] [--archs 90] [--jobs N]
 
-The bundle of the M-FALCON benchmark is large: it lies in OUT-m_falcon, and beside it two archives of it, each small
-enough to be carried alone; job.sh unpacks those that lie there.
+The bundles of two benchmarks are large: that of M-FALCON lies in OUT-m_falcon, those of the quantised products in
+OUT-calibration, and beside them archives, each small enough to be carried alone; job.sh unpacks those that lie there.
 """
 
 from __future__ import annotations
@@ -29,14 +29,23 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCH = REPOSITORY / "tests" / "bench"
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "samples" / "01_movielens_demo")]
+GPU_TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(REPOSITORY), str(BENCH), str(GPU_TESTS), str(REPOSITORY / "samples" / "01_movielens_demo")]
+
+import bench_calibration  # noqa: E402
+import prepare_quantised  # noqa: E402
 
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint  # noqa: E402
 from hstu_compile.export import TORCH_DTYPES  # noqa: E402
-from hstu_compile.graph_plugin import plugin_request_of  # noqa: E402
+from hstu_compile.graph_plugin import kernels_request_of, plugin_request_of  # noqa: E402
 from hstu_compile.model.config import RetrievalConfig  # noqa: E402
 from hstu_compile.op_schema import is_attention  # noqa: E402
-from hstu_compile.plugin_library import PluginBuildRequest, build_plugin_library, find_cuda_headers  # noqa: E402
+from hstu_compile.plugin_library import (  # noqa: E402
+    PluginBuildRequest,
+    build_kernels_library,
+    build_plugin_library,
+    find_cuda_headers,
+)
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for  # noqa: E402
 from hstu_compile.serving.local_server import find_installation  # noqa: E402
 from tests.exported_models import small_model  # noqa: E402
@@ -52,7 +61,15 @@ MODELS = {"research": RESEARCH_PRECISIONS, "deep": DEEP_PRECISIONS, "cycled": DE
 DLRM_PRECISIONS = ("fp32", "fp16")
 DLRM_OPTIONS = ("--m-falcon", "micro-batch=16", "--max-batch", "8")
 M_FALCON = "m_falcon-fp16"
+#: Part, folder and archives of bench_calibration.py.
+CALIBRATION = "calibration"
 M_FALCON_OPTIONS = ("--m-falcon", "micro-batch=2048", "--max-batch", "2", "--opt-batch", "1")
+END_TO_END = "end_to_end"
+END_TO_END_PRECISIONS = ("fp16", "bf16")
+#: Of the bundles without "-unpruned" and with it. What they answer is compared on the GPU.
+END_TO_END_OPTIONS = {"": ("--m-falcon", "micro-batch=256"), "-unpruned": ("--no-prune",)}
+#: What the engines are built from.
+END_TO_END_GRAPHS = ("model.onnx", "score.onnx")
 RANKING_GRAPHS = ("model.onnx", "prefill.onnx", "score.onnx")
 #: Files of a bundle that no check reads.
 UNREAD = ("report.html", "report.json", "*onnxruntime_outputs.json")
@@ -176,30 +193,94 @@ def save_m_falcon(place: Path, bundle: Path | None) -> None:
         command_line(*given, "--backend", "onnx", "-o", folder, "--force")
         remove_unread(folder)
     files = sorted(folder.iterdir())
-    save_archive(place / f"{M_FALCON}-graphs.tar.gz", [path for path in files if path.suffix == ".onnx"])
-    save_archive(place / f"{M_FALCON}-references.tar.gz", [path for path in files if path.suffix != ".onnx"])
+    save_archive(place / f"{M_FALCON}-graphs.tar.gz", place, [path for path in files if path.suffix == ".onnx"])
+    save_archive(place / f"{M_FALCON}-references.tar.gz", place, [path for path in files if path.suffix != ".onnx"])
 
 
-def save_archive(path: Path, files: Iterable[Path]) -> None:
-    """Pack files of one bundle under its name; the archive appears whole."""
+def save_calibration(place: Path) -> None:
+    """The bundles of bench_calibration.py, an archive for each, and one of the requests."""
+    folder = place / CALIBRATION
+    folder.mkdir(parents=True, exist_ok=True)
+    bench_calibration.prepare(folder, bench_calibration.KINDS, tiny=False)
+    for kind in bench_calibration.KINDS:
+        remove_unread(folder / kind)
+        save_archive(place / f"{CALIBRATION}-{kind}.tar.gz", place, sorted((folder / kind).iterdir()))
+    save_archive(place / f"{CALIBRATION}-requests.tar.gz", place, sorted(folder.glob("requests-*.npz")))
+
+
+def save_end_to_end(place: Path, archs: Sequence[int], jobs: int) -> None:
+    """The end-to-end benchmark's bundles, of which the graphs are packed, and the kernels that they are cut at.
+
+    Args:
+        place: folder of the bundles, the archives and the library.
+        archs: compute capabilities.
+        jobs: compiler processes.
+    """
+    place.mkdir(exist_ok=True)
+    checkpoint = place / "checkpoint"
+    subprocess.run([sys.executable, str(BENCH / "m_falcon_prepare.py"), "--checkpoint", str(checkpoint)], check=True)
+    given = ("build", checkpoint / "ckpt.pt", "--config", checkpoint / "config.json", "--max-batch", 32, "--no-verify")
+    for precision in END_TO_END_PRECISIONS:
+        folders = []
+        for suffix, options in END_TO_END_OPTIONS.items():
+            folders.append(place / f"{END_TO_END}-{precision}{suffix}")
+            command_line(*given, f"--{precision}", *options, "--backend", "onnx", "-o", folders[-1], "--force")
+        save_packed_graphs(place / f"{END_TO_END}-{precision}.tar.xz", folders)
+    save_kernels(place, archs, jobs)
+
+
+def save_kernels(place: Path, archs: Sequence[int], jobs: int) -> None:
+    """The library of the attention kernels of every graph of the end-to-end benchmark."""
+    graphs = [path for name in END_TO_END_GRAPHS for path in sorted(place.glob(f"{END_TO_END}-*/{name}"))]
+    requests = [kernels_request_of([onnx.load(path)]) for path in graphs]
+    variants = tuple(dict.fromkeys(each for request in requests for each in request.variants))
+    request = dataclasses.replace(requests[0], variants=variants, archs=tuple(archs), with_ptx=False, jobs=jobs)
+    library = build_kernels_library(request)
+    shutil.copy2(library.path, place)
+    print(f"{library.path.name}: {library.hopper}")
+
+
+def save_packed_graphs(path: Path, folders: Iterable[Path]) -> None:
+    """Pack the graphs of some bundles so that weights that several have in common are there once."""
+    names = [f"{folder.name}/{name}" for folder in folders for name in END_TO_END_GRAPHS if (folder / name).exists()]
+    partial = path.with_suffix(".partial")
+    # tar and xz themselves: a Python may have been built without lzma. The window has to span graphs of 60 MB.
+    packer = "xz -T1 --lzma2=preset=5,dict=256MiB"
+    subprocess.run(
+        ["tar", f"--use-compress-program={packer}", "-cf", str(partial), "-C", str(path.parent), *names], check=True
+    )
+    partial.replace(path)
+    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def save_archive(path: Path, root: Path, files: Iterable[Path]) -> None:
+    """Pack files under their names below a folder; the archive appears whole."""
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
         for file in files:
-            archive.add(file, f"{file.parent.name}/{file.name}")
+            archive.add(file, str(file.relative_to(root)))
     partial.replace(path)
     print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 def graphs_of(job: Path) -> list[Path]:
-    """Every graph that gets an engine of TensorRT 8.5, of all bundles that were prepared; it has no bfloat16."""
-    folders = [*(job / "models").iterdir(), *m_falcon_place(job).glob(M_FALCON)]
+    """Every graph that gets an engine of TensorRT 8.5, of all bundles that were prepared; no bfloat16, no float8."""
+    folders = [*(job / "models").glob("*"), *beside(job, "m_falcon").glob(M_FALCON)]
+    folders += end_to_end_place(job).glob(f"{END_TO_END}-*/")
     found = [folder / name for folder in sorted(folders) for name in RANKING_GRAPHS]
-    return [path for path in found if path.exists() and not path.parent.name.endswith("bf16")]
+    quantised = [*(job / "quantised").glob("*-int8/*.onnx"), *beside(job, CALIBRATION).glob(f"{CALIBRATION}/*/*.onnx")]
+    found += [path for path in sorted(quantised) if path.parent.name != "fp8"]
+    return [path for path in found if path.exists() and "bf16" not in path.parent.name]
 
 
-def m_falcon_place(job: Path) -> Path:
+def beside(job: Path, name: str) -> Path:
+    """A folder beside the job folder, which is carried whole at each run."""
+    return job.with_name(f"{job.name}-{name}")
+
+
+def end_to_end_place(job: Path) -> Path:
     """Beside the job folder, which is carried whole at each run."""
-    return job.with_name(f"{job.name}-m_falcon")
+    return job.with_name(f"{job.name}-{END_TO_END}")
 
 
 def build_tensorrt8_plugin(job: Path, graphs: Sequence[Path], headers: Path, archs: Sequence[int], jobs: int) -> None:
@@ -319,7 +400,7 @@ def main() -> int:
     parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parts = [*MODELS, "dlrm", "m_falcon", "plugin", "conformance", "cpp-loader", "triton"]
+    parts = [*MODELS, "dlrm", "m_falcon", "quantised", CALIBRATION, "plugin", "conformance", "cpp-loader", "triton"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
     arguments = parser.parse_args()
     job: Path = arguments.out.resolve()
@@ -344,7 +425,16 @@ def main() -> int:
         build_bundles(job, given / "ckpt.pt", given / "config.json", "dlrm", DLRM_PRECISIONS, DLRM_OPTIONS)
         shutil.copyfile(given / "golden.npz", job / "golden_dlrm.npz")
     if "m_falcon" in arguments.only:
-        save_m_falcon(m_falcon_place(job), arguments.m_falcon_bundle)
+        save_m_falcon(beside(job, "m_falcon"), arguments.m_falcon_bundle)
+    if "quantised" in arguments.only:
+        for model in prepare_quantised.MODELS:
+            prepare_quantised.prepare_quantised(job, model, prepare_quantised.KINDS)
+        for bundle in (job / "quantised").glob("*/"):
+            remove_unread(bundle)
+    if CALIBRATION in arguments.only:
+        save_calibration(beside(job, CALIBRATION))
+    if "end_to_end" in arguments.only:
+        save_end_to_end(end_to_end_place(job), arguments.archs, arguments.jobs)
     if "plugin" in arguments.only:
         build_tensorrt8_plugin(job, graphs_of(job), arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "conformance" in arguments.only:
