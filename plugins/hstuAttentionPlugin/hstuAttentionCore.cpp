@@ -216,7 +216,7 @@ HstuAttentionCore::HopperChoice HstuAttentionCore::hopperKernelFor(
     {
         return {whole, 1};
     }
-    int32_t const chosen = mSplit != 0 ? mSplit : chooseSplit(shared->image(), sizes, mNumSms);
+    int32_t const chosen = mSplit != 0 ? mSplit : chooseSplit(shared->image(), sizes, mAttributes.maxSeqLen, mNumSms);
     // Without an image of its own, a tile that one block would do best is shared by as few as can be.
     return chosen == 1 && whole != nullptr ? HopperChoice{whole, 1} : HopperChoice{shared, std::max(chosen, kSplits[1])};
 }

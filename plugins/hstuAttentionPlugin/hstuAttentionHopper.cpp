@@ -118,14 +118,15 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
     return isCountable && sizes[Symbol::kHt] <= kMostTimeHeads && bits % kAlignment == 0;
 }
 
-int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept
+int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_t maxSeqLen, int32_t numSms) noexcept
 {
     // The same rule as chosen_split of kernels/hopper/variants.py, which says why, and which a test compares it with.
     constexpr double kExchange[] = {0.0, 2.2, 2.6, 3.0};
     constexpr double kLeastGain = 1.0;
     auto const sequences = static_cast<double>(std::max<int64_t>(sizes[Symbol::kB], 1));
     int64_t const tiles = (sizes[Symbol::kLq] + image.blockM - 1) / image.blockM * sizes[Symbol::kH];
-    double const longest = static_cast<double>(sizes[Symbol::kLk] + cachedRows(sizes)) / sequences / image.blockN;
+    double const meanKeys = static_cast<double>(sizes[Symbol::kLk] + cachedRows(sizes)) / sequences;
+    double const longest = std::min(meanKeys, static_cast<double>(maxSeqLen)) / image.blockN;
     double const others = std::max(static_cast<double>(sizes[Symbol::kLq]) / sequences - image.blockM, 0.0);
     double const shortest = std::max(longest - others / image.blockN, 1.0);
     double const mean = (longest + shortest) / 2.0;

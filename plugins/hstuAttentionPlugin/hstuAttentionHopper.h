@@ -16,9 +16,10 @@ bool takesHopper(NodeSizes const& sizes, DevicePointers const& pointers) noexcep
 //! offsets are on the device. The same dims always give the same split, hence the same bits.
 //!
 //! \param image whose tiles can be shared.
+//! \param maxSeqLen most keys of a sequence with queries; a cache may have more rows than those of the call's sequences.
 //! \param numSms multiprocessors of the device.
 //! \return one of kSplits.
-int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_t numSms) noexcept;
+int32_t chooseSplit(HstuKernelImage const& image, NodeSizes const& sizes, int32_t maxSeqLen, int32_t numSms) noexcept;
 
 //! \return blocks of a launch: persistent ones, at most one an SM, in whole clusters of `split` that run at once, and none
 //! without a tile.

@@ -154,8 +154,9 @@ def test_the_library_splits_the_launches_that_pytorch_splits(
         for lq, heads in (((tiles - 1) * block[1] + 1, 1), (block[1], tiles)):
             for lk, batch in ((0, 0), (0, 1), (1024, 1), (4 * 1024 - 1, 4), (4096, 1), (lq, 1), (9 * 4352, 9)):
                 sizes = (lq, lk, batch, heads)
-                arguments = ["split", *map(str, (*sizes, *block, multiprocessors))]
-                done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
-                assert int(done.stdout) == chosen_split(block_dim, *sizes, multiprocessors), sizes
-                found.add(int(done.stdout))
+                for most in (1 << 20, 4352 // 2):
+                    arguments = ["split", *map(str, (*sizes, *block, multiprocessors, most))]
+                    done = subprocess.run([str(selection), *arguments], capture_output=True, text=True, check=True)
+                    assert int(done.stdout) == chosen_split(block_dim, *sizes, multiprocessors, most), sizes
+                    found.add(int(done.stdout))
     assert found == set(SPLITS)

@@ -262,7 +262,9 @@ def resident_clusters(split: int, multiprocessors: int) -> int:
     return max(used // split, 1)
 
 
-def chosen_split(block_dim: int, lq: int, lk: int, batch: int, heads: int, multiprocessors: int) -> int:
+def chosen_split(
+    block_dim: int, lq: int, lk: int, batch: int, heads: int, multiprocessors: int, max_seq_len: int | None = None
+) -> int:
     """Return by how many blocks each tile of a launch is shared, from what the host knows without the offsets.
 
     The time of a launch, in key tiles: the longest tile's, or if that is more the mean work of a cluster, or as many of
@@ -274,16 +276,20 @@ def chosen_split(block_dim: int, lq: int, lk: int, batch: int, heads: int, multi
         lq: rows of q; lk those of all keys, cached ones included.
         batch: sequences; heads that each has.
         multiprocessors: of the GPU.
+        max_seq_len: most keys of a sequence with queries; None where all keys are of these. A cache that is given whole
+            has rows of others, and sequences without queries that own them.
 
     >>> chosen_split(128, 256, 4352, 1, 4, 132), chosen_split(128, 8 * 256, 8 * 4352, 8, 4, 132)
     (8, 2)
     >>> chosen_split(128, 1024, 1024, 1, 4, 132), chosen_split(128, 8192, 8192, 1, 4, 132)
     (2, 1)
+    >>> chosen_split(128, 40, 10**6, 2, 4, 132), chosen_split(128, 40, 10**6, 2, 4, 132, max_seq_len=300)
+    (8, 1)
     """
     block_m, block_n = 64 * _TILES[block_dim].warpgroups, _TILES[block_dim].block_n
     sequences = max(batch, 1)
     tiles = -(-lq // block_m) * heads
-    longest = lk / sequences / block_n
+    longest = min(lk / sequences, math.inf if max_seq_len is None else max_seq_len) / block_n
     # Causal: a sequence's last query tile sees all keys, every tile before it fewer.
     shortest = max(longest - max(lq / sequences - block_m, 0) / block_n, 1.0)
     mean = (longest + shortest) / 2

@@ -363,14 +363,14 @@ void checkHopperGrid()
 
 int main(int argc, char** argv)
 {
-    if (argc == 10 && std::string(argv[1]) == "split")
+    if (argc == 11 && std::string(argv[1]) == "split")
     {
         hstu::NodeSizes const sizes =
             sizesOf(std::stoll(argv[2]), std::stoll(argv[3]), std::stoll(argv[4]), std::stoll(argv[5]));
         HstuKernelImage image = hopperImage(std::stoi(argv[6]), 1, 8);
         image.blockM = std::stoi(argv[7]);
         image.blockN = std::stoi(argv[8]);
-        std::printf("%d\n", hstu::chooseSplit(image, sizes, std::stoi(argv[9])));
+        std::printf("%d\n", hstu::chooseSplit(image, sizes, std::stoi(argv[10]), std::stoi(argv[9])));
         return 0;
     }
     checkArchitectures();
