@@ -185,6 +185,51 @@ def with_cache(case: AttentionCase, cached_lengths: Sequence[int], tail: int = 0
     )
 
 
+def among_others(case: AttentionCase, gaps: Sequence[int], name: str = "") -> AttentionCase:
+    """Return ``case`` with rows of others between the cached rows of its sequences, and the same result.
+
+    In front of every sequence comes one without queries and new keys that owns them: a cache that is given whole.
+
+    Args:
+        case: with a cache, without timestamps.
+        gaps: rows in front of each sequence's, NaN or Inf, which nobody may read.
+        name: of the new case; empty is the old one's with "-among-others" behind it.
+    """
+    assert case.k_cached is not None
+    assert case.v_cached is not None
+    assert case.cache_offsets is not None
+    assert case.col_timestamps is None
+    lengths = np.diff(case.cache_offsets)
+
+    def spread(rows: Array, garbage: float) -> Array:
+        parts = []
+        for start, length, gap in zip(case.cache_offsets, lengths, gaps, strict=False):
+            parts += [np.full((gap, *rows.shape[1:]), garbage, rows.dtype), rows[start : start + length]]
+        return np.concatenate([*parts, rows[case.cache_offsets[-1] :]])
+
+    def doubled(values: Array | None, first: int | None = None) -> Array | None:
+        if values is None:
+            return None
+        fillers = values if first is None else np.full_like(values, first)
+        return np.column_stack([fillers, values]).ravel()
+
+    def without_rows(offsets: Array) -> Array:
+        return offsets_of(list(np.column_stack([np.zeros_like(lengths), np.diff(offsets)]).ravel()))
+
+    return dataclasses.replace(
+        case,
+        name=name or f"{case.name}-among-others",
+        k_cached=spread(case.k_cached, np.nan),
+        v_cached=spread(case.v_cached, np.inf),
+        q_offsets=without_rows(case.q_offsets),
+        k_offsets=without_rows(case.k_offsets),
+        cache_offsets=offsets_of(list(np.column_stack([gaps, lengths]).ravel())),
+        num_targets=doubled(case.num_targets, 0),
+        contextual_seq_lens=doubled(case.contextual_seq_lens),
+        scaling_seq_lens=doubled(case.scaling_seq_lens),
+    )
+
+
 def split_requests(case: AttentionCase, order: Sequence[int]) -> AttentionCase:
     """Return ``case`` with its sequences in the given order (a permutation of range(B)); tail rows are dropped."""
 
@@ -354,8 +399,11 @@ def cached_cases() -> Iterator[AttentionCase]:
     }
     one = build_case([3 * TILE + 1], query_lengths=[TILE], num_targets=[TILE], num_heads=1, seed=500)
     yield with_cache(one, [2 * TILE + 1], name="cached-one-user")
+    yield among_others(with_cache(one, [2 * TILE + 1]), [3 * TILE + 5], name="cached-one-user-among-others")
     many = build_case(lengths, query_lengths=delta, num_targets=delta, seed=501)
     yield with_cache(many, caches, tail=TILE + 2, name="cached-score")
+    gaps = [0, 1, 4 * TILE, 0, TILE - 1, 2, 300]
+    yield among_others(with_cache(many, caches, tail=TILE + 2), gaps, name="cached-score-among-others")
     yield with_cache(build_case(lengths, query_lengths=delta, seed=502), caches, name="cached-append")
     research = build_case(
         lengths, query_lengths=delta, pos_bias="shared", time_bias="shared", next_timestamp=True, seed=503

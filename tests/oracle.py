@@ -234,6 +234,8 @@ def attention_ref64(
         return OracleResult(out, scale, score_scale, sequence)
     for b in range(len(q_offsets) - 1):
         rows = slice(int(q_offsets[b]), int(q_offsets[b + 1]))
+        if rows.start == rows.stop:
+            continue
         keys = _keys_of(b, k, k_offsets, k_cached, cache_offsets)
         values = _keys_of(b, v, k_offsets, v_cached, cache_offsets)
         sequence[rows] = b

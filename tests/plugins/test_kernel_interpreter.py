@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 pytest.importorskip("torch")
 
-from tests.attention_cases import attention_grid, build_case, split_requests, with_cache, with_dtype
+from tests.attention_cases import among_others, attention_grid, build_case, split_requests, with_cache, with_dtype
 from tests.oracle import (
     Array,
     AttentionCase,
@@ -41,6 +41,7 @@ HALF_NAMES = (
     "delta-all",
     "garbage-tail",
     "cached-score",
+    "cached-score-among-others",
     "cached-append-biased",
 )
 HALF_GRID = [with_dtype(c, dtype) for dtype in ("float16", "bfloat16") for c in GRID if c.name in HALF_NAMES]
@@ -100,6 +101,14 @@ def test_a_split_of_the_keys_changes_no_bit(cached: list[int], interpreter: Kern
     joined = build_case([40, 20], query_lengths=[20, 20], num_heads=1, time_bias="shared", seed=10)
     whole, split = interpreter.submit(joined), interpreter.submit(with_cache(joined, cached))
     np.testing.assert_array_equal(whole.result(), split.result())
+
+
+def test_rows_of_others_between_those_of_sequences_change_no_bit(interpreter: KernelInterpreter) -> None:
+    alone = with_cache(build_case([40, 20], query_lengths=[20, 3], num_targets=[20, 3], num_heads=1, seed=11), [20, 17])
+    among = among_others(alone, [70, 5])
+    assert np.isnan(among.k_cached).any()
+    apart = interpreter.submit(alone), interpreter.submit(among)
+    np.testing.assert_array_equal(*(each.result() for each in apart))
 
 
 @pytest.mark.parametrize("name", ["window-context-targets-tail", "cached-append-biased"])
