@@ -108,7 +108,7 @@ def profiles_of(request: EngineRequest, model: onnx.ModelProto | None = None) ->
         request.opt_batch,
         longest,
         request.opt_seq_len,
-        has_kernels=bool(request.options.plugins),
+        has_kernels=bool(request.options.plugins) or request.attention == "fused",
     )
     return graph_profiles(limits.graph, tensor_specs(model.graph.input), sizes)
 
