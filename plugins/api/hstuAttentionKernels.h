@@ -87,6 +87,9 @@ int32_t hstuAttentionWorkspace(HstuAttention const* attention, HstuTensor const*
 //! Queues the kernels on a stream and does nothing else: no allocation, no loading, no synchronisation, no work on another
 //! stream. So it may be recorded into a CUDA graph, and what it queues depends on the extents and addresses alone.
 //!
+//! Launches of one attention must not overlap on the device, those that graphs replay included: they share the counters by
+//! which their blocks take work. One stream sees to that; a host that wants two at once makes two attentions.
+//!
 //! \param inputs every extent known, every address set; 256-byte aligned, as those of an engine are, but that columns of a
 //!     wider tensor begin where they lie in it.
 //! \param output likewise. It overlaps no input and no workspace.
