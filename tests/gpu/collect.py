@@ -31,6 +31,7 @@ SOURCES = {
     "tensorrt85": "tensorrt85.json",
     "tensorrt85-accuracy": "tensorrt85-accuracy.json",
     "rtx": "rtx.json",
+    "fused": "fused.json",
     "ranking": "ranking.json",
     "ranking-soak": "ranking-soak.json",
     "cpp_loader": "cpp_loader.json",

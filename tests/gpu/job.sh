@@ -4,6 +4,7 @@
 # Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
 #        ranking                              packed, prefill and score engines, M-FALCON and the KV cache over them
+#        fused                                bundles in segments: their RTX engines with our kernels between them
 #        ranking-soak                         20,000 requests on the engines that ranking left in WORK
 #        cpp-loader                           the C++ loader on the engines that trt85 and ranking left in WORK
 #        triton                               a real tritonserver on the engines that these steps left in WORK
@@ -27,6 +28,7 @@
 #   M_FALCON_CASES     of bench-m-falcon-engines, such as "--n 4096 --m 256 1024"
 #   KERNELS_OPTIONS    of run_kernels.py, such as --only-hopper
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
+#   FUSED_OPTIONS      of run_fused.py, such as "--bundles dlrm-fp16-fused"
 #   CPP_LOADER_OPTIONS of run_cpp_loader.py, such as "--bundles research-fp16 --soak-requests 1000"
 #   TRITON_OPTIONS     of run_triton.py, such as "--bundles research-fp16 --load-requests 1000"
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
@@ -150,6 +152,10 @@ bench-m-falcon-engines() {
     in_tensorrt85 python3.10 "$library/tests/bench/bench_m_falcon.py" --parts "$1/fp16" --references "$references" \
         --bundle "$models/$m_falcon" --engines "$engines/$m_falcon" \
         --plugin-library "$job/plugin/libhstu_trt_plugin.so" --budget "$((${ENGINES_BUDGET:-500} - SECONDS + started))" ${M_FALCON_CASES:-}
+}
+fused() {
+    # shellcheck disable=SC2086
+    in_rtx timeout 480 "$python" "$gpu_tests/run_fused.py" "$job" "$1" --models "$models" ${FUSED_OPTIONS:-}
 }
 rtx() { in_rtx timeout 420 "$python" "$gpu_tests/run_rtx.py" "$job" "$1"; }
 timing() {
@@ -337,7 +343,7 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | trt85-accuracy | rtx | timing | ranking | ranking-soak | cpp-loader | triton | bench-plugin | \
+        kernels | conformance | trt85 | trt85-accuracy | rtx | fused | timing | ranking | ranking-soak | cpp-loader | triton | bench-plugin | \
             bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines | \
             bench-end-to-end | profile-end-to-end | quantised-rtx | quantised-trt85 | bench-calibration) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;

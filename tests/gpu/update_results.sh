@@ -51,7 +51,7 @@ if [ -n "$(find "$unpacked/cpp-loader" -name rows.csv -print -quit 2>/dev/null)"
         "$python" "$bench/cpp_loader_table.py" --into "$repository/$document" >/dev/null
     done < <(git -C "$repository" grep -l "<!-- cpp-loader benchmark: begin -->" -- '*.md')
 fi
-steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json ranking.json ranking-soak.json cpp_loader.json triton.json)
+steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json fused.json ranking.json ranking-soak.json cpp_loader.json triton.json)
 for file in "${steps[@]}"; do
     if [ -n "$(find "$unpacked" -name "$file" -print -quit)" ]; then
         "$python" "$repository/tests/gpu/collect.py" "$unpacked" --into "$readme"
