@@ -228,7 +228,8 @@ class OurRows:
         if (seconds := self._engines.build_seconds(case)) is not None:
             common["build_s"] = seconds
         before = free_bytes()
-        with self._engines.opened(case) as session, self.feeds(case, session) as feeds:
+        keys = keys_path(self._scratch, case) if case.mode == CACHED else None
+        with self._engines.opened(case) as session, session_feeds(case, session, self._sizes, keys) as feeds:
             for row in rows.values():
                 row |= common | {"versions": session.name}
             measured = Measured(session, feeds, reference)
@@ -242,26 +243,26 @@ class OurRows:
             finally:
                 measured.close()
 
-    @contextlib.contextmanager
-    def feeds(self, case: Case, session: GpuSession) -> Iterator[Feeds]:
-        """Inputs of a case: arrays, and keys and values where the session computes."""
-        if case.mode != CACHED:
-            yield dict(packed_arrays(case, self._sizes))
-            return
-        keys = load_keys(keys_path(self._scratch, case), case)
-        dtype = ELEMENTS[case.dtype]
-        pool = session.memory_pool(sum(array.nbytes + 256 for array in keys.values()))
-        try:
-            feeds: Feeds = dict(score_arrays(case, self._sizes))
-            for name, array in keys.items():
-                region = pool.allocate(array.nbytes)
-                assert region is not None
-                tensor: ResidentTensor = pool.tensor(region, 0, array.shape, dtype)
-                pool.write(array, tensor)
-                feeds[name] = tensor
-            yield feeds
-        finally:
-            pool.close()
+
+@contextlib.contextmanager
+def session_feeds(case: Case, session: GpuSession, sizes: Sizes, keys: Path | None) -> Iterator[Feeds]:
+    """Inputs of a case: arrays, and of a cached one the keys and values of a file, where the session computes."""
+    if keys is None:
+        yield dict(packed_arrays(case, sizes))
+        return
+    arrays = load_keys(keys, case)
+    pool = session.memory_pool(sum(array.nbytes + 256 for array in arrays.values()))
+    try:
+        feeds: Feeds = dict(score_arrays(case, sizes))
+        for name, array in arrays.items():
+            region = pool.allocate(array.nbytes)
+            assert region is not None
+            tensor: ResidentTensor = pool.tensor(region, 0, array.shape, ELEMENTS[case.dtype])
+            pool.write(array, tensor)
+            feeds[name] = tensor
+        yield feeds
+    finally:
+        pool.close()
 
 
 class Measured:

@@ -13,7 +13,7 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,20 @@ class Peers:
         sizes: of the model.
         device: the GPU, or a CPU to try the program.
         providers: names of the attentions that were loaded.
+        all_forms: let torch.compile compile every form.
     """
 
     def __init__(
-        self, parts: Path, scratch: Path, sizes: Sizes, device: torch.device, providers: Sequence[str]
+        self,
+        parts: Path,
+        scratch: Path,
+        sizes: Sizes,
+        device: torch.device,
+        providers: Sequence[str],
+        *,
+        all_forms: bool,
     ) -> None:
+        self._all_forms = all_forms
         self._parts, self._scratch, self._sizes, self._device = parts, scratch, sizes, device
         self._providers = list(providers)
         self._state = {key: torch.from_numpy(values) for key, values in state_dict(sizes).items()}
@@ -397,6 +406,24 @@ class Peers:
             with torch.inference_mode(family != AOTI), torch.no_grad():
                 self.runnable(case, family, model, inputs, chosen)(inputs.features)
             self._release()
+
+    def traces(self, case: Case, family: str, trace: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+        """What a function makes of a family's forward, as it is and in a CUDA graph: suffix of the backend and result.
+
+        Args:
+            case: which.
+            family: which.
+            trace: takes a function that enqueues a forward, and one that waits.
+        """
+        plan = Plan.load(plan_path(self._parts, case))
+        plan = dataclasses.replace(plan, form=self._forms(case, family, plan)[0])
+        model, inputs = self._model(case, plan, direct=family == EAGER)
+        run = self.runnable(case, family, model, inputs, plan)
+        with torch.inference_mode(family != AOTI), torch.no_grad():
+            features = inputs.features
+            yield "", trace(lambda: run(features), torch.cuda.synchronize)
+            captured = Captured(run, features)
+            yield GRAPH, trace(lambda: captured(features), torch.cuda.synchronize)
 
     # Housekeeping.
 

@@ -400,7 +400,18 @@ def main() -> int:
     parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parts = [*MODELS, "dlrm", "m_falcon", "quantised", CALIBRATION, "plugin", "conformance", "cpp-loader", "triton"]
+    parts = [
+        *MODELS,
+        "dlrm",
+        "m_falcon",
+        END_TO_END,
+        "quantised",
+        CALIBRATION,
+        "plugin",
+        "conformance",
+        "cpp-loader",
+        "triton",
+    ]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
     arguments = parser.parse_args()
     job: Path = arguments.out.resolve()
@@ -433,7 +444,7 @@ def main() -> int:
             remove_unread(bundle)
     if CALIBRATION in arguments.only:
         save_calibration(beside(job, CALIBRATION))
-    if "end_to_end" in arguments.only:
+    if END_TO_END in arguments.only:
         save_end_to_end(end_to_end_place(job), arguments.archs, arguments.jobs)
     if "plugin" in arguments.only:
         build_tensorrt8_plugin(job, graphs_of(job), arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
