@@ -13,7 +13,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,7 +183,7 @@ class RankingSession:
 
     def _store_of(self, score: Session, kv_budget_bytes: int) -> KvStore:
         pool = self._pool_of(score, kv_budget_bytes)
-        if not _takes_all_rows(score, self.spec, whole_rows(self._layout, pool.capacity_bytes)):
+        if not takes_all_rows(score, self.spec, whole_rows(self._layout, pool.capacity_bytes)):
             return KvBlocks(pool, self._layout)
         self._all_rows = rows = KvRows(pool, self._layout)
         # What is not copied side by side needs no memory.
@@ -547,11 +547,21 @@ def _side_by_side(
         start += entry.rows
 
 
-def _takes_all_rows(score: Session, spec: RankingSpec, rows: int) -> bool:
+class HasProfile(Protocol):
+    """What can tell the sizes that it takes: a session, for one."""
+
+    def most_rows(self, name: str) -> int | None:
+        """See `Session.most_rows`."""
+
+
+def takes_all_rows(score: HasProfile, spec: RankingSpec, rows: int) -> bool:
     """Whether the cache may be given to `score` as tensors of so many rows.
 
     A profile with twice as many sequences as there are users was made for that; see `among_all_rows`. Without one the
     graph may be run by gathering rows, which costs as much as there are.
+
+    Warns:
+        RuntimeWarning: if it may not, only because there are too many rows.
     """
     sequences = score.most_rows("candidate_offsets")
     most = [score.most_rows(name) for name in spec.cached_names()]

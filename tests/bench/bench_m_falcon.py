@@ -10,8 +10,9 @@ Two Pythons take part, so each run writes parts, and a last step merges them:
 The bundle gives the manifest's ranking entry; beside it, or in --engines DIR, lie model.engine (packed), prefill.engine
 and score.engine, which serves every micro-batch up to the one it was built for. median_ms is the engines' time on the
 device, by events around each enqueue; call_median_ms is the whole `RankingSession` call, from host arrays to host
-arrays, schedule and cache included. Every pass is one CUDA graph, and the note says of how many nodes; cached rows have
-the copies of keys and values between cache and staging memory in median_ms as well. Backend hstu_compile_no_graph is
+arrays, schedule and cache included. Every pass is one CUDA graph, and the note says of how many nodes. Score passes
+read keys and values where they lie in a cache of --cache-users users; with an engine that cannot take it whole, and
+after a prefill, the copies to and from the staging memory are in median_ms as well. Backend hstu_compile_no_graph is
 the same without graphs. Every answer is compared with the float32 references before it is timed, with graphs that of a
 replay over outputs of NaN. Warm L2 cache. Without --parts or --merge nothing is run.
 """
@@ -59,6 +60,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from device_timing import EngineRunner
 
+    from hstu_compile.runtime.kv_layout import KvLayout
     from hstu_compile.runtime.ranking import RankingSession, RankingStats
     from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
     from hstu_compile.runtime.ranking_spec import RankingSpec
@@ -109,21 +111,25 @@ class Bundle:
             TensorRtSession(self.api, self.plans[role], self.plugin_library, cuda_graphs=cuda_graphs) for role in ROLES
         ]
 
-    def ranking(self, sessions: Sequence[TensorRtSession], micro_batch: int, most_events: int) -> RankingSession:
-        """A ranking session, which owns the sessions, whose cache holds one user with that many events, twice.
+    def layout(self) -> KvLayout:
+        """Of a cached row."""
+        from hstu_compile.runtime.kv_layout import KvLayout
+
+        spec = self.spec
+        return KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
+
+    def ranking(self, sessions: Sequence[TensorRtSession], micro_batch: int, cached_rows: int) -> RankingSession:
+        """A ranking session, which owns the sessions, whose cache holds so many rows.
 
         Raises:
             ValueError: if the score engine takes fewer candidates than a micro-batch.
         """
-        from hstu_compile.runtime.kv_layout import KvLayout
         from hstu_compile.runtime.ranking import RankingSession
 
         if micro_batch > self.spec.micro_batch:
             raise ValueError(f"the score engine takes {self.spec.micro_batch} candidates, not {micro_batch}")
         spec = dataclasses.replace(self.spec, micro_batch=micro_batch)
-        layout = KvLayout(spec.num_layers, spec.num_heads, spec.attention_dim, spec.linear_dim, spec.kv_dtype)
-        budget = 2 * layout.entry_bytes(spec.contextual_len + most_events)
-        return RankingSession(spec, *sessions, kv_budget_bytes=budget)
+        return RankingSession(spec, *sessions, kv_budget_bytes=self.layout().entry_bytes(cached_rows))
 
 
 def ranking_request(user: str, content: Request) -> RankingRequest:
@@ -169,28 +175,38 @@ def passes_of(case: Case) -> tuple[int, int]:
     return case.m // size, size
 
 
+def nans(count: int, rows: NDArray[Any]) -> NDArray[Any]:
+    """So many more rows of a floating-point type, or of its bits, that are NaN."""
+    width = rows.nbytes // len(rows)
+    return np.full(count * width, 0xFF, np.uint8).view(rows.dtype).reshape(count, *rows.shape[1:])
+
+
 class DeviceClock:
     """Times of a bundle's engines on the device, each loaded once; what several cases share is timed once.
 
     Args:
         bundle: the engines.
         graphs: time CUDA graphs of them, and the copies that these need; a replay has to equal a plain run to the bit.
+        cached_rows: of the cache, whose last ones are the user's.
     """
 
-    def __init__(self, bundle: Bundle, graphs: bool) -> None:
-        self._bundle, self._graphs = bundle, graphs
+    def __init__(self, bundle: Bundle, graphs: bool, cached_rows: int) -> None:
+        self._bundle, self._graphs, self._cached_rows = bundle, graphs, cached_rows
         self._copies: dict[int, Row] = {}
         self._runners: dict[str, EngineRunner] = {}
         self._prefills: dict[int, tuple[Row, dict[str, NDArray[Any]]]] = {}
         self._scores: dict[tuple[int, int], Row] = {}
 
-    def _timed(self, role: str, feeds: Mapping[str, NDArray[Any]]) -> tuple[Row, dict[str, NDArray[Any]]]:
+    def _runner(self, role: str) -> EngineRunner:
         from device_timing import EngineRunner
 
         if role not in self._runners:
             bundle = self._bundle
             self._runners[role] = EngineRunner(bundle.api, bundle.plans[role], bundle.plugin_library)
-        runner = self._runners[role]
+        return self._runners[role]
+
+    def _timed(self, role: str, feeds: Mapping[str, NDArray[Any]]) -> tuple[Row, dict[str, NDArray[Any]]]:
+        runner = self._runner(role)
         runner.set_inputs(feeds)
         outputs = {name: values.copy() for name, values in runner.run().items()}
         facts: Row = {}
@@ -217,12 +233,21 @@ class DeviceClock:
             row |= {name: row[name] + prefill[name] for name in ("median_ms", "p90_ms")}
             row |= {name: max(prefill[name], score[name]) for name in ("cv", "peak_mib")}
             what = "one prefill and "
-        if self._graphs:
-            # From the staging memory to the cache after a prefill, and back once for all score passes.
-            times, copies = 1 + (case.mode == COLD), self._copies[case.n]
+        in_place = self._takes_all_rows()
+        # With graphs, from the staging memory to the cache after a prefill; and to it, once for all score passes, where
+        # these cannot read the cache.
+        times = (case.mode == COLD) + (not in_place) if self._graphs else 0
+        if times:
+            copies = self._copies[case.n]
             row |= {name: row[name] + times * copies[name] for name in ("median_ms", "p90_ms")}
             what += f"{times} x {copies['median_ms']:.3f} ms of copying keys and values and "
-        return self._noted(row, f"{what}{count} x one score pass of {size}")
+        read = f" in a cache of {self._cached_rows} rows" if in_place else ""
+        return self._noted(row, f"{what}{count} x one score pass of {size}{read}")
+
+    def _takes_all_rows(self) -> bool:
+        from hstu_compile.runtime.ranking import takes_all_rows
+
+        return takes_all_rows(self._runner("score"), self._bundle.spec, self._cached_rows)
 
     def _noted(self, row: Row, what: str) -> Row:
         nodes = row.pop("nodes", None)
@@ -230,7 +255,7 @@ class DeviceClock:
 
     def _passes(self, n: int, size: int) -> tuple[Row, Row]:
         """One prefill of n events, and one score pass of `size` candidates against it."""
-        from hstu_compile.runtime._ranking_feeds import prefill_feeds, score_feeds
+        from hstu_compile.runtime._ranking_feeds import among_all_rows, prefill_feeds, score_feeds
         from hstu_compile.runtime.ranking_request import RankingPolicy, checked_requests
 
         spec = self._bundle.spec
@@ -240,10 +265,18 @@ class DeviceClock:
             self._prefills[n] = self._timed("prefill", prefill_feeds([checked], spec))
         prefill, key_values = self._prefills[n]
         if (n, size) not in self._scores:
-            feeds = score_feeds([checked], [checked.candidates], spec) | key_values
-            self._scores[n, size] = self._timed("score", feeds)[0]
+            feeds = score_feeds([checked], [checked.candidates], spec)
+            if self._takes_all_rows():
+                first = self._cached_rows - len(next(iter(key_values.values())))
+                feeds = among_all_rows(feeds, [first])
+                feeds |= {name: np.concatenate([nans(first, rows), rows]) for name, rows in key_values.items()}
+            else:
+                feeds |= key_values
+            self._scores[n, size], answers = self._timed("score", feeds)
+            if not all(np.isfinite(values).all() for values in answers.values()):
+                raise RuntimeError("a score pass read rows of the cache that are not its user's")
             if self._graphs and n not in self._copies:
-                self._copies[n] = self._runners["score"].time_copies(list(key_values))
+                self._copies[n] = self._runner("score").time_copies([rows.nbytes for rows in key_values.values()])
         return prefill, self._scores[n, size]
 
     def close(self) -> None:
@@ -357,9 +390,10 @@ def run_cases(
     parts, graphs = arguments.parts, cases[0].backend == ENGINES
     rows: dict[Case, Row] = {}
     size = micro_batch or bundle.spec.micro_batch
+    cached_rows = arguments.cache_users * (bundle.spec.contextual_len + max(arguments.n))
     engines = bundle.sessions(CUDA_GRAPHS if graphs else 0)
     with (
-        bundle.ranking(engines, size, max(arguments.n)) as session,
+        bundle.ranking(engines, size, cached_rows) as session,
         warnings.catch_warnings(record=True) as warned,
     ):
         warnings.simplefilter("always")
@@ -373,7 +407,7 @@ def run_cases(
                 rows[case]["status"] += "".join(f"; {each.message}" for each in warned[-2:])[:300]
     for each in warned:
         print(f"warning: {each.message}", flush=True)
-    clock = DeviceClock(bundle, graphs)
+    clock = DeviceClock(bundle, graphs, cached_rows)
     try:
         for case, row in rows.items():
             if "status" not in row:
@@ -405,6 +439,7 @@ def measure(arguments: argparse.Namespace) -> int:
             command += ["--bundle", str(arguments.bundle.resolve()), "--modes", *arguments.modes]
             command += ["--backends", *arguments.backends, "--n", *map(str, arguments.n), "--m", *map(str, arguments.m)]
             command += ["--micro-batches", *map(str, arguments.micro_batches)]
+            command += ["--cache-users", str(arguments.cache_users)]
             for option in ("engines", "plugin_library", "references"):
                 if getattr(arguments, option) is not None:
                     command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option).resolve())]
@@ -435,6 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=int, nargs="+", default=list(HISTORY_LENGTHS), help="history events")
     parser.add_argument("--m", type=int, nargs="+", default=list(CANDIDATE_COUNTS), help="candidates")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=list(MICRO_BATCHES))
+    parser.add_argument("--cache-users", type=int, default=2, help="of the greatest n, whom the cache has room for")
     parser.add_argument("--modes", nargs="+", choices=(ALONE, PACKED, COLD, WARM), default=[ALONE, PACKED, COLD, WARM])
     parser.add_argument("--backends", nargs="+", choices=OURS, default=list(OURS), help="with and without CUDA graphs")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for all; later cases are rows 'not run'")

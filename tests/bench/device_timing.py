@@ -56,11 +56,11 @@ class EngineRunner:
         # Opening a session first names the tensors and turns every refusal into a message of ours.
         with TensorRtSession(api, plan, plugin_library) as session:
             self._inputs, self._outputs = session.inputs, session.outputs
+            self._most_rows = {spec.name: session.most_rows(spec.name) for spec in session.inputs}
         self._lib = ctypes.CDLL("libcuda.so.1")
         self._driver = CudaDriver()
         self._buffers = DeviceBuffers(self._driver)
         self._hosts: dict[str, NDArray[Any]] = {}
-        self._sizes: dict[str, int] = {}
         self._graph: CudaGraph | None = None
         with self._driver.current(), api.capture() as log:
             self._free_before = self._free_bytes()
@@ -85,7 +85,6 @@ class EngineRunner:
         with self._driver.current(), self._api.capture() as log:
             self._drop_graph()
             for name, array in matched_feeds(feeds, self._inputs).items():
-                self._sizes[name] = array.nbytes
                 address = self._buffers.address(name, array.nbytes)
                 self._driver.upload(array, address)
                 taken = self._context.set_input_shape(name, array.shape)
@@ -149,21 +148,20 @@ class EngineRunner:
         """Device time of one run (median_ms, p90_ms, cv, repeats): events around each enqueue, no wait between them."""
         return self._timed(self._enqueue)
 
-    def time_copies(self, names: Sequence[str]) -> dict[str, Any]:
-        """Device time of copying these inputs within the device, one copy each, as `time` gives it."""
+    def most_rows(self, name: str) -> int:
+        """Most entries of an input's first axis."""
+        return self._most_rows[name]
+
+    def time_copies(self, sizes: Sequence[int]) -> dict[str, Any]:
+        """Device time of copying so many bytes each within the device, as `time` gives it."""
         with self._driver.current():
-            pairs = [(name, self._buffers.address(f"copy of {name}", self._sizes[name])) for name in names]
+            sources = [self._buffers.address(f"source {number}", size) for number, size in enumerate(sizes)]
+            targets = [self._buffers.address(f"target {number}", size) for number, size in enumerate(sizes)]
 
         def enqueue() -> None:
-            for name, source in pairs:
-                size = self._sizes[name]
-                self._driver.copy(source, self._buffers.address(name, size), size)
+            for source, target, size in zip(sources, targets, sizes, strict=True):
+                self._driver.copy(source, target, size)
 
-        with self._driver.current():
-            # The copies write over the inputs, so the sources have to hold the same.
-            for name, source in pairs:
-                self._driver.copy(self._buffers.address(name, self._sizes[name]), source, self._sizes[name])
-            self._driver.synchronise()
         return self._timed(enqueue)
 
     def _timed(self, enqueue: Callable[[], None]) -> dict[str, Any]:

@@ -172,6 +172,11 @@ def check_bundle(
             check.passed = True
     requests = synthetic_requests(bundle.spec) + (golden_requests(arrays, bundle.spec) if arrays else [])
     check_m_falcon(checks, bundle, open_graph, requests)
+    with (
+        checks.check(f"{bundle.name}: score reads the cache where it lies") as check,
+        ranking_session(bundle.spec, open_graph, 4) as session,
+    ):
+        check.passed = session.stats().scores_in_place
     check_graphs(checks, bundle, open_graph, functools.partial(open_graph, cuda_graphs=CUDA_GRAPHS), free_bytes)
 
 

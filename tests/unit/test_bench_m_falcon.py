@@ -373,7 +373,9 @@ def test_the_session_is_asked_as_every_mode_says(
     assert stats.score_passes == 5 * -(-64 // micro_batch)
 
 
-def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    cached_rows = 400
     milliseconds = {"packed": 7.0, "prefill": 5.0, "score": 2.0}
     candidates: list[int] = []
 
@@ -385,6 +387,7 @@ def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.Mon
             self.feeds = feeds
             if self.role == "score":
                 candidates.append(len(feeds["item_query_time"]))
+                assert len(feeds["k_0"]) == (cached_rows if whole else 151)
 
         def run(self) -> Any:
             return graphs[self.role].run(self.feeds)
@@ -392,9 +395,11 @@ def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.Mon
         def record(self) -> int:
             return 321
 
-        def time_copies(self, names: list[str]) -> rows.Row:
-            assert names
-            assert all(name[:2] in ("k_", "v_") for name in names)
+        def most_rows(self, name: str) -> int:
+            return {"candidate_offsets": 3}.get(name, cached_rows) if whole else 2
+
+        def time_copies(self, sizes: list[int]) -> rows.Row:
+            assert sizes == [151 * 2 * 32 * 4] * 4, "keys and values of one user, not of the cache"
             return {"median_ms": 0.5, "p90_ms": 0.5, "cv": 0.01, "repeats": 20}
 
         def time(self) -> rows.Row:
@@ -411,13 +416,14 @@ def test_the_device_clock_counts_every_pass(graphs: Any, monkeypatch: pytest.Mon
     plans = {role: role.encode() for role in bench_m_falcon.ROLES}
     for recorded in (False, True):
         bundle = bench_m_falcon.Bundle(None, ranking_spec(64), plans, None, "fp32")  # type: ignore[arg-type]
-        clock = bench_m_falcon.DeviceClock(bundle, recorded)
+        clock = bench_m_falcon.DeviceClock(bundle, recorded, cached_rows)
         timings = {case.mode: clock.timing(case.measured) for case in our_cases(16)}
         clock.close()
         medians = {mode: row["median_ms"] for mode, row in timings.items()}
         # Eight forwards alone; four passes of sixteen candidates, timed once; with graphs, keys and values are copied
-        # after a prefill, and once before the passes that read them.
-        cold, warm = 5.0 + 4 * 2.0 + 2 * 0.5 * recorded, 4 * 2.0 + 0.5 * recorded
+        # after a prefill, and once before the passes that read them, unless these read the cache.
+        staged = 0.5 * recorded * (not whole)
+        cold, warm = 5.0 + 4 * 2.0 + 0.5 * recorded + staged, 4 * 2.0 + staged
         assert medians == {rows.ALONE: 8 * 7.0, rows.PACKED: 7.0, rows.COLD: cold, rows.WARM: warm}
         assert timings[rows.COLD]["peak_mib"] == 5.0
         for row in timings.values():
@@ -445,7 +451,7 @@ def test_a_replay_that_differs_gets_no_time(graphs: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench_m_falcon, "request", lambda n, m: work.request(n, m, work.TINY))
     bundle = bench_m_falcon.Bundle(None, ranking_spec(64), {"packed": b""}, None, "fp32")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="logits of a replay of packed differs"):
-        bench_m_falcon.DeviceClock(bundle, True).timing(rows.Case(rows.ENGINES, rows.PACKED, 150, 64))
+        bench_m_falcon.DeviceClock(bundle, True, 400).timing(rows.Case(rows.ENGINES, rows.PACKED, 150, 64))
 
 
 def test_a_case_whose_passes_were_not_replayed_is_no_measurement(graphs: Any) -> None:
