@@ -1,15 +1,12 @@
-"""Fills the folder for run_fused.py, on any machine without a GPU: bundles in segments, with engines and kernels.
+"""The parts of prepare_job.py for run_fused.py: bundles in segments, with engines and kernels. Needs no GPU.
 
-Usage: python prepare_fused.py JOB [--parts small m_falcon] [--m-falcon-bundle DIR]
-
-`small` are bundles of both fixtures, with what ONNX Runtime has between their steps. `m_falcon` is the model of the
-M-FALCON benchmark (5 layers, DLRMv3 sizes): it lies in JOB-m_falcon, with two archives of it that can be carried one
-after the other: its engines, and what they are compared with. Its graphs stay out: nothing is built from them.
+The small ones are of both fixtures, with what ONNX Runtime has between their steps. The large one is the model of the
+M-FALCON benchmark (5 layers, DLRMv3 sizes), with two archives that can be carried one after the other: its engines, and
+what they are compared with. Its graphs stay out: nothing is built from them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -37,7 +34,6 @@ from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx  # noqa: E
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession  # noqa: E402
 from hstu_compile.runtime.segmented_onnx_session import attention_model  # noqa: E402
 
-PARTS = ("small", "m_falcon")
 #: Folder of a fixture, and options of the build.
 SMALL: dict[str, tuple[str, tuple[str, ...]]] = {
     "research-fp16-fused": ("meta_research_ml100k", ("--max-batch", "16")),
@@ -100,40 +96,14 @@ def prepare_small(job: Path) -> None:
     shutil.copyfile(FIXTURES / fixture / source, job / target)
 
 
-def prepare_m_falcon(place: Path, bundle: Path | None) -> None:
-    """The benchmark's model, and two archives of it.
-
-    Args:
-        place: folder of the bundle and the archives.
-        bundle: a bundle in segments that was built before; None builds one, in minutes.
-    """
+def prepare_m_falcon(place: Path) -> None:
+    """The benchmark's model, and two archives of it; minutes."""
     place.mkdir(parents=True, exist_ok=True)
     folder, checkpoint = place / M_FALCON, place / "checkpoint"
-    if bundle is not None:
-        shutil.copytree(bundle, folder, dirs_exist_ok=True)
-    else:
-        program = [sys.executable, str(BENCH / "m_falcon_prepare.py"), "--checkpoint", str(checkpoint)]
-        subprocess.run(program, check=True)
-        build_fused(folder, checkpoint, M_FALCON_OPTIONS)
+    program = [sys.executable, str(BENCH / "m_falcon_prepare.py"), "--checkpoint", str(checkpoint)]
+    subprocess.run(program, check=True)
+    build_fused(folder, checkpoint, M_FALCON_OPTIONS)
     trim(folder, (*UNREAD, "*.onnx"))
     files = sorted(folder.iterdir())
     save_archive(place / f"{M_FALCON}-engines.tar.gz", place, [path for path in files if path.suffix == ".engine"])
     save_archive(place / f"{M_FALCON}-references.tar.gz", place, [path for path in files if path.suffix != ".engine"])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
-    arguments = parser.parse_args()
-    job = arguments.job.resolve()
-    if "small" in arguments.parts:
-        prepare_small(job)
-    if "m_falcon" in arguments.parts:
-        prepare_m_falcon(job.with_name(f"{job.name}-m_falcon"), arguments.m_falcon_bundle)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

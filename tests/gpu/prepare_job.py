@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,9 @@ GPU_TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(REPOSITORY), str(BENCH), str(GPU_TESTS), str(REPOSITORY / "samples" / "01_movielens_demo")]
 
 import bench_calibration  # noqa: E402
+import prepare_fused  # noqa: E402
 import prepare_quantised  # noqa: E402
+from archives import save_archive  # noqa: E402
 
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint  # noqa: E402
 from hstu_compile.export import TORCH_DTYPES  # noqa: E402
@@ -63,7 +64,9 @@ DLRM_OPTIONS = ("--m-falcon", "micro-batch=16", "--max-batch", "8")
 M_FALCON = "m_falcon-fp16"
 #: Part, folder and archives of bench_calibration.py.
 CALIBRATION = "calibration"
-M_FALCON_OPTIONS = ("--m-falcon", "micro-batch=2048", "--max-batch", "2", "--opt-batch", "1")
+M_FALCON_OPTIONS = prepare_fused.M_FALCON_OPTIONS
+#: Parts of prepare_fused.py.
+FUSED, FUSED_M_FALCON = "fused", "fused-m_falcon"
 END_TO_END = "end_to_end"
 END_TO_END_PRECISIONS = ("fp16", "bf16")
 #: Of the bundles without "-unpruned" and with it. What they answer is compared on the GPU.
@@ -253,19 +256,10 @@ def save_packed_graphs(path: Path, folders: Iterable[Path]) -> None:
     print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
-def save_archive(path: Path, root: Path, files: Iterable[Path]) -> None:
-    """Pack files under their names below a folder; the archive appears whole."""
-    partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
-        for file in files:
-            archive.add(file, str(file.relative_to(root)))
-    partial.replace(path)
-    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
-
-
 def graphs_of(job: Path) -> list[Path]:
     """Every graph that gets an engine of TensorRT 8.5, of all bundles that were prepared; no bfloat16, no float8."""
-    folders = [*(job / "models").glob("*"), *beside(job, "m_falcon").glob(M_FALCON)]
+    folders = [path for path in (job / "models").glob("*") if path.name not in prepare_fused.SMALL]
+    folders += beside(job, "m_falcon").glob(M_FALCON)
     folders += end_to_end_place(job).glob(f"{END_TO_END}-*/")
     found = [folder / name for folder in sorted(folders) for name in RANKING_GRAPHS]
     quantised = [*(job / "quantised").glob("*-int8/*.onnx"), *beside(job, CALIBRATION).glob(f"{CALIBRATION}/*/*.onnx")]
@@ -407,6 +401,8 @@ def main() -> int:
         END_TO_END,
         "quantised",
         CALIBRATION,
+        FUSED,
+        FUSED_M_FALCON,
         "plugin",
         "conformance",
         "cpp-loader",
@@ -444,6 +440,10 @@ def main() -> int:
             remove_unread(bundle)
     if CALIBRATION in arguments.only:
         save_calibration(beside(job, CALIBRATION))
+    if FUSED in arguments.only:
+        prepare_fused.prepare_small(job)
+    if FUSED_M_FALCON in arguments.only:
+        prepare_fused.prepare_m_falcon(beside(job, "m_falcon"))
     if END_TO_END in arguments.only:
         save_end_to_end(end_to_end_place(job), arguments.archs, arguments.jobs)
     if "plugin" in arguments.only:

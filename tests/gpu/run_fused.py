@@ -1,8 +1,8 @@
 """Proves bundles built with --attention fused on a GPU: engines of segments with our kernels between them.
 
-Runs with any Python that has TensorRT-RTX, numpy and onnx; needs what `prepare_job.py --only fused` made. Nothing is
-built here. Every step of a graph is also run alone, on the values that ONNX Runtime had there: if an answer is wrong,
-these say which step makes it so.
+Runs with any Python that has TensorRT-RTX, numpy and onnx; needs the parts `fused` and `fused-m_falcon` of
+prepare_job.py. Nothing is built here. Every step of a graph is also run alone, on the values that ONNX Runtime had
+there: if an answer is wrong, these say which step makes it so.
 Usage: python run_fused.py JOB OUT [--bundles NAME ...] [--models DIR ...]    (JSON in OUT/fused.json)
        `--runtime onnxruntime` rehearses on a CPU what does not need the engines.
 Exit 0 if every check passed.
