@@ -39,9 +39,15 @@ class Fault(enum.Enum):
     QUERIES_RELEASED_UNREAD = enum.auto()
     #: Sums are sent before every block of the cluster has offered the stage that they overwrite.
     EXCHANGE_NOT_AWAITED = enum.auto()
-    #: A warpgroup offers its block's stage although the other may still read there.
+    #: The producer offers a stage although a warpgroup may still read there.
     STAGE_OFFERED_EARLY = enum.auto()
-    #: The stage of a tile's last keys and values is given back for copies before the exchange.
+    #: A warpgroup offers the stage for another round although the other may still read there.
+    STAGE_OFFERED_AGAIN_EARLY = enum.auto()
+    #: The producer offers a stage although a warpgroup may not have seen the offer for the tile before.
+    OFFERED_BEFORE_LAST_EXCHANGE = enum.auto()
+    #: The producer does not end the phases of the copies that it leaves out.
+    PHASES_LEFT_OPEN = enum.auto()
+    #: A stage is given back for copies before the exchange in it.
     STAGE_RELEASED_BEFORE_EXCHANGE = enum.auto()
     #: Keys of which a warpgroup sees nothing are given back although their copy may not have begun.
     UNSEEN_KEYS_NOT_AWAITED = enum.auto()
@@ -241,6 +247,7 @@ class Block:
         self.turns = [NamedBarrier(f"turn of {i}", 2) for i in range(p.warpgroups)]
         self.exchange_barrier = NamedBarrier("exchange", p.warpgroups)
         self.exchange_ready = Barrier("exchangeReady", p.split)
+        self.exchange_done = Barrier("exchangeDone", p.warpgroups)
         self.exchange_full = [Barrier(f"exchangeFull[{i}]", p.split) for i in range(p.warpgroups)]
         self.exchange_stages = [-1] * p.split
 
@@ -272,6 +279,25 @@ class Block:
 
     def producer(self) -> Process:
         slot, query, stage = Ring(self.protocol.slots), Ring(self.protocol.query_buffers), Ring(self.protocol.stages)
+        exchange = Ring(1)
+
+        def offer_stage() -> Process:
+            """Tell the cluster that sums may be put into the next stage, once nobody reads there."""
+            if Fault.STAGE_OFFERED_EARLY not in self.faults:
+                for buffers in (self.keys, self.values):
+                    yield buffers[stage.index].empty.wait(stage.phase ^ 1)
+            if Fault.OFFERED_BEFORE_LAST_EXCHANGE not in self.faults:
+                yield self.exchange_done.wait(exchange.phase ^ 1)
+            if Fault.PHASES_LEFT_OPEN not in self.faults:
+                self.keys[stage.index].full.arrive()
+                self.values[stage.index].full.arrive()
+            for block in self.cluster:
+                yield PREEMPTED
+                block.exchange_stages[self.rank] = stage.index
+                block.exchange_ready.arrive()
+            stage.advance()
+            exchange.advance()
+
         while True:
             yield self.tile_full[slot.index].wait(slot.phase)
             here = slot.index
@@ -300,6 +326,8 @@ class Block:
                         self.copies.append(buffers[stage.index].copy(f"tile {tile.number} keys {t}"))
                     stage.advance()
             self.tile_empty[here].arrive()
+            if self.protocol.split > 1 and tile.share > 0:
+                yield from offer_stage()
 
     def consumer(self, warpgroup: int) -> Process:
         p = self.protocol
@@ -344,15 +372,14 @@ class Block:
             self.queries[query.index].empty.arrive()
             query.advance()
 
-        def product_of_keys(label: str, is_last: bool) -> Callable[[], None]:
-            """Begin the product; the result ends it and gives the keys back, unless sums will be exchanged there."""
+        def product_of_keys(label: str) -> Callable[[], None]:
+            """Begin the product; the result ends it and gives the keys back."""
             buffer, queries, tile = self.keys[key.index], self.queries[query.index], label.split(" keys")[0]
             key.advance()
             buffer.expect(label)
             if not p.holds_queries:
                 queries.expect(tile)
-            is_kept = is_last and p.split > 1 and Fault.STAGE_RELEASED_BEFORE_EXCHANGE not in self.faults
-            is_early = Fault.KEYS_RELEASED_EARLY in self.faults and not is_kept
+            is_early = Fault.KEYS_RELEASED_EARLY in self.faults
             if is_early:
                 buffer.empty.arrive()
 
@@ -360,33 +387,29 @@ class Block:
                 buffer.expect(label)
                 if not p.holds_queries:
                     queries.expect(tile)
-                if not is_kept and not is_early:
+                if not is_early:
                     buffer.empty.arrive()
 
             return end
 
-        def product_of_values(label: str, is_last: bool) -> Callable[[], None]:
+        def product_of_values(label: str) -> Callable[[], None]:
             buffer = self.values[value.index]
             buffer.expect(label)
-            is_kept = is_last and p.split > 1
-            if not is_kept:
-                value.advance()
+            value.advance()
 
             def end() -> None:
                 buffer.expect(label)
-                if not is_kept or Fault.STAGE_RELEASED_BEFORE_EXCHANGE in self.faults:
-                    buffer.empty.arrive()
+                buffer.empty.arrive()
 
             return end
 
-        def offer_stage() -> Process:
-            """Tell the cluster that sums may be put into this block's last stage, once no warpgroup reads there."""
-            if Fault.STAGE_OFFERED_EARLY not in self.faults:
+        def offer_stage_again() -> Process:
+            """Tell the cluster that the next round's sums may be put into the stage, once no warpgroup reads there."""
+            if Fault.STAGE_OFFERED_AGAIN_EARLY not in self.faults:
                 yield self.exchange_barrier.sync()
             if warpgroup == 0:
                 for block in self.cluster:
                     yield PREEMPTED
-                    block.exchange_stages[self.rank] = value.index
                     block.exchange_ready.arrive()
 
         def skip(buffers: list[Buffer], ring: Ring, is_awaited: bool) -> Process:
@@ -414,7 +437,8 @@ class Block:
                 return
             for turn in range(p.rounds):
                 sums = f"tile {number} round {turn}"
-                yield from offer_stage()
+                if turn > 0:
+                    yield from offer_stage_again()
                 if Fault.EXCHANGE_NOT_AWAITED not in self.faults:
                     yield self.exchange_ready.wait(exchange.phase)
                 for rank, block in enumerate(self.cluster):
@@ -427,11 +451,21 @@ class Block:
                 exchange.advance()
 
         def release_stage() -> None:
-            """Give the stage back in which sums have been exchanged."""
+            """Give the stage back in which sums are exchanged."""
             if p.split > 1:
-                if Fault.STAGE_RELEASED_BEFORE_EXCHANGE not in self.faults:
-                    self.keys[value.index].empty.arrive()
-                    self.values[value.index].empty.arrive()
+                self.keys[value.index].empty.arrive()
+                self.values[value.index].empty.arrive()
+
+        def exchange_sums(number: int) -> Process:
+            is_early = Fault.STAGE_RELEASED_BEFORE_EXCHANGE in self.faults
+            if is_early:
+                release_stage()
+            yield from finish(number)
+            if p.split > 1:
+                self.exchange_done.arrive()
+            if not is_early:
+                release_stage()
+            if p.split > 1:
                 value.advance()
 
         if warpgroup == p.warpgroups - 1 and Fault.NO_FIRST_TURN not in self.faults:
@@ -444,7 +478,7 @@ class Block:
         yield from skip_values()
         yield from await_queries_and_keys()
         yield from await_turn()
-        end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}", taken.share == 1)
+        end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}")
         pass_turn()
         yield PREEMPTED
         end_keys()
@@ -454,11 +488,11 @@ class Block:
                 yield self.keys[key.index].full.wait(key.phase)
                 yield self.values[value.index].full.wait(value.phase)
                 yield from await_turn()
-                end_keys = product_of_keys(f"tile {tile.number} keys {t}", t + 1 == tile.share)
+                end_keys = product_of_keys(f"tile {tile.number} keys {t}")
                 if p.turns is Turns.SCORES:
                     yield PREEMPTED
                     pass_turn()
-                end_values = product_of_values(f"tile {tile.number} keys {t - 1}", False)
+                end_values = product_of_values(f"tile {tile.number} keys {t - 1}")
                 if p.turns is not Turns.SCORES:
                     pass_turn()
                 yield PREEMPTED
@@ -468,6 +502,8 @@ class Block:
             last = f"tile {tile.number} keys {tile.share - 1}"
             if not p.holds_queries:
                 release_queries()
+            if p.split > 1:
+                key.advance()  # past the stage of the exchange
             keeps_slot = Fault.SLOT_KEPT_INTO_NEXT_TILE in self.faults
             if not keeps_slot:
                 self.tile_empty[held].arrive()
@@ -475,30 +511,29 @@ class Block:
             yield self.values[value.index].full.wait(value.phase)
             if taken is END:
                 yield from await_turn()
-                end_values = product_of_values(last, True)
+                end_values = product_of_values(last)
                 pass_turn()
                 yield PREEMPTED
                 end_values()
-                yield from finish(tile.number)
+                yield from exchange_sums(tile.number)
                 return
             slot.advance()
             if p.query_buffers > 1 or p.holds_queries:
                 yield from skip_keys()
                 yield from await_queries_and_keys()
             yield from await_turn()
-            end_values = product_of_values(last, True)
+            end_values = product_of_values(last)
             if p.query_buffers == 1 and not p.holds_queries:
                 yield from skip_keys()
                 yield from await_queries_and_keys()
-            end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}", taken.share == 1)
+            end_keys = product_of_keys(f"tile {taken.number} keys {taken.unseen[warpgroup]}")
             pass_turn()
             if keeps_slot:
                 self.tile_empty[held].arrive()
             yield PREEMPTED
             end_values()
             yield from skip_values()
-            yield from finish(tile.number)
-            release_stage()
+            yield from exchange_sums(tile.number)
             yield PREEMPTED
             end_keys()
 

@@ -81,12 +81,31 @@ def test_queries_that_are_given_back_unread_are_found() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize(
-    "fault", [Fault.EXCHANGE_NOT_AWAITED, Fault.STAGE_OFFERED_EARLY, Fault.STAGE_RELEASED_BEFORE_EXCHANGE]
+    ("fault", "failure"),
+    [
+        (Fault.EXCHANGE_NOT_AWAITED, HazardError),
+        (Fault.STAGE_OFFERED_EARLY, HazardError),
+        (Fault.STAGE_RELEASED_BEFORE_EXCHANGE, HazardError),
+        (Fault.PHASES_LEFT_OPEN, HazardError),
+    ],
 )
-def test_an_exchange_over_what_is_still_read_is_found(fault: Fault, rounds: int) -> None:
+def test_an_exchange_over_what_is_still_read_is_found(fault: Fault, failure: type[AssertionError], rounds: int) -> None:
     sharing = replace(SMALL, split=2, query_buffers=1, rounds=rounds)
     assert failures(sharing) == set()
-    assert HazardError in failures(sharing, fault)
+    assert failure in failures(sharing, fault)
+
+
+def test_a_second_round_over_what_is_still_read_is_found() -> None:
+    sharing = replace(SMALL, split=2, query_buffers=1, rounds=2)
+    assert HazardError in failures(sharing, Fault.STAGE_OFFERED_AGAIN_EARLY)
+
+
+def test_an_offer_before_the_last_one_was_seen_is_found() -> None:
+    """It takes three stages: with two, the stage to offer is the one of the last exchange."""
+    assert failures(replace(SMALL, split=2, query_buffers=1), Fault.OFFERED_BEFORE_LAST_EXCHANGE) == set()
+    sharing = replace(SMALL, split=2, query_buffers=1, stages=3)
+    assert failures(sharing) == set()
+    assert failures(sharing, Fault.OFFERED_BEFORE_LAST_EXCHANGE)
 
 
 #: As the kernel of 256 columns: no turns, one buffer of queries, two stages.

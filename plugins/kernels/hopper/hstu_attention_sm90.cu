@@ -94,8 +94,9 @@ struct alignas(1024) Buffers
 };
 
 // Where blocks share a tile, each adds up and stores an equal part of a warpgroup's rows, groups of eight. What others
-// have summed for these rows they put into the stage of its last key tile, which is given back for copies only then: the
-// first warpgroup's into the keys, the second's into the values. A stage of 64 keys takes half of the columns at a time.
+// have summed for these rows they put into the stage behind the tile's last keys and values, which the producer keeps free
+// of copies and offers to the cluster as soon as nobody reads there, so that sums find it waiting: the first warpgroup's
+// go where keys would, the second's where values would. A stage of 64 keys takes half of the columns at a time.
 constexpr int32_t kRowGroups = 8; // of a warpgroup; two a warp
 constexpr int32_t kRowGroupsShift = 3;
 constexpr int32_t kRounds = 128 / kBlockN;
@@ -117,6 +118,7 @@ struct Barriers
     uint64_t valuesEmpty[kStages];
     uint64_t exchangeReady;
     uint64_t exchangeFull[kWarpgroups];
+    uint64_t exchangeDone;
 };
 
 // Everything that a block keeps in shared memory.
@@ -169,11 +171,15 @@ __device__ __forceinline__ void initBarriers(Barriers& barriers)
         barrierInit(&barriers.valuesFull[i], 1);
         barrierInit(&barriers.valuesEmpty[i], kConsumerWarps);
     }
-    barrierInit(&barriers.exchangeReady, clusterBlocks());
-    for (int32_t i = 0; i < kWarpgroups; ++i)
+    if constexpr (kShares)
     {
-        // Of all blocks, those row groups that this one adds up: always as many as a block has.
-        barrierInit(&barriers.exchangeFull[i], kRowGroups);
+        barrierInit(&barriers.exchangeReady, clusterBlocks());
+        for (int32_t i = 0; i < kWarpgroups; ++i)
+        {
+            // Of all blocks, those row groups that this one adds up: always as many as a block has.
+            barrierInit(&barriers.exchangeFull[i], kRowGroups);
+        }
+        barrierInit(&barriers.exchangeDone, kConsumerWarps);
     }
     barrierInitFence();
 }
@@ -285,6 +291,7 @@ struct Producer
     Ring<kTileSlots> slot;
     Ring<kQueryBuffers> query;
     Ring<kStages> stage;
+    Ring<1> exchange;
 
     __device__ __forceinline__ Producer(
         CUtensorMap const& queryMap, CUtensorMap const& keyMap, CUtensorMap const& valueMap,
@@ -338,6 +345,25 @@ struct Producer
         stage.advance();
     }
 
+    //! Tells the cluster that sums of this tile may be put into the next stage, once nobody reads there.
+    __device__ __forceinline__ void offerStage()
+    {
+        barrierWait(&shared.barriers.keysEmpty[stage.index], stage.phase ^ 1);
+        barrierWait(&shared.barriers.valuesEmpty[stage.index], stage.phase ^ 1);
+        // Then every warpgroup of the cluster has seen the last offer.
+        barrierWait(&shared.barriers.exchangeDone, exchange.phase ^ 1);
+        // In place of the copies that would end these phases.
+        barrierArrive(&shared.barriers.keysFull[stage.index]);
+        barrierArrive(&shared.barriers.valuesFull[stage.index]);
+        for (int32_t block = 0; block < clusterBlocks(); ++block)
+        {
+            remoteStore(remoteAddress(&shared.exchangeStages[clusterRank()], block), stage.index);
+            remoteArrive(remoteAddress(&shared.barriers.exchangeReady, block));
+        }
+        stage.advance();
+        exchange.advance();
+    }
+
     __device__ __forceinline__ void run()
     {
         while (true)
@@ -369,6 +395,10 @@ struct Producer
             }
             barrierArrive(&shared.barriers.tileEmpty[slot.index]);
             slot.advance();
+            if (kShares && share > 0)
+            {
+                offerStage();
+            }
         }
     }
 };
@@ -494,7 +524,7 @@ struct Consumer
         if (kSkipsUnseen && tiles > 0)
         {
             awaitKeys();
-            releaseKeys(false);
+            releaseKeys();
         }
     }
 
@@ -610,13 +640,9 @@ struct Consumer
         namedBarrierSync(kFirstGroupBarrier + warpgroup, 128);
     }
 
-    //! \param isLast of the tile: where blocks share it, its stage is given back after the exchange.
-    __device__ __forceinline__ void releaseKeys(bool isLast)
+    __device__ __forceinline__ void releaseKeys()
     {
-        if (lane == 0 && !(kShares && isLast))
-        {
-            barrierArrive(&shared.barriers.keysEmpty[keyStage.index]);
-        }
+        release(&shared.barriers.keysEmpty[keyStage.index]);
         keyStage.advance();
     }
 
@@ -631,6 +657,7 @@ struct Consumer
     {
         sharedProxyFence();
         __syncwarp();
+        release(&shared.barriers.exchangeDone);
         release(&shared.barriers.keysEmpty[valueStage.index]);
         releaseValues();
     }
@@ -947,13 +974,13 @@ struct Consumer
     }
 
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
-    __device__ __forceinline__ void step(Tile const& tile, int32_t t, ValidRows valid, bool isFirst, bool isLast)
+    __device__ __forceinline__ void step(Tile const& tile, int32_t t, ValidRows valid, bool isFirst)
     {
         multiplyBoth(valid, isFirst);
         // Looking times up takes registers, and branches where the compiler does not see that all lanes branch alike.
         productWait<kTimeBias ? 0 : 1>();
         pin(scores);
-        releaseKeys(isLast);
+        releaseKeys();
         scale(tile, t);
         weigh();
         productWait<0>();
@@ -963,12 +990,12 @@ struct Consumer
     }
 
     //! A key tile that the mask cuts.
-    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst, bool isLast)
+    __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst)
     {
         multiplyBoth(validRows(tile, t - 1), isFirst);
         productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
-        releaseKeys(isLast);
+        releaseKeys();
         scale(tile, t);
         mask(tile, t);
         weigh();
@@ -990,13 +1017,12 @@ struct Consumer
         packWeights();
     }
 
-    //! Tells the cluster that sums may be put into this block's last stage, once no warpgroup reads there.
-    __device__ __forceinline__ void offerStage() const
+    //! Tells the cluster that the next round's sums may be put into the stage, once no warpgroup reads there.
+    __device__ __forceinline__ void offerStageAgain() const
     {
         namedBarrierSync(kExchangeBarrier, 128 * kWarpgroups);
         if (warpgroup == 0 && thread < clusterBlocks())
         {
-            remoteStore(remoteAddress(&shared.exchangeStages[clusterRank()], thread), valueStage.index);
             remoteArrive(remoteAddress(&shared.barriers.exchangeReady, thread));
         }
     }
@@ -1008,8 +1034,7 @@ struct Consumer
         return static_cast<ExchangePiece*>(buffer);
     }
 
-    //! Stores the tile's rows, and gives the last values back. Where blocks share the tile: what the cluster has summed of
-    //! the rows that fall to this one.
+    //! Stores the tile's rows. Where blocks share the tile: what the cluster has summed of the rows that fall to this one.
     __device__ __forceinline__ void finish(Ending const& ending)
     {
         if constexpr (!kShares)
@@ -1021,7 +1046,10 @@ struct Consumer
 #pragma unroll
             for (int32_t round = 0; round < kRounds; ++round)
             {
-                offerStage();
+                if (round > 0)
+                {
+                    offerStageAgain();
+                }
                 clusterBarrierWait(&shared.barriers.exchangeReady, exchange.phase);
                 sendSums(round);
                 clusterBarrierWait(&shared.barriers.exchangeFull[warpgroup], exchange.phase);
@@ -1155,7 +1183,7 @@ struct Consumer
         passTurn();
         productWait<0>();
         pin(scores);
-        releaseKeys(uniform(tile->share) == 1);
+        releaseKeys();
         weighFirst(*tile, first);
         while (true)
         {
@@ -1164,18 +1192,22 @@ struct Consumer
             int32_t t = first + 1;
             for (; t < masked; ++t)
             {
-                maskedStep(*tile, t, t == first + 1, t + 1 == share);
+                maskedStep(*tile, t, t == first + 1);
             }
             // Of the key tiles, only a masked one can reach out of the sequence.
             ValidRows valid = validRows(*tile, t - 1);
             for (; t < share; ++t)
             {
-                step(*tile, t, valid, t == first + 1, t + 1 == share);
+                step(*tile, t, valid, t == first + 1);
                 valid = ValidRows::all();
             }
             if constexpr (!kHoldsQueries)
             {
                 releaseQueries();
+            }
+            if constexpr (kShares)
+            {
+                keyStage.advance(); // past the stage of the exchange
             }
             // Given back first: the next tile may need the slot to be described in.
             Ending const ending{tile->head, tile->queryRow, tile->rows,
@@ -1191,6 +1223,7 @@ struct Consumer
                 passTurn();
                 productWait<0>();
                 pin(sums);
+                releaseValues();
                 finish(ending);
                 return;
             }
@@ -1217,11 +1250,8 @@ struct Consumer
             passTurn();
             productWait<1>();
             pin(sums);
-            if constexpr (!kShares)
-            {
-                releaseValues();
-                skipValues(first);
-            }
+            releaseValues();
+            skipValues(first);
             finish(ending);
             if constexpr (kShares)
             {
@@ -1229,7 +1259,7 @@ struct Consumer
             }
             productWait<0>();
             pin(scores);
-            releaseKeys(uniform(tile->share) == 1);
+            releaseKeys();
             weighFirst(*tile, first);
         }
     }
@@ -1258,9 +1288,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         __trap(); // swizzled operands would be read from wrong places
     }
 
-    if (threadIdx.x == 0)
+    FirstReads const reads = readFirst<kHasCache>(p);
+    // By a warp that has nothing to wait for where sequences are few.
+    if (threadIdx.x == kThreads - 32)
     {
-        // First, so that they come while offsets are read.
         prefetchDescriptor(&qMap);
         prefetchDescriptor(&kMap);
         prefetchDescriptor(&vMap);
@@ -1271,8 +1302,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         }
         initBarriers(shared.barriers);
     }
-    bool const isValid = areOffsetsValid<kHasCache>(p);
-    clearRows(p, isValid ? p.qOffsets[p.batch] : 0);
+    if constexpr (kTimeBias)
+    {
+        if (threadIdx.x == 0)
+        {
+            shared.times.isCrowded = 0;
+        }
+    }
+    bool const isValid = orderSequences(p, reads, shared.schedule, kBlockM);
+    clearRows(p, isValid ? reads.queryEnd : 0);
     if (!isValid || p.batch == 0)
     {
         return;
@@ -1283,15 +1321,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
     }
     if constexpr (kTimeBias)
     {
-        if (threadIdx.x == 0)
-        {
-            shared.times.isCrowded = 0;
-        }
-        __syncthreads();
         buildTimeTable<Timestamp>(p, shared.times);
+        __syncthreads();
     }
-    orderSequences<kHasCache>(p, shared.schedule, kBlockM);
-    __syncthreads();
     if constexpr (kShares)
     {
         clusterWait(); // and so are the others'

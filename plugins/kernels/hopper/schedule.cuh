@@ -65,18 +65,44 @@ __device__ __forceinline__ Sequence readSequence(AttentionParameters const& p, i
     return sequence;
 }
 
-//! Whether 0 == offsets[0] <= ... <= offsets[B] <= L holds for queries, keys and cached keys. For all threads of the block.
-template <bool kHasCache>
-__device__ __forceinline__ bool areOffsetsValid(AttentionParameters const& p)
+//! What every thread reads first: one sequence, and the ends of the offsets. All loads are independent, so that the launch
+//! waits for memory once; nothing read is used as an address.
+struct FirstReads
 {
-    bool isFaulty = p.qOffsets[0] != 0 || p.kOffsets[0] != 0 || p.qOffsets[p.batch] > p.lq || p.kOffsets[p.batch] > p.lk;
-    isFaulty |= kHasCache && (p.cacheOffsets[0] != 0 || p.cacheOffsets[p.batch] > p.lc);
-    for (int32_t b = threadIdx.x; b < p.batch; b += blockDim.x)
+    Sequence sequence; //!< of the thread's number, if there is one
+    int32_t queryEnd;  //!< of the last sequence
+    bool isFaulty;     //!< as far as this thread sees
+};
+
+//! Reads a sequence a thread, and checks that 0 == offsets[0] <= ... <= offsets[B] <= L holds for queries, keys and cached
+//! keys. For all threads of the block.
+template <bool kHasCache>
+__device__ __forceinline__ FirstReads readFirst(AttentionParameters const& p)
+{
+    FirstReads reads{};
+    auto const b = static_cast<int32_t>(threadIdx.x);
+    bool const isSequence = b < p.batch;
+    if (isSequence)
     {
-        isFaulty |= p.qOffsets[b + 1] < p.qOffsets[b] || p.kOffsets[b + 1] < p.kOffsets[b];
-        isFaulty |= kHasCache && p.cacheOffsets[b + 1] < p.cacheOffsets[b];
+        reads.sequence = readSequence<kHasCache>(p, b);
     }
-    return __syncthreads_or(isFaulty) == 0;
+    int32_t const queryBegin = p.qOffsets[0];
+    int32_t const keyBegin = p.kOffsets[0];
+    reads.queryEnd = p.qOffsets[p.batch];
+    int32_t const keyEnd = p.kOffsets[p.batch];
+    int32_t const cachedBegin = kHasCache ? p.cacheOffsets[0] : 0;
+    int32_t const cachedEnd = kHasCache ? p.cacheOffsets[p.batch] : 0;
+    Sequence const& sequence = reads.sequence;
+    // Not ||, which would read one after the other.
+    reads.isFaulty = ((queryBegin | keyBegin | cachedBegin) != 0) | (reads.queryEnd > p.lq) | (keyEnd > p.lk)
+                     | (kHasCache && cachedEnd > p.lc) | (sequence.numQueries < 0) | (sequence.numCached < 0)
+                     | (sequence.numKeys < sequence.numCached);
+    for (int32_t other = b + static_cast<int32_t>(blockDim.x); other < p.batch; other += static_cast<int32_t>(blockDim.x))
+    {
+        reads.isFaulty |= (p.qOffsets[other + 1] < p.qOffsets[other]) | (p.kOffsets[other + 1] < p.kOffsets[other]);
+        reads.isFaulty |= kHasCache && p.cacheOffsets[other + 1] < p.cacheOffsets[other];
+    }
+    return reads;
 }
 
 //! Rows of out behind the last sequence, or all of them, become zero.
@@ -92,31 +118,35 @@ __device__ __forceinline__ void clearRows(AttentionParameters const& p, int32_t 
     }
 }
 
-//! Ranks the sequences. For all threads of the block, of which there are at least kOrderedSequences.
-template <bool kHasCache>
-__device__ __forceinline__ void orderSequences(AttentionParameters const& p, Schedule& schedule, int32_t blockM)
+//! Checks what the threads have read, and ranks the sequences. For all threads of the block, of which there are at least
+//! kOrderedSequences.
+//!
+//! \return whether the offsets are valid; where not, the schedule is not to be used.
+__device__ __forceinline__ bool orderSequences(
+    AttentionParameters const& p, FirstReads const& reads, Schedule& schedule, int32_t blockM)
 {
-    if (p.batch > kOrderedSequences)
-    {
-        // The tiles of sequence b start at slot qOffsets[b] / blockM + b, which leaves room for all of them.
-        if (threadIdx.x == 0)
-        {
-            schedule.numSlots = p.lq / blockM + p.batch;
-        }
-        return;
-    }
-    int32_t const b = threadIdx.x;
-    bool const isSequence = b < p.batch;
-    Sequence sequence{};
-    SequenceCost cost{};
+    auto const b = static_cast<int32_t>(threadIdx.x);
+    bool const isOrdered = p.batch <= kOrderedSequences;
+    bool const isSequence = isOrdered && b < p.batch;
+    Sequence const& sequence = reads.sequence;
+    SequenceCost const cost{sequence.numKeys, (sequence.numQueries + blockM - 1) / blockM};
     if (isSequence)
     {
-        sequence = readSequence<kHasCache>(p, b);
-        cost.numKeys = sequence.numKeys;
-        cost.numTiles = (sequence.numQueries + blockM - 1) / blockM;
         schedule.costs[b] = cost;
     }
-    __syncthreads();
+    if (!isOrdered && b == 0)
+    {
+        // The tiles of sequence b start at slot qOffsets[b] / blockM + b, which leaves room for all of them.
+        schedule.numSlots = p.lq / blockM + p.batch;
+    }
+    if (__syncthreads_or(reads.isFaulty ? 1 : 0) != 0)
+    {
+        return false;
+    }
+    if (!isOrdered)
+    {
+        return true;
+    }
     SequenceCost const first = schedule.costs[0];
     bool const isAlike = !isSequence || (cost.numKeys == first.numKeys && cost.numTiles == first.numTiles);
     int32_t rank = b;
@@ -144,6 +174,7 @@ __device__ __forceinline__ void orderSequences(AttentionParameters const& p, Sch
         }
     }
     __syncthreads();
+    return true;
 }
 
 //! Describes tile `index` of all heads' tiles. Where its slot is empty or its rows see nothing it has no key tiles, and no
