@@ -7,6 +7,7 @@ time by CUDA events, inputs on the device, caches warm. What cannot be built, do
 Prepare (any machine, no GPU; minutes):  bench_calibration.py --prepare WORK
 Run (GPU):  bench_calibration.py --run WORK --backend tensorrt-rtx --out calibration.csv
             bench_calibration.py --run WORK --backend tensorrt --plugin LIBRARY --out calibration.csv
+Put a run's rows into a table:  bench_calibration.py --merge RUN.csv --out calibration.csv
 Without a GPU: --prepare WORK --tiny, then --run WORK --backend tensorrt-rtx --build-only.
 """
 
@@ -93,8 +94,8 @@ def build(work: Path, kind: str, backend: str, plugin: Path | None) -> tuple[Pat
     return engine, facts
 
 
-def checked(work: Path, kind: str, engine: Path, backend: str, plugin: Path | None) -> tuple[float, float]:
-    """Error and bound of the tensor nearest to, or farthest beyond, its bound, on the bundle's own feeds."""
+def checked(work: Path, kind: str, engine: Path, backend: str, plugin: Path | None) -> tuple[float, float, str]:
+    """Error, bound and name of the tensor nearest to, or farthest beyond, its bound, on the bundle's own feeds."""
     from hstu_compile.recheck import stored_reference
     from hstu_compile.runtime.session import open_session
     from hstu_compile.session_check import check_session
@@ -104,7 +105,7 @@ def checked(work: Path, kind: str, engine: Path, backend: str, plugin: Path | No
     with open_session(backend, engine=engine, plugin_library=plugin) as session:
         result = check_session(session, kind, reference, "fp16", lambda *_: None)
     worst = max(result.tensors, key=lambda row: row.error / row.bound)
-    return worst.error, worst.bound
+    return worst.error, worst.bound, f"{worst.tensor} of '{worst.feed}' {worst.detail}".rstrip()
 
 
 def run(
@@ -136,9 +137,9 @@ def run(
             if build_only:
                 rows.append(row)
                 continue
-            row["max_err"], row["err_bound"] = checked(work, kind, engine, backend, plugin)
+            row["max_err"], row["err_bound"], where = checked(work, kind, engine, backend, plugin)
             if row["max_err"] > row["err_bound"]:
-                rows.append({**row, "status": "wrong"})
+                rows.append({**row, "status": "wrong", "note": where})
                 continue
             with EngineRunner(api, engine.read_bytes(), plugin) as runner:
                 for users in USERS:
@@ -174,7 +175,7 @@ def timed(runner: Any, work: Path, users: int, *, is_tensorrt8: bool) -> dict[st
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the rows of one backend and type in place of what the file has of these."""
+    """Put rows in place of what the file has of their backends and types."""
     kept, replaced = [], {(row["backend"], row["kind"]) for row in rows}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -194,11 +195,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plugin", type=Path, help="plugin library, for tensorrt")
     parser.add_argument("--build-only", action="store_true", help="of --run: stop after the builds and write nothing")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--merge", type=Path, metavar="CSV", help="put its rows into --out, and measure nothing")
     parser.add_argument("--out", type=Path, help="CSV that the rows go into")
     arguments = parser.parse_args(argv)
     if arguments.prepare is not None:
         arguments.prepare.mkdir(parents=True, exist_ok=True)
         prepare(arguments.prepare.resolve(), arguments.kinds, tiny=arguments.tiny)
+    if arguments.merge is not None:
+        if arguments.out is None:
+            parser.error("--merge needs --out")
+        with arguments.merge.open(newline="", encoding="utf-8") as file:
+            merged(arguments.out, list(csv.DictReader(file)))
     if arguments.run is None:
         return 0
     if arguments.backend is None or (arguments.out is None and not arguments.build_only):

@@ -36,10 +36,12 @@ SOURCES = {
     "ranking-soak": "ranking-soak.json",
     "cpp_loader": "cpp_loader.json",
     "triton": "triton.json",
+    "quantised-rtx": "quantised-tensorrt-rtx.json",
+    "quantised-trt85": "quantised-tensorrt.json",
 }
 TIMINGS = {"tensorrt85": "tensorrt85-timing.json", "rtx": "rtx-timing.json"}
 #: Results whose engines were compared with float64.
-COMPARED = (*TIMINGS, "ranking")
+COMPARED = (*TIMINGS, "ranking", "quantised-rtx", "quantised-trt85")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 _CLEAN = re.compile(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards")
 #: Folders of the machine that ran it say nothing.

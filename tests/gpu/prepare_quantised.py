@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
 KINDS = ("int8", "fp8")
 
 
-def prepare_quantised(job: Path, model: str, kinds: list[str]) -> None:
+def prepare_quantised(job: Path, model: str, kinds: Sequence[str]) -> None:
     """One bundle without an engine per kind."""
     folder, options = MODELS[model]
     fixture = FIXTURES / folder
@@ -35,17 +36,9 @@ def prepare_quantised(job: Path, model: str, kinds: list[str]) -> None:
     calibration_table(fixture / "ckpt.pt", fixture / "config.json").save(table)
     program = Path(sys.executable).with_name("hstu-compile")
     for kind in kinds:
+        bundle = table.with_name(f"{model}-{kind}")
         command = [program, "build", fixture / "ckpt.pt", "--config", fixture / "config.json", f"--{kind}"]
-        command += [
-            "--calib",
-            table,
-            "--backend",
-            "onnx",
-            *options,
-            "-o",
-            table.with_name(f"{model}-{kind}"),
-            "--force",
-        ]
+        command += ["--calib", table, "--backend", "onnx", *options, "-o", bundle, "--force"]
         subprocess.run([str(word) for word in command], check=True, stdin=subprocess.DEVNULL)
 
 

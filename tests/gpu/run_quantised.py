@@ -3,8 +3,8 @@
 Runs on a GPU with TensorRT 8.5's Python (3.10, no torch) and the plugin of the job folder, or with any Python that has
 TensorRT-RTX; needs the folder that prepare_quantised.py made. TensorRT 8 must refuse fp8 by name. `--build-only` stops
 after the builds, which TensorRT-RTX does without a GPU.
-Usage: python run_quantised.py JOB OUT --backend tensorrt|tensorrt-rtx [--plugin LIBRARY] [--build-only]
-       (JSON in OUT/quantised-BACKEND.json; exit 0 if every check passed)
+Usage: python run_quantised.py JOB OUT --backend tensorrt|tensorrt-rtx [--plugin LIBRARY] [--bundles PATTERN...]
+       [--build-only]   (JSON in OUT/quantised-BACKEND.json; exit 0 if every check passed)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from checks import Checks, run_command  # noqa: E402
+from ranking_checks import LEAST_FEEDS, fitting  # noqa: E402
 
 from hstu_compile.recheck import stored_reference  # noqa: E402
 from hstu_compile.runtime.session import open_session  # noqa: E402
@@ -58,15 +59,18 @@ def build_engine(checks: Checks, label: str, graph: Path, engine: Path, backend:
 def check_engine(
     checks: Checks, label: str, folder: Path, graph: dict[str, Any], engine: Path, backend: str, plugin: Path | None
 ) -> None:
-    """Every stored feed, row by row and as a whole, under the rule of `hstu-compile verify`."""
+    """Every stored feed that the engine can hold, by row and as a whole, under the rule of `hstu-compile verify`."""
     with checks.check(f"{label}: our session agrees with the reference on every feed") as check:
-        reference = stored_reference(folder, graph)
-        assert reference.eager_whole_error is not None
+        stored = stored_reference(folder, graph)
+        assert stored.eager_whole_error is not None
         with open_session(backend, engine=engine, plugin_library=plugin) as session:
+            reference, dropped = fitting(stored, session.inputs)
+            check.facts |= {"feeds": [feed.name for feed in reference.feeds], "feeds_beyond_int32": dropped}
             result = check_session(session, label, reference, "fp16", lambda *_: None)
         check.facts["result"] = result
         wholes = [row for row in result.tensors if row.feed.startswith("all feeds")]
-        check.passed = result.status == "PASS" and len(wholes) == len(reference.eager_whole_error)
+        complete = len(reference.feeds) >= LEAST_FEEDS and len(wholes) == len(stored.eager_whole_error)
+        check.passed = result.status == "PASS" and complete
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), required=True)
     parser.add_argument("--plugin", type=Path, help="library for tensorrt (default: that of JOB/plugin)")
+    parser.add_argument(
+        "--bundles", nargs="+", default=["*"], metavar="PATTERN", help="of JOB/quantised, such as *-int8"
+    )
     parser.add_argument("--build-only", action="store_true", help="stop after the builds")
     arguments = parser.parse_args(argv)
     job, out = arguments.job.resolve(), arguments.out.resolve()
@@ -85,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     engines.mkdir(parents=True, exist_ok=True)
     checks = Checks(f"quantised-{arguments.backend}")
     checks.facts |= {"backend": arguments.backend, "version": tensorrt_api(arguments.backend).version}
-    for folder in sorted(path for path in (job / "quantised").iterdir() if path.is_dir()):
+    folders = sorted({path for each in arguments.bundles for path in (job / "quantised").glob(each) if path.is_dir()})
+    if not folders:
+        raise SystemExit(f"error: {job / 'quantised'} holds none of {', '.join(arguments.bundles)}")
+    for folder in folders:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for graph in manifest["graphs"]:
             label = f"{folder.name} {graph['name']}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon,attention,cpp_loader}.csv,
-# the plots of the last two, both tables of plugins/README.md, and the M-FALCON, attention and C++ loader tables where a document has
+# Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon,attention,cpp_loader,calibration}.csv,
+# the plots of M-FALCON and attention, both tables of plugins/README.md, and the M-FALCON, attention and C++ loader tables where a document has
 # their marks. What the run lacks stays as it is.
 #
 # Usage: update_results.sh RUN        (RUN: folder with job.sh's STEP.tar.gz files, at any depth)
@@ -51,7 +51,11 @@ if [ -n "$(find "$unpacked/cpp-loader" -name rows.csv -print -quit 2>/dev/null)"
         "$python" "$bench/cpp_loader_table.py" --into "$repository/$document" >/dev/null
     done < <(git -C "$repository" grep -l "<!-- cpp-loader benchmark: begin -->" -- '*.md')
 fi
-steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json fused.json ranking.json ranking-soak.json cpp_loader.json triton.json)
+if [ -n "$(find "$unpacked/bench-calibration" -name calibration.csv -print -quit 2>/dev/null)" ]; then
+    "$python" "$bench/bench_calibration.py" --merge "$unpacked/bench-calibration/calibration.csv" --out "$bench/results/calibration.csv"
+fi
+steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json fused.json ranking.json ranking-soak.json cpp_loader.json triton.json
+    quantised-tensorrt-rtx.json quantised-tensorrt.json)
 for file in "${steps[@]}"; do
     if [ -n "$(find "$unpacked" -name "$file" -print -quit)" ]; then
         "$python" "$repository/tests/gpu/collect.py" "$unpacked" --into "$readme"
