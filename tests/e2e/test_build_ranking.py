@@ -26,6 +26,7 @@ from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_outputs, save_outputs
 from hstu_compile.ranking_bundle import open_ranking_session
 from hstu_compile.runtime import ranking
+from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.session import open_session
@@ -540,6 +541,28 @@ def test_prefill_and_score_equal_packed_and_the_reference(build_ranking: Build) 
     assert (stats.cache.hits, stats.cache.misses) == (sum(busy), sum(busy))
     total = sum(candidates for _, candidates in SIZES)
     assert stats.score_passes >= 2 * -(-total // 5)
+
+
+def test_users_among_the_rows_of_a_whole_cache_score_as_alone_to_the_bit(
+    build_ranking: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real graph, told that it takes the cache whole, as an engine with our kernels is by its profile."""
+    asked = session_requests(FORM, drawn(FORM, SIZES, seed=6))
+    with open_small(build_ranking, *SMALL) as session:
+        expected = session.score(asked)
+    profile = {"candidate_offsets": 2 * 8 + 1}
+    monkeypatch.setattr(OnnxRuntimeSession, "most_rows", lambda _, name: profile.get(name, 10**6))
+    with open_small(build_ranking, *SMALL) as session:
+        assert session.stats().scores_in_place
+        tensors = session._all_rows.tensors_of_all  # type: ignore[union-attr]
+        for tensor in tensors.values():
+            tensor.array[...] = np.nan  # type: ignore[attr-defined]
+        # In front of the first user, more rows than a sequence with candidates may have.
+        assert session._store.allocate(700) is not None
+        for order in (slice(None), slice(None, None, -1), slice(3, 6)):
+            for answer, wanted in zip(session.score(asked[order]), expected[order], strict=True):
+                np.testing.assert_array_equal(answer.logits, wanted.logits)
+                np.testing.assert_array_equal(answer.preds, wanted.preds)
 
 
 def test_external_tables_give_the_same_answers_as_tables_inside(build_ranking: Build) -> None:

@@ -20,7 +20,7 @@ from hstu_compile.errors import InternalError, RequestError
 from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvWant
 from hstu_compile.runtime.kv_layout import KvLayout
-from hstu_compile.runtime.kv_store import KvBlocks
+from hstu_compile.runtime.kv_store import KvBlocks, KvRows, whole_rows
 from hstu_compile.runtime.resident import DevicePool, HostPool, MemoryPool
 from tests.fake_cuda import FakeCuda
 
@@ -718,3 +718,53 @@ def test_rows_within_some_bytes_are_the_most_that_fit(nbytes: int) -> None:
     rows = LAYOUT.rows_within(nbytes)
     assert LAYOUT.entry_bytes(rows) <= nbytes < LAYOUT.entry_bytes(rows + 1)
     assert LAYOUT.rows_within(LAYOUT.entry_bytes(1) - 1) == 0
+
+
+class TestRows:
+    """Entries that are ranges of rows of one tensor per layer and side."""
+
+    # Rows of 6 and 10 bytes: 128 of them are a multiple of 256 bytes of both.
+    STEP = 128
+
+    def test_entries_are_the_same_rows_of_every_tensor(self) -> None:
+        with HostPool(LAYOUT.bytes_per_row * self.STEP * 5 + 999) as pool:
+            rows = KvRows(pool, LAYOUT)
+            assert (rows.step, rows.capacity_rows) == (self.STEP, 5 * self.STEP)
+            assert rows.capacity_rows == whole_rows(LAYOUT, pool.capacity_bytes)
+            assert {name: each.shape for name, each in rows.tensors_of_all.items()} == {
+                name: (640, 1, width) for name, width in {"k_0": 3, "v_0": 5, "k_1": 3, "v_1": 5}.items()
+            }
+            cache = KvCache(rows, VERSION)
+            with cache.checkout([want(1, 129), want(2, 128), want(3, 0), want(4, 10)], VERSION) as lease:
+                assert [rows.first_row(entry.region) for entry in lease] == [0, 256, 384, 512]
+                for number, entry in enumerate(lease):
+                    fill(pool, entry, number + 1)
+                    lease.publish(entry)
+                    assert all(each.address % 256 == 0 for each in entry.tensors.values())
+                    for name, tensor in entry.tensors.items():
+                        whole, first = rows.tensors_of_all[name], rows.first_row(entry.region)
+                        np.testing.assert_array_equal(pool.read(whole)[first : first + entry.rows], pool.read(tensor))
+                for number, entry in enumerate(lease):
+                    assert_filled(pool, entry, number + 1)
+            assert cache.stats.used_bytes == cache.stats.capacity_bytes == rows.capacity_bytes == 640 * 32
+            # 129 rows need two steps in one piece: those of users 2 and 3 lie side by side.
+            cache.invalidate(3)
+            assert outcomes(cache, want(1, 129), want(5, 200)) == ["hit", "miss"]
+            assert cache.stats.evictions == 1
+            assert outcomes(cache, want(4, 10), want(1, 129)) == ["hit", "hit"]
+            cache.clear()
+            assert cache.stats.used_bytes == 0
+
+    def test_a_budget_without_room_for_one_step_refuses_every_user(self) -> None:
+        with HostPool(LAYOUT.bytes_per_row * self.STEP - 1) as pool:
+            rows = KvRows(pool, LAYOUT)
+            assert (rows.capacity_rows, rows.tensors_of_all) == (0, {})
+            with pytest.raises(RequestError, match=r"(?s)too small for user 1\b.*10 rows") as caught:
+                KvCache(rows, VERSION).checkout([want(1)], VERSION)
+            assert caught.value.code == "HSTU-E707"
+
+    def test_a_pool_that_somebody_else_uses_is_refused(self) -> None:
+        with HostPool(LAYOUT.bytes_per_row * self.STEP * 2) as pool:
+            pool.allocate(1)
+            with pytest.raises(ValueError, match="not the only user of its pool"):
+                KvRows(pool, LAYOUT)
