@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 
 from hstu_compile._report_figures import layer_bounds, layer_error_figures, pipeline_figure
+from hstu_compile._report_fused import fused_section
 from hstu_compile._report_html import Column, Group, Html, code, element, joined, note, simple_table, status_mark, table
 from hstu_compile._report_quantization import quantization_section
 from hstu_compile._report_text import (
@@ -642,7 +643,8 @@ def _engine(graph: Mapping[str, Any]) -> Html:
         if messages
         else note("The builder gave no warnings.")
     )
-    return joined((heading, size, facts, said))
+    segments = fused_section(name, graph["fused"]) if graph.get("fused") else Html("")
+    return joined((heading, size, segments, facts, said))
 
 
 def _profiles(name: str, profiles: Sequence[Mapping[str, Any]]) -> Html:

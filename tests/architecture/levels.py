@@ -32,6 +32,7 @@ LEVELS: dict[str, int] = {
     "plugin_library": 2,
     "_report_figures": 2,
     "_report_quantization": 2,
+    "_report_fused": 2,
     "_report_ladder": 2,
     "calibration": 2,
     "served": 2,
