@@ -147,7 +147,8 @@ def check_together(checks: Checks, server: TritonServer, models: Sequence[AskedM
             same = model.alone_is_beside_others
             check.facts |= {"requests": len(jobs), "clients": CLIENTS, "verdict": verdict, "server": counts}
             check.facts["held_to_the_bit"] = same
-            merged = 0 < 2 * counts["passes"] <= counts["requests"] == len(jobs)
+            # A GPU answers before most other clients have asked again, so not every pass has company.
+            merged = 0 < 4 * counts["passes"] <= 3 * counts["requests"] == 3 * len(jobs)
             check.passed = right(verdict, len(jobs), same) and merged
 
 
