@@ -1,5 +1,5 @@
-//! Entry of libhstu_attention_kernels.so: HstuAttentionCore behind the functions of hstuAttentionKernels.h. Linked to no
-//! TensorRT and no CUDA library.
+//! Entry of libhstu_attention_kernels.so: HstuAttentionCore behind the functions of hstuAttentionKernels.h. Linked to
+//! no TensorRT and no CUDA library.
 
 #include "hstuAttentionKernels.h"
 
@@ -123,8 +123,7 @@ HSTU_EXPORT int32_t hstuAttentionWorkspace(HstuAttention const* attention, HstuT
         {
             HSTU_CHECK(bytes != nullptr, hstu::kPluginName, ": there is nowhere to put the bytes");
             hstu::HstuAttentionCore const& core = hstu::coreOf(attention);
-            hstu::NamedTensors named
-                = hstu::inputsByName(core.nodeName().c_str(), core.attributes(), inputs, nbInputs);
+            hstu::NamedTensors named = hstu::inputsByName(core.nodeName().c_str(), core.attributes(), inputs, nbInputs);
             // The output that goes with the inputs, so that an enqueue of them has nothing left to refuse.
             hstu::TensorView const& v = named.tensors.inputs[static_cast<size_t>(hstu::Input::kV)];
             named.tensors.output = named.tensors.inputs[static_cast<size_t>(hstu::Input::kQ)];

@@ -24,8 +24,8 @@ static_assert(static_cast<int32_t>(ElementType::kFloat32) == kHSTU_FLOAT32
 static_assert(std::tuple_size<decltype(TensorView::dims)>::value == HSTU_MAX_RANK,
     "a tensor of the C interface fits a TensorView");
 
-constexpr ElementType kElementTypesByCode[] = {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBfloat16,
-    ElementType::kInt32, ElementType::kInt64};
+constexpr ElementType kElementTypesByCode[] = {
+    ElementType::kFloat32, ElementType::kFloat16, ElementType::kBfloat16, ElementType::kInt32, ElementType::kInt64};
 
 std::string nodeOf(char const* nodeName)
 {
@@ -167,8 +167,8 @@ NamedTensors inputsByName(
     for (int32_t i = 0; i < nbInputs; ++i)
     {
         HstuTensor const& tensor = inputs[i];
-        HSTU_CHECK(tensor.name != nullptr, nodeOf(nodeName), ": input number ", i, " has no name; allowed: ",
-            inputNames(attributes));
+        HSTU_CHECK(tensor.name != nullptr, nodeOf(nodeName), ": input number ", i,
+            " has no name; allowed: ", inputNames(attributes));
         auto const index = static_cast<size_t>(findInput(attributes, tensor.name));
         HSTU_CHECK(index < isGiven.size(), nodeOf(nodeName), ": input '", tensor.name,
             "' is not one of this node; its attributes ask for ", inputNames(attributes));

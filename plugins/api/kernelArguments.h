@@ -19,8 +19,9 @@ struct NamedTensors
 //! Reads and validates the attributes of one node.
 //!
 //! \param nodeName for messages; may be null.
-//! \return the attributes; those that have a default may be missing. Throws PluginError listing every missing, duplicate,
-//!     unknown and out-of-range attribute, and every integer with a fraction, with the value seen and the values allowed.
+//! \return the attributes; those that have a default may be missing. Throws PluginError listing every missing,
+//!     duplicate and unknown attribute, every one out of range, and every integer with a fraction, with what was seen
+//!     and what is allowed.
 HstuAttentionAttributes attributesByName(char const* nodeName, HstuAttribute const* attributes, int32_t nbAttributes);
 
 //! Finds the inputs that the attributes make present. Their ranks and extents are not checked, which resolveSizes does.

@@ -42,7 +42,11 @@ SYMBOLS = ["Create", "Destroy", "Enqueue", "KernelsApiVersion", "KernelsBuildId"
 WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+    # The first test that needs the library also waits for nvcc, where the cache lacks kernels.
+    pytest.mark.timeout(300),
+]
 
 
 def cuda_headers() -> Path:

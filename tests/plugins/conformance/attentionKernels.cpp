@@ -1,6 +1,6 @@
 //! Checks the functions of hstuAttentionKernels.h with fakeDriver.cpp as libcuda.so.1 and a table of images of its own:
-//! they launch what the core launches for the same node, and refuse by name what no node has. Prints one line per failed
-//! check; exit code 0 if there is none.
+//! they launch what the core launches for the same node, and refuse by name what no node has. Prints one line per
+//! failed check; exit code 0 if there is none.
 
 #include <dlfcn.h>
 
@@ -27,8 +27,8 @@ unsigned char const kCode[] = {0, 1, 2, 3, 4, 5};
 
 constexpr HstuKernelImage hopperImage(int32_t split, int32_t hasBias, int32_t hasCache, unsigned char const* code)
 {
-    HstuKernelImage image{90, 0, kHstuKernelHopper, kBfloat16, 64 * hasBias, 64, 64, 1, hasBias, hasBias, 1, 64, 128, 128,
-        384, split, 1000 + split, 12000, hasCache != 0 ? "hopperCache" : "hopper", code, 1};
+    HstuKernelImage image{90, 0, kHstuKernelHopper, kBfloat16, 64 * hasBias, 64, 64, 1, hasBias, hasBias, 1, 64, 128,
+        128, 384, split, 1000 + split, 12000, hasCache != 0 ? "hopperCache" : "hopper", code, 1};
     image.hasCache = hasCache;
     return image;
 }
@@ -106,7 +106,8 @@ Call callOf(Shape const& shape, bool lengths = true)
         {"min_full_attn_seq_len", 7}, {"silu", 0}, {"has_contextual_seq_lens", 0}, {"has_scaling_seq_lens", 0},
         {"pos_bias", bias}, {"time_bias", bias}};
     auto const extent = [&](int64_t length) { return lengths ? length : -1; };
-    int64_t const b = extent(shape.batch), bPlus1 = extent(shape.batch + 1), lq = extent(shape.lq), lk = extent(shape.lk);
+    int64_t const b = extent(shape.batch), bPlus1 = extent(shape.batch + 1), lq = extent(shape.lq),
+                  lk = extent(shape.lk);
     uintptr_t next = 0;
     auto const add = [&](char const* name, int32_t type, std::vector<int64_t> const& dims)
     { call.inputs.push_back(tensor(name, type, dims, next += 0x1000)); };
@@ -163,7 +164,8 @@ Answer create(Call const& call, HstuAttention*& attention)
         [&](char* error, size_t capacity)
         {
             return hstuAttentionCreate("layer 3", call.attributes.data(), static_cast<int32_t>(call.attributes.size()),
-                call.inputs.data(), static_cast<int32_t>(call.inputs.size()), &call.output, &attention, error, capacity);
+                call.inputs.data(), static_cast<int32_t>(call.inputs.size()), &call.output, &attention, error,
+                capacity);
         });
 }
 
@@ -172,8 +174,8 @@ Answer workspaceOf(HstuAttention const* attention, Call const& call, size_t& byt
     return answerOf(
         [&](char* error, size_t capacity)
         {
-            return hstuAttentionWorkspace(attention, call.inputs.data(), static_cast<int32_t>(call.inputs.size()), &bytes,
-                error, capacity);
+            return hstuAttentionWorkspace(
+                attention, call.inputs.data(), static_cast<int32_t>(call.inputs.size()), &bytes, error, capacity);
         });
 }
 
@@ -292,8 +294,8 @@ private:
     {
         Shape const longBatch{4, 60000, 60001}, fewTiles{1, 256, 4352}, biased{2, 300, 300, -1, true},
             cached{1, 256, 256, 4096}, noKeys{2, 300, 0}, noSequence{0, 300, 300};
-        for (auto const& [shape, image] : {std::pair{longBatch, 1}, {fewTiles, 2}, {biased, 3}, {cached, 4}, {noKeys, 1},
-                 {noSequence, 1}})
+        for (auto const& [shape, image] :
+            {std::pair{longBatch, 1}, {fewTiles, 2}, {biased, 3}, {cached, 4}, {noKeys, 1}, {noSequence, 1}})
         {
             HstuAttention* const attention = made(shape);
             checkLaunch(attention, callOf(shape), kCode + image);
@@ -414,7 +416,8 @@ private:
         char const* const all = "its attributes ask for q, k, v, q_offsets, k_offsets, num_targets";
         expectNotCreated([](Call& call) { call.input("k").name = "keys"; },
             "node 'layer 3': input 'keys' is not one of this node; " + std::string(all));
-        expectNotCreated([](Call& call) { call.input("k").name = "pos_table"; }, "input 'pos_table' is not one of this node");
+        expectNotCreated(
+            [](Call& call) { call.input("k").name = "pos_table"; }, "input 'pos_table' is not one of this node");
         expectNotCreated([](Call& call) { call.input("k").name = "v"; }, "input 'v' is given more than once");
         expectNotCreated([](Call& call) { call.input("k").name = nullptr; }, "input number 4 has no name");
         expectNotCreated([](Call& call) { call.inputs.erase(call.inputs.begin()); },
@@ -423,10 +426,12 @@ private:
         for (int32_t const type : {-1, 5, std::numeric_limits<int32_t>::max()})
         {
             expectNotCreated([&](Call& call) { call.input("k").type = type; },
-                "k has type " + std::to_string(type) + "; allowed: 0 (float32), 1 (float16), 2 (bfloat16), 3 (int32), 4 (int64)");
+                "k has type " + std::to_string(type)
+                    + "; allowed: 0 (float32), 1 (float16), 2 (bfloat16), 3 (int32), 4 (int64)");
         }
         expectNotCreated([](Call& call) { call.input("k").type = kHSTU_FLOAT16; }, "k is float16 but q is bfloat16");
-        expectNotCreated([](Call& call) { call.input("q_offsets").type = kHSTU_INT64; }, "q_offsets is int64; allowed: int32");
+        expectNotCreated(
+            [](Call& call) { call.input("q_offsets").type = kHSTU_INT64; }, "q_offsets is int64; allowed: int32");
         for (int32_t const rank : {-1, 0, 2, HSTU_MAX_RANK + 1, std::numeric_limits<int32_t>::max()})
         {
             expectNotCreated([&](Call& call) { call.input("k").rank = rank; },
@@ -464,20 +469,19 @@ private:
         refused([](Call& call) { call.input("q").data = nullptr; }, "node 'layer 3': q has no address");
         refused([](Call& call) { call.output.data = nullptr; }, "out has no address");
         refused([](Call& call) { call.input("num_targets").data = nullptr; }, "num_targets has no address");
-        refused([](Call& call) { call.input("k").dims[0] = call.input("v").dims[0] = -1; }, "Lk is unknown at run time");
+        refused(
+            [](Call& call) { call.input("k").dims[0] = call.input("v").dims[0] = -1; }, "Lk is unknown at run time");
         refused([](Call& call) { call.input("q_offsets").dims[0] = 0; }, "axis 0 of q_offsets is 0");
         refused([](Call& call) { call.output.dims[0] = 299; }, "Lq is 299 in axis 0 of out but 300 in q");
         refused([](Call& call) { call.output.rank = 9; }, "out has rank 9; allowed: 3");
         refused([](Call& call) { call.inputs.pop_back(); }, "input 'q' is missing");
-        refused([](Call& call) { call.input("q").rowStride = 223; }, "the rows of q are 223 elements apart; allowed: 0");
-        refused([](Call& call) { call.input("k").rowStride = -1; }, "the rows of k are -1 elements apart; allowed: 0");
-        refused([](Call& call) { call.input("q_offsets").rowStride = 2; }, "the rows of q_offsets are 2 elements apart");
-        refused([](Call& call) { call.output.rowStride = 160; }, "the rows of out are 160 elements apart; allowed: 0");
         refused(
-            [](Call& call)
-            {
-                call.input("q").dims[2] = call.input("k").dims[2] = 64;
-            },
+            [](Call& call) { call.input("q").rowStride = 223; }, "the rows of q are 223 elements apart; allowed: 0");
+        refused([](Call& call) { call.input("k").rowStride = -1; }, "the rows of k are -1 elements apart; allowed: 0");
+        refused(
+            [](Call& call) { call.input("q_offsets").rowStride = 2; }, "the rows of q_offsets are 2 elements apart");
+        refused([](Call& call) { call.output.rowStride = 160; }, "the rows of out are 160 elements apart; allowed: 0");
+        refused([](Call& call) { call.input("q").dims[2] = call.input("k").dims[2] = 64; },
             "types or head dims differ from those the kernels were loaded for");
         size_t bytes = 0;
         Call unknown = callOf(shape, false);
@@ -487,30 +491,26 @@ private:
         Call const call = callOf(shape);
         auto const count = static_cast<int32_t>(call.inputs.size());
         HstuTensor const* const inputs = call.inputs.data();
-        auto const raw = [&](auto const& function, std::string const& text) { expectRefused(answerOf(function), text); };
+        auto const raw = [&](auto const& function, std::string const& text)
+        { expectRefused(answerOf(function), text); };
         raw([&](char* error, size_t capacity)
             { return hstuAttentionWorkspace(attention, inputs, count, nullptr, error, capacity); },
             "nowhere to put the bytes");
-        raw([&](char* error, size_t capacity) {
-                return hstuAttentionEnqueue(attention, inputs, count, nullptr, nullptr, 0, kStream, error, capacity);
-            },
+        raw([&](char* error, size_t capacity)
+            { return hstuAttentionEnqueue(attention, inputs, count, nullptr, nullptr, 0, kStream, error, capacity); },
             "the output is null");
-        raw([&](char* error, size_t capacity) {
-                return hstuAttentionEnqueue(attention, nullptr, 1, &call.output, nullptr, 0, kStream, error, capacity);
-            },
+        raw([&](char* error, size_t capacity)
+            { return hstuAttentionEnqueue(attention, nullptr, 1, &call.output, nullptr, 0, kStream, error, capacity); },
             "1 inputs at null");
-        raw([&](char* error, size_t capacity) {
-                return hstuAttentionEnqueue(attention, inputs, -1, &call.output, nullptr, 0, kStream, error, capacity);
-            },
+        raw([&](char* error, size_t capacity)
+            { return hstuAttentionEnqueue(attention, inputs, -1, &call.output, nullptr, 0, kStream, error, capacity); },
             "-1 inputs at an address");
-        raw([&](char* error, size_t capacity) {
-                return hstuAttentionCreate("n", nullptr, 3, inputs, count, &call.output, nullptr, error, capacity);
-            },
+        raw([&](char* error, size_t capacity)
+            { return hstuAttentionCreate("n", nullptr, 3, inputs, count, &call.output, nullptr, error, capacity); },
             "nowhere to put the attention");
         HstuAttention* none = nullptr;
-        raw([&](char* error, size_t capacity) {
-                return hstuAttentionCreate(nullptr, nullptr, 3, inputs, count, &call.output, &none, error, capacity);
-            },
+        raw([&](char* error, size_t capacity)
+            { return hstuAttentionCreate(nullptr, nullptr, 3, inputs, count, &call.output, &none, error, capacity); },
             "node '': 3 attributes at null");
         expect(mCalls.launches.size() == before, "what is refused launches nothing");
         hstuAttentionDestroy(attention);
@@ -529,12 +529,14 @@ private:
         hstu::cudaDriver().ctxSetCurrent(context);
         mCalls.result = CUDA_ERROR_NOT_FOUND;
         HstuAttention* none = nullptr;
-        expectRefused(create(callOf(shape, false), none), "cuModuleGetFunction: FAKE_ERROR (500): an error of the fake driver");
+        expectRefused(
+            create(callOf(shape, false), none), "cuModuleGetFunction: FAKE_ERROR (500): an error of the fake driver");
         expect(none == nullptr && mCalls.allocations == 0, "nothing is left of an attention that could not be loaded");
         mCalls.result = CUDA_SUCCESS;
         HstuAttention* const attention = made(shape);
         mCalls.result = CUDA_ERROR_LAUNCH_FAILED;
-        expectRefused(enqueue(attention, callOf(shape)), "(Lq 300, Lk 300, Lc 0, B 2, H 4, Dqk 56, Dv 40): launch: FAKE_ERROR");
+        expectRefused(
+            enqueue(attention, callOf(shape)), "(Lq 300, Lk 300, Lc 0, B 2, H 4, Dqk 56, Dv 40): launch: FAKE_ERROR");
         mCalls.result = CUDA_SUCCESS;
         hstuAttentionDestroy(attention);
     }
@@ -561,8 +563,8 @@ private:
 int main()
 {
     void* const library = dlopen("libcuda.so.1", RTLD_NOW);
-    auto const getCalls
-        = library != nullptr ? reinterpret_cast<fake::Calls* (*)()>(dlsym(library, "fakeCalls")) : nullptr;
+    auto const getCalls =
+        library != nullptr ? reinterpret_cast<fake::Calls* (*)()>(dlsym(library, "fakeCalls")) : nullptr;
     if (getCalls == nullptr)
     {
         std::printf("libcuda.so.1 is not the fake driver\n");
