@@ -45,6 +45,12 @@ if [ -n "$(find "$unpacked/bench-attention" -path '*/parts/*.json' -print -quit 
     "$python" "$bench/bench_attention.py" --merge "$unpacked/bench-attention/parts"
     show attention attention
 fi
+if [ -n "$(find "$unpacked/bench-end-to-end" -path '*/parts/*.json' -print -quit 2>/dev/null)" ]; then
+    "$python" "$bench/bench_end_to_end.py" --merge "$unpacked/bench-end-to-end/parts"
+    # Timelines are whole files; a run of other cases leaves those that are there.
+    find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \; 2>/dev/null
+    show end_to_end end-to-end
+fi
 if [ -n "$(find "$unpacked/cpp-loader" -name rows.csv -print -quit 2>/dev/null)" ]; then
     "$python" "$bench/cpp_loader_table.py" --merge "$unpacked/cpp-loader"
     while IFS= read -r document; do
