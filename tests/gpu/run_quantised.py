@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
 
 from checks import Checks, run_command  # noqa: E402
 from ranking_checks import LEAST_FEEDS, fitting  # noqa: E402
