@@ -241,10 +241,14 @@ def engines_of(arguments: argparse.Namespace, family: str) -> Engines:
 def in_parallel(commands: Sequence[Sequence[str]], folder: Path, name: str, limit: float) -> int:
     """Run all at once, each with a log of its own; returns how many failed. What outlasts the limit is ended."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Each would start a compiler process per core.
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     started, running = time.monotonic(), []
     for index, command in enumerate(commands):
         with (folder / f"{name}-{index}.log").open("w", encoding="utf-8") as file:
-            running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=folder))
+            running.append(
+                subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment)
+            )
     codes = []
     for process in running:
         try:
@@ -349,7 +353,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--plugin-library", type=Path, metavar="LIB", help=f"of {TRT85}")
     parser.add_argument("--kernels", type=Path, metavar="LIB", help=f"of {RTX_FUSED} (default: that of a bundle)")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds; later cases are rows 'not run'")
-    parser.add_argument("--step-seconds", type=float, default=90.0, help="limit of one case of one family")
+    parser.add_argument("--step-seconds", type=float, default=120.0, help="limit of one case of one family")
     parser.add_argument("--autotune-seconds", type=float, default=150.0, help=f"the same of {MAX_AUTOTUNE}")
     parser.add_argument("--resume", action="store_true", help="keep the rows that DIR has")
     parser.add_argument("--compile-ahead", action="store_true", help=f"only compile {' and '.join(COMPILED_AHEAD)}")

@@ -37,7 +37,7 @@
 #   END_TO_END_CASES   of bench-end-to-end, such as "bf16_*" (default: all); of profile-end-to-end, one or several
 #   END_TO_END_FAMILIES    what it measures, in this order (default below); END_TO_END_OPTIONS: more options of it
 #   END_TO_END_BUDGET  seconds of the whole step, of which END_TO_END_AHEAD at most are for compiling ahead; default
-#                      540 and 200. END_TO_END_TRITON=1 takes Meta's Triton attention from JOB/meta as well
+#                      540 and 200. END_TO_END_BUILD: of building engines of TensorRT 8.5, 200. END_TO_END_TRITON=1 takes Meta's Triton attention from JOB/meta as well
 #   ATTENTION_COMPILE  cases whose kernels of Meta's are compiled first, in parallel (default "bf16_*")
 #   QUANTISED_OPTIONS  of run_quantised.py, such as "--bundles research-int8"
 #   CALIBRATION_BACKENDS    of bench-calibration (default tensorrt-rtx; tensorrt is 8.5, which has no fp8)
@@ -293,7 +293,7 @@ bench-end-to-end() {
     [ ${#ahead[@]} -eq 0 ] || end_to_end --parts "$parts" --compile-ahead --budget "${END_TO_END_AHEAD:-200}" --workers 8 \
         --backends "${ahead[@]}"
     # Its builder times kernels on the GPU: nothing else may be timed meanwhile, and nothing is.
-    end_to_end_has ours_trt85_plugin && end_to_end --build --budget 200 --backends ours_trt85_plugin --workers 3 \
+    end_to_end_has ours_trt85_plugin && end_to_end --build --budget "${END_TO_END_BUILD:-200}" --backends ours_trt85_plugin --workers 3 \
         >"$1/build-ours_trt85_plugin.txt" 2>&1
     for family in "${building[@]}"; do wait "$family" || echo "not every engine was built: build-*.txt says why"; done
     for family in $end_to_end_families; do

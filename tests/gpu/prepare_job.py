@@ -247,8 +247,9 @@ def save_packed_graphs(path: Path, folders: Iterable[Path]) -> None:
     """Pack the graphs of some bundles so that weights that several have in common are there once."""
     names = [f"{folder.name}/{name}" for folder in folders for name in END_TO_END_GRAPHS if (folder / name).exists()]
     partial = path.with_suffix(".partial")
-    # tar and xz themselves: a Python may have been built without lzma. The window has to span graphs of 60 MB.
-    packer = "xz -T1 --lzma2=preset=3,dict=256MiB"
+    # tar and xz themselves: a Python may have been built without lzma. The window has to span graphs of 60 MB; what a
+    # slower preset gains on random weights is a tenth, for twenty times the time.
+    packer = "xz -T1 --lzma2=preset=1,dict=256MiB"
     subprocess.run(
         ["tar", f"--use-compress-program={packer}", "-cf", str(partial), "-C", str(path.parent), *names], check=True
     )
