@@ -102,7 +102,9 @@ def among_all_rows(feeds: Feeds, first_rows: Sequence[int]) -> Feeds:
     starts = np.asarray(first_rows, np.int32)
     ends = starts + np.diff(feeds["cache_offsets"])
     counts = np.diff(feeds["candidate_offsets"])
-    per_user = {name: feeds[name].repeat(2) for name in ("request_timestamps", "scaling_seq_lens") if name in feeds}
+    per_user: Feeds = {
+        name: feeds[name].repeat(2) for name in ("request_timestamps", "scaling_seq_lens") if name in feeds
+    }
     return {
         **feeds,
         **per_user,

@@ -15,6 +15,7 @@ import pytest
 from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime._cuda_graph import CudaGraph, Memcpy3D
+from hstu_compile.runtime._ranking_feeds import among_all_rows
 from hstu_compile.runtime.graph_cache import GraphCache, GraphStats
 from hstu_compile.runtime.session import open_session
 from hstu_compile.runtime.tensorrt_session import TensorRtSession
@@ -232,6 +233,29 @@ def test_copies_around_a_pass_are_made_anew_in_every_replay(cuda: FakeCuda) -> N
         assert counted(session) == GraphStats(captures=1, replays=3, kept=1)
         with pytest.raises(ValueError, match="cannot be copied"):
             session.run_resident(feeds, {}, before=[(entries[0], kept)])
+
+
+def test_one_graph_serves_users_of_every_length_among_the_rows_of_a_whole_cache(cuda: FakeCuda) -> None:
+    with open_fake(cuda, score_engine(), cuda_graphs=2) as session, session.memory_pool(8192) as pool:
+        rows = tensor_in(pool, (12, HEADS, WIDTH), "float16")
+        values = np.full(rows.shape, np.nan, np.float16)
+        users = [(0, 1), (1, 4), (6, 6), (7, 12), (2, 9)]
+        for number, (first, end) in enumerate(users):
+            others = values.copy()
+            others[first:end] = number + 1
+            pool.write(others, rows)
+            packed = {
+                "item_id": int32(2, 3),
+                "candidate_offsets": int32(0, 2),
+                "cache_offsets": int32(0, end - first),
+                "request_timestamps": int32(9),
+            }
+            feeds = among_all_rows(packed, [first])
+            assert feeds.pop("request_timestamps").tolist() == [9, 9]
+            total = float((number + 1) * (end - first))
+            answer = session.run_resident({**feeds, "k_0": rows}, {})["preds"]
+            assert answer.tolist() == [[2 * total], [3 * total]]
+        assert counted(session) == GraphStats(captures=1, replays=3, kept=1)
 
 
 def test_another_address_is_another_graph(cuda: FakeCuda) -> None:
