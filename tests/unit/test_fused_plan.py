@@ -1,0 +1,51 @@
+"""What --attention fused plans, against what the graphs turn out to need."""
+
+from __future__ import annotations
+
+import pytest
+
+from hstu_compile.fused_plan import fused_plan
+from hstu_compile.graph_plugin import kernels_request_of
+from tests.dlrm_reference import DlrmForm
+from tests.exported_models import ranking_config, small_config
+from tests.segmented_cases import WIDE_FORM, ranking_case, retrieval_case
+
+WIDE = dict.fromkeys(("attention_dim", "linear_dim"), 64)
+
+
+@pytest.mark.parametrize("name", ["retrieval", "append"])
+def test_a_retrieval_plan_names_the_kernels_and_segments_of_the_graph(name: str) -> None:
+    case = retrieval_case(name, "fp16")  # type: ignore[arg-type]
+    plan = fused_plan(small_config(2), (name,), "fp16", "fast")
+    request = kernels_request_of([case.whole.model])
+    assert (plan.kernels, plan.hopper_kernels) == (request.variants, request.hopper_variants)
+    assert (plan.attentions, plan.segments) == ({name: len(case.cut.calls)}, {name: len(case.cut.segments)})
+
+
+def test_a_ranking_plan_names_the_kernels_and_segments_of_the_graph() -> None:
+    case = ranking_case("packed", "bf16")
+    plan = fused_plan(ranking_config(WIDE_FORM), ("packed",), "bf16", "fast")
+    request = kernels_request_of([case.whole.model])
+    assert (plan.kernels, plan.hopper_kernels) == (request.variants, request.hopper_variants)
+    assert (plan.attentions, plan.segments) == ({"packed": len(case.cut.calls)}, {"packed": len(case.cut.segments)})
+
+
+def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
+    plan = fused_plan(ranking_config(DlrmForm(num_layers=3)), ("packed", "prefill", "score"), "fp16", "accurate")
+    assert plan.segments == {"packed": 4, "prefill": 3, "score": 4}
+    assert [(each.mask_kind, each.has_cache) for each in plan.kernels] == [(1, False), (0, False), (1, True)]
+    assert plan.to_dict()["engines"] == 11
+
+
+def test_a_graph_without_attention_needs_no_kernel() -> None:
+    plan = fused_plan(ranking_config(DlrmForm(num_layers=1)), ("prefill",), "fp16", "fast")
+    assert (plan.segments, plan.kernels) == ({"prefill": 1}, ())
+
+
+def test_hopper_kernels_are_of_the_builds_silu_and_of_half_precision() -> None:
+    model = small_config(1, attention=WIDE)
+    found = {silu: fused_plan(model, ("retrieval",), "bf16", silu).hopper_kernels for silu in ("fast", "accurate")}  # type: ignore[arg-type]
+    assert all(each.is_accurate for each in found["accurate"])
+    assert not any(each.is_accurate for each in found["fast"])
+    assert found["fast"]
+    assert fused_plan(model, ("retrieval",), "fp32", "fast").hopper_kernels == ()
