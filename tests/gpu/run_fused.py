@@ -219,8 +219,11 @@ def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, gold
             check.passed = outcomes == [["miss"], ["hit"], ["hit"]]
 
 
-def checked_bundle(job: Path, folder: Path, runtime: str) -> Checks:
-    """All of one bundle, for a process of its own: one that crashes takes no other with it."""
+def checked_bundle(job: Path, folder: Path, runtime: str, partial: Path) -> Checks:
+    """All of one bundle, for a process of its own: one that crashes takes no other with it.
+
+    What the steps alone gave is in `partial` before the sessions are opened.
+    """
     checks = Checks("fused")
     with checks.check(f"{folder.name}: every file is the manifest's") as check:
         files = bundles.read_bundle(folder)
@@ -233,6 +236,7 @@ def checked_bundle(job: Path, folder: Path, runtime: str) -> Checks:
             stored = job / STEPS / f"{folder.name}-{entry['name']}.npz"
             if stored.is_file():
                 check_steps(checks, files, entry["name"], dict(np.load(stored, allow_pickle=False)))
+        checks.write(partial)
     if files.ranking is None:
         check_retrieval(checks, files, runtime)
     else:
@@ -263,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                checks.take(pool.submit(checked_bundle, job, folder, arguments.runtime).result())
+                partial = out / f"{name}-steps.json"
+                checks.take(pool.submit(checked_bundle, job, folder, arguments.runtime, partial).result())
             except BrokenProcessPool as error:
                 with checks.check(f"{name}: its process lives") as check:
                     check.facts["error"] = str(error)
