@@ -16,12 +16,15 @@ The rule of what runs where:
    two engines, unless an attention lies in between.
 5. Everything else is computed once and crosses, if a later segment or attention reads it.
 6. A size that is also that of a graph input's axis is read there, since an input is everywhere.
+7. q, k and v that are columns of a tensor are not made: the tensor crosses, attentions read its columns where they lie,
+   and a segment that needs others (the gate, whose SiLU it computes by case 1) slices them itself, as by case 3. Only
+   if no more bytes cross than without; they may live longer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -32,13 +35,13 @@ from hstu_compile.axis_sizes import AxisSize, axis_size
 from hstu_compile.errors import RewriteError
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.op_schema import attention_contract, is_attention, node_attributes
+from hstu_compile.rewrite._column_views import VIEWS, ColumnViews
 
 # Constants from this size on are in one segment only, if possible.
 _LARGE_BYTES = 1 << 20
 
-_VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity"})
 # What computes sizes, and tensors that follow from sizes.
-_SIZE_OPERATORS = _VIEWS | {
+_SIZE_OPERATORS = VIEWS | {
     "Add",
     "Cast",
     "Clip",
@@ -84,35 +87,46 @@ def segmented_from_onnx(graph: OnnxGraph) -> SegmentedGraph:
     Raises:
         RewriteError: HSTU-E303, if a tensor that would have to cross has no known type or shape.
     """
-    return _Cut(graph).result()
+    plain = _Cut(graph)
+    if not (sources := [source for source in plain.column_views.sources if plain.can_cross(source)]):
+        return plain.result()
+    viewed = _Cut(graph, sources)
+    paying = {source for source in sources if viewed.row_bytes(source) <= plain.row_bytes(source)}
+    return _Cut(graph, paying).result()
 
 
 class _Cut:
-    """One graph being cut. Nodes are meant by their place in the graph."""
+    """One graph being cut. Nodes are meant by their place in the graph.
 
-    def __init__(self, graph: OnnxGraph) -> None:
-        self.graph, self.proto = graph, graph.model.graph
+    Args:
+        graph: the graph.
+        sources: tensors whose columns attentions read where they lie (case 7).
+    """
+
+    def __init__(self, graph: OnnxGraph, sources: Collection[str] = ()) -> None:
+        self.graph, self.proto, self.sources = graph, graph.model.graph, sources
         known = tensor_specs([*self.proto.value_info, *self.proto.input, *self.proto.output])
         self.specs = {spec.name: spec for spec in known}
-        self.nodes = [self._sized_by_input(node) for node in self.proto.node]
-        self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
-        self.constants = {tensor.name: tensor for tensor in self.proto.initializer}
         self.inputs = {spec.name for spec in graph.inputs}
         self.outputs = {spec.name for spec in graph.outputs}
+        initializers = {tensor.name: tensor for tensor in self.proto.initializer}
+        self.column_views = ColumnViews(self.proto.node, initializers, self.specs, self.outputs)
+        rewritten = self.column_views.reading(sources)
+        self.views = rewritten.views
+        self.nodes = [self._sized_by_input(node) for node in rewritten.nodes]
+        self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+        self.constants = initializers | {tensor.name: tensor for tensor in rewritten.constants}
         self.attentions = [i for i, node in enumerate(self.nodes) if is_attention(node)]
         self.read_by_attention = {name for i in self.attentions for name in self.nodes[i].input}
         self.placement = self._placed()
 
     def result(self) -> SegmentedGraph:
         """All segments, calls, and what crosses between them."""
-        groups: dict[int, list[int]] = {}
-        for i, where in self.placement.segments.items():
-            for segment in where:
-                groups.setdefault(segment, []).append(i)
+        groups = self._groups()
         by_depth: dict[int, list[int]] = {}
         for i in self.attentions:
             by_depth.setdefault(self._depth_of(i), []).append(i)
-        order = sorted(groups)
+        order = list(groups)
         steps: list[Step] = []
         calls: list[AttentionCall] = []
         for depth in sorted({*groups, *by_depth}):
@@ -121,13 +135,8 @@ class _Cut:
             for i in by_depth.get(depth, []):
                 steps.append(Step("attention", len(calls)))
                 calls.append(self._call(i))
-        made = [self._made_in(depth, sorted(groups[depth])) for depth in order]
-        reads = [self._read_in(sorted(groups[depth])) for depth in order]
-        wanted = {name for names in reads for name in names} | self.read_by_attention | self.outputs
-        segments = [
-            self._segment(number, sorted(groups[depth]), reads[number], [n for n in made[number] if n in wanted])
-            for number, depth in enumerate(order)
-        ]
+        gives = self._gives(groups)
+        segments = [self._segment(number, groups[depth], gives[depth]) for number, depth in enumerate(order)]
         whole = SegmentedGraph(
             name=self.graph.name,
             precision=self.graph.precision,
@@ -145,6 +154,41 @@ class _Cut:
             },
         )
         return dataclasses.replace(whole, crossing=self._crossing(whole))
+
+    def can_cross(self, name: str) -> bool:
+        """Whether the type and shape of a value are known well enough."""
+        try:
+            self._spec(name)
+        except RewriteError:
+            return False
+        return True
+
+    def row_bytes(self, source: str) -> int:
+        """Bytes per row that cross, of a tensor [rows, width] and of what is its columns."""
+        counts = {source: int(self.specs[source].shape[1])}
+        for node in self.nodes:
+            for name in node.output:
+                columns = self.column_views.columns.get(name)
+                if columns is not None and columns.source == source:
+                    counts[name] = columns.count
+                elif node.op_type in VIEWS and node.input[0] in counts:
+                    counts[name] = counts[node.input[0]]
+        crossing = {name for names in self._gives(self._groups()).values() for name in names}
+        return sum(counts[name] * self._itemsize(name) for name in crossing.intersection(counts))
+
+    def _groups(self) -> dict[int, list[int]]:
+        """The nodes of every segment by its depth, all ascending."""
+        groups: dict[int, list[int]] = {}
+        for i, where in self.placement.segments.items():
+            for segment in where:
+                groups.setdefault(segment, []).append(i)
+        return {depth: sorted(groups[depth]) for depth in sorted(groups)}
+
+    def _gives(self, groups: Mapping[int, Sequence[int]]) -> dict[int, list[str]]:
+        """What crosses out of every segment, by its depth."""
+        wanted = {name for nodes in groups.values() for name in self._read_in(nodes)}
+        wanted |= self.read_by_attention | self.outputs
+        return {depth: [name for name in self._made_in(nodes) if name in wanted] for depth, nodes in groups.items()}
 
     def _sized_by_input(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """Let an axis' size be read off an input of the graph (case 6), so that nothing crosses for its size alone."""
@@ -193,15 +237,18 @@ class _Cut:
         return dataclasses.replace(placement, segments=self._homes(repeated, pinned)) if pinned else placement
 
     def _repeated(self) -> frozenset[int]:
-        """Cases 2 and 3. What makes an output of the graph is computed once: the output has one place."""
+        """Cases 2, 3 and 7. What makes an output of the graph is computed once: the output has one place."""
         sizes: set[int] = set()
         views: set[int] = set()
+        columns = {name for name, each in self.column_views.columns.items() if each.source in self.sources}
         for i, node in enumerate(self.nodes):
             if i in self.attentions or not self.outputs.isdisjoint(node.output):
                 continue
             if node.op_type in _SIZE_OPERATORS and all(self._is_size(name, sizes, node) for name in node.input if name):
                 sizes.add(i)
-            elif self.read_by_attention.isdisjoint(node.output) and self._is_view(node, sizes):
+            elif self.read_by_attention.isdisjoint(node.output) and (
+                self._is_view(node, sizes) or not columns.isdisjoint(node.output)
+            ):
                 views.add(i)
         # A size that an attention reads has to be in memory; there is none in our graphs, and it is then computed once.
         return frozenset(i for i in sizes if self.read_by_attention.isdisjoint(self.nodes[i].output)) | frozenset(views)
@@ -217,7 +264,7 @@ class _Cut:
         source, *rest = node.input
         if any(name not in self.constants and self.producer.get(name) not in sizes for name in rest):
             return False
-        if node.op_type in _VIEWS:
+        if node.op_type in VIEWS:
             return True
         if node.op_type != "Cast":
             return False
@@ -247,7 +294,7 @@ class _Cut:
                 needed.setdefault(name, set()).update(runs_in)
         return found
 
-    def _made_in(self, segment: int, nodes: Iterable[int]) -> list[str]:
+    def _made_in(self, nodes: Iterable[int]) -> list[str]:
         """What a segment can give: a repeated value never crosses."""
         return [n for i in nodes if i not in self.placement.repeated for n in self.nodes[i].output if n]
 
@@ -257,7 +304,7 @@ class _Cut:
         read = dict.fromkeys(name for i in nodes for name in self.nodes[i].input if name)
         return [name for name in read if name not in made and name not in self.constants]
 
-    def _segment(self, number: int, nodes: Sequence[int], reads: Sequence[str], gives: Sequence[str]) -> OnnxGraph:
+    def _segment(self, number: int, nodes: Sequence[int], gives: Sequence[str]) -> OnnxGraph:
         source = self.graph.model
         copies = [onnx.NodeProto.FromString(self.nodes[i].SerializeToString()) for i in nodes]
         read = {name for node in copies for name in node.input}
@@ -266,9 +313,9 @@ class _Cut:
         body = helper.make_graph(
             copies,
             name,
-            [self._info(each) for each in reads],
+            [self._info(each) for each in self._read_in(nodes)],
             [self._info(each) for each in gives],
-            [tensor for tensor in self.proto.initializer if tensor.name in read],
+            [tensor for name, tensor in self.constants.items() if name in read],
             value_info=[info for info in self.proto.value_info if info.name in inside.difference(gives)],
         )
         model = onnx.ModelProto()
@@ -306,7 +353,8 @@ class _Cut:
     def _call(self, i: int) -> AttentionCall:
         node, attributes = self.nodes[i], node_attributes(self.nodes[i])
         names = [each.name for each in attention_contract().present_inputs(attributes)]
-        return AttentionCall(node.name, attributes, dict(zip(names, node.input, strict=True)), node.output[0])
+        inputs, output = dict(zip(names, node.input, strict=True)), node.output[0]
+        return AttentionCall(node.name, attributes, inputs, output, self.views[output])
 
     def _crossing(self, whole: SegmentedGraph) -> tuple[Crossing, ...]:
         last: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -15,7 +16,8 @@ from hstu_compile.errors import EngineError, RewriteError
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.model.attention import AttentionAttrs, hstu_attention
 from hstu_compile.op_schema import attention_contract
-from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.rewrite.cut_at_attention import _Cut, segmented_from_onnx
+from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
 from tests.attention_cases import build_case
@@ -99,12 +101,12 @@ def assert_schedule(cut: SegmentedGraph) -> None:
     assert set(spans) == {name for step in cut.steps for name in cut.writes(step)}
 
 
-def test_a_layer_hands_on_the_residual_the_gate_and_what_the_next_attention_reads() -> None:
+def test_a_layer_hands_on_the_residual_the_projection_and_what_the_next_attention_reads() -> None:
     cut = retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False).cut
     # What is alive while the first attention runs.
     alive = [each for each in cut.crossing if each.first < 1 < each.last]
     rows = [each.spec for each in alive if len(each.spec.shape) > 1]
-    assert sorted(spec.shape for spec in rows) == [("L", 32), ("L", 50)]
+    assert sorted(spec.shape for spec in rows) == [("L", 32), ("L", 200)]
     others = {each.spec.name for each in alive} - {spec.name for spec in rows}
     read_by_next = set(cut.calls[1].inputs.values())
     by_the_answers = {spec.name for spec in cut.segments[-1].inputs}
@@ -143,6 +145,9 @@ def test_the_eager_operator_in_place_of_the_kernel_gives_the_same_within_float32
                 continue
             call = case.cut.calls[step.index]
             given = {name: torch.from_numpy(np.array(values[tensor])) for name, tensor in call.inputs.items()}
+            for name, view in call.views.items():
+                columns = given[name][:, view.column : view.column + view.heads * view.dim]
+                given[name] = columns.unflatten(1, (view.heads, view.dim))
             fields = AttentionAttrs.__dataclass_fields__
             attrs = {name: value for name, value in call.attributes.items() if name in fields and name != "silu"}
             values[call.output] = hstu_attention(
@@ -190,8 +195,52 @@ def test_inputs_are_bound_by_their_names_in_the_contract() -> None:
         ):
             wanted = [each.name for each in attention_contract().present_inputs(call.attributes)]
             assert list(call.inputs) == wanted
-            assert list(call.inputs.values()) == list(node.input)
+            own = {name: tensor for name, tensor in call.inputs.items() if name not in call.views}
+            assert own.items() <= dict(zip(wanted, node.input, strict=True)).items()
             assert call.output == node.output[0]
+
+
+def test_no_attention_has_its_queries_keys_and_values_copied_but_where_keys_and_values_are_outputs() -> None:
+    # The widths of u, v, q and k.
+    for case, widths in (
+        (retrieval_case("retrieval", "fp16"), (50, 50, 50, 50)),
+        *((ranking_case(name, "bf16"), (14, 14, 10, 10)) for name in ("packed", "score")),
+        (ranking_case("packed", "bf16", prune=False, fuse_norms=False), (14, 14, 10, 10)),
+    ):
+        first, *others = case.cut.calls
+        u, v, q, _ = widths
+        assert {name: (view.column, view.row_stride) for name, view in first.views.items()} == {
+            "v": (u, sum(widths)),
+            "q": (u + v, sum(widths)),
+            "k": (u + v + q, sum(widths)),
+        }
+        assert all(set(call.views) == {"q", "k", "v"} for call in others)
+        made = [each.spec for each in case.cut.crossing if len(each.spec.shape) == 3]
+        assert {spec.name for spec in made} == {call.output for call in case.cut.calls}
+    for case in (retrieval_case("prefill", "fp16"), retrieval_case("append", "fp16"), ranking_case("prefill", "bf16")):
+        outputs = {spec.name for spec in case.cut.outputs}
+        for call in case.cut.calls:
+            assert set(call.views) <= {"q"}
+            assert outputs.issuperset((call.inputs["k"], call.inputs["v"]))
+
+
+def test_reading_columns_in_place_leaves_the_bytes_that_cross_as_they_are() -> None:
+    for case, before, after in (
+        (retrieval_case("retrieval", "fp16"), (21, 1296), (16, 1296)),
+        (retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False), (18, 2424), (12, 2424)),
+        (ranking_case("packed", "bf16"), (20, 336), (15, 336)),
+        (ranking_case("packed", "bf16", prune=False, fuse_norms=False), (20, 336), (14, 336)),
+    ):
+        plain, viewed = _Cut(case.whole).result(), case.cut
+        assert (counted(plain), counted(viewed)) == (before, after), case.served.name
+
+
+def counted(cut: SegmentedGraph) -> tuple[int, int]:
+    """Tensors that cross, and the bytes of a row of each that has columns."""
+    specs = [each.spec for each in cut.crossing]
+    rows = [spec for spec in specs if len(spec.shape) > 1]
+    nbytes = sum(math.prod(spec.shape[1:]) * storage_dtype(spec.dtype).itemsize for spec in rows)  # type: ignore[arg-type]
+    return len(specs), nbytes
 
 
 def test_an_attention_with_a_cache_reads_the_graphs_inputs_where_they_are() -> None:

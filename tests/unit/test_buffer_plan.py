@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu_compile.artifacts import SegmentedGraph
 from hstu_compile.axis_sizes import axis_size
+from hstu_compile.rewrite.cut_at_attention import _Cut
 from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._buffer_plan import BufferPlan, Lifetime, planned_buffers
 from hstu_compile.runtime._free_list import ALIGNMENT, aligned
@@ -93,14 +95,29 @@ def test_no_tensors_take_no_memory() -> None:
 )
 def test_real_schedules_take_at_most_a_tenth_more_than_their_fullest_step(sizes: dict[str, int]) -> None:
     for cut in (ranking_case("packed", "bf16").cut, retrieval_case("append", "fp16").cut):
-        lives = []
-        for each in cut.crossing:
-            shape = [size if isinstance(size, int) else _size(size, sizes) for size in each.spec.shape]
-            nbytes = math.prod(shape) * storage_dtype(each.spec.dtype).itemsize
-            lives.append(Lifetime(each.spec.name, nbytes, each.first, each.last))
+        lives = lifetimes(cut, sizes)
         plan = planned_buffers(lives)
         assert plan.nbytes <= 1.1 * plan.least_nbytes
         assert plan.nbytes < sum(aligned(each.nbytes) for each in lives), "nothing was reused"
+
+
+def test_columns_that_are_read_in_place_add_no_more_than_what_lives_longer_of_them() -> None:
+    case, rows = ranking_case("packed", "bf16", prune=False, fuse_norms=False), 4 + 4096 + 512
+    sizes = {"L": 4096, "T": 512, "B": 1}
+    viewed = planned_buffers(lifetimes(case.cut, sizes))
+    plain = planned_buffers(lifetimes(_Cut(case.whole).result(), sizes))
+    # v, q and k beside those of the next layer.
+    assert plain.nbytes < viewed.nbytes <= plain.nbytes + aligned(rows * (14 + 10 + 10) * 2)
+
+
+def lifetimes(cut: SegmentedGraph, sizes: dict[str, int]) -> list[Lifetime]:
+    """What crosses, for these sizes of the axes."""
+    lives = []
+    for each in cut.crossing:
+        shape = [size if isinstance(size, int) else _size(size, sizes) for size in each.spec.shape]
+        nbytes = math.prod(shape) * storage_dtype(each.spec.dtype).itemsize
+        lives.append(Lifetime(each.spec.name, nbytes, each.first, each.last))
+    return lives
 
 
 def _size(text: str, sizes: dict[str, int]) -> int:

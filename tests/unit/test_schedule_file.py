@@ -88,6 +88,36 @@ def test_a_damaged_file_is_refused(text: str, damage: Callable[[dict[str, Any]],
         schedule_from_text(json.dumps(content), SOURCE)
 
 
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_set(("attentions", 0, "views", "q", "column"), 151), r"column=151.*of a tensor \['L', 200\] as q"),
+        (_set(("attentions", 0, "views", "q", "column"), -1), "column=-1"),
+        (_set(("attentions", 0, "views", "q", "column"), 50.0), r"column=50\.0"),
+        (_set(("attentions", 0, "views", "k", "row_stride"), 400), "row_stride=400"),
+        (_set(("attentions", 0, "views", "v", "dim"), 0), "dim=0"),
+        (_set(("attentions", 0, "views", "v", "heads"), True), "heads=True"),
+        (_set(("attentions", 0, "views", "v", "first"), 0), "first"),
+        (_set(("attentions", 0, "inputs", "v"), "timestamps"), r"of a tensor \['L'\] as v"),
+        (_set(("attentions", 0, "views"), {"q_offsets": {}}), "ColumnView"),
+        (lambda content: content["attentions"][0].pop("views"), "views"),
+    ],
+)
+def test_columns_outside_of_their_tensor_are_refused(damage: Callable[[dict[str, Any]], None], why: str) -> None:
+    content = json.loads(schedule_text(retrieval_case("retrieval", "fp16").cut))
+    damage(content)
+    with pytest.raises(BundleError, match=rf"HSTU-E803.*{SOURCE}[\s\S]*{why}"):
+        schedule_from_text(json.dumps(content), SOURCE)
+
+
+def test_columns_of_another_input_than_queries_keys_and_values_are_refused() -> None:
+    content = json.loads(schedule_text(retrieval_case("retrieval", "fp16").cut))
+    views = content["attentions"][0]["views"]
+    views["q_offsets"] = views["q"]
+    with pytest.raises(BundleError, match="has q_offsets as columns, and only q, k and v may be"):
+        schedule_from_text(json.dumps(content), SOURCE)
+
+
 @pytest.mark.parametrize("broken", ["", "{", "[]", "null", "[" * 100_000])
 def test_what_is_no_json_object_is_refused(broken: str) -> None:
     with pytest.raises(BundleError, match=rf"HSTU-E803.*{SOURCE}"):
