@@ -260,15 +260,18 @@ def in_parallel(commands: Sequence[Sequence[str]], folder: Path, name: str, limi
     return sum(code != 0 for code in codes)
 
 
-def slices(arguments: argparse.Namespace, count: int, *options: str) -> list[list[str]]:
-    """Commands that share a stage's work."""
+def slices(
+    arguments: argparse.Namespace, count: int, *options: str, cases: Sequence[Case] | None = None
+) -> list[list[str]]:
+    """Commands that share a stage's work, of all cases that were asked for or of some."""
     command = [sys.executable, str(Path(__file__).resolve()), *options, "--scratch", str(arguments.scratch)]
     if arguments.parts is not None:
         command += ["--parts", str(arguments.parts)]
     for name in _OPTIONS:
         if (path := getattr(arguments, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(path.resolve())]
-    command += ["--backends", *arguments.backends, "--cases", *(case.name for case in cases_of(arguments))]
+    chosen = cases_of(arguments) if cases is None else cases
+    command += ["--backends", *arguments.backends, "--cases", *(case.name for case in chosen)]
     command += switches(arguments)
     return [[*command, "--slice", str(index), "--workers", str(count)] for index in range(count)]
 
@@ -296,38 +299,39 @@ def compile_ahead(arguments: argparse.Namespace) -> int:
 
 def build(arguments: argparse.Namespace) -> int:
     """Build the engines of our families that are missing, in parallel; returns 1 if one could not be built."""
-    jobs: list[tuple[Case, str]] = []
+    failed = 0
     for family in arguments.backends:
         if family not in OURS:
             continue
-        engines, seen = engines_of(arguments, family), set()
-        for case in cases_of(arguments):
-            target = engines.target(case)
-            if not engines.why_not(case) and not target.exists() and target not in seen:
-                seen.add(target)
-                jobs.append((case, family))
-    if arguments.slice < 0:
-        if not jobs:
-            return 0
-        count = min(arguments.workers, len(jobs))
-        # The list of what is missing shrinks while they work: each gets its own share of it, by name.
-        commands = []
-        for index in range(count):
-            share = jobs[index::count]
-            command = slices(arguments, 1, "--build")[0]
-            place = command.index("--cases")
-            commands.append(
-                [*command[: place + 1], *(case.name for case, _ in share), "--slice", "0", "--workers", "1"]
-            )
-        return int(in_parallel(commands, arguments.scratch, "build", arguments.budget) > 0)
-    failed = 0
-    for case, family in jobs:
-        try:
-            print(f"{case.name} {family}: built in {engines_of(arguments, family).build(case):.1f} s", flush=True)
-        except Exception as error:
-            failed += 1
-            print(f"{case.name} {family}: {status_of(error)}", flush=True)
+        cases = unbuilt(arguments, family)
+        if arguments.slice >= 0:
+            failed += sum(not built(engines_of(arguments, family), case, family) for case in cases)
+        elif cases:
+            count = min(arguments.workers, len(cases))
+            # By name: the list of what is missing shrinks while they work.
+            shares = [argparse.Namespace(**vars(arguments) | {"backends": [family]}) for _ in range(count)]
+            commands = [slices(share, 1, "--build", cases=cases[index::count])[0] for index, share in enumerate(shares)]
+            failed += in_parallel(commands, arguments.scratch, f"build-{family}", arguments.budget)
     return int(failed > 0)
+
+
+def unbuilt(arguments: argparse.Namespace, family: str) -> list[Case]:
+    """A case for each graph of which a family lacks the engines."""
+    engines, found = engines_of(arguments, family), dict[Path, Case]()
+    for case in cases_of(arguments):
+        if not engines.why_not(case) and not engines.target(case).exists():
+            found.setdefault(engines.target(case), case)
+    return list(found.values())
+
+
+def built(engines: Engines, case: Case, family: str) -> bool:
+    """Build one case's engines and say so, or why not."""
+    try:
+        print(f"{case.name} {family}: built in {engines.build(case):.1f} s", flush=True)
+    except Exception as error:
+        print(f"{case.name} {family}: {status_of(error)}", flush=True)
+        return False
+    return True
 
 
 def parser_of() -> argparse.ArgumentParser:

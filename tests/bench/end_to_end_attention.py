@@ -214,7 +214,8 @@ class PlainProvider:
         alpha: float,
     ) -> Tensor:
         attrs = AttentionAttrs(alpha, float(max_k_len), max_q_len, max_k_len)
-        return hstu_attention(q, k, v, q_offsets, k_offsets, attrs, num_targets=num_targets)
+        out: Tensor = hstu_attention(q, k, v, q_offsets, k_offsets, attrs, num_targets=num_targets)
+        return out
 
 
 def provide(

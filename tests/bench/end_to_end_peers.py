@@ -256,9 +256,12 @@ class Peers:
         """
         if self._device.type != "cuda":
             return plan.form
-        width, kind = self._sizes.width, {"dtype": torch_dtype(case), "device": self._device}
-        x, bias = torch.randn((case.tokens, width), **kind), torch.randn(4 * width, **kind)
-        joint = torch.randn((width, 4 * width), **kind)
+        width = self._sizes.width
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch_dtype(case), device=self._device)
+
+        x, bias, joint = drawn(case.tokens, width), drawn(4 * width), drawn(width, 4 * width)
         parts = [each.contiguous() for each in joint.split(width, dim=1)]
         forwards: dict[str, Run] = {
             JOINT: lambda given: torch.addmm(bias, given["x"], joint).clone(),

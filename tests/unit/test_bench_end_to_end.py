@@ -246,6 +246,53 @@ def test_providers_are_ranked_without_those_that_offer_nothing() -> None:
     assert attentions.ranked_providers(call, ["first", "refuses", "second"]) == ["first", "second"]
 
 
+def test_a_library_gets_every_argument_and_tells_refusals_from_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[attentions.PeerArguments] = []
+    status = 0
+
+    class Library:
+        version = "a test"
+
+        def __init__(self, path: Path) -> None:
+            assert path == Path("libpeer.so")
+
+        def forward(self, reference: Any) -> int:
+            asked.append(reference._obj)
+            return status
+
+    monkeypatch.setattr(attentions, "PeerLibrary", Library)
+    monkeypatch.setattr(attentions, "current_stream", lambda device: None)
+    q, k = torch.zeros((4, 2, 32), dtype=torch.float16), torch.zeros((20, 2, 32), dtype=torch.float16)
+    q_offsets, k_offsets = (torch.tensor(each, dtype=torch.int32) for each in ([0, 2, 4], [0, 12, 20]))
+    targets = torch.tensor([2, 2], dtype=torch.int32)
+    given = (q, k, k, q_offsets, k_offsets, targets, 2, 12, 0.25)
+    provider = attentions.LibraryProvider(Path("libpeer.so"), offers_queries=True)
+    out = provider(*given)
+    (found,) = asked
+    assert (found.version, found.element, found.is_dense, found.batch, found.num_heads, found.head_dim) == (
+        1,
+        1,
+        0,
+        2,
+        2,
+        32,
+    )
+    assert (found.total_q, found.total_k, found.max_q_len, found.max_k_len, found.scaling_seq_len) == (4, 20, 2, 12, 12)
+    assert (found.alpha, found.q, found.out, found.bias) == (0.25, q.data_ptr(), out.data_ptr(), None)
+    assert (found.q_offsets, found.k_offsets) == (q_offsets.data_ptr(), k_offsets.data_ptr())
+    assert found.num_targets == targets.data_ptr()
+    provider(k, k, k, k_offsets.clone(), k_offsets, targets, 12, 12, 0.25)
+    assert asked[1].q_offsets == asked[1].k_offsets == k_offsets.data_ptr()
+    status = attentions.NOT_OFFERED
+    with pytest.raises(attentions.NotOfferedError, match="no kernel"):
+        provider(*given)
+    status = 700
+    with pytest.raises(RuntimeError, match="CUDA error 700"):
+        provider(*given)
+    with pytest.raises(attentions.NotOfferedError, match="queries and keys differ"):
+        attentions.LibraryProvider(Path("libpeer.so"), offers_queries=False)(*given)
+
+
 # Our sessions, on fakes of TensorRT-RTX and of CUDA.
 
 
