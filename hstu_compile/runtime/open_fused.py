@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from hstu_compile.artifacts import Schedule
 from hstu_compile.errors import EngineError
@@ -14,7 +15,7 @@ from hstu_compile.runtime.session import Session
 from hstu_compile.tensorrt_api import tensorrt_api
 
 #: The only backend whose engines a session of segments runs.
-FUSED_BACKEND = "tensorrt-rtx"
+FUSED_BACKEND: Literal["tensorrt-rtx"] = "tensorrt-rtx"
 
 
 def open_fused_session(
