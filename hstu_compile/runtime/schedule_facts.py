@@ -45,7 +45,8 @@ def schedule_facts(schedule: Schedule, profile: Profile) -> dict[str, Any]:
             for step in schedule.steps
         ],
         "attentions": [
-            {"name": call.name, "reads": list(call.inputs.values()), "makes": call.output} for call in schedule.calls
+            {"name": call.name, "reads": list(dict.fromkeys(call.inputs.values())), "makes": call.output}
+            for call in schedule.calls
         ],
         "crossing": crossing,
         "block_bytes": {

@@ -126,6 +126,18 @@ def test_without_a_gpu_the_full_run_fails_instead_of_skipping(prepared: tuple[Pa
     assert opened[0]["status"] == "FAIL"
 
 
+def test_columns_need_a_gpu_and_say_so(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    program = prepare_conformance.build_columns_program(tmp_path)
+    command = [str(program), str(tmp_path / "libnothing.so"), str(prepared[0])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if "dlopen" in done.stderr:
+        pytest.skip("this machine has a GPU: run_gpu.sh covers it")
+    assert done.returncode == 1
+    first, last = done.stdout.splitlines()
+    assert json.loads(first)["status"] == "FAIL"
+    assert last == "0 passed, 1 failed"
+
+
 def test_the_tensorrt8_adapter_behaves_in_the_builder_and_over_serialisation(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

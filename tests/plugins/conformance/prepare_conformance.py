@@ -1,8 +1,8 @@
 """Gathers everything that the conformance run on a GPU machine needs into one folder; needs no GPU.
 
-The folder holds the program, the plugin library for sm_90 with the Hopper kernels (so nvcc is needed), the cases with
-the float64 oracle's answers and the run script; where TensorRT 8.5 headers are given, also the TensorRT 8 library for
-the large cases. On the GPU machine: `run_gpu.sh RESULTS_DIR`.
+The folder holds the programs, the plugin library and the kernels' library for sm_90 with the Hopper kernels (so nvcc is
+needed), the cases with the float64 oracle's answers and the run script; where TensorRT 8.5 headers are given, also the
+TensorRT 8 library for the large cases. On the GPU machine: `run_gpu.sh RESULTS_DIR`.
 
 Usage: python -m tests.plugins.conformance.prepare_conformance OUT_DIR [--tensorrt8-include-dir DIR] [--archs 90]
 """
@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 
 from hstu_compile.plugin_library import (
     PluginBuildRequest,
+    build_kernels_library,
     build_plugin_library,
     find_cuda_headers,
     find_tensorrt_headers,
 )
+from hstu_compile.plugins import generate_contract
 from hstu_compile.plugins.kernels.aot import HOPPER_TACTIC
 from hstu_compile.plugins.kernels.hopper.variants import (
     HOPPER_ARCH,
@@ -289,6 +291,12 @@ def build_program(out: Path) -> Path:
     return _compile("conformance.cpp", headers.include_dir, out / "conformance")
 
 
+def build_columns_program(out: Path) -> Path:
+    """Compile the program that gives the kernels' library q, k and v as columns of wider tensors."""
+    api = Path(generate_contract.__file__).parent / "api"
+    return _compile("columns.cpp", api, out / "columns")
+
+
 def build_program_v2(out: Path, include_dir: Path) -> Path:
     """Compile TensorRT 8's part, and the stand-in for libnvinfer.so.8 that lets the loader load the library beside it.
 
@@ -381,6 +389,8 @@ def main() -> None:
     if library.version_compatible is None:
         raise SystemExit("the headers are of TensorRT 8.5, which has no loadable plugin libraries")
     shutil.copy2(library.version_compatible, out)
+    build_columns_program(out)
+    shutil.copy2(build_kernels_library(request, print_progress).path, out)
     shutil.copy2(HERE / "run_gpu.sh", out)
     if arguments.tensorrt8_include_dir is not None:
         request = PluginBuildRequest(

@@ -2,7 +2,7 @@
 # Runs the conformance grid on this machine's GPU and then a small subset under compute-sanitizer. Builds nothing.
 #
 # Usage: run_gpu.sh RESULTS_DIR          (beside the files that prepare_conformance.py wrote)
-# Writes conformance.jsonl, conformance_v2.jsonl (the TensorRT 8 library, where it was prepared), memcheck.txt, racecheck.txt, initcheck.txt and summary.txt into RESULTS_DIR.
+# Writes conformance.jsonl, columns.jsonl (the kernels' library), conformance_v2.jsonl (the TensorRT 8 library, where it was prepared), memcheck.txt, racecheck.txt, initcheck.txt and summary.txt into RESULTS_DIR.
 # Exit code 0: everything passed; 1: a check failed; 3: the grid passed but compute-sanitizer cannot run here.
 set -uo pipefail
 
@@ -23,6 +23,12 @@ for tactic in $(cat "$here/required_tactics"); do required+=(--require-tactic "$
 "$here/conformance" "$here/libhstu_trt_plugin_vc.so" "$here" "${required[@]}" >"$results/conformance.jsonl" 2>"$results/conformance.err"
 code=$?
 note "grid: exit $code, $(tail -n 1 "$results/conformance.jsonl")"
+[ $code -eq 0 ] || status=1
+
+chmod +x "$here/columns" 2>/dev/null
+"$here/columns" "$here/libhstu_attention_kernels.so" "$here" >"$results/columns.jsonl" 2>>"$results/conformance.err"
+code=$?
+note "columns of wider tensors: exit $code, $(tail -n 1 "$results/columns.jsonl")"
 [ $code -eq 0 ] || status=1
 
 if [ -f "$here/v2/conformanceV2" ]; then
