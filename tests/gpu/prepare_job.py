@@ -237,7 +237,15 @@ def save_kernels(place: Path, archs: Sequence[int], jobs: int) -> None:
     graphs = [path for name in END_TO_END_GRAPHS for path in sorted(place.glob(f"{END_TO_END}-*/{name}"))]
     requests = [kernels_request_of([onnx.load(path)]) for path in graphs]
     variants = tuple(dict.fromkeys(each for request in requests for each in request.variants))
-    request = dataclasses.replace(requests[0], variants=variants, archs=tuple(archs), with_ptx=False, jobs=jobs)
+    hopper_variants = tuple(dict.fromkeys(each for request in requests for each in request.hopper_variants or ()))
+    request = dataclasses.replace(
+        requests[0],
+        variants=variants,
+        hopper_variants=hopper_variants,
+        archs=tuple(archs),
+        with_ptx=False,
+        jobs=jobs,
+    )
     library = build_kernels_library(request)
     shutil.copy2(library.path, place)
     print(f"{library.path.name}: {library.hopper}")
