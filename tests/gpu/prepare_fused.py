@@ -11,7 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from archives import save_archive  # noqa: E402
 from served_bundles import vouch_for  # noqa: E402
 
 from hstu_compile import bundle as bundles  # noqa: E402
-from hstu_compile.artifacts import OnnxGraph  # noqa: E402
+from hstu_compile.artifacts import OnnxGraph, SegmentedGraph  # noqa: E402
 from hstu_compile.graph_facts import tensor_specs  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx  # noqa: E402
@@ -73,15 +73,21 @@ def save_steps(target: Path, folder: Path) -> None:
         model = onnx.load(folder / entry["onnx"])
         inputs, outputs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
         cut = segmented_from_onnx(OnnxGraph(entry["name"], model, "fp16", inputs, outputs))
-        values: dict[str, Any] = dict(stored_reference(folder, entry).feeds[1].arrays)
-        for number, step in enumerate(cut.steps):
-            is_segment = step.kind == "segment"
-            graph = cut.segments[step.index].model if is_segment else attention_model(cut, cut.calls[step.index])
-            with OnnxRuntimeSession(graph) as session:
-                values |= session.execute({spec.name: values[spec.name] for spec in session.inputs})
-            values[f"reads {number}"] = np.array(cut.reads(step))
-            values[f"writes {number}"] = np.array(cut.writes(step))
+        values = step_values(cut, stored_reference(folder, entry).feeds[1].arrays)
         np.savez_compressed(target / f"{folder.name}-{entry['name']}.npz", **values)
+
+
+def step_values(cut: SegmentedGraph, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Every tensor that a step of a request reads or makes, by name, and the names of each step by its number."""
+    values = dict(feeds)
+    for number, step in enumerate(cut.steps):
+        is_segment = step.kind == "segment"
+        graph = cut.segments[step.index].model if is_segment else attention_model(cut, cut.calls[step.index])
+        with OnnxRuntimeSession(graph) as session:
+            values |= session.execute({spec.name: values[spec.name] for spec in session.inputs})
+        values[f"reads {number}"] = np.array(cut.reads(step))
+        values[f"writes {number}"] = np.array(cut.writes(step))
+    return values
 
 
 def prepare_small(job: Path) -> None:

@@ -202,3 +202,31 @@ def test_the_manifest_entry_round_trips_through_a_bundle(tmp_path: Path) -> None
     path = written(tmp_path / "b.hstu", ["model.onnx"])
     entry = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["ranking"]
     assert RankingSpec.from_manifest(entry) == SPEC
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 16), (0, 0), (5, 5)])
+def test_graphs_in_segments_open_with_their_schedules_and_the_kernels(
+    tmp_path: Path, opener: Opener, monkeypatch: pytest.MonkeyPatch, asked: int | None, expected: int
+) -> None:
+    engines = {stem: [f"{stem}.segment-{number}.engine" for number in range(2)] for stem in FILES.values()}
+    entries = [
+        {"name": name, "fused": {"schedule": f"{stem}.schedule.json", "engines": engines[stem]}}
+        for name, stem in FILES.items()
+    ]
+    names = [*THREE, "libkernels.so", *(f"{stem}.schedule.json" for stem in engines)]
+    names += [name for each in engines.values() for name in each]
+    path = written(tmp_path / "b.hstu", names, graphs=entries, kernels={"file": "libkernels.so"})
+    given = []
+
+    def opened(schedule: Path, segments: Any, kernels: Path, **options: Any) -> FakeGraph:
+        given.append((schedule.name, [each.name for each in segments], kernels.name, options))
+        role = next(role for role, stem in FILES.items() if schedule.name.startswith(stem))
+        return FakeGraph(FakeModel(SPEC), role)
+
+    monkeypatch.setattr(bundle, "open_fused_session", opened)
+    options = {"allow_tf32": True, "cuda_graphs": expected, "graph_budget_bytes": 1 << 20}
+    open_ranking_session(path, "tensorrt-rtx", kv_budget_bytes=1, cuda_graphs=asked, graph_budget_bytes=1 << 20).close()
+    assert given == [(f"{stem}.schedule.json", engines[stem], "libkernels.so", options) for stem in FILES.values()]
+    # In ONNX Runtime it is a bundle like any other.
+    open_ranking_session(path, kv_budget_bytes=1).close()
+    assert [each["onnx"].name for each in opener.asked] == THREE
