@@ -25,7 +25,7 @@ from attention_grid import NUM_HEADS, Case
 from attention_reference import HSTU, Inputs, draw, judge, make_sample
 from attention_worker import GRAPH_CALLS, Clock, captured
 from bench_attention import common_facts
-from bench_plugin import gpu_name, write_rows
+from bench_plugin import write_rows
 
 from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper
 from hstu_compile.plugins.kernels.hopper.variants import SPLITS, can_share, chosen_split
@@ -71,7 +71,7 @@ def rows_of(case: Case, clock: Clock) -> list[dict[str, Any]]:
     lq, lk = sum(case.query_lengths), sum(case.lengths)
     multiprocessors = torch.cuda.get_device_properties(clock.device).multi_processor_count
     chosen = chosen_split(case.dim, lq, lk, len(case.lengths), NUM_HEADS, multiprocessors)
-    facts = common_facts(case.name, "ours") | {"gpu": gpu_name(), "chosen": chosen}
+    facts = common_facts(case.name, "ours") | {"case": case.name, "chosen": chosen}
     rows, replays = {}, {}
     for split in SPLITS:
         if split > 1 and not can_share(case.dim, is_accurate=False, has_bias=False):
