@@ -146,7 +146,7 @@ def engine_from_onnx(
         _require_fp8(options)
     with api.capture() as log:
         proto = _prepared(proto, api, precision, plugin_library, options)
-        build = _Build(api, log, proto, precision, options, on_progress, recordable=part_of is not None)
+        build = _Build(api, log, proto, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
             layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
@@ -296,12 +296,9 @@ class _Build:
         precision: Precision,
         options: EngineOptions,
         on_progress: Progress | None,
-        *,
-        recordable: bool = False,
     ) -> None:
         self.api, self.trt, self.log = api, api.trt, log
         self.proto, self.precision, self.options, self.on_progress = proto, precision, options, on_progress
-        self.recordable = recordable
         self.is_quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
 
     def run(self, profiles: Sequence[Profile]) -> tuple[bytes, dict[str, int]]:
@@ -391,9 +388,6 @@ class _Build:
         if options.version_compatible:
             config.set_flag(self._member(trt.BuilderFlag, "VERSION_COMPATIBLE", "versionCompatible"))
         self._set_tf32(config)
-        if self.recordable:
-            # Without it an engine may allocate while it runs, which no recorded pass can.
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.api.is_tensorrt8:
             self._set_weak_types(config, network)
         self._set_compute_capabilities(config)

@@ -119,6 +119,11 @@ def fake_tensorrt(
             raw = (ctypes.c_uint8 * nbytes).from_address(addresses[name])
             return np.frombuffer(raw, stored).reshape(shape)
 
+        def update_device_memory_size_for_shapes(self) -> int:
+            assert set(self.shapes) == set(engine.inputs), "all shapes are set before"
+            self.memory = 0
+            return Engine.device_memory_size_v2
+
         def set_device_memory(self, address: int, size: int) -> None:
             assert size >= Engine.device_memory_size_v2
             cuda.require_device(address, size)

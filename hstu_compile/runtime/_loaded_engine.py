@@ -93,6 +93,7 @@ class LoadedEngine:
                 log.tail(),
                 "free GPU memory, or rebuild with a smaller --max-batch",
             )
+        self._memory: tuple[int, int] | None = None
         inputs, outputs = [], []
         self.ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         for tensor in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)):
@@ -113,7 +114,7 @@ class LoadedEngine:
 
     def compute_in(self, address: int, size_bytes: int) -> None:
         """Use this memory, which other engines may use while this one does not run. 256-byte aligned."""
-        self._context.set_device_memory(address, size_bytes)
+        self._memory = address, size_bytes
 
     def inferred(self, shapes: Mapping[str, tuple[int, ...]], log: Any) -> dict[str, tuple[int, ...]]:
         """Set the shape of every input; the shape of every output."""
@@ -130,6 +131,10 @@ class LoadedEngine:
 
     def bind(self, addresses: Mapping[str, int], log: Any) -> None:
         """Set the address of every input and output; `addresses` may name other tensors as well."""
+        if self._memory is not None:
+            # After the shapes: the context divides its memory anew for them.
+            self._context.update_device_memory_size_for_shapes()
+            self._context.set_device_memory(*self._memory)
         for spec in (*self.inputs, *self.outputs):
             if not self._context.set_tensor_address(spec.name, addresses[spec.name]):
                 raise self._failed(f"it refused the address {addresses[spec.name]:#x} of {spec.name}", log)

@@ -64,12 +64,17 @@ def test_the_bindings_have_every_name_that_a_session_of_segments_uses() -> None:
     import tensorrt_rtx
 
     names = {
-        "BuilderFlag": ["REQUIRE_USER_ALLOCATION"],
         "CudaGraphStrategy": ["DISABLED"],
         "DynamicShapesKernelSpecializationStrategy": ["EAGER"],
         "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
         "ICudaEngine": ["create_execution_context", "create_runtime_config", "device_memory_size_v2"],
-        "IExecutionContext": ["execute_async_v3", "is_stream_capturable", "set_device_memory", "set_tensor_address"],
+        "IExecutionContext": [
+            "execute_async_v3",
+            "is_stream_capturable",
+            "set_device_memory",
+            "set_tensor_address",
+            "update_device_memory_size_for_shapes",
+        ],
         "IRuntimeConfig": [
             "cuda_graph_strategy",
             "dynamic_shapes_kernel_specialization_strategy",
