@@ -197,7 +197,9 @@ class PlainModel(nn.Module):
         offsets = starts + candidate_starts + CONTEXT * steps
         # Rows lie context, events, candidates; of several users they are brought into the users' order.
         places = torch.arange(CONTEXT * batch + num_events + num_candidates, device=device)
-        owner = torch.bucketize(places, offsets[1:], right=True)
+        # Not a slice of the offsets: torch.compile takes no view for the boundaries.
+        ends = starts[1:] + candidate_starts[1:] + CONTEXT * steps[1:]
+        owner = torch.bucketize(places, ends, right=True)
         index = places - offsets[owner]
         history = (starts[1:] - starts[:-1])[owner] + CONTEXT
 
