@@ -16,7 +16,14 @@ from hstu_compile.calibration.observers import Observer, Quantization
 from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.calibration.table import CalibrationTable
 from hstu_compile.errors import UsageError
-from hstu_compile.quantized import ProductWeight, QuantizationPlan, SiteScales, quantized_weight, usable_scales
+from hstu_compile.quantized import (
+    LARGEST_HALF,
+    ProductWeight,
+    QuantizationPlan,
+    SiteScales,
+    quantized_weight,
+    usable_scales,
+)
 
 __all__ = ["QuantizationPlan", "SiteScales", "plan_quantization"]
 
@@ -28,6 +35,7 @@ _NEVER = {
 }
 ON_REQUEST = "--keep-fp16"
 _NO_ROWS = "calibration saw none of its activations"
+_TOO_LARGE = "its sums can reach {:,.0f}, and float16 ends at {:,.0f}"
 _ALL_ZERO = "its activations were all zero in calibration, so nothing says how large they get"
 
 # Powers of two that an activation's columns are divided by lie within 2**-8 and 2**8: with more, columns that were
@@ -44,6 +52,9 @@ def plan_quantization(
     smooth_alpha: float | None = None,
 ) -> QuantizationPlan:
     """Scales of every product that is quantised, and a reason for each that is not.
+
+    A product is quantised only if no activation, not even one that saturates in every column with the signs of the
+    weight, can bring a sum beyond float16: a graph holds the sums in float16, twice (`rewrite.quantize_products`).
 
     Args:
         table: of the same model, see `CalibrationTable.require`.
@@ -84,8 +95,13 @@ def plan_quantization(
         if smooth_alpha is not None:
             smoothing = smoothing_factors(np.array(statistics.channel_amax), weight.matrix, smooth_alpha)
             bound = float((np.array(statistics.channel_amax) / smoothing).max())
-        scales = quantized_weight(weight.matrix, kind, smoothing).scales
-        sites[name] = SiteScales(weight.name, float(usable_scales(np.array(bound), kind)), scales, smoothing)
+        quantized = quantized_weight(weight.matrix, kind, smoothing)
+        input_scale = float(usable_scales(np.array(bound), kind))
+        largest = quantized.largest_sum(input_scale)
+        if largest > LARGEST_HALF:
+            kept[name] = _TOO_LARGE.format(largest, LARGEST_HALF)
+            continue
+        sites[name] = SiteScales(weight.name, input_scale, quantized.scales, smoothing)
     return QuantizationPlan(kind, sites, kept)
 
 

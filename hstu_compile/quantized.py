@@ -25,6 +25,12 @@ LARGEST: dict[Quantization, float] = {"int8": 127.0, "fp8": 448.0}
 #: The smallest number above zero that float16 has.
 SMALLEST_SCALE = 2.0**-24
 
+#: The largest number that float16 has, and the smallest with all of its bits.
+LARGEST_HALF, SMALLEST_NORMAL_HALF = 65504.0, 2.0**-14
+
+# Largest magnitude of an activation, in units of its scale.
+_LARGEST_ACTIVATION: dict[Quantization, float] = {"int8": 128.0, "fp8": 448.0}
+
 # e4m3fn: exponents of normal numbers start here, and a number has three bits behind the leading one.
 _LOWEST_EXPONENT, _MANTISSA_BITS, _EXPONENT_BIAS = -6, 3, 7
 
@@ -104,6 +110,44 @@ class QuantizedWeight:
     def values(self) -> NDArray[np.float64]:
         """[inputs, outputs] what the codes stand for."""
         return levels_of(self.codes, self.kind) * self.scales.astype(np.float64)
+
+    def common_scale(self) -> float:
+        """The scale that a graph gives the whole matrix, in front of the product.
+
+        The largest power of two that is not above the largest scale of a column, columns of zeros aside; at most one,
+        at least the smallest number that float16 has with all of its bits. With a power of two all that the graph holds
+        is exact: `column_factors` are float16 numbers, and so is each level times this scale.
+        """
+        largest = float(self.scales.max(initial=0.0, where=self._is_used()))
+        if not largest:
+            return 1.0
+        _, exponent = np.frexp(largest)
+        return float(np.clip(np.ldexp(1.0, int(exponent) - 1), SMALLEST_NORMAL_HALF, 1.0))
+
+    def column_factors(self) -> NDArray[np.float16]:
+        """[outputs] what a graph multiplies the columns of the product with, so that each has its own scale.
+
+        Exact: the quotient has the bits of the column's scale, and being divided by a power of two of at most one it is
+        a multiple of 2**-24 like that scale. Columns of zeros, whose scale means nothing, have the factor one.
+        """
+        factors = np.where(self._is_used(), self.scales / self.common_scale(), 1)
+        return np.asarray(factors, np.float16)
+
+    def largest_sum(self, input_scale: float) -> float:
+        """The largest magnitude that any activation can give the product, before or behind the factors of its columns.
+
+        Args:
+            input_scale: of the activation.
+        """
+        sums = np.abs(levels_of(self.codes, self.kind)).sum(axis=0)
+        scales = np.maximum(self.scales.astype(np.float64), self.common_scale())
+        reached = (sums * scales).max(initial=0.0)  # columns of zeros have no sum
+        return float(reached * _LARGEST_ACTIVATION[self.kind] * input_scale)
+
+    def _is_used(self) -> NDArray[np.bool_]:
+        """[outputs] which columns have a level other than zero."""
+        magnitude = self.codes.view(np.uint8) & (0xFF if self.kind == "int8" else 0x7F)  # e4m3 has a sign bit
+        return np.asarray(magnitude.any(axis=0), np.bool_)
 
 
 def quantized_weight(matrix: Array, kind: Quantization, smoothing: Array | None = None) -> QuantizedWeight:

@@ -29,14 +29,17 @@ class ProjectByConvolution(Pass):
     half precision is rounded once, separate ones once each: before that last rounding, which may then go the other way,
     the difference is at most half a unit in the last place of each sum that is no longer rounded.
 
-    A quantised product, MatMul(DQ(Q(x)), DQ(codes)), becomes Conv(DQ(Q(x)), DQ(Q(weights))), from which TensorRT 8
-    makes an int8 convolution. Its parser reads scales as float32 whatever they are and dequantises to float32 alone:
-    x is cast in front and the sum behind. The weights are given as the numbers that the codes stand for, whose
-    quantisation gives the same codes: an int8 constant is nothing that the parser promises to take.
+    A quantised product, Mul(MatMul(DQ(Q(x)), DQ(codes)), factors), becomes Conv(DQ(Q(x)), DQ(Q(weights))), from which
+    TensorRT 8 makes an int8 convolution. A convolution has a scale for each filter, which takes its column's factor in,
+    exactly: the scale of the matrix is a power of two. The parser reads scales as float32 whatever they are and
+    dequantises to float32 alone: x is cast in front and the sum behind. The weights are given as the numbers that the
+    codes stand for, whose quantisation gives the same codes: an int8 constant is nothing that the parser promises to
+    take.
 
     Cases: 1. right operand an initializer of rank 2, left operand of rank 2; 2. its one reader adds a constant [N] of
     its type; 3. the one reader of that adds rows [L, N]; 4. of two projections that are added to each other, the first
-    takes the sum in; 5. both operands dequantised from int8; 6. any other MatMul stays.
+    takes the sum in; 5. both operands dequantised from int8, the weight by one scale, and the one reader of the product
+    multiplies with a constant [N]; 6. any other MatMul stays.
     """
 
     name = "project_by_convolution"
@@ -81,11 +84,13 @@ class _Quantized:
 
     Attributes:
         rows: the activation before its quantisation.
+        result: the product behind the factors of its columns.
         input_scale: of the activation.
         scales: [N] float32 of the weight.
     """
 
     rows: str
+    result: str
     input_scale: np.float32
     scales: NDArray[np.float32]
 
@@ -101,7 +106,7 @@ class _Projection:
         quantized: None for a product of floats.
         bias: name of the constant row that is added, or None.
         rows: name of the rows that are added, or None.
-        absorbed: outputs of the product and of the additions.
+        absorbed: outputs of the product, of the factors behind it and of the additions.
     """
 
     node: onnx.NodeProto
@@ -152,13 +157,15 @@ class _Finder:
             return None
         kind = kernel.data_type if quantized is None else self.types[node.output[0]].elem_type
         chain, bias, rows = [node.output[0]], None, None
-        if (step := self._addition(chain[-1])) is not None:
+        if quantized is not None:
+            chain.append(quantized.result)
+        if (step := self._only_reader(chain[-1], "Add")) is not None:
             output, other = step
             constant = self.weights.get(other)
             if constant is not None and list(constant.dims) == [kernel.dims[1]] and constant.data_type == kind:
                 bias = other
                 chain.append(output)
-        if (step := self._addition(chain[-1])) is not None:
+        if (step := self._only_reader(chain[-1], "Add")) is not None:
             output, other = step
             if other not in self.weights and self._fits(other, output, kernel, kind):
                 rows = other
@@ -168,7 +175,7 @@ class _Finder:
         return _Projection(node, kernel, kind, quantized, bias, rows, tuple(chain))
 
     def _quantized(self, node: onnx.NodeProto) -> tuple[onnx.TensorProto, _Quantized] | None:
-        """The codes of a product's weight and the rest of its operands, if both are dequantised from int8."""
+        """The codes of a product's weight and the rest of what makes its result: case 5."""
         left, right = (self.producers.get(name) for name in node.input)
         if left is None or right is None or {left.op_type, right.op_type} != {"DequantizeLinear"}:
             return None
@@ -178,15 +185,18 @@ class _Finder:
             return None
         if codes.data_type != TensorProto.INT8 or rounding.input[1] != left.input[1]:
             return None
-        per_column = numpy_helper.to_array(scales).astype(np.float32)
-        if scale.dims or per_column.shape != (codes.dims[1],):
+        scaling = self._only_reader(node.output[0], "Mul")
+        factors = None if scaling is None else self.weights.get(scaling[1])
+        if scale.dims or scales.dims or scaling is None or factors is None or list(factors.dims) != [codes.dims[1]]:
             return None
-        return codes, _Quantized(rounding.input[0], np.float32(numpy_helper.to_array(scale)), per_column)
+        per_column = numpy_helper.to_array(factors).astype(np.float32) * np.float32(numpy_helper.to_array(scales))
+        input_scale = np.float32(numpy_helper.to_array(scale))
+        return codes, _Quantized(rounding.input[0], scaling[0], input_scale, per_column)
 
-    def _addition(self, name: str) -> tuple[str, str] | None:
-        """Output and other term of the addition that alone reads a value."""
+    def _only_reader(self, name: str, operator: str) -> tuple[str, str] | None:
+        """Output and other operand of the addition or multiplication that alone reads a value."""
         readers = self.readers.get(name, [])
-        if name in self.outputs or len(readers) != 1 or readers[0].op_type != "Add":
+        if name in self.outputs or len(readers) != 1 or readers[0].op_type != operator:
             return None
         left, right = readers[0].input
         return (readers[0].output[0], right if left == name else left) if left != right else None

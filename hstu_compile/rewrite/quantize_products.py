@@ -24,14 +24,29 @@ _CODE_TYPES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 
 
 class QuantizeProducts(Pass):
-    """MatMul(x, W) of a planned product becomes MatMul(DQ(Q(x)), DQ(codes)).
+    """MatMul(x, W) of a planned product becomes Mul(MatMul(DQ(Q(x)), DQ(codes)), factors of the columns).
 
-    Explicit and symmetric, as TensorRT takes it: a scale for the activation, a scale for each column of the weight,
-    zero points of zero, given although they could be left out, because TensorRT 8 wants three inputs. Scales are
-    float16, like what they scale. The weight is stored as codes.
+    Explicit and symmetric, as TensorRT takes it: a scale for the activation, one for the weight, zero points of zero,
+    given although they could be left out, because TensorRT 8 wants three inputs. Scales are float16, like what they
+    scale. The weight is stored as codes.
+
+    The codes are those of a scale for each column, w[k, n] / s[n] rounded, as the reference defines them. Only the
+    place where s[n] is applied is another: DequantizeLinear takes a power of two c for the whole matrix, and behind the
+    product column n is multiplied with s[n] / c. Why: of DequantizeLinear with a scale for each column, in float16,
+    TensorRT-RTX 1.6.1 makes a product that writes its sums of codes in float16, and multiplies with the scales then. On
+    an H100 such sums were right up to 65,405 and infinite from 65,532 on in int8, right up to 65,408 and infinite from
+    65,856 on in e4m3. One scale for the matrix goes into the product, in float32: with it sums up to 24,774,144 (int8)
+    and 308,281,344 (e4m3) were right, in the same time.
+
+    What it adds to the error: the scaled sum is rounded to float16 once more, before the factor: 2**-11 of the result
+    at most, and where that sum is subnormal 2**-25 times the factor. The factors add nothing: c is the largest power of
+    two that is not above the largest s[n], kept within 2**-14 and 1, so that s[n] / c and code * c are float16 numbers.
+    The plan holds only products whose sums cannot leave float16, before or behind the factors
+    (`QuantizedWeight.largest_sum`).
 
     A product's constant has the name of its parameter. Pruning splits it into columns, which keep the name in front of
-    their suffix; a column's codes and scale depend on that column alone, so they are those of the whole.
+    their suffix; a column's codes and scale depend on that column alone, so they are those of the whole. c may be
+    another one.
 
     Smoothing divides the columns of x by powers of two, exactly, and multiplies the rows of W with them:
     1. x is the result of an HstuNorm whose scale and bias reach it linearly, and nothing but this product reads it:
@@ -187,7 +202,7 @@ class _Rewriting:
             f"{_MODEL}{scales.weight_name}/input_scale",
             numpy_helper.from_array(np.array(scales.input_scale, np.float16)),
         )
-        zero = self._initializer(f"{self.plan.kind}_zero", _zeros(code_type, ()))
+        zero = self._zero(code_type)
         codes, activation = f"{prefix}/codes", f"{prefix}/activation"
         nodes += [
             helper.make_node("QuantizeLinear", [rows, scale, zero], [codes], name=codes),
@@ -195,16 +210,22 @@ class _Rewriting:
         ]
         self._describe(codes, code_type, dims)
         self._describe(activation, half, dims)
-        weight, more = self._weight(weight_name, scales)
+        weight, factors, more = self._weight(weight_name, scales)
+        product, operands = f"{prefix}/product", [activation, weight]
+        self._describe(product, half, [*dims[:-1], self.values.initializers[weight_name].dims[1]])
         self.counts["products"] += 1
-        operands = [activation, weight]
-        return [*nodes, *more, helper.make_node("MatMul", operands, node.output, name=node.name)]
+        return [
+            *nodes,
+            *more,
+            helper.make_node("MatMul", operands, [product], name=node.name),
+            helper.make_node("Mul", [product, factors], node.output, name=f"{prefix}/columns"),
+        ]
 
-    def _weight(self, name: str, scales: SiteScales) -> tuple[str, list[onnx.NodeProto]]:
-        """The dequantised weight, and the node that makes it unless an earlier product reads the same."""
-        result = f"{name}/dequantized"
+    def _weight(self, name: str, scales: SiteScales) -> tuple[str, str, list[onnx.NodeProto]]:
+        """The dequantised weight, the factors of its columns, and the node that makes the former unless made before."""
+        result, factors = f"{name}/dequantized", f"{name}/column_factors"
         if result in self.made:
-            return result, []
+            return result, factors, []
         self.made.add(result)
         matrix = self.values.constant(name)
         assert matrix is not None
@@ -212,11 +233,16 @@ class _Rewriting:
         code_type = _CODE_TYPES[self.plan.kind]
         inputs = [
             self._initializer(f"{name}/{self.plan.kind}", _codes(quantized, code_type)),
-            self._initializer(f"{name}/scales", numpy_helper.from_array(quantized.scales.astype(np.float16))),
-            self._initializer(f"{name}/zeros", _zeros(code_type, quantized.scales.shape)),
+            self._initializer(f"{name}/scale", numpy_helper.from_array(np.array(quantized.common_scale(), np.float16))),
+            self._zero(code_type),
         ]
+        self._initializer(factors, numpy_helper.from_array(quantized.column_factors()))
         self._describe(result, TensorProto.FLOAT16, matrix.shape)
-        return result, [helper.make_node("DequantizeLinear", inputs, [result], name=result, axis=1)]
+        return result, factors, [helper.make_node("DequantizeLinear", inputs, [result], name=result)]
+
+    def _zero(self, code_type: int) -> str:
+        """The zero point of all."""
+        return self._initializer(f"{self.plan.kind}_zero", helper.make_tensor("", code_type, (), bytes(1), raw=True))
 
     def _initializer(self, name: str, tensor: TensorProto) -> str:
         if name not in self.made:
@@ -249,7 +275,3 @@ def _codes(quantized: QuantizedWeight, code_type: int) -> TensorProto:
     """Codes as a tensor. NumPy has no e4m3, so its bytes are given."""
     codes: Array = np.ascontiguousarray(quantized.codes)
     return helper.make_tensor("", code_type, codes.shape, codes.tobytes(), raw=True)
-
-
-def _zeros(code_type: int, shape: tuple[int, ...]) -> TensorProto:
-    return helper.make_tensor("", code_type, shape, bytes(int(np.prod(shape, dtype=np.int64))), raw=True)

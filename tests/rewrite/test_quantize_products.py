@@ -21,7 +21,7 @@ from hstu_compile.export import exported_from_served
 from hstu_compile.graph_facts import graph_facts
 from hstu_compile.model.fake_quantization import fake_quantized, product_weights
 from hstu_compile.model.families import HstuModel
-from hstu_compile.quantized import QuantizationPlan, quantized_weight
+from hstu_compile.quantized import QuantizationPlan, SiteScales, levels_of, quantized_weight, rounded_to_grid
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes, quantized_sites
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.quantize_products import QuantizeProducts
@@ -99,13 +99,29 @@ def test_pruning_splits_one_product_into_two_of_the_same_integers(case: Case, ki
     whole, pruned = case.rewritten(plan, prune=False), case.rewritten(plan)
     assert case.counts(pruned)["products"] == len(plan.sites) + 1
     last = f"model.layers.{case.model.config.num_layers - 1}.uvqk_weight"
-    for what in (kind, "scales"):
+    for what in (kind, "column_factors"):
         complete = constants(whole.model)[f"{last}/{what}"]
         parts = [constants(pruned.model)[f"{last}{part}/{what}"] for part in ("/vk", "/uq")]
         sizes = [part.dims[-1] for part in parts]
         assert sum(sizes) == complete.dims[-1]
         columns = {bytes(c) for c in np.atleast_2d(raw(complete)).T}
-        assert {bytes(c) for part in parts for c in np.atleast_2d(raw(part)).T} == columns
+        if what == kind:
+            assert {bytes(c) for part in parts for c in np.atleast_2d(raw(part)).T} == columns
+    # A part may have another common scale; what a column's codes are multiplied with is the same.
+    complete, *parts = (
+        column_scales(g.model, f"{last}{part}") for g, part in ((whole, ""), (pruned, "/vk"), (pruned, "/uq"))
+    )
+    assert sorted(complete) == sorted(np.concatenate(parts))
+
+
+def column_scales(model: onnx.ModelProto, weight: str) -> np.ndarray:
+    """[outputs] what the graph multiplies the codes of each column with, in front of the product and behind it."""
+    common, factors = (
+        numpy_helper.to_array(constants(model)[f"{weight}/{what}"]) for what in ("scale", "column_factors")
+    )
+    assert common.dtype == factors.dtype == np.float16
+    assert common.shape == ()
+    return factors.astype(np.float64) * float(common)
 
 
 def raw(tensor: TensorProto) -> np.ndarray:
@@ -126,18 +142,90 @@ def test_graph_holds_the_integers_of_the_reference_and_usable_scales(
         name = f"model.{scales.weight_name}"
         assert held[f"{name}/{kind}"].data_type == CODE_TYPES[kind]
         assert held[f"{name}/{kind}"].raw_data == expected.codes.tobytes()
-        per_column = numpy_helper.to_array(held[f"{name}/scales"])
-        assert per_column.dtype == np.float16
-        np.testing.assert_array_equal(per_column.astype(np.float32), expected.scales)
+        per_column = column_scales(model, name)
+        np.testing.assert_array_equal(per_column, expected.scales)
         assert (per_column > 0).all()
         assert np.isfinite(per_column).all()
         scale = numpy_helper.to_array(held[f"{name}/input_scale"])
         assert scale.dtype == np.float16
         assert float(scale) == scales.input_scale > 0
         assert name not in held, "the weight is stored as codes alone"
-    zeros = [tensor for name, tensor in held.items() if name.endswith(("/zeros", "_zero"))]
-    assert len(zeros) == len(plan.sites) + 1
-    assert not any(any(tensor.raw_data) for tensor in zeros)
+    zero = held[f"{kind}_zero"]
+    assert (list(zero.dims), zero.data_type, zero.raw_data) == ([], CODE_TYPES[kind], b"\0")
+
+
+@KINDS
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_nothing_that_is_stored_per_column_stands_in_front_of_a_product(
+    case: Case, kind: Quantization, alpha: float | None
+) -> None:
+    """TensorRT-RTX would round the sums of codes to float16 before it scales them: infinite from 65520 on."""
+    graph = case.rewritten(case.plan(kind, smooth_alpha=alpha)).model.graph
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    readers = {name: [each for each in graph.node if name in each.input] for name in producers}
+    described = {value.name: value.type.tensor_type for value in graph.value_info}
+    products = [n for n in graph.node if n.op_type == "MatMul" and n.input[1].endswith("/dequantized")]
+    assert products
+    for node in products:
+        operands = [producers[name] for name in node.input]
+        assert [operand.op_type for operand in operands] == ["DequantizeLinear"] * 2
+        assert not any(held[name].dims for operand in operands for name in operand.input[1:])
+        assert not any(operand.attribute for operand in operands), "an axis means scales for each column"
+        [scaling] = readers[node.output[0]]
+        assert scaling.op_type == "Mul"
+        factors = held[scaling.input[1]]
+        assert list(factors.dims) == [held[operands[1].input[0]].dims[1]]
+        product = described[node.output[0]]
+        assert product.elem_type == TensorProto.FLOAT16
+        assert product.shape.dim[-1].dim_value == factors.dims[0]
+        # No activation can bring a sum beyond float16, before or behind the factors.
+        codes = levels(held[operands[1].input[0]])
+        scale, common = (float(numpy_helper.to_array(held[each.input[1]])) for each in operands)
+        worst = np.where(codes > 0, 1.0, -1.0).T * (128 if kind == "int8" else 448)  # of each column its own
+        sums = np.einsum("nk,kn->n", worst, codes) * scale * common
+        with np.errstate(over="ignore"):
+            assert np.isfinite(sums.astype(np.float16)).all()
+            assert np.isfinite((sums * numpy_helper.to_array(factors)).astype(np.float16)).all()
+
+
+def levels(codes: TensorProto) -> np.ndarray:
+    """[inputs, outputs] float64."""
+    kind: Quantization = "int8" if codes.data_type == TensorProto.INT8 else "fp8"
+    stored = np.frombuffer(codes.raw_data, np.int8 if kind == "int8" else np.uint8)
+    return levels_of(stored, kind).reshape(tuple(codes.dims))
+
+
+@KINDS
+def test_one_product_of_large_sums_and_unlike_columns_in_onnxruntime(kind: Quantization) -> None:
+    """Sums of codes far beyond float16, columns whose scales are 2**12 apart, and one of zeros, against float64."""
+    rng = np.random.default_rng(5)
+    inputs, outputs, rows = 512, 24, 16
+    matrix = rng.uniform(0.2, 1, (inputs, outputs)) * np.exp2(-rng.integers(0, 13, outputs).astype(np.float64))
+    matrix[:, 3], matrix[:, :2] = 0, 1
+    matrix = matrix.astype(np.float16)
+    scale = 0.0546875
+    plan = QuantizationPlan(kind, {"layers.0.uvqk": SiteScales("w", scale, quantized_weight(matrix, kind).scales)}, {})
+    value = lambda name, shape: onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape)  # noqa: E731
+    nodes = [onnx.helper.make_node("MatMul", ["x", "model.w"], ["y"], name="product")]
+    ends = [value("x", ["R", inputs])], [value("y", ["R", outputs])]
+    constant = numpy_helper.from_array(matrix, "model.w")
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", *ends, [constant]),
+        opset_imports=[onnx.helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    assert QuantizeProducts(plan).call(model).counts["products"] == 1
+    onnx.checker.check_model(model, full_check=True)
+    x = (scale * rng.integers(64, 128, (rows, inputs))).astype(np.float16)
+    integers = rounded_to_grid(x.astype(np.float64) / scale, kind)
+    quantized = quantized_weight(matrix, kind)
+    assert (integers @ levels_of(quantized.codes, kind)).max() > 40 * 65504
+    expected = scale * integers @ quantized.values()
+    actual = run(model, {"x": x})
+    assert (actual[:, 3] == 0).all()
+    # Two roundings to float16, and float32's sum of 512 terms.
+    np.testing.assert_allclose(actual, expected, rtol=2 * 2.0**-11 + 512 * 2.0**-24, atol=2.0**-24)
 
 
 @KINDS
@@ -220,7 +308,7 @@ def test_tensorrt_8_gets_convolutions_with_quantisation_on_both_operands(case: C
     assert counts["quantized"] == wanted
     producers = {name: node for node in lowered.graph.node for name in node.output}
     held = constants(lowered)
-    found = 0
+    found, lowered_scales = 0, []
     for node in (node for node in lowered.graph.node if node.op_type == "Conv"):
         operands = [producers.get(name) for name in node.input[:2]]
         if operands[1] is None:
@@ -238,15 +326,23 @@ def test_tensorrt_8_gets_convolutions_with_quantisation_on_both_operands(case: C
                 assert held[each.input[1]].data_type == TensorProto.FLOAT
                 assert held[each.input[2]].data_type == TensorProto.INT8
                 assert list(held[each.input[1]].dims) == list(held[each.input[2]].dims)
+        assert not any("/column_factors" in name for name in node.input), "filters have scales of their own"
         weights = producers[operands[1].input[0]]  # type: ignore[union-attr]
         assert [a.i for a in weights.attribute if a.name == "axis"] == [0]
         steps = numpy_helper.to_array(held[weights.input[0]])[:, :, 0, 0].T / numpy_helper.to_array(
             held[weights.input[1]]
         )
         assert np.array_equal(steps, np.rint(steps)), "its quantisation must give the codes back"
+        lowered_scales.append(numpy_helper.to_array(held[weights.input[1]]))
     assert found == wanted
     unread = set(held) - {name for node in lowered.graph.node for name in node.input}
-    assert not {name for name in unread if "/int8" in name or "/zeros" in name}
+    assert not {name for name in unread if "/int8" in name or "/scale" in name or "/column_factors" in name}
+    # Each filter has its column's scale, to the bit.
+    weights_of = {
+        tensor.name.removesuffix("/int8") for tensor in graph.model.graph.initializer if "/int8" in tensor.name
+    }
+    expected = [column_scales(graph.model, name).astype(np.float32) for name in weights_of]
+    assert {scales.tobytes() for scales in lowered_scales} == {scales.tobytes() for scales in expected}
     inputs = {value.name: value.type.tensor_type.elem_type for value in lowered.graph.input}
     exact = [run(graph.model, arrays) for arrays in case.requests]
     narrowed = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,25 @@ def test_products_that_are_kept_on_request_say_so() -> None:
     plan = plan_quantization(table(), WEIGHTS, "fp8", keep=["layers.0.uvqk"])
     assert list(plan.sites) == ["item_mlp.hidden"]
     assert plan.kept["layers.0.uvqk"] == "--keep-fp16"
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("is_beyond", [False, True])
+def test_a_product_whose_sums_could_leave_float16_stays_with_the_reason(kind: Any, is_beyond: bool) -> None:
+    name, size = "item_mlp.hidden", 256
+    largest = 65504 / size * (1.05 if is_beyond else 0.95)  # times `size` weights of one
+    rows = np.full((8, size), largest, np.float32)
+    sites = {**table("amax").sites, name: SiteStatistics.of(name, rows, 2)}
+    ones = ProductWeight("w", np.ones((size, 2), np.float32))
+    made = CalibrationTable("0" * 64, "native", "amax", (), sites)
+    plan = plan_quantization(made, {**WEIGHTS, name: ones}, kind)
+    assert (name in plan.sites) is not is_beyond
+    assert "layers.0.uvqk" in plan.sites
+    if is_beyond:
+        found = re.fullmatch(r"its sums can reach ([0-9,]+), and float16 ends at 65,504", plan.kept[name])
+        assert found is not None, plan.kept[name]
+        # int8 reaches 128 where calibration saw 127; scales are rounded up to the next float16 number.
+        assert 1.05 <= int(found[1].replace(",", "")) / 65504 <= 1.05 * 128 / 127 * 1.002
 
 
 def test_smoothing_moves_the_range_of_a_large_column_into_the_weight() -> None:

@@ -99,11 +99,51 @@ def test_a_column_alone_gets_the_same_codes(kind: Quantization, matrix: np.ndarr
 
 
 @KINDS
+@given(MATRICES, st.integers(-24, 9), st.booleans())
+def test_a_scale_of_the_whole_and_factors_of_columns_are_exact(
+    kind: Quantization, matrix: np.ndarray, exponent: int, smooth: bool
+) -> None:
+    """Of matrices of any size, with columns of any ratio, and of zeros."""
+    smoothing = np.exp2(np.arange(len(matrix)) % 17 - 8).astype(np.float32) if smooth else None
+    with np.errstate(under="ignore"):
+        quantized = quantized_weight(matrix * np.float32(2.0**exponent), kind, smoothing)
+    common, factors = quantized.common_scale(), quantized.column_factors()
+    assert np.frexp(common)[0] == 0.5
+    assert 2.0**-14 <= common <= 1
+    assert np.isfinite(factors).all()
+    assert (factors > 0).all()
+    levels = levels_of(quantized.codes, kind)
+    np.testing.assert_array_equal(levels * common, (levels * common).astype(np.float16))
+    np.testing.assert_array_equal(levels * common * factors.astype(np.float64), quantized.values())
+
+
+@KINDS
+@given(MATRICES, st.integers(-14, 9), st.floats(2.0**-14, 100, width=16))
+def test_no_activation_goes_beyond_the_largest_sum(
+    kind: Quantization, matrix: np.ndarray, exponent: int, input_scale: float
+) -> None:
+    quantized = quantized_weight(matrix * np.float32(2.0**exponent), kind)
+    levels, reached = levels_of(quantized.codes, kind), quantized.largest_sum(input_scale)
+    largest = rounded_to_grid(np.array(-np.inf), kind)
+    worst = np.where(levels > 0, largest, -largest).T @ levels * input_scale * quantized.common_scale()
+    behind = worst * quantized.column_factors().astype(np.float64)
+    found = max(np.abs(np.diagonal(worst)).max(), np.abs(np.diagonal(behind)).max())
+    # Saturated with the signs of a column an activation does reach it; int8 saturates at 127 on the other side.
+    assert found <= reached * (1 + 1e-12)
+    assert found >= reached * 127 / 128 * (1 - 1e-12)
+
+
+@KINDS
 def test_zero_columns_have_a_scale_and_stay_zero(kind: Quantization) -> None:
     quantized = quantized_weight(np.array([[0.0, 1.0], [0.0, -2.0]]), kind)
     assert quantized.scales[0] == 1
     np.testing.assert_array_equal(quantized.values()[:, 0], [0, 0])
     assert quantized.values()[1, 1] == pytest.approx(-2, rel=1e-3)
+    # The scale of zeros, one, is not the scale of the whole.
+    assert quantized.common_scale() == 2.0 ** np.floor(np.log2(quantized.scales[1]))
+    assert quantized.column_factors()[0] == 1
+    nothing = quantized_weight(np.zeros((3, 2)), kind)
+    assert (nothing.common_scale(), nothing.largest_sum(1.0)) == (1, 0)
 
 
 @KINDS
