@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hstu_compile.pipeline import BuildResult, compile_checkpoint
     from hstu_compile.ranking_bundle import open_ranking_session
     from hstu_compile.retrieval_bundle import open_retrieval_session
+    from hstu_compile.runtime.ladder import Buckets, Ladder
     from hstu_compile.runtime.ranking import RankingSession
     from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, RankingResult
     from hstu_compile.runtime.retrieval import RetrievalSession
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "BuildConfig": "config",
     "BuildResult": "pipeline",
+    "Buckets": "runtime.ladder",
     "Bundle": "bundle",
     "HstuCompileError": "errors",
+    "Ladder": "runtime.ladder",
     "RankingPolicy": "runtime.ranking_request",
     "RankingRequest": "runtime.ranking_request",
     "RankingResult": "runtime.ranking_request",
@@ -41,10 +44,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Buckets",
     "BuildConfig",
     "BuildResult",
     "Bundle",
     "HstuCompileError",
+    "Ladder",
     "RankingPolicy",
     "RankingRequest",
     "RankingResult",

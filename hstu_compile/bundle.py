@@ -28,6 +28,8 @@ from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.files import writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
+from hstu_compile.runtime.bucketed_session import BucketedSession
+from hstu_compile.runtime.ladder import Buckets
 from hstu_compile.runtime.open_fused import FUSED_BACKEND, open_fused_session
 from hstu_compile.runtime.packed_request import check_packed_request
 from hstu_compile.runtime.ranking_spec import RankingSpec
@@ -277,6 +279,15 @@ class BundleFiles:
         entry = self.manifest.get("kernels")
         return None if entry is None else self.path / entry["file"]
 
+    def graph_ends(self, graph: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Inputs and outputs of a graph in order, dynamic axes by name."""
+        entry = next(each for each in self.manifest["graphs"] if each["name"] == graph)
+        inputs, outputs = (
+            tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in entry[side])
+            for side in ("inputs", "outputs")
+        )
+        return inputs, outputs
+
     def fused_graph(self, graph: str) -> FusedFiles | None:
         """The files of a graph that was cut at its attentions; None for any other graph."""
         entries = {entry["name"]: entry.get("fused") for entry in self.manifest["graphs"]}
@@ -355,6 +366,7 @@ def open_graph(
     use_gpu: bool = False,
     cuda_graphs: int = 0,
     graph_budget_bytes: int | None = None,
+    buckets: Buckets | None = None,
 ) -> Session:
     """Open one graph of a bundle.
 
@@ -367,11 +379,42 @@ def open_graph(
         cuda_graphs: see `open_session`; also for graphs that were cut at their attentions.
         graph_budget_bytes: device memory that the CUDA graphs of a graph that was cut may take together; None sets no
             limit.
+        buckets: sizes that requests are padded to, so that few sets of shapes come again and again: see
+            `BucketedSession`. None runs every request at its own shapes.
 
     Raises:
         EngineError: HSTU-E401 or E404 if the runtime cannot be used.
-        UsageError: HSTU-E901 for a plugin or CUDA graphs where there are none, or without an engine for the runtime.
+        UsageError: HSTU-E901 for a plugin or CUDA graphs where there are none, or without an engine for the runtime, or
+            for buckets that are none.
     """
+    if buckets is None:
+        return _open_exact(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes)
+    if not isinstance(buckets, Buckets):
+        raise UsageError(
+            "HSTU-E901",
+            "there are no such buckets",
+            f"buckets is {buckets!r}",
+            "pass hstu_compile.Buckets(), or None for exact shapes",
+        )
+    with contextlib.ExitStack() as opened:
+        session = opened.enter_context(
+            _open_exact(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes)
+        )
+        bucketed = BucketedSession(session, *files.graph_ends(graph), buckets)
+        opened.pop_all()
+        return bucketed
+
+
+def _open_exact(
+    files: BundleFiles,
+    graph: str,
+    runtime: str,
+    plugin_library: Path | None,
+    use_gpu: bool,
+    cuda_graphs: int,
+    graph_budget_bytes: int | None,
+) -> Session:
+    """One graph of a bundle, at the shapes that it is asked."""
     if plugin_library is not None and runtime != "tensorrt":
         raise UsageError(
             "HSTU-E901",
@@ -415,14 +458,14 @@ def open_graph(
 class Bundle:
     """A bundle that can be run. Close it, or use it as a context manager, to free the runtime's memory."""
 
-    def __init__(self, files: BundleFiles, runtime: str, cuda_graphs: int = 0) -> None:
-        self.files, self.runtime, self._cuda_graphs = files, runtime, cuda_graphs
+    def __init__(self, files: BundleFiles, runtime: str, cuda_graphs: int = 0, buckets: Buckets | None = None) -> None:
+        self.files, self.runtime, self._cuda_graphs, self._buckets = files, runtime, cuda_graphs, buckets
 
     @functools.cached_property
     def session(self) -> Session:
         """The runtime session, opened on first use."""
         main = "retrieval" if self.files.ranking is None else "packed"
-        return open_graph(self.files, main, self.runtime, cuda_graphs=self._cuda_graphs)
+        return open_graph(self.files, main, self.runtime, cuda_graphs=self._cuda_graphs, buckets=self._buckets)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Answer one request batch.
@@ -455,15 +498,18 @@ class Bundle:
         self.close()
 
 
-def load_bundle(path: str | Path, runtime: str = "onnxruntime", *, cuda_graphs: int = 0) -> Bundle:
+def load_bundle(
+    path: str | Path, runtime: str = "onnxruntime", *, cuda_graphs: int = 0, buckets: Buckets | None = None
+) -> Bundle:
     """Open a bundle for running.
 
     Args:
         path: folder that `hstu-compile build` wrote.
         runtime: onnxruntime, tensorrt or tensorrt-rtx.
         cuda_graphs: see `open_graph`.
+        buckets: likewise.
 
     Raises:
         BundleError: HSTU-E803, if it is not a bundle or a file was altered.
     """
-    return Bundle(read_bundle(Path(path)), runtime, cuda_graphs)
+    return Bundle(read_bundle(Path(path)), runtime, cuda_graphs, buckets)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hstu_compile.bundle import model_files, open_graph, read_bundle
 from hstu_compile.errors import BundleError
+from hstu_compile.runtime.ladder import Buckets
 from hstu_compile.runtime.open_fused import FUSED_BACKEND
 from hstu_compile.runtime.ranking import OverBudget, RankingSession
 from hstu_compile.runtime.ranking_request import RankingPolicy
@@ -30,6 +31,7 @@ def open_ranking_session(
     use_gpu: bool = False,
     cuda_graphs: int | None = None,
     graph_budget_bytes: int | None = None,
+    buckets: Buckets | None = None,
 ) -> RankingSession:
     """Open a ranking bundle for scoring.
 
@@ -45,6 +47,7 @@ def open_ranking_session(
         cuda_graphs: most CUDA graphs that each graph of the bundle keeps (tensorrt, and tensorrt-rtx for bundles built
             with --attention fused); 0 records none. None means `CUDA_GRAPHS` with these, and none elsewhere.
         graph_budget_bytes: see `open_graph`.
+        buckets: likewise; of each graph of the bundle.
 
     Returns:
         A session that owns the graphs; close it.
@@ -70,7 +73,7 @@ def open_ranking_session(
     with contextlib.ExitStack() as opened:
         graphs = {
             graph: opened.enter_context(
-                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes)
+                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes, buckets)
             )
             for graph in _GRAPHS
             if graph == "packed" or model_files(graph)[0] in files.manifest["files"]

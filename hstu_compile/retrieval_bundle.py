@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hstu_compile.bundle import open_graph, read_bundle
 from hstu_compile.errors import BundleError
+from hstu_compile.runtime.ladder import Buckets
 from hstu_compile.runtime.retrieval import OverBudget, RetrievalSession
 from hstu_compile.runtime.retrieval_request import Truncation
 
@@ -25,6 +26,7 @@ def open_retrieval_session(
     use_gpu: bool = False,
     cuda_graphs: int = 0,
     graph_budget_bytes: int | None = None,
+    buckets: Buckets | None = None,
 ) -> RetrievalSession:
     """Open a retrieval bundle for histories that grow.
 
@@ -38,9 +40,10 @@ def open_retrieval_session(
         plugin_library: plugin that the engines need (tensorrt only); None takes the bundle's own.
         use_gpu: ONNX Runtime's CUDA provider.
         cuda_graphs: most CUDA graphs that each graph of the bundle keeps (tensorrt, and tensorrt-rtx for bundles built
-            with --attention fused). They pay where many users have histories of one length, such as the longest; a
-            history that grows has a new shape every time.
+            with --attention fused). They pay where many users have histories of one length, such as the longest, or in
+            `buckets`; a history that grows has a new shape every time.
         graph_budget_bytes: see `open_graph`.
+        buckets: likewise; of each graph of the bundle.
 
     Returns:
         A session that owns the graphs; close it.
@@ -61,7 +64,7 @@ def open_retrieval_session(
     with contextlib.ExitStack() as opened:
         graphs = [
             opened.enter_context(
-                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes)
+                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes, buckets)
             )
             for graph in _GRAPHS
         ]

@@ -30,6 +30,7 @@ from hstu_compile.runtime._ranking_feeds import (
     validity_of,
 )
 from hstu_compile.runtime._resident_io import Copies
+from hstu_compile.runtime.bucketed_session import BucketStats, bucket_stats, has_buckets, resident_rows
 from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvStats, KvWant
 from hstu_compile.runtime.kv_layout import KvLayout
@@ -66,6 +67,7 @@ class RankingStats:
             False: those of several users are copied to the staging memory first, with CUDA graphs also those of one.
         cache: the KV cache's counters.
         graphs: CUDA graphs of the three sessions together.
+        buckets: of each graph that has buckets, by its name.
     """
 
     requests: int
@@ -77,6 +79,7 @@ class RankingStats:
     scores_in_place: bool
     cache: KvStats
     graphs: GraphStats
+    buckets: Mapping[str, BucketStats]
 
 
 class _Group:
@@ -319,6 +322,7 @@ class RankingSession:
             scores_in_place=self._all_rows is not None,
             cache=kv,
             graphs=self._graph_stats(),
+            buckets=bucket_stats({"packed": self._packed, "prefill": self._prefill, "score": self._score}),
         )
 
     def _graph_stats(self) -> GraphStats:
@@ -364,7 +368,7 @@ class RankingSession:
                 self._run_prefill(requests, entries[0].tensors)
             else:
                 with self._staging_lock:
-                    staged = self._staged(sum(entry.rows for entry in entries))
+                    staged = self._staged(self._prefill, entries, prefill_feeds(requests, self.spec))
                     self._run_prefill(requests, staged, after=list(_side_by_side(staged, entries)))
             for _, entry in batch:
                 lease.publish(entry)
@@ -394,11 +398,12 @@ class RankingSession:
 
         A CUDA graph knows the addresses that it was recorded with, and every user lies elsewhere: with graphs a user's
         rows go through the staging memory, where equal shapes are at equal places. The copy of 42 MB (4096 rows of 5
-        layers in fp16) takes an H100 0.11 ms; the launches that it saves, 0.5 ms.
+        layers in fp16) takes an H100 0.11 ms; the launches that it saves, 0.5 ms. In buckets they go there too, where
+        there is room for padding.
         """
         if len(entries) > 1:
             return False
-        replays = session is not None and session.graph_stats is not None
+        replays = session is not None and (session.graph_stats is not None or has_buckets(session))
         return not replays or not 0 < entries[0].rows <= self._limits.staged_rows
 
     def _score_leased(self, groups: Sequence[_Group], lease: KvLease, answers: _Answers) -> None:
@@ -464,7 +469,7 @@ class RankingSession:
         if self._used_in_place(entries, self._score):
             return entries[0].tensors, ()
         held.enter_context(self._staging_lock)
-        staged = self._staged(sum(entry.rows for entry in entries))
+        staged = self._staged(self._score, entries)
         return staged, [(block, rows) for rows, block in _side_by_side(staged, entries)]
 
     def _run_score(
@@ -475,8 +480,12 @@ class RankingSession:
         self._count(score_passes=1, candidates=int(feeds["candidate_offsets"][-1]))
         return outputs
 
-    def _staged(self, rows: int) -> dict[str, ResidentTensor]:
-        """Blocks of that many rows in the staging memory, whose lock the caller holds."""
+    def _staged(
+        self, session: Session | None, entries: Sequence[KvEntry], feeds: Arrays | None = None
+    ) -> dict[str, ResidentTensor]:
+        """Blocks of the entries' rows, or of their bucket's, in the staging memory, whose lock the caller holds."""
+        rows, most = sum(entry.rows for entry in entries), self._limits.staged_rows
+        rows = resident_rows(session, self.spec.cached_names()[0], rows, most, feeds)
         return self._layout.tensors(self._staging, self._staging_region, rows)
 
     def _run_packed(self, indices: Sequence[int], answers: _Answers) -> None:

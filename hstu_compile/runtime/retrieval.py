@@ -25,6 +25,7 @@ from hstu_compile.runtime._retrieval_feeds import (
     input_names,
     validity_of,
 )
+from hstu_compile.runtime.bucketed_session import BucketStats, bucket_stats, has_buckets, resident_rows
 from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvStats, KvWant
 from hstu_compile.runtime.kv_layout import KvLayout
@@ -63,6 +64,7 @@ class RetrievalStats:
             with CUDA graphs.
         cache: the KV cache's counters.
         graphs: CUDA graphs of the three sessions together.
+        buckets: of each graph that has buckets, by its name.
     """
 
     requests: int
@@ -75,6 +77,7 @@ class RetrievalStats:
     staging_bytes: int
     cache: KvStats
     graphs: GraphStats
+    buckets: Mapping[str, BucketStats]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -265,6 +268,7 @@ class RetrievalSession:
             staging_bytes=self._staging.capacity_bytes,
             cache=kv,
             graphs=self._graph_stats(),
+            buckets=bucket_stats({"retrieval": self._retrieval, "prefill": self._prefill, "append": self._append}),
         )
 
     def _graph_stats(self) -> GraphStats:
@@ -325,14 +329,18 @@ class RetrievalSession:
     def _run_append(self, batch: Sequence[_Leased]) -> _Outputs:
         """Encode the new rows, and put those of extended entries behind a copy of the known ones."""
         feeds = append_feeds([each.history for each in batch], [each.kept for each in batch], self.spec)
+        first = self.spec.cached_names()[0]
         with self._staging_lock:
             known = [{name: rows.rows(0, each.kept) for name, rows in each.known.tensors.items()} for each in batch]
             cached: Mapping[str, ResidentTensor] = known[0]
             before: Copies = ()
             if not self._in_place([each.kept for each in batch], self._append):
-                cached = self._staged(self._rows_region, sum(each.kept for each in batch))
+                rows = resident_rows(self._append, first, sum(each.kept for each in batch), self._staged_rows)
+                cached = self._staged(self._rows_region, rows)
                 before = [(one, place) for place, one in _side_by_side(cached, known)]
-            new = self._staged(self._new_region, sum(each.new_rows for each in batch))
+            rows = sum(each.new_rows for each in batch)
+            rows = resident_rows(self._append, f"new_{first}", rows, self._new_rows, feeds)
+            new = self._staged(self._new_region, rows)
             outputs = self._append.run_resident(
                 {**feeds, **cached},
                 {f"new_{name}": rows for name, rows in new.items()},
@@ -350,7 +358,8 @@ class RetrievalSession:
             outputs = self._prefill.run_resident(feeds, entries[0])
         else:
             with self._staging_lock:
-                staged = self._staged(self._rows_region, sum(rows))
+                padded = resident_rows(self._prefill, self.spec.cached_names()[0], sum(rows), self._staged_rows, feeds)
+                staged = self._staged(self._rows_region, padded)
                 outputs = self._prefill.run_resident(feeds, staged, after=list(_side_by_side(staged, entries)))
         self._count("prefill_passes")
         return outputs
@@ -359,9 +368,11 @@ class RetrievalSession:
         """Whether a pass of users with so many rows uses the cache where it lies.
 
         A CUDA graph knows the addresses that it was recorded with, and every user lies elsewhere: with graphs a user's
-        rows go through the staging memory, where equal shapes are at equal places.
+        rows go through the staging memory, where equal shapes are at equal places. In buckets they go there too, where
+        there is room for padding.
         """
-        return len(rows) == 1 and (session.graph_stats is None or not 0 < rows[0] <= self._staged_rows)
+        staged = session.graph_stats is not None or has_buckets(session)
+        return len(rows) == 1 and not (staged and 0 < rows[0] <= self._staged_rows)
 
     def _staged(self, region: Region, rows: int) -> dict[str, ResidentTensor]:
         """Blocks of that many rows in the staging memory, whose lock the caller holds."""

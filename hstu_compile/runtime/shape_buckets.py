@@ -9,11 +9,8 @@ those of the request. The divisor of attention is an attribute, or counts offset
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,66 +19,10 @@ from numpy.typing import NDArray
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.axis_sizes import AxisSize, axis_size, axis_values
 from hstu_compile.errors import UsageError
+from hstu_compile.runtime.ladder import Ladder
 
 # Whose padding repeats the last value: an empty sequence of the last one's time, divisor and context is a legal one.
 _SEQUENCES = "B"
-
-
-@dataclasses.dataclass(frozen=True)
-class Ladder:
-    """Sizes that an axis is rounded up to.
-
-    Attributes:
-        rungs: ascending, each at least 1.
-
-    Raises:
-        UsageError: HSTU-E901 for rungs that do not ascend from 1 or more, or none.
-    """
-
-    rungs: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        steps = itertools.pairwise((0, *self.rungs))
-        if not self.rungs or any(low >= high for low, high in steps):
-            raise UsageError(
-                "HSTU-E901",
-                f"the sizes {', '.join(map(str, self.rungs)) or '(none)'} are no ladder",
-                "each must be at least 1 and larger than the one before",
-                "list them in ascending order",
-                {"rungs": list(self.rungs)},
-            )
-
-    def up(self, size: int) -> int:
-        """The least rung that holds `size`; the size itself beyond the last rung.
-
-        >>> Ladder((4, 8)).up(5), Ladder((4, 8)).up(8), Ladder((4, 8)).up(9), Ladder((4, 8)).up(0)
-        (8, 8, 9, 4)
-        """
-        place = bisect.bisect_left(self.rungs, size)
-        return self.rungs[place] if place < len(self.rungs) else size
-
-    @classmethod
-    def geometric(cls, least: int, most: int, per_doubling: int = 2) -> Ladder:
-        """Rungs from `least` to `most`, `per_doubling` of them between a size and its double.
-
-        A size from `least` on is padded by less than a factor of 2 ** (1 / per_doubling), rounded up to a whole number.
-
-        Raises:
-            UsageError: HSTU-E901 unless 1 <= least <= most and 1 <= per_doubling.
-
-        >>> Ladder.geometric(8, 40).rungs
-        (8, 12, 16, 23, 32, 40)
-        """
-        if not (1 <= least <= most and per_doubling >= 1):
-            raise UsageError(
-                "HSTU-E901",
-                f"no ladder leads from {least} to {most} with {per_doubling} rungs a doubling",
-                "allowed: 1 <= least <= most, and at least 1 rung",
-                "swap the two, or leave the ladder out",
-            )
-        count = math.ceil(per_doubling * math.log2(most / least)) + 1
-        found = {min(most, math.ceil(least * 2 ** (i / per_doubling))) for i in range(count)}
-        return cls(tuple(sorted(found | {most})))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +47,22 @@ class ShapeBuckets:
         inputs: of the graph; the first axis of each is dynamic and a multiple of one name.
         outputs: of the graph; the first axis of each is fixed or an expression of the same names.
         ladders: by the name of an axis: L, T, A, Lc, B. An axis without one keeps its size.
+        most: by the same names, what an axis is never padded beyond.
 
     Raises:
         UsageError: HSTU-E901 for a ladder of an axis that the graph does not have.
     """
 
     def __init__(
-        self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], ladders: Mapping[str, Ladder]
+        self,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        ladders: Mapping[str, Ladder],
+        most: Mapping[str, int] | None = None,
     ) -> None:
-        self._inputs, self._outputs, self._ladders = tuple(inputs), tuple(outputs), dict(ladders)
-        axes = {name for spec in inputs for name, _ in _first_axis(spec).terms}
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        self._ladders, self._most = dict(ladders), dict(most or {})
+        axes = axis_names(inputs)
         if unknown := sorted(set(ladders) - axes):
             raise UsageError(
                 "HSTU-E901",
@@ -124,36 +71,84 @@ class ShapeBuckets:
                 "give ladders for these alone",
             )
 
-    def padded(self, arrays: Mapping[str, NDArray[Any]]) -> Padded:
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Size of every axis that these inputs have.
+
+        Raises:
+            ValueError: if two of them give one axis two sizes.
+        """
+        return axis_values(shapes, {spec.name: spec.shape for spec in self._inputs if spec.name in shapes})
+
+    def rounded(self, axis: str, size: int) -> int:
+        """The size of the axis in its bucket: the least rung that holds it, or the most that the axis may have."""
+        ladder = self._ladders.get(axis)
+        up = size if ladder is None else ladder.up(size)
+        return max(size, min(up, self._most.get(axis, up)))
+
+    def is_within(self, axis: str, size: int) -> bool:
+        """Whether the axis' ladder reaches so far: else the size would be a bucket of its own."""
+        ladder = self._ladders.get(axis)
+        return ladder is None or size <= ladder.rungs[-1]
+
+    def rows(self, tensor: str) -> AxisSize | None:
+        """The first axis of an input or output; None where it is fixed, or no expression of the inputs' axes."""
+        spec = next(each for each in (*self._inputs, *self._outputs) if each.name == tensor)
+        return axis_size(spec.shape[0]) if spec.shape and isinstance(spec.shape[0], str) else None
+
+    def padded(self, arrays: Mapping[str, NDArray[Any]], bucket: Mapping[str, int] | None = None) -> Padded:
         """A request at its bucket's shapes.
 
         Args:
-            arrays: one per input of the graph, of its dtype.
+            arrays: one per input of the graph, of its dtype, but for inputs that the caller pads.
+            bucket: size of every axis, none smaller than the request's; None rounds each by its ladder.
 
         Raises:
             ValueError: if two arrays give one axis two sizes.
         """
-        declared = {spec.name: spec.shape for spec in self._inputs}
-        sizes = axis_values({name: arrays[name].shape for name in declared}, declared)
-        bucket = {name: self._ladders[name].up(n) if name in self._ladders else n for name, n in sizes.items()}
+        sizes = self.sizes({name: array.shape for name, array in arrays.items()})
+        found = {name: self.rounded(name, n) for name, n in sizes.items()} if bucket is None else dict(bucket)
         padded = {}
         for spec in self._inputs:
+            if spec.name not in arrays:
+                continue
             axis, array = _first_axis(spec), arrays[spec.name]
-            more = axis.at(bucket) - len(array)
+            more = axis.at(found) - len(array)
             repeats = axis.terms[0][0] == _SEQUENCES and len(array) > 0
             filler = array[-1:] if repeats else np.zeros((1, *array.shape[1:]), array.dtype)
             padded[spec.name] = np.concatenate([array, np.repeat(filler, more, axis=0)]) if more else array
-        return Padded(padded, sizes, bucket)
+        return Padded(padded, sizes, found)
 
     def trimmed(self, outputs: Mapping[str, NDArray[Any]], padded: Padded) -> dict[str, NDArray[Any]]:
         """The answers to the request itself."""
         found = {}
         for spec in self._outputs:
-            axis = spec.shape[0]
-            expression = axis_size(axis) if isinstance(axis, str) else None
+            if spec.name not in outputs:
+                continue  # it is resident
+            expression = self.rows(spec.name)
             rows = expression.at(padded.sizes) if expression is not None else len(outputs[spec.name])
             found[spec.name] = outputs[spec.name][:rows]
         return found
+
+
+def axis_names(inputs: Sequence[TensorSpec]) -> set[str]:
+    """The names that the first axes of inputs are multiples of."""
+    return {name for spec in inputs for name, _ in _first_axis(spec).terms}
+
+
+def axis_limits(inputs: Sequence[TensorSpec], most_rows: Callable[[str], int | None]) -> dict[str, int]:
+    """Greatest size of each axis.
+
+    Args:
+        inputs: of the graph.
+        most_rows: of an input, the most entries that its first axis may have; None where nothing says.
+    """
+    limits: dict[str, int] = {}
+    for spec in inputs:
+        axis, rows = _first_axis(spec), most_rows(spec.name)
+        if rows is not None:
+            (name, factor), most = axis.terms[0], rows - axis.constant
+            limits[name] = min(limits.get(name, most // factor), most // factor)
+    return limits
 
 
 def _first_axis(spec: TensorSpec) -> AxisSize:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.compare import row_error
 from hstu_compile.errors import UsageError
+from hstu_compile.runtime.ladder import Ladder
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
-from hstu_compile.runtime.shape_buckets import Ladder, Padded, ShapeBuckets
+from hstu_compile.runtime.shape_buckets import Padded, ShapeBuckets
 from tests.oracle import Array
 from tests.segmented_cases import Case, ranking_case, retrieval_case
 
