@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from hstu_compile import build_plan, build_quantization
 from hstu_compile.bundle import load_bundle
 from hstu_compile.calibration.batches import retrieval_batches
+from hstu_compile.calibration.site_statistics import SiteStatistics
+from hstu_compile.calibration.table import CalibrationTable
 from hstu_compile.environment import BackendChoice
 from hstu_compile.recheck import stored_reference
 from hstu_compile.session_check import check_session
@@ -197,6 +200,18 @@ def test_dry_run_lists_every_product_with_its_scales_or_its_reason(sources: dict
         assert f"  int8  {name}  input scale" in text
     for name, reason in facts["kept"].items():
         assert f"  fp16  {name}  {reason}" in text
+
+
+def test_dry_run_says_which_product_could_leave_float16(sources: dict[str, tuple[object, ...]], tmp_path: Path) -> None:
+    checkpoint, name = sources["retrieval"][0], "layers.0.uvqk"
+    table = CalibrationTable.load(sources["retrieval"][2])  # type: ignore[arg-type]
+    seen = table.sites[name]
+    large = SiteStatistics.of(name, np.full((8, seen.inputs), 1e5, np.float32), seen.outputs)
+    dataclasses.replace(table, sites={**table.sites, name: large}).save(tmp_path / "large.json")
+    text = hstu_compile("build", checkpoint, "--int8", "--calib", tmp_path / "large.json", "--dry-run").stdout
+    assert f"  fp16  {name}  its sums can reach " in text
+    assert "float16 ends at 65,504" in text
+    assert "  int8  layers.0.output  input scale" in text
 
 
 def test_an_engine_for_gpus_without_float8_is_refused(built: tuple[Path, CommandResult], tmp_path: Path) -> None:
