@@ -68,6 +68,22 @@ def test_a_sum_of_half_values_is_one_node_and_keeps_every_bit(nodes: list[onnx.N
     np.testing.assert_array_equal(after[numbers].view(np.uint16), before[numbers].view(np.uint16))
 
 
+def test_sums_of_bfloat16_values_are_narrowed_to_bfloat16() -> None:
+    half = TensorProto.BFLOAT16
+    nodes = [*SUM[:3], node("Cast", "s", "out", to=half)]
+    model = small_graph(nodes, {"out": half})
+    for value in model.graph.input:
+        if value.name in ("a", "b"):
+            value.type.tensor_type.elem_type = half
+    assert NarrowAdds().call(model).counts == {"adds": 1}
+    onnx.checker.check_model(model, full_check=True)
+    assert [(each.op_type, list(each.input)) for each in model.graph.node] == [("Add", ["a", "b"])]
+    # A constant that bfloat16 lacks (65504 has 11 bits) stays.
+    mixed = small_graph([SUM[0], node("Add", "aw exact", "s"), nodes[3]], {"out": half})
+    mixed.graph.input[0].type.tensor_type.elem_type = half
+    assert not NarrowAdds().call(mixed).modified
+
+
 def test_a_second_run_reports_nothing() -> None:
     model = small_graph(SUM, {"out": HALF})
     NarrowAdds().call(model)
