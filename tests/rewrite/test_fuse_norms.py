@@ -48,6 +48,29 @@ COUNTS = {
     ("research", "retrieval"): (2, 2, 0),
     ("concat_ua, affine", "retrieval"): (2, 2, 0),
 }
+#: Each is traced, for seconds. These have between them every form, graph and precision; the rest repeats them.
+QUICK = (
+    ("layer", "packed", "fp32"),
+    ("layer", "packed", "fp16"),
+    ("group", "packed", "fp16"),
+    ("group", "prefill", "bf16"),
+    ("layer", "prefill", "fp32"),
+    ("group", "score", "fp16"),
+    ("research", "retrieval", "fp16"),
+    ("concat_ua, affine", "retrieval", "fp32"),
+    ("concat_ua, affine", "retrieval", "bf16"),
+)
+
+
+def real_graphs(*precisions: Precision) -> list[Any]:
+    """Every model, graph and precision; those that are not quick as slow tests."""
+    return [
+        pytest.param(*each, precision, marks=[] if (*each, precision) in QUICK else pytest.mark.slow)
+        for each in COUNTS
+        for precision in precisions
+        # NumPy has no bfloat16 for the cached keys of a scoring pass.
+        if (each[1], precision) != ("score", "bf16")
+    ]
 
 
 @functools.cache
@@ -82,8 +105,7 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize(("model", "graph"), list(COUNTS))
+@pytest.mark.parametrize(("model", "graph", "precision"), real_graphs("fp32", "fp16"))
 def test_every_norm_of_a_real_graph_is_fused_and_no_bit_of_any_result_or_tap_changes(
     model: str, graph: str, precision: Precision
 ) -> None:
@@ -100,11 +122,7 @@ def test_every_norm_of_a_real_graph_is_fused_and_no_bit_of_any_result_or_tap_cha
         np.testing.assert_array_equal(actual[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("model", "graph", "precision"),
-    # NumPy has no bfloat16 for the cached keys of a scoring pass.
-    [(*each, p) for each in COUNTS for p in ("fp32", "fp16", "bf16") if (each[1], p) != ("score", "bf16")],
-)
+@pytest.mark.parametrize(("model", "graph", "precision"), real_graphs("fp32", "fp16", "bf16"))
 def test_inlined_and_merged_the_graph_is_the_one_that_was(model: str, graph: str, precision: Precision) -> None:
     """What a runtime without the plugin builds: operator for operator what it built before the pass."""
     found, before, _ = served(model, graph, precision)
