@@ -210,7 +210,7 @@ class _Rewriting:
         ]
         self._describe(codes, code_type, dims)
         self._describe(activation, half, dims)
-        weight, factors, more = self._weight(weight_name, scales)
+        weight, columns, more = self._weight(weight_name, scales)
         product, operands = f"{prefix}/product", [activation, weight]
         self._describe(product, half, [*dims[:-1], self.values.initializers[weight_name].dims[1]])
         self.counts["products"] += 1
@@ -218,7 +218,7 @@ class _Rewriting:
             *nodes,
             *more,
             helper.make_node("MatMul", operands, [product], name=node.name),
-            helper.make_node("Mul", [product, factors], node.output, name=f"{prefix}/columns"),
+            helper.make_node("Mul", [product, columns], node.output, name=f"{prefix}/columns"),
         ]
 
     def _weight(self, name: str, scales: SiteScales) -> tuple[str, str, list[onnx.NodeProto]]:
