@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hstu_compile.rewrite._pass import Pass, PassResult
 
 _STANDARD = ("", "ai.onnx")
-_HALVES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+_HALVES: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
 
 class NarrowAdds(Pass):
