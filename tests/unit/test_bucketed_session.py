@@ -20,6 +20,7 @@ from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.ladder import Buckets, Ladder
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.ranking import RankingSession
+from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.resident import HostPool
 from hstu_compile.runtime.retrieval import RetrievalSession
 from hstu_compile.runtime.session import Session
@@ -83,11 +84,18 @@ def retrieval() -> Iterator[tuple[RetrievalSession, RetrievalSession]]:
         yield bucketed, exact
 
 
-SPEC_SIZES = st.tuples(st.integers(0, 3), st.integers(0, 34), st.integers(0, 9), st.integers(0, 99))
+# Of a request: user, events, candidates, seed.
+SIZES = st.tuples(st.integers(0, 3), st.integers(0, 34), st.integers(0, 9), st.integers(0, 99))
+
+
+def batch_scores(session: RankingSession, batch: list[RankingRequest]) -> list[RankingResult]:
+    """With a cache that holds nothing."""
+    session.clear()
+    return session.score(batch)
 
 
 @few
-@given(calls=st.lists(st.lists(SPEC_SIZES, min_size=1, max_size=5), min_size=1, max_size=3))
+@given(calls=st.lists(st.lists(SIZES, min_size=1, max_size=5), min_size=1, max_size=3))
 def test_scores_in_buckets_are_those_at_exact_shapes(
     ranking: tuple[RankingSession, RankingSession], calls: list[list[tuple[int, int, int, int]]]
 ) -> None:
@@ -102,7 +110,7 @@ def test_scores_in_buckets_are_those_at_exact_shapes(
         assert_same_scores(bucketed.score_packed(batch), exact.score_packed(batch))
 
 
-def test_every_pass_of_those_was_padded(ranking: tuple[RankingSession, RankingSession]) -> None:
+def test_every_pass_is_padded_and_counted(ranking: tuple[RankingSession, RankingSession]) -> None:
     bucketed, exact = ranking
     before = bucketed.stats().buckets
     bucketed.clear()
@@ -111,17 +119,12 @@ def test_every_pass_of_those_was_padded(ranking: tuple[RankingSession, RankingSe
     bucketed.score_packed(batch)
     found = bucketed.stats().buckets
     assert set(found) == {"packed", "prefill", "score"}
-    new = {name: len(each.passes) and sum(each.passes.values()) for name, each in found.items()}
+    new = {name: sum(each.passes.values()) for name, each in found.items()}
     old = {name: sum(each.passes.values()) for name, each in before.items()}
     assert [new[name] - old[name] for name in ("packed", "prefill", "score")] == [1, 1, 2]
     assert all(each.exact == before[name].exact for name, each in found.items())
     assert (("B", 3), ("L", 16), ("T", 8)) in found["packed"].passes
     assert exact.stats().buckets == {}
-
-
-def batch_scores(session: RankingSession, batch: Any) -> Any:
-    session.clear()
-    return session.score(batch)
 
 
 VISITS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, MAX_SEQ_LEN)), min_size=1, max_size=4)
@@ -152,8 +155,8 @@ def test_where_staging_memory_ends_before_the_rung_it_is_the_bucket(staging_rows
     ):
         for lengths in ((34,), (33,), (20,), (12, 13), (5, 6, 7), (1, 1, 1, 1)):
             batch = [request_of(spec, user, events, 3, seed=events) for user, events in enumerate(lengths)]
-            bucketed.clear(), exact.clear()
-            assert_same_scores(bucketed.score(batch), exact.score(batch))
+            bucketed.clear()
+            assert_same_scores(bucketed.score(batch), batch_scores(exact, batch))
         assert bucketed.stats().staging_bytes == exact.stats().staging_bytes
         padded = bucketed.stats().buckets["prefill"]
         assert sum(padded.passes.values()) >= 3
@@ -290,8 +293,8 @@ def mixed_requests_equal_exact_ones(count: int, *, whole: bool) -> tuple[GraphSt
     cuda, rng = FakeCuda(2**25), np.random.default_rng(0)
     asked_so_far = 0
     with (
-        ranking_session(lambda case: on_tensorrt(cuda, case, most), COARSE, kv_budget_bytes=1 << 15) as bucketed,
-        ranking_session(on_host, kv_budget_bytes=1 << 15) as exact,
+        ranking_session(lambda case: on_tensorrt(cuda, case, most), COARSE, kv_budget_bytes=1 << 14) as bucketed,
+        ranking_session(on_host, kv_budget_bytes=1 << 14) as exact,
     ):
         while asked_so_far < count:
             users = rng.permutation(12)[: rng.integers(1, 4)]
@@ -310,9 +313,9 @@ def mixed_requests_equal_exact_ones(count: int, *, whole: bool) -> tuple[GraphSt
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole-cache", "staged"])
 def test_mixed_requests_through_few_graphs_equal_exact_ones(whole: bool) -> None:
-    graphs, buckets = mixed_requests_equal_exact_ones(60, whole=whole)
+    graphs, buckets = mixed_requests_equal_exact_ones(30, whole=whole)
     assert graphs.failures == 0
-    assert graphs.replays > graphs.captures
+    assert graphs.replays >= 5
     assert all(len(each.passes) <= 12 for each in buckets.values())
 
 

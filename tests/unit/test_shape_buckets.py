@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.compare import row_error
 from hstu_compile.errors import UsageError
-from hstu_compile.runtime.ladder import Ladder
+from hstu_compile.runtime.ladder import LEAST_ROWS, Buckets, Ladder
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.shape_buckets import Padded, ShapeBuckets
 from tests.oracle import Array
@@ -37,6 +38,39 @@ def test_a_geometric_ladder_pads_by_less_than_its_factor(least: int, more: int, 
         assert up == size
 
 
+@given(st.integers(1, 5000), st.integers(0, 20_000), st.integers(1, 16), st.integers(0, 30_000))
+def test_an_even_ladder_adds_less_than_its_part(least: int, more: int, per_doubling: int, size: int) -> None:
+    most = least + more
+    ladder = Ladder.even(least, most, per_doubling)
+    assert (ladder.rungs[0], ladder.rungs[-1]) == (least, most)
+    if least <= size <= most:
+        assert ladder.up(size) in ladder.rungs
+        assert size <= ladder.up(size) < size * (1 + 1 / per_doubling)
+    # Not finer than it was asked: from a size to its double there are so many rungs at most, and the last.
+    assert sum(least <= rung < 2 * least for rung in ladder.rungs) <= per_doubling + 1
+
+
+@given(st.sampled_from(["L", "A", "Lc", "T"]), st.integers(0, 1 << 22), st.integers(1, 1 << 16))
+def test_default_buckets_add_less_than_an_eighth(axis: str, rows: int, sequences: int) -> None:
+    up = Buckets().ladder(axis).up(rows)
+    assert up == LEAST_ROWS if rows <= LEAST_ROWS else rows <= up < rows * 9 / 8
+    assert up % 8 == 0
+    batch = Buckets().ladder("B").up(sequences)
+    assert batch == sequences if sequences <= 16 else sequences <= batch < sequences * 9 / 8
+
+
+def test_each_kind_of_axis_has_its_ladder() -> None:
+    events, candidates, sequences = Ladder((1,)), Ladder((2,)), Ladder((3,))
+    buckets = Buckets(events, candidates, sequences)
+    assert [buckets.ladder(axis) for axis in ("L", "A", "Lc", "T", "B")] == [*3 * [events], candidates, sequences]
+
+
+@pytest.mark.parametrize("wrong", [(64, 128), None, 64])
+def test_what_is_no_ladder_is_refused_by_name(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*candidates is .*, which is no Ladder"):
+        Buckets(candidates=wrong)
+
+
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=8, unique=True), st.integers(0, 1100))
 def test_the_rung_is_the_least_that_holds_the_size(rungs: list[int], size: int) -> None:
     holds = [rung for rung in rungs if rung >= size]
@@ -49,10 +83,11 @@ def test_rungs_that_do_not_ascend_are_refused(rungs: tuple[int, ...]) -> None:
         Ladder(rungs)
 
 
+@pytest.mark.parametrize("made", [Ladder.geometric, Ladder.even])
 @pytest.mark.parametrize(("least", "most", "steps"), [(0, 4, 1), (5, 4, 1), (1, 4, 0)])
-def test_a_geometric_ladder_that_leads_nowhere_is_refused(least: int, most: int, steps: int) -> None:
+def test_a_ladder_that_leads_nowhere_is_refused(made: Any, least: int, most: int, steps: int) -> None:
     with pytest.raises(UsageError, match="no ladder leads from"):
-        Ladder.geometric(least, most, steps)
+        made(least, most, steps)
 
 
 def test_a_ladder_of_an_axis_that_is_not_there_is_refused() -> None:

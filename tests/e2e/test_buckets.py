@@ -1,0 +1,110 @@
+"""Bundles of Meta's checkpoints, and histories that grow, opened in buckets: the answers are those of exact shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hstu_compile import Buckets, Ladder, load_bundle, open_ranking_session, open_retrieval_session
+from hstu_compile.errors import UsageError
+from hstu_compile.runtime.bucketed_session import BucketedSession
+from tests.bucketed_cases import assert_rows_equal, assert_same_scores, assert_same_users
+from tests.e2e.conftest import Build
+from tests.e2e.test_build_incremental import MAX_APPEND, config_of, history_of, request_of
+from tests.e2e.test_build_ranking import KV_BUDGET, built_golden, golden_requests
+from tests.e2e.test_build_ranking import golden_feeds as ranking_feeds
+from tests.ranking_requests import request_of as ranking_request
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+COARSE = Buckets(events=Ladder((100, 700, 4096)), candidates=Ladder((5, 100, 700)), sequences=Ladder((3, 8)))
+few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SIZES = st.tuples(st.integers(0, 2), st.integers(0, 120), st.integers(0, 20))
+
+
+@few
+@given(calls=st.lists(st.lists(SIZES, min_size=1, max_size=4), min_size=1, max_size=2))
+def test_metas_ranking_model_scores_as_at_exact_shapes(
+    build_ranking_fixture: Build, calls: list[list[tuple[int, int, int]]]
+) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    with (
+        open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET, buckets=COARSE) as bucketed,
+        open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET) as exact,
+    ):
+        spec = exact.spec
+        for seed, sizes in enumerate(calls):
+            batch = [
+                ranking_request(spec, user, min(events, spec.max_history_len), asked, seed)
+                for user, events, asked in sizes
+            ]
+            found, expected = bucketed.score(batch), exact.score(batch)
+            assert_same_scores(found, expected)
+            assert [each.cache for each in found] == [each.cache for each in expected]
+            assert_same_scores(bucketed.score_packed(batch), exact.score_packed(batch))
+        assert all(each.exact == 0 for each in bucketed.stats().buckets.values())
+
+
+def test_the_originals_users_in_buckets(build_ranking_fixture: Build, ranking_golden: dict[str, Any]) -> None:
+    bundle = built_golden(build_ranking_fixture)
+    requests = golden_requests(ranking_golden, "b")
+    with (
+        open_ranking_session(bundle, kv_budget_bytes=1 << 23, buckets=Buckets()) as bucketed,
+        open_ranking_session(bundle, kv_budget_bytes=1 << 23) as exact,
+    ):
+        assert_same_scores(bucketed.score(requests), exact.score(requests))
+        stats = bucketed.stats().buckets
+        assert all(sum(stats[name].passes.values()) > 0 for name in ("prefill", "score"))
+    feeds = ranking_feeds(ranking_golden, "a")
+    with load_bundle(bundle, buckets=COARSE) as bucketed_bundle, load_bundle(bundle) as exact_bundle:
+        found, expected = bucketed_bundle.run(feeds), exact_bundle.run(feeds)
+        assert_rows_equal(found["preds"], expected["preds"])
+        session = bucketed_bundle.session
+        assert isinstance(session, BucketedSession)
+        assert session.bucket_stats.added_rows > 0
+
+
+def test_metas_retrieval_model_answers_as_at_exact_shapes(build_fixture: Build, golden_feeds: dict[str, Any]) -> None:
+    bundle = build_fixture("--fp32", "--top-k", 1682, "--backend", "onnx").path
+    offsets = golden_feeds["seq_offsets"]
+    with load_bundle(bundle, buckets=COARSE) as bucketed, load_bundle(bundle) as exact:
+        for first, last in ((0, 1), (2, 4), (3, 8), (0, 16)):
+            rows = slice(offsets[first], offsets[last])
+            feeds = {name: golden_feeds[name][rows] for name in ("item_ids", "timestamps")}
+            feeds |= {
+                "seq_offsets": offsets[first : last + 1] - offsets[first],
+                "request_timestamps": golden_feeds["request_timestamps"][first:last],
+            }
+            found, expected = bucketed.run(feeds), exact.run(feeds)
+            assert_rows_equal(found["user_embeddings"], expected["user_embeddings"])
+            assert found["top_items"].shape == expected["top_items"].shape
+            np.testing.assert_array_equal(found["top_items"][:, :10], expected["top_items"][:, :10])
+
+
+@few
+@given(visits=st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=4), max_size=4))
+def test_growing_histories_answer_as_at_exact_shapes(build_small: Build, visits: list[list[tuple[int, int]]]) -> None:
+    built = build_small("--incremental", f"max-append={MAX_APPEND}", "--fp32", config=config_of())
+    assert built.result.exit_code == 0, built.result.stderr
+    buckets = Buckets(events=Ladder((16, 100)), sequences=Ladder((3, 8)))
+    with (
+        open_retrieval_session(built.path, kv_budget_bytes=1 << 22, buckets=buckets) as bucketed,
+        open_retrieval_session(built.path, kv_budget_bytes=1 << 22) as exact,
+    ):
+        for call in visits:
+            batch = [request_of(str(user), history_of(user, 20), events) for user, events in call]
+            assert_same_users(bucketed.encode(batch), exact.encode(batch), 32 * 2.0**-24)
+
+
+@pytest.mark.parametrize("wrong", [(64, 128), Ladder((64, 128)), 8])
+def test_what_are_no_buckets_is_refused(build_small: Build, wrong: Any) -> None:
+    built = build_small("--incremental", f"max-append={MAX_APPEND}", "--fp32", config=config_of())
+    with (
+        load_bundle(built.path, buckets=wrong) as bundle,
+        pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*pass hstu_compile.Buckets\(\)"),
+    ):
+        _ = bundle.session
