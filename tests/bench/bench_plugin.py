@@ -301,11 +301,13 @@ def run_case(backend: str, max_len: int, dim: int, has_bias: bool, library: Path
 def status_of(error: Exception) -> str:
     """Why there is no time: "not built", "out of memory" (an allocation failed) or "error", and the last reason given.
 
-    TensorRT's log ends with what stopped it, but its warnings may follow: the last line of severity ERROR counts.
+    TensorRT's log ends with what stopped it, but its warnings may follow: the last line of severity ERROR counts. PyTorch's
+    compiler ends with how to learn more.
     """
     # Our own messages carry the log in `why`; `fix` is advice, and names memory whatever happened.
     reason = str(getattr(error, "why", error))
     lines = [" ".join(line.split()) for line in reason.splitlines() if line.strip()]
+    lines = [line for line in lines if "TORCHDYNAMO_VERBOSE" not in line]
     errors = [line for line in lines if line.startswith(("[ERROR]", "[INTERNAL_ERROR]"))]
     last = (errors or lines or [type(error).__name__])[-1][:300]
     code = getattr(error, "code", "")

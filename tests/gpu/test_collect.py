@@ -49,6 +49,10 @@ collect = load("tests/gpu/collect.py")
         ),
         (EngineError("HSTU-E404", "the CUDA call failed", "out of memory", "x"), "out of memory: out of memory"),
         (RuntimeError("memory layout differs"), "error: RuntimeError: memory layout differs"),
+        (
+            RuntimeError("NotImplementedError: SliceView\n\nSet TORCHDYNAMO_VERBOSE=1 for more"),
+            "error: RuntimeError: NotImplementedError: SliceView",
+        ),
     ],
 )
 def test_only_a_failed_allocation_is_called_out_of_memory(error: Exception, status: str) -> None:
