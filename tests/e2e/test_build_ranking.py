@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from hstu_compile import pipeline, recheck, verify
+from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.compare import EAGER_FLOOR, error_bound, row_error
 from hstu_compile.errors import RequestError
+from hstu_compile.export import exported_from_served
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_outputs, save_outputs
@@ -30,7 +32,7 @@ from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.session import open_session
-from hstu_compile.served import packed_graph
+from hstu_compile.served import ServedGraph, packed_graph
 from hstu_compile.session_check import tensor_error
 from tests.dlrm_reference import (
     ACTIONS,
@@ -758,11 +760,28 @@ def wrong_score_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "open_built", opened)
 
 
+@pytest.fixture(scope="module")
+def traced_once() -> Callable[[ServedGraph, Precision], OnnxGraph]:
+    """The exporter, which is given each graph of one model once: tracing takes most of a build."""
+    traced: dict[str, OnnxGraph] = {}
+
+    def exported(served: ServedGraph, precision: Precision) -> OnnxGraph:
+        if served.name not in traced:
+            traced[served.name] = exported_from_served(served, precision)
+        return traced[served.name]
+
+    return exported
+
+
 @pytest.mark.parametrize("fault", [wrong_moment, wrong_score_graph])
 def test_a_build_whose_session_is_wrong_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    traced_once: Callable[[ServedGraph, Precision], OnnxGraph],
+    fault: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     checkpoint, config = save_ranking_checkpoint(tmp_path, BARE)
+    monkeypatch.setattr(pipeline, "exported_from_served", traced_once)
     fault(monkeypatch)
     bundle = tmp_path / "b.hstu"
     command = ("build", checkpoint, "--config", config, "-o", bundle, "--backend", "onnx")
