@@ -301,8 +301,8 @@ def run_case(backend: str, max_len: int, dim: int, has_bias: bool, library: Path
 def status_of(error: Exception) -> str:
     """Why there is no time: "not built", "out of memory" (an allocation failed) or "error", and the last reason given.
 
-    TensorRT's log ends with what stopped it, but its warnings may follow: the last line of severity ERROR counts. PyTorch's
-    compiler ends with how to learn more.
+    TensorRT's log ends with what stopped it, but its warnings may follow: the last line of severity ERROR counts.
+    PyTorch's compiler ends with how to learn more.
     """
     # Our own messages carry the log in `why`; `fix` is advice, and names memory whatever happened.
     reason = str(getattr(error, "why", error))
