@@ -14,7 +14,6 @@ from hstu_compile.calibration.ranking_batches import prefill_arrays, ranking_bat
 from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.model.families import HstuModel
-from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
@@ -60,11 +59,11 @@ def _selection(served: ServedGraph) -> RowSelection | None:
     return RowSelection() if served.max_candidates == 0 else RowSelection(served.max_candidates, "candidate_offsets")
 
 
-def _shipped(served: ServedGraph, precision: Precision, *, prune: bool, fuse_norms: bool) -> OnnxGraph:
+def _shipped(served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool) -> OnnxGraph:
     passes = export_passes(
         served.num_attention, served.taps, _selection(served) if prune else None, fuse_norms=fuse_norms
     )
-    *_, last = apply_passes(exported_from_served(served, precision), passes)
+    *_, last = apply_passes(traced, passes)
     # As the pipeline does: taps are no outputs any more.
     return dataclasses.replace(
         last, inputs=tensor_specs(last.model.graph.input), outputs=tensor_specs(last.model.graph.output)
@@ -109,29 +108,30 @@ def _feeds(model: HstuModel, served: ServedGraph, graph: OnnxGraph) -> list[dict
 @functools.cache
 def retrieval_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
     """A graph of a retrieval model of two layers with position and time bias."""
-    model = _retrieval_model(precision)
-    served = next(each for each in served_graphs(model, TOP_K, max_append=MAX_APPEND) if each.name == name)
-    return _case(model, served, precision, prune=prune, fuse_norms=fuse_norms)
+    return _case(*_traced_retrieval(name, precision), prune=prune, fuse_norms=fuse_norms)
 
 
 @functools.cache
 def ranking_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
     """A graph of a ranking model of two layers."""
-    model = _ranking_model(precision)
+    return _case(*_traced_ranking(name, precision), prune=prune, fuse_norms=fuse_norms)
+
+
+# Tracing takes seconds, and the passes leave what was traced as it is.
+@functools.cache
+def _traced_retrieval(name: str, precision: Precision) -> tuple[HstuModel, ServedGraph, OnnxGraph]:
+    model = small_model(small_config(2), precision)
+    served = next(each for each in served_graphs(model, TOP_K, max_append=MAX_APPEND) if each.name == name)
+    return model, served, exported_from_served(served, precision)
+
+
+@functools.cache
+def _traced_ranking(name: str, precision: Precision) -> tuple[HstuModel, ServedGraph, OnnxGraph]:
+    model = ranking_model(WIDE_FORM, TORCH_DTYPES[precision])
     served = next(each for each in served_graphs(model, micro_batch=MICRO_BATCH) if each.name == name)
-    return _case(model, served, precision, prune=prune, fuse_norms=fuse_norms)
+    return model, served, exported_from_served(served, precision)
 
 
-@functools.cache
-def _retrieval_model(precision: Precision) -> RetrievalModel:
-    return small_model(small_config(2), precision)
-
-
-@functools.cache
-def _ranking_model(precision: Precision) -> RankingModel:
-    return ranking_model(WIDE_FORM, TORCH_DTYPES[precision])
-
-
-def _case(model: HstuModel, served: ServedGraph, precision: Precision, *, prune: bool, fuse_norms: bool) -> Case:
-    whole = _shipped(served, precision, prune=prune, fuse_norms=fuse_norms)
+def _case(model: HstuModel, served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool) -> Case:
+    whole = _shipped(served, traced, prune=prune, fuse_norms=fuse_norms)
     return Case(served, whole, segmented_from_onnx(whole), _feeds(model, served, whole))
