@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu_compile import Buckets, Ladder, load_bundle, open_ranking_session, open_retrieval_session
 from hstu_compile.errors import UsageError
 from hstu_compile.runtime.bucketed_session import BucketedSession
-from tests.bucketed_cases import assert_rows_equal, assert_same_scores, assert_same_users
+from hstu_compile.runtime.ranking import RankingSession
+from hstu_compile.runtime.retrieval import RetrievalSession
+from tests.bucketed_cases import REORDERED, assert_rows_equal, assert_same_scores, assert_same_users
 from tests.e2e.conftest import Build
 from tests.e2e.test_build_incremental import MAX_APPEND, config_of, history_of, request_of
 from tests.e2e.test_build_ranking import KV_BUDGET, built_golden, golden_requests
@@ -22,31 +25,39 @@ from tests.ranking_requests import request_of as ranking_request
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 COARSE = Buckets(events=Ladder((100, 700, 4096)), candidates=Ladder((5, 100, 700)), sequences=Ladder((3, 8)))
-few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=10, deadline=None)
 SIZES = st.tuples(st.integers(0, 2), st.integers(0, 120), st.integers(0, 20))
 
 
-@few
-@given(calls=st.lists(st.lists(SIZES, min_size=1, max_size=4), min_size=1, max_size=2))
-def test_metas_ranking_model_scores_as_at_exact_shapes(
-    build_ranking_fixture: Build, calls: list[list[tuple[int, int, int]]]
-) -> None:
+@pytest.fixture(scope="module")
+def ranking(build_ranking_fixture: Build) -> Iterator[tuple[RankingSession, RankingSession]]:
+    """In buckets; at exact shapes."""
     bundle = built_golden(build_ranking_fixture)
     with (
         open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET, buckets=COARSE) as bucketed,
         open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET) as exact,
     ):
-        spec = exact.spec
-        for seed, sizes in enumerate(calls):
-            batch = [
-                ranking_request(spec, user, min(events, spec.max_history_len), asked, seed)
-                for user, events, asked in sizes
-            ]
-            found, expected = bucketed.score(batch), exact.score(batch)
-            assert_same_scores(found, expected)
-            assert [each.cache for each in found] == [each.cache for each in expected]
-            assert_same_scores(bucketed.score_packed(batch), exact.score_packed(batch))
-        assert all(each.exact == 0 for each in bucketed.stats().buckets.values())
+        yield bucketed, exact
+
+
+@few
+@given(calls=st.lists(st.lists(SIZES, min_size=1, max_size=4), min_size=1, max_size=2))
+def test_metas_ranking_model_scores_as_at_exact_shapes(
+    ranking: tuple[RankingSession, RankingSession], calls: list[list[tuple[int, int, int]]]
+) -> None:
+    bucketed, exact = ranking
+    for session in ranking:
+        session.clear()
+    spec = exact.spec
+    for seed, sizes in enumerate(calls):
+        batch = [
+            ranking_request(spec, user, min(events, spec.max_history_len), asked, seed) for user, events, asked in sizes
+        ]
+        found, expected = bucketed.score(batch), exact.score(batch)
+        assert_same_scores(found, expected)
+        assert [each.cache for each in found] == [each.cache for each in expected]
+        assert_same_scores(bucketed.score_packed(batch), exact.score_packed(batch))
+    assert all(each.exact == 0 for each in bucketed.stats().buckets.values())
 
 
 def test_the_originals_users_in_buckets(build_ranking_fixture: Build, ranking_golden: dict[str, Any]) -> None:
@@ -85,9 +96,9 @@ def test_metas_retrieval_model_answers_as_at_exact_shapes(build_fixture: Build, 
             np.testing.assert_array_equal(found["top_items"][:, :10], expected["top_items"][:, :10])
 
 
-@few
-@given(visits=st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=4), max_size=4))
-def test_growing_histories_answer_as_at_exact_shapes(build_small: Build, visits: list[list[tuple[int, int]]]) -> None:
+@pytest.fixture(scope="module")
+def growing(build_small: Build) -> Iterator[tuple[RetrievalSession, RetrievalSession]]:
+    """In buckets; at exact shapes."""
     built = build_small("--incremental", f"max-append={MAX_APPEND}", "--fp32", config=config_of())
     assert built.result.exit_code == 0, built.result.stderr
     buckets = Buckets(events=Ladder((16, 100)), sequences=Ladder((3, 8)))
@@ -95,9 +106,20 @@ def test_growing_histories_answer_as_at_exact_shapes(build_small: Build, visits:
         open_retrieval_session(built.path, kv_budget_bytes=1 << 22, buckets=buckets) as bucketed,
         open_retrieval_session(built.path, kv_budget_bytes=1 << 22) as exact,
     ):
-        for call in visits:
-            batch = [request_of(str(user), history_of(user, 20), events) for user, events in call]
-            assert_same_users(bucketed.encode(batch), exact.encode(batch), 32 * 2.0**-24)
+        yield bucketed, exact
+
+
+@few
+@given(visits=st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=4), max_size=4))
+def test_growing_histories_answer_as_at_exact_shapes(
+    growing: tuple[RetrievalSession, RetrievalSession], visits: list[list[tuple[int, int]]]
+) -> None:
+    bucketed, exact = growing
+    for session in growing:
+        session.clear()
+    for call in visits:
+        batch = [request_of(str(user), history_of(user, 20), events) for user, events in call]
+        assert_same_users(bucketed.encode(batch), exact.encode(batch), REORDERED)
 
 
 @pytest.mark.parametrize("wrong", [(64, 128), Ladder((64, 128)), 8])

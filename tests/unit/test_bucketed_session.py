@@ -313,7 +313,7 @@ def mixed_requests_equal_exact_ones(count: int, *, whole: bool) -> tuple[GraphSt
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole-cache", "staged"])
 def test_mixed_requests_through_few_graphs_equal_exact_ones(whole: bool) -> None:
-    graphs, buckets = mixed_requests_equal_exact_ones(30, whole=whole)
+    graphs, buckets = mixed_requests_equal_exact_ones(45, whole=whole)
     assert graphs.failures == 0
     assert graphs.replays >= 5
     assert all(len(each.passes) <= 12 for each in buckets.values())
