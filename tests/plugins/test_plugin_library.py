@@ -188,6 +188,7 @@ def test_the_hopper_kernels_and_their_compiler_decide_which_library_it_is(
     assert others[1].hopper.variants == ()
 
 
+@pytest.mark.timeout(300)  # it may be the first that needs the library, and then waits for nvcc
 def test_a_library_tells_of_its_hopper_kernels(request: pytest.FixtureRequest) -> None:
     library = small_library(request.config)
     manifest = json.loads((library.self_registering.parent / "manifest.json").read_text())
