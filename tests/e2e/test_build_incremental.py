@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 MAX_APPEND = 4
 OPTIONS = ("--incremental", f"max-append={MAX_APPEND}")
 BUDGET = 1 << 22
+#: One bundle serves every test that needs no other precision: three graphs are traced for each.
+PLAIN = ("--fp32", "--top-k", 5)
 
 
 def config_of() -> RetrievalConfig:
@@ -64,7 +66,7 @@ def feeds_of(requests: list[RetrievalRequest]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_growing_histories_answer_as_whole_ones(build_small: Build, precision: str) -> None:
-    built = build(build_small, f"--{precision}")
+    built = build(build_small, *(PLAIN if precision == "fp32" else (f"--{precision}",)))
     allowed = error_bound(manifest_of(built)["verification"]["session"]["eager_error"]["user_embeddings"], precision)
     histories = {f"user {seed}": history_of(seed, 20) for seed in range(5)}
     found = {"miss": 0, "appended": 0, "hit": 0}
@@ -87,7 +89,7 @@ def test_growing_histories_answer_as_whole_ones(build_small: Build, precision: s
 
 
 def test_the_bundle_holds_three_graphs_and_what_they_were_compared_with(build_small: Build) -> None:
-    built = build(build_small, "--top-k", 5)
+    built = build(build_small, *PLAIN)
     manifest = manifest_of(built)
     assert [graph["name"] for graph in manifest["graphs"]] == ["retrieval", "prefill", "append"]
     assert [graph["onnx"] for graph in manifest["graphs"]] == ["model.onnx", "prefill.onnx", "append.onnx"]
@@ -115,7 +117,7 @@ def test_the_bundle_holds_three_graphs_and_what_they_were_compared_with(build_sm
 
 def test_append_was_compared_with_what_one_forward_answers(build_small: Build) -> None:
     """The float64 answers that the graphs are held to are the same: the cut histories are those of the whole batch."""
-    built = build(build_small, "--fp32")
+    built = build(build_small, *PLAIN)
     whole = load_outputs(built.path / "reference_outputs.json")
     parts = load_outputs(built.path / "append_reference_outputs.json")
     errors = [
@@ -127,7 +129,7 @@ def test_append_was_compared_with_what_one_forward_answers(build_small: Build) -
 
 
 def test_the_commands_work_on_such_a_bundle(build_small: Build, tmp_path: Any) -> None:
-    built = build(build_small, "--top-k", 5)
+    built = build(build_small, *PLAIN)
     verified = hstu_compile("verify", built.path)
     assert verified.exit_code == 0, verified.stderr
     assert "append.onnx on onnxruntime" in verified.stdout
@@ -148,7 +150,7 @@ def test_the_commands_work_on_such_a_bundle(build_small: Build, tmp_path: Any) -
 
 
 def test_the_listed_items_are_those_of_one_forward(build_small: Build) -> None:
-    built, history = build(build_small, "--top-k", 5), history_of(3, 12)
+    built, history = build(build_small, *PLAIN), history_of(3, 12)
     with (
         open_retrieval_session(built.path, kv_budget_bytes=BUDGET) as session,
         load_bundle(built.path) as bundle,
@@ -167,7 +169,7 @@ def test_a_plain_bundle_has_no_session(build_small: Build) -> None:
     with pytest.raises(BundleError, match="cannot encode histories in parts"):
         open_retrieval_session(plain.path, kv_budget_bytes=BUDGET)
     with pytest.raises(BundleError, match="holds no ranking model"):
-        open_ranking_session(build(build_small, "--fp32").path, kv_budget_bytes=BUDGET)
+        open_ranking_session(build(build_small, *PLAIN).path, kv_budget_bytes=BUDGET)
 
 
 def test_a_dry_run_says_what_would_be_built(tmp_path: Any) -> None:
