@@ -30,7 +30,7 @@ PROFILE = Profile("p", {"ids": (1,), "offsets": (2,)}, {"ids": (10,), "offsets":
 def test_bytes_follow_from_the_profile() -> None:
     facts = schedule_facts(SCHEDULE, PROFILE)
     assert facts["steps"] == ["segment 0", "attend", "segment 1"]
-    assert facts["attentions"] == [{"name": "attend", "reads": ["rows", "rows"], "makes": "mixed"}]
+    assert facts["attentions"] == [{"name": "attend", "reads": ["rows"], "makes": "mixed"}]
     found = {each["name"]: (each["typical_bytes"], each["largest_bytes"], each["served"]) for each in facts["crossing"]}
     # Rows are 14 for 2 sequences of 10 events, 60 for 5 of 50; 128 numbers of two bytes each.
     assert found == {
