@@ -256,11 +256,13 @@ def test_a_bundle_opens_like_any_other_and_answers_the_same(
     on_fakes(fused.path)
     with load_bundle(fused.path) as plain:
         expected = plain.run(FEEDS)
-    (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    examples = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    assert len(examples) == 2, "at exact shapes, and in buckets"
     monkeypatch.chdir(fused.path.parent)
-    names: dict[str, Any] = {"feeds": FEEDS}
-    exec(compile(example, "docs/fused.md", "exec"), names)  # noqa: S102 - our own page is what is tested
-    np.testing.assert_array_equal(names["answers"]["user_embeddings"], expected["user_embeddings"])
+    for example in examples:
+        names: dict[str, Any] = {"feeds": FEEDS}
+        exec(compile(example, "docs/fused.md", "exec"), names)  # noqa: S102 - our own page is what is tested
+        np.testing.assert_array_equal(names["answers"]["user_embeddings"], expected["user_embeddings"])
     with load_bundle(fused.path, "tensorrt-rtx", cuda_graphs=2) as bundle:
         for _ in range(4):
             np.testing.assert_array_equal(bundle.run(FEEDS)["user_embeddings"], expected["user_embeddings"])
