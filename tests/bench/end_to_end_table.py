@@ -18,6 +18,7 @@ from typing import Any
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 
+from attention_table import LARGEST_SPREAD, milliseconds, rows_by_case, spread
 from bench_plugin import put_between, read_rows
 from end_to_end_rows import BACKENDS, GRAPH, PEERS, RESULTS, RTX_FUSED, backends_of
 from end_to_end_timeline import timeline_lines, timeline_path
@@ -25,33 +26,12 @@ from end_to_end_workload import CACHED, CEILING_TFLOPS, DTYPES, Case, all_cases,
 from svg_panel import COLOURS, GAP, MARGIN, PANEL, Panel, drawing, legend
 
 BEGIN, END = "<!-- end-to-end benchmark: begin -->", "<!-- end-to-end benchmark: end -->"
-LARGEST_SPREAD = 0.05
 #: What the bars are asked of.
 BEST = RTX_FUSED + GRAPH
 BASELINES = tuple(backend for family in PEERS for backend in backends_of(family))
 
 Row = dict[str, Any]
 Found = Mapping[str, Row]
-
-
-def rows_by_case(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Rows of each case, by backend."""
-    cases: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        cases.setdefault(row["case"], {})[row["backend"]] = row
-    return cases
-
-
-def spread(row: Row) -> float:
-    """By how much the slowest tenth of the calls exceeds the median, as a share of it."""
-    return float(row["p90_ms"]) / float(row["median_ms"]) - 1.0
-
-
-def milliseconds(row: Row | None) -> float | None:
-    """Device time of a row; None where there is none, or it varied too much."""
-    if row is None or row["status"] != "ok" or spread(row) > LARGEST_SPREAD:
-        return None
-    return float(row["median_ms"])
 
 
 def fastest(found: Found, backends: Sequence[str]) -> tuple[str, float] | None:
