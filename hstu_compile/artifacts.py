@@ -91,33 +91,33 @@ class OnnxGraph:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnView:
-    """Columns of a tensor [rows, width] that an attention reads where they lie, as [rows, heads, dim].
+    """Columns of a tensor that a kernel reads where they lie, in the shape of its input.
 
     Attributes:
-        column: the first, from 0.
-        row_stride: elements from a row to the next: the tensor's width.
-        heads: of the attention.
-        dim: columns of a head.
+        column: the first, from 0, where a row of the tensor is taken as one list of numbers.
+        row_stride: elements from a row to the next: the numbers of the tensor's row.
+        dims: of the input behind its rows: (heads, dim) of an attention's q, k and v, (width,) of a norm's x and gate.
     """
 
     column: int
     row_stride: int
-    heads: int
-    dim: int
+    dims: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCall:
-    """One attention that a kernel of ours computes between two segments.
+class KernelCall:
+    """One node that a kernel of ours computes between two segments.
 
     Attributes:
+        operator: name of its contract: HstuAttention or HstuNorm.
         name: of the node.
         attributes: the contract's, defaults included.
         inputs: the contract's name of each input that the node has, in the contract's order, to the tensor's name.
         output: name of the tensor that it makes.
-        views: those of q, k and v that are columns of their tensor, by the contract's name.
+        views: those of the inputs that are columns of their tensor, by the contract's name.
     """
 
+    operator: str
     name: str
     attributes: dict[str, Any]
     inputs: dict[str, str]
@@ -127,9 +127,9 @@ class AttentionCall:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One entry of the schedule: a segment or an attention, by its index in `SegmentedGraph`."""
+    """One entry of the schedule: a segment or a kernel's call, by its index in `SegmentedGraph`."""
 
-    kind: Literal["segment", "attention"]
+    kind: Literal["segment", "kernel"]
     index: int
 
 
@@ -155,15 +155,15 @@ class Schedule:
     Attributes:
         inputs: of the graph, in order.
         outputs: of the graph, in order.
-        calls: the attentions.
-        steps: segments and attentions in the order in which they run.
+        calls: what kernels compute, attentions and the norms behind them.
+        steps: segments and calls in the order in which they run.
         crossing: tensors that outlive the step that makes them, in the order in which they are made.
-        constants: arrays that attentions read; the name of each is in some call's `inputs`.
+        constants: arrays that kernels read; the name of each is in some call's `inputs`.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    calls: tuple[AttentionCall, ...]
+    calls: tuple[KernelCall, ...]
     steps: tuple[Step, ...]
     crossing: tuple[Crossing, ...]
     constants: dict[str, np.ndarray[Any, Any]] = dataclasses.field(repr=False)
@@ -176,12 +176,20 @@ class Schedule:
         specs = {spec.name: spec for spec in (*self.inputs, *(each.spec for each in self.crossing))}
         return specs[name]
 
-    def input_spec(self, call: AttentionCall, name: str) -> TensorSpec:
-        """Type and shape of what an attention reads as its input of this name in the contract."""
+    def input_spec(self, call: KernelCall, name: str) -> TensorSpec:
+        """Type and shape of what a kernel reads as its input of this name in the contract."""
         spec = self.spec(call.inputs[name])
         if (view := call.views.get(name)) is None:
             return spec
-        return TensorSpec(spec.name, spec.dtype, (spec.shape[0], view.heads, view.dim))
+        return TensorSpec(spec.name, spec.dtype, (spec.shape[0], *view.dims))
+
+    def row_of(self, call: KernelCall) -> tuple[int, ...]:
+        """The sizes of a row of what a kernel makes. Raises ValueError if one of them is not fixed."""
+        _, *sizes = self.spec(call.output).shape
+        row = tuple(size for size in sizes if isinstance(size, int))
+        if len(row) != len(sizes):
+            raise ValueError(f"{call.name} makes {call.output} with rows {sizes}")
+        return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +199,7 @@ class SegmentedGraph(Schedule):
     Attributes:
         name: of the graph.
         precision: type of weights and activations.
-        segments: valid ONNX graphs between the attentions; their inputs are inputs of the graph or crossing tensors.
+        segments: valid ONNX graphs between the kernels; their inputs are inputs of the graph or crossing tensors.
     """
 
     name: str
@@ -200,13 +208,13 @@ class SegmentedGraph(Schedule):
 
     def reads(self, step: Step) -> tuple[str, ...]:
         """Names of the tensors that a step reads, constants included."""
-        if step.kind == "attention":
+        if step.kind == "kernel":
             return tuple(dict.fromkeys(self.calls[step.index].inputs.values()))
         return tuple(spec.name for spec in self.segments[step.index].inputs)
 
     def writes(self, step: Step) -> tuple[str, ...]:
         """Names of the tensors that a step makes."""
-        if step.kind == "attention":
+        if step.kind == "kernel":
             return (self.calls[step.index].output,)
         return tuple(spec.name for spec in self.segments[step.index].outputs)
 
@@ -254,7 +262,7 @@ class FusedEngines:
         cut: the graph in segments, and their schedule.
         profile: of the whole graph.
         engines: of the segments, in order.
-        kernels: library of the attention kernels.
+        kernels: library of the kernels between them.
         schedule_file: name of the schedule's file in a bundle.
         engine_files: names of the engines' files there, in order.
     """

@@ -121,6 +121,16 @@ def norm_contract() -> OpContract:
     return _contract_in(NORM_CONTRACT_FILE)
 
 
+def contract_of(operator: str) -> OpContract:
+    """The contract of an operator by its name. Raises KeyError for a name that is none of ours."""
+    return {contract.name: contract for contract in (attention_contract(), norm_contract())}[operator]
+
+
+def strided_inputs(operator: str) -> tuple[str, ...]:
+    """The inputs whose rows a kernel of this operator may read as columns of a wider tensor."""
+    return {attention_contract().name: ("q", "k", "v"), norm_contract().name: ("x", "gate")}[operator]
+
+
 @functools.cache
 def _contract_in(file: str) -> OpContract:
     """Parse a contract file that ships with the plugins' sources."""

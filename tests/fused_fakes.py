@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import AttentionCall, Crossing, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
+from hstu_compile.artifacts import KernelCall, Crossing, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
 from hstu_compile.axis_sizes import axis_size
 from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
 from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime.attention_kernels import Launch, Placed, Shape
 from hstu_compile.runtime.fused_session import FusedSession
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
-from hstu_compile.runtime.segmented_onnx_session import attention_model
+from hstu_compile.runtime.segmented_onnx_session import kernel_model
 from hstu_compile.tensorrt_api import TensorRtApi
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import Arrays, FakeEngine, fake_tensorrt
@@ -81,14 +81,14 @@ def segment_engine(segment: OnnxGraph) -> FakeEngine:
 
 @dataclasses.dataclass
 class FakeKernels:
-    """`AttentionKernels` on the memory of a `FakeCuda`.
+    """`Kernels` on the memory of a `FakeCuda`.
 
     Attributes:
         workspace: bytes that every attention asks for, and fills when it runs.
-        opened: attentions that were not closed.
+        opened: kernels that were not closed.
         launches: enqueued, while not recording.
         found: last byte of the first attention's workspace when it runs, where there is one.
-        skips: attentions that, when recorded, do nothing: what a broken graph would do.
+        skips: kernels, when recorded, do nothing: what a broken graph would do.
     """
 
     graph: SegmentedGraph
@@ -100,15 +100,15 @@ class FakeKernels:
     found: list[int] = dataclasses.field(default_factory=list)
     name: str = "fake kernels"
 
-    def prepare(self, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> Any:
+    def prepare(self, call: KernelCall, tensors: Mapping[str, TensorSpec]) -> Any:
         assert set(tensors) == {*call.inputs, "out"}
         self.opened += 1
-        return _FakeAttention(self, call, tensors)
+        return _FakeKernel(self, call, tensors)
 
 
-class _FakeAttention:
-    def __init__(self, kernels: FakeKernels, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> None:
-        # What the kernel is given is q, k and v themselves, wherever they lie.
+class _FakeKernel:
+    def __init__(self, kernels: FakeKernels, call: KernelCall, tensors: Mapping[str, TensorSpec]) -> None:
+        # What the kernel is given is its inputs themselves, wherever they lie.
         own = {name: dataclasses.replace(tensors[name], name=f"its own {name}") for name in call.views}
         self._kernels, self._types = kernels, {n: spec.dtype for n, spec in tensors.items()}
         self._is_first = call.output == kernels.graph.calls[0].output
@@ -117,12 +117,12 @@ class _FakeAttention:
         )
         crossing = (*kernels.graph.crossing, *(Crossing(spec, 0, 0) for spec in own.values()))
         self._session = OnnxRuntimeSession(
-            attention_model(dataclasses.replace(kernels.graph, crossing=crossing), self._call)
+            kernel_model(dataclasses.replace(kernels.graph, crossing=crossing), self._call)
         )
 
     def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
         assert set(shapes) == set(self._call.inputs)
-        return self._kernels.workspace
+        return self._kernels.workspace if self._call.operator == "HstuAttention" else 0
 
     def _at(self, place: Placed, dtype: str) -> Any:
         stored, width = storage_dtype(dtype), math.prod(place.shape[1:])

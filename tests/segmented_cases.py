@@ -6,6 +6,8 @@ import dataclasses
 import functools
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 
 from hstu_compile.artifacts import OnnxGraph, Precision, SegmentedGraph
 from hstu_compile.calibration.append_batches import append_arrays
@@ -51,6 +53,23 @@ class Case:
     whole: OnnxGraph
     cut: SegmentedGraph
     feeds: list[dict[str, Array]]
+
+
+def rounding_what_kernels_make(case: Case) -> onnx.ModelProto:
+    """The graph in one piece as a runtime computes it that stores what kernels make in its own type.
+
+    Where a norm ends in a Cast to float16 and its reader is a product, which ONNX Runtime computes in float32 on a CPU,
+    ONNX Runtime hands the product the numbers from before the Cast. A Reshape in between keeps it from that.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(case.whole.model)
+    graph, norms = model.graph, {call.output for call in case.cut.calls if call.operator == "HstuNorm"}
+    graph.initializer.append(numpy_helper.from_array(np.array([0, -1], np.int64), "as it is"))
+    for place, node in reversed(list(enumerate(graph.node))):
+        if node.output[0] in norms:
+            stored, node.output[0] = node.output[0], f"{node.output[0]}/computed"
+            graph.node.insert(place + 1, helper.make_node("Reshape", [node.output[0], "as it is"], [stored]))
+    return model
 
 
 def _selection(served: ServedGraph) -> RowSelection | None:

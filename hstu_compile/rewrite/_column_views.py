@@ -1,7 +1,8 @@
-"""q, k and v that are columns of one tensor, found and read where they lie. Level 3; private to `cut_at_attention`.
+"""Columns of tensors that kernels read where they lie. Level 3; private to `cut_at_attention`.
 
 A projection makes one tensor `uvqk` [rows, width]; the graph splits it and reshapes q, k and v to [rows, heads, dim],
-which a kernel can do without by a column and a row stride.
+which a kernel can do without by a column and a row stride. So can a norm without the copy of its gate, u, and without
+the reshaping of the attention's output to its rows.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ import onnx
 from onnx import numpy_helper
 
 from hstu_compile.artifacts import ColumnView, TensorSpec
-from hstu_compile.op_schema import attention_contract, is_attention, node_attributes
+from hstu_compile.op_schema import contract_of, is_attention, node_attributes, strided_inputs
+from hstu_compile.rewrite.following_norms import VIEWS, FollowingNorm
 
-# Keep every element where it is in row-major order.
-VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity"})
-
-# What kernels may read as columns; cached keys and values are contiguous.
-_STRIDED = ("q", "k", "v")
 # Elements that a kernel reads at once, at most: what a copy of the columns is aligned to, the columns are too.
 _LARGEST_ALIGNMENT = 16
 _AXIS = 1
@@ -66,12 +63,12 @@ def sliced_columns(
 
 @dataclasses.dataclass(frozen=True)
 class RewrittenNodes:
-    """A graph's nodes, of which attentions read some inputs as columns.
+    """A graph's nodes, of which kernels read some inputs as columns.
 
     Attributes:
-        nodes: in the order of the graph's. An attention reads the tensor in place of its columns.
+        nodes: in the order of the graph's. A kernel reads the tensor in place of its columns.
         constants: that the nodes read beside the graph's.
-        views: of each attention by the name of its output, the columns that it reads, by the contract's names.
+        views: of each kernel by the name of its output, the columns that it reads, by the contract's names.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -80,10 +77,11 @@ class RewrittenNodes:
 
 
 class ColumnViews:
-    """The columns that the attentions of a graph could read where they lie.
+    """The columns that the kernels of a graph could read where they lie.
 
     Args:
         nodes: of the graph, in its order.
+        norms: those that kernels compute, by their outputs.
         constants: of the graph.
         specs: type and shape of its values, as far as they are recorded.
         outputs: names of its outputs, which are made whatever reads their columns.
@@ -92,11 +90,12 @@ class ColumnViews:
     def __init__(
         self,
         nodes: Sequence[onnx.NodeProto],
+        norms: Mapping[str, FollowingNorm],
         constants: Mapping[str, onnx.TensorProto],
         specs: Mapping[str, TensorSpec],
         outputs: Collection[str],
     ) -> None:
-        self._nodes, self._specs = nodes, specs
+        self._nodes, self._norms, self._specs = nodes, norms, specs
         self.columns: dict[str, Columns] = {}  #: by the value's name
         self._viewed: dict[str, str] = {}
         for node in nodes:
@@ -106,19 +105,19 @@ class ColumnViews:
                 self._viewed[node.output[0]] = node.input[0]
         self._found: dict[str, dict[str, tuple[str, ColumnView]]] = {}
         for node in nodes:
-            if is_attention(node):
-                names = [each.name for each in attention_contract().present_inputs(node_attributes(node))]
-                read = dict(zip(names, node.input, strict=True))
-                views = {name: self._view(read[name]) for name in _STRIDED if read[name] not in outputs}
+            if self._is_kernel(node):
+                read = named_inputs(node)
+                strided = [name for name in strided_inputs(node.op_type) if name in read and read[name] not in outputs]
+                views = {name: self._view(read[name]) for name in strided}
                 self._found[node.output[0]] = {name: view for name, view in views.items() if view is not None}
 
     @property
     def sources(self) -> frozenset[str]:
-        """Tensors whose columns some attention could read."""
+        """Tensors whose columns some kernel could read."""
         return frozenset(source for views in self._found.values() for source, _ in views.values())
 
     def reading(self, sources: Collection[str]) -> RewrittenNodes:
-        """The nodes where attentions read the columns of these tensors.
+        """The nodes where kernels read the columns of these tensors, and norms the attentions' outputs.
 
         What was split off them is sliced off, so that each slice can be made where it is read.
         """
@@ -126,8 +125,10 @@ class ColumnViews:
         constants: list[onnx.TensorProto] = []
         views: dict[str, dict[str, ColumnView]] = {}
         for node in self._nodes:
-            if is_attention(node):
+            if self._is_kernel(node):
                 chosen = {n: each for n, each in self._found[node.output[0]].items() if each[0] in sources}
+                if (norm := self._norms.get(node.output[0])) is not None:
+                    chosen["x"] = norm.attention, ColumnView(0, norm.width, (norm.width,))
                 views[node.output[0]] = {name: view for name, (_, view) in chosen.items()}
                 nodes.append(_with_inputs(node, {name: source for name, (source, _) in chosen.items()}))
             elif node.op_type == "Split" and node.input[0] in sources and node.output[0] in self.columns:
@@ -139,34 +140,42 @@ class ColumnViews:
                 nodes.append(node)
         return RewrittenNodes(tuple(nodes), tuple(constants), views)
 
+    def _is_kernel(self, node: onnx.NodeProto) -> bool:
+        return is_attention(node) or (len(node.output) == 1 and node.output[0] in self._norms)
+
     def _view(self, name: str) -> tuple[str, ColumnView] | None:
-        """The tensor that a value [rows, heads, dim] is columns of, and which."""
+        """The tensor that a value [rows, heads, dim] or [rows, width] is columns of, and which."""
         spec = self._specs.get(name)
         while name in self._viewed and name not in self.columns:
             name = self._viewed[name]
         columns = self.columns.get(name)
-        if columns is None or spec is None or len(spec.shape) != 3:
+        if columns is None or spec is None or len(spec.shape) not in (2, 3):
             return None
         source = self._specs[columns.source]
-        _, heads, dim = spec.shape
+        dims = tuple(size for size in spec.shape[1:] if isinstance(size, int))
         width = source.shape[_AXIS]
-        if not isinstance(heads, int) or not isinstance(dim, int) or not isinstance(width, int):
+        if len(dims) != len(spec.shape) - 1 or not isinstance(width, int):
             return None
         alignment = math.gcd(columns.count, _LARGEST_ALIGNMENT)
         is_aligned = columns.first % alignment == 0 and width % alignment == 0
-        if heads * dim != columns.count or source.dtype != spec.dtype or not is_aligned:
+        if math.prod(dims) != columns.count or source.dtype != spec.dtype or not is_aligned:
             return None
-        return columns.source, ColumnView(columns.first, width, heads, dim)
+        return columns.source, ColumnView(columns.first, width, dims)
 
 
-def _with_inputs(attention: onnx.NodeProto, changed: Mapping[str, str]) -> onnx.NodeProto:
-    """The attention with other tensors as these inputs, by the contract's names."""
+def named_inputs(node: onnx.NodeProto) -> dict[str, str]:
+    """What a node of one of our operators reads, by the contract's names and in its order."""
+    names = [each.name for each in contract_of(node.op_type).present_inputs(node_attributes(node))]
+    return dict(zip(names, node.input, strict=True))
+
+
+def _with_inputs(node: onnx.NodeProto, changed: Mapping[str, str]) -> onnx.NodeProto:
+    """The node with other tensors as these inputs, by the contract's names."""
     if not changed:
-        return attention
-    names = [each.name for each in attention_contract().present_inputs(node_attributes(attention))]
+        return node
     copy = onnx.NodeProto()
-    copy.CopyFrom(attention)
-    for index, name in enumerate(names):
+    copy.CopyFrom(node)
+    for index, name in enumerate(named_inputs(node)):
         if name in changed:
             copy.input[index] = changed[name]
     return copy

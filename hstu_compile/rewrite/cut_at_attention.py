@@ -1,6 +1,7 @@
 """Cut a graph at every attention into segments, for a runtime that takes no plugins. Level 3.
 
-Input: a rewritten `OnnxGraph`. Output: a `SegmentedGraph`: segment, attention, segment, ... in the order of the layers.
+Input: a rewritten `OnnxGraph`. Output: a `SegmentedGraph`: segment, attention, norm, segment, ... in the order of the
+layers. Attentions are computed by kernels, and so are the norms of case 8; everything else is in a segment.
 
 The rule of what runs where:
 
@@ -9,16 +10,19 @@ The rule of what runs where:
    made of crosses.
 2. What follows from sizes and constants alone is computed anew in every segment that reads it: it may be the shape of
    something there, which a runtime must know on the host, and it reads no memory.
-3. So is a view (Reshape, Squeeze, Unsqueeze, Identity) and a Cast to a type that is no smaller, unless an attention
+3. So is a view (Reshape, Squeeze, Unsqueeze, Identity) and a Cast to a type that is no smaller, unless a kernel
    reads it: the value that it is made of crosses in its place, which takes no more bytes, and the segment's compiler
    fuses it with the reader.
 4. A node that reads a large constant (an embedding table) runs where the first such node does, so that no table is in
    two engines, unless an attention lies in between.
-5. Everything else is computed once and crosses, if a later segment or attention reads it.
+5. Everything else is computed once and crosses, if a later segment or kernel reads it.
 6. A size that is also that of a graph input's axis is read there, since an input is everywhere.
 7. q, k and v that are columns of a tensor are not made: the tensor crosses, attentions read its columns where they lie,
-   and a segment that needs others (the gate, whose SiLU it computes by case 1) slices them itself, as by case 3. Only
+   and a segment that needs others (the gate of a norm that is not by case 8) slices them itself, as by case 3. Only
    if no more bytes cross than without; they may live longer.
+8. A norm of an attention's output (`following_norms` says which) is no segment's: its kernel runs right behind the
+   attention. It reads the attention's output itself, which then lives until there, and its gate by case 7 or, where
+   the gate is no column, as a tensor that crosses.
 """
 
 from __future__ import annotations
@@ -30,12 +34,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hstu_compile.artifacts import AttentionCall, Crossing, OnnxGraph, SegmentedGraph, Step, TensorSpec
+from hstu_compile.artifacts import KernelCall, Crossing, OnnxGraph, SegmentedGraph, Step, TensorSpec
 from hstu_compile.axis_sizes import AxisSize, axis_size
 from hstu_compile.errors import RewriteError
 from hstu_compile.graph_facts import tensor_specs
-from hstu_compile.op_schema import attention_contract, is_attention, node_attributes
-from hstu_compile.rewrite._column_views import VIEWS, ColumnViews
+from hstu_compile.op_schema import is_attention, node_attributes
+from hstu_compile.rewrite._column_views import ColumnViews, named_inputs
+from hstu_compile.rewrite.following_norms import VIEWS, following_norms
 
 # Constants from this size on are in one segment only, if possible.
 _LARGE_BYTES = 1 << 20
@@ -100,7 +105,7 @@ class _Cut:
 
     Args:
         graph: the graph.
-        sources: tensors whose columns attentions read where they lie (case 7).
+        sources: tensors whose columns kernels read where they lie (case 7).
     """
 
     def __init__(self, graph: OnnxGraph, sources: Collection[str] = ()) -> None:
@@ -110,14 +115,20 @@ class _Cut:
         self.inputs = {spec.name for spec in graph.inputs}
         self.outputs = {spec.name for spec in graph.outputs}
         initializers = {tensor.name: tensor for tensor in self.proto.initializer}
-        self.column_views = ColumnViews(self.proto.node, initializers, self.specs, self.outputs)
+        self.norms = following_norms(self.proto)
+        self.column_views = ColumnViews(self.proto.node, self.norms, initializers, self.specs, self.outputs)
         rewritten = self.column_views.reading(sources)
         self.views = rewritten.views
         self.nodes = [self._sized_by_input(node) for node in rewritten.nodes]
         self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.constants = initializers | {tensor.name: tensor for tensor in rewritten.constants}
         self.attentions = [i for i, node in enumerate(self.nodes) if is_attention(node)]
-        self.read_by_attention = {name for i in self.attentions for name in self.nodes[i].input}
+        # The norms behind each attention, which is meant by its place.
+        self.followers: dict[int, list[int]] = {i: [] for i in self.attentions}
+        for name, norm in self.norms.items():
+            self.followers[self.producer[norm.attention]].append(self.producer[name])
+        self.kernels = {i for attention, norms in self.followers.items() for i in (attention, *norms)}
+        self.read_by_kernel = {name for i in self.kernels for name in self.nodes[i].input}
         self.placement = self._placed()
 
     def result(self) -> SegmentedGraph:
@@ -128,13 +139,14 @@ class _Cut:
             by_depth.setdefault(self._depth_of(i), []).append(i)
         order = list(groups)
         steps: list[Step] = []
-        calls: list[AttentionCall] = []
+        calls: list[KernelCall] = []
         for depth in sorted({*groups, *by_depth}):
             if depth in groups:
                 steps.append(Step("segment", order.index(depth)))
-            for i in by_depth.get(depth, []):
-                steps.append(Step("attention", len(calls)))
-                calls.append(self._call(i))
+            for attention in by_depth.get(depth, []):
+                for i in (attention, *self.followers[attention]):
+                    steps.append(Step("kernel", len(calls)))
+                    calls.append(self._call(i))
         gives = self._gives(groups)
         segments = [self._segment(number, groups[depth], gives[depth]) for number, depth in enumerate(order)]
         whole = SegmentedGraph(
@@ -187,7 +199,7 @@ class _Cut:
     def _gives(self, groups: Mapping[int, Sequence[int]]) -> dict[int, list[str]]:
         """What crosses out of every segment, by its depth."""
         wanted = {name for nodes in groups.values() for name in self._read_in(nodes)}
-        wanted |= self.read_by_attention | self.outputs
+        wanted |= self.read_by_kernel | self.outputs
         return {depth: [name for name in self._made_in(nodes) if name in wanted] for depth, nodes in groups.items()}
 
     def _sized_by_input(self, node: onnx.NodeProto) -> onnx.NodeProto:
@@ -242,16 +254,16 @@ class _Cut:
         views: set[int] = set()
         columns = {name for name, each in self.column_views.columns.items() if each.source in self.sources}
         for i, node in enumerate(self.nodes):
-            if i in self.attentions or not self.outputs.isdisjoint(node.output):
+            if i in self.kernels or not self.outputs.isdisjoint(node.output):
                 continue
             if node.op_type in _SIZE_OPERATORS and all(self._is_size(name, sizes, node) for name in node.input if name):
                 sizes.add(i)
-            elif self.read_by_attention.isdisjoint(node.output) and (
+            elif self.read_by_kernel.isdisjoint(node.output) and (
                 self._is_view(node, sizes) or not columns.isdisjoint(node.output)
             ):
                 views.add(i)
-        # A size that an attention reads has to be in memory; there is none in our graphs, and it is then computed once.
-        return frozenset(i for i in sizes if self.read_by_attention.isdisjoint(self.nodes[i].output)) | frozenset(views)
+        # A size that a kernel reads has to be in memory; there is none in our graphs, and it is then computed once.
+        return frozenset(i for i in sizes if self.read_by_kernel.isdisjoint(self.nodes[i].output)) | frozenset(views)
 
     def _is_size(self, name: str, sizes: set[int], reader: onnx.NodeProto) -> bool:
         if name in self.constants:
@@ -278,17 +290,19 @@ class _Cut:
         """The segments of every node that is needed, from the readers back (cases 1 and 4)."""
         needed: dict[str, set[int]] = {}
         found: dict[int, frozenset[int]] = {}
+        # What a norm reads is there when its attention runs.
+        behind = {i: self._depth_of(attention) for attention, norms in self.followers.items() for i in norms}
         for i, node in reversed(list(enumerate(self.nodes))):
             where = {segment for name in node.output for segment in needed.get(name, ())}
-            if i in self.attentions:
-                runs_in = {self._depth_of(i)}
+            if i in self.kernels:
+                runs_in = {behind[i] if i in behind else self._depth_of(i)}
             elif i in repeated:
                 runs_in = where
             else:
                 if not self.outputs.isdisjoint(node.output):
                     where = where or {self._depth_of(i)}
                 runs_in = {min(min(where), pinned.get(i, min(where)))} if where else set()
-            if runs_in and i not in self.attentions:
+            if runs_in and i not in self.kernels:
                 found[i] = frozenset(runs_in)
             for name in node.input:
                 needed.setdefault(name, set()).update(runs_in)
@@ -350,11 +364,10 @@ class _Cut:
                 shape.append(str(expression) if expression.terms else expression.constant)
         return dataclasses.replace(spec, shape=tuple(shape))
 
-    def _call(self, i: int) -> AttentionCall:
-        node, attributes = self.nodes[i], node_attributes(self.nodes[i])
-        names = [each.name for each in attention_contract().present_inputs(attributes)]
-        inputs, output = dict(zip(names, node.input, strict=True)), node.output[0]
-        return AttentionCall(node.name, attributes, inputs, output, self.views[output])
+    def _call(self, i: int) -> KernelCall:
+        node, output = self.nodes[i], self.nodes[i].output[0]
+        attributes, inputs = node_attributes(node), named_inputs(node)
+        return KernelCall(node.op_type, node.name, attributes, inputs, output, self.views[output])
 
     def _crossing(self, whole: SegmentedGraph) -> tuple[Crossing, ...]:
         last: dict[str, int] = {}

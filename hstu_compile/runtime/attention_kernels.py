@@ -1,4 +1,4 @@
-"""Attention kernels that run between engines, and the library that brings them. Level 3; no torch.
+"""Kernels that run between engines, attentions and norms, and the library that brings them. Level 3; no torch.
 
 `plugins/api/hstuAttentionKernels.h` is the interface of that library; this module is its other side.
 """
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from hstu_compile.artifacts import AttentionCall, TensorSpec
+from hstu_compile.artifacts import KernelCall, TensorSpec
 from hstu_compile.errors import PluginError
-from hstu_compile.op_schema import attention_contract
+from hstu_compile.op_schema import attention_contract, contract_of, norm_contract
 
-API_VERSION = 1
+API_VERSION = 2
 
 _MAX_RANK = 8
 _ERROR_BYTES = 4096
@@ -30,7 +30,7 @@ class Placed(NamedTuple):
     Attributes:
         address: on the device; 0 is legal where the tensor is empty.
         shape: of the tensor.
-        row_stride: elements from a row to the next; 0: contiguous. Of q, k and v it may be another.
+        row_stride: elements from a row to the next; 0: contiguous. Of `strided_inputs` it may be another.
     """
 
     address: int
@@ -40,7 +40,7 @@ class Placed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What one pass of an attention reads and writes.
+    """What one pass of a kernel reads and writes.
 
     Attributes:
         inputs: place of every input, by the contract's names.
@@ -55,31 +55,31 @@ class Launch:
     workspace_bytes: int
 
 
-class AttentionKernel(Protocol):
-    """One attention of a graph, loaded. The CUDA context is current in every call."""
+class PreparedKernel(Protocol):
+    """One call of a graph, loaded. The CUDA context is current in every call."""
 
     def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Device memory that a launch of these input shapes needs beside its tensors."""
 
     def enqueue(self, launch: Launch, stream: int) -> None:
-        """Queue the kernels on a stream, and nothing else: it may be recorded into a CUDA graph."""
+        """Queue the kernel on a stream, and nothing else: it may be recorded into a CUDA graph."""
 
     def close(self) -> None:
         """Free it. A second call does nothing."""
 
 
-class AttentionKernels(Protocol):
-    """Where attentions come from."""
+class Kernels(Protocol):
+    """Where kernels come from."""
 
     @property
     def name(self) -> str:
         """What runs, for messages and reports."""
 
-    def prepare(self, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> AttentionKernel:
-        """Load one attention into the current CUDA context.
+    def prepare(self, call: KernelCall, tensors: Mapping[str, TensorSpec]) -> PreparedKernel:
+        """Load the kernel of one call into the current CUDA context.
 
         Args:
-            call: the attention.
+            call: an attention or a norm.
             tensors: type and shape of every input, by the contract's names, and of the output by its name there.
 
         Raises:
@@ -103,7 +103,7 @@ class _Tensor(ctypes.Structure):
 
 
 class KernelLibrary:
-    """`AttentionKernels` of a shared library.
+    """`Kernels` of a shared library.
 
     Args:
         path: the library.
@@ -131,25 +131,35 @@ class KernelLibrary:
                 fix,
                 {"library": str(path), "version": version},
             )
-        self._lib.hstuAttentionDestroy.restype = None
+        self._lib.hstuAttentionDestroy.restype = self._lib.hstuNormDestroy.restype = None
 
     @property
     def name(self) -> str:
         """Kernels by their build."""
         return f"kernels {self._lib.hstuAttentionKernelsBuildId().decode()}"
 
-    def prepare(self, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> AttentionKernel:
-        """See `AttentionKernels.prepare`."""
-        return _LoadedAttention(self._lib, call, tensors)
+    def prepare(self, call: KernelCall, tensors: Mapping[str, TensorSpec]) -> PreparedKernel:
+        """See `Kernels.prepare`."""
+        kinds = {attention_contract().name: _LoadedAttention, norm_contract().name: _LoadedNorm}
+        return kinds[call.operator](self._lib, call, tensors)
 
 
-class _LoadedAttention:
-    """An HstuAttention of the library."""
+class _Loaded:
+    """An object of the library that runs one call.
 
-    def __init__(self, library: Any, call: AttentionCall, tensors: Mapping[str, TensorSpec]) -> None:
+    Args:
+        library: the library.
+        call: the call.
+        tensors: see `Kernels.prepare`.
+    """
+
+    _family = ""  # what the names of the library's functions for such calls begin with
+    _kind = ""  # of call, for messages
+
+    def __init__(self, library: Any, call: KernelCall, tensors: Mapping[str, TensorSpec]) -> None:
         self._lib, self._call = library, call
         self._types = {name: _ELEMENT_TYPES[spec.dtype] for name, spec in tensors.items()}
-        self._out = attention_contract().output.name
+        self._out = contract_of(call.operator).output.name
         self._handle = ctypes.c_void_p()
         # A dynamic axis is -1.
         shapes = {n: tuple(s if isinstance(s, int) else -1 for s in spec.shape) for n, spec in tensors.items()}
@@ -158,7 +168,7 @@ class _LoadedAttention:
             *(_Attribute(name.encode(), float(value)) for name, value in call.attributes.items())
         )
         self._checked(
-            "hstuAttentionCreate",
+            "Create",
             call.name.encode(),
             attributes,
             ctypes.c_int32(len(attributes)),
@@ -168,29 +178,15 @@ class _LoadedAttention:
             ctypes.byref(self._handle),
         )
 
-    def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
-        inputs, count = self._inputs({name: Placed(0, shapes[name]) for name in self._call.inputs})
-        found = ctypes.c_size_t()
-        self._checked("hstuAttentionWorkspace", self._handle, inputs, count, ctypes.byref(found))
-        return int(found.value)
-
-    def enqueue(self, launch: Launch, stream: int) -> None:
-        inputs, count = self._inputs(launch.inputs)
-        self._checked(
-            "hstuAttentionEnqueue",
-            self._handle,
-            inputs,
-            count,
-            ctypes.byref(self._tensor(self._out, launch.output)),
-            ctypes.c_void_p(launch.workspace or None),
-            ctypes.c_size_t(launch.workspace_bytes),
-            ctypes.c_void_p(stream),
-        )
-
     def close(self) -> None:
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle.value:
-            self._lib.hstuAttentionDestroy(handle)
+            getattr(self._lib, f"{self._family}Destroy")(handle)
+
+    def _enqueue(self, launch: Launch, *others: Any) -> None:
+        inputs, count = self._inputs(launch.inputs)
+        output = ctypes.byref(self._tensor(self._out, launch.output))
+        self._checked("Enqueue", self._handle, inputs, count, output, *others)
 
     def _inputs(self, given: Mapping[str, Placed]) -> tuple[Any, ctypes.c_int32]:
         tensors = (_Tensor * len(given))(*(self._tensor(name, place) for name, place in given.items()))
@@ -203,11 +199,40 @@ class _LoadedAttention:
 
     def _checked(self, function: str, *arguments: Any) -> None:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
-        if getattr(self._lib, function)(*arguments, error, ctypes.c_size_t(_ERROR_BYTES)):
+        name = f"{self._family}{function}"
+        if getattr(self._lib, name)(*arguments, error, ctypes.c_size_t(_ERROR_BYTES)):
             raise PluginError(
                 "HSTU-E505",
-                f"the attention {self._call.name} could not run",
-                f"{function}: {error.value.decode(errors='replace')}",
+                f"the {self._kind} {self._call.name} could not run",
+                f"{name}: {error.value.decode(errors='replace')}",
                 "build the bundle for this GPU and these shapes, or use --runtime onnxruntime",
-                {"attention": self._call.name},
+                {self._kind: self._call.name},
             )
+
+
+class _LoadedAttention(_Loaded):
+    """An HstuAttention of the library."""
+
+    _family, _kind = "hstuAttention", "attention"
+
+    def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        inputs, count = self._inputs({name: Placed(0, shapes[name]) for name in self._call.inputs})
+        found = ctypes.c_size_t()
+        self._checked("Workspace", self._handle, inputs, count, ctypes.byref(found))
+        return int(found.value)
+
+    def enqueue(self, launch: Launch, stream: int) -> None:
+        workspace = ctypes.c_void_p(launch.workspace or None), ctypes.c_size_t(launch.workspace_bytes)
+        self._enqueue(launch, *workspace, ctypes.c_void_p(stream))
+
+
+class _LoadedNorm(_Loaded):
+    """An HstuNorm of the library."""
+
+    _family, _kind = "hstuNorm", "norm"
+
+    def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:  # noqa: ARG002
+        return 0
+
+    def enqueue(self, launch: Launch, stream: int) -> None:
+        self._enqueue(launch, ctypes.c_void_p(stream))

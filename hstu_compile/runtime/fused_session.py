@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from hstu_compile.artifacts import AttentionCall, Schedule
+from hstu_compile.artifacts import KernelCall, Schedule
 from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._buffer_plan import BufferPlan, Lifetime, planned_buffers
@@ -19,7 +19,7 @@ from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffer
 from hstu_compile.runtime._gpu_session import GpuSession, Shapes
 from hstu_compile.runtime._loaded_engine import LoadedEngine, started_runtime
 from hstu_compile.runtime._mirrored import Layout
-from hstu_compile.runtime.attention_kernels import AttentionKernel, AttentionKernels, Launch, Placed, Shape
+from hstu_compile.runtime.attention_kernels import Kernels, Launch, Placed, PreparedKernel, Shape
 from hstu_compile.tensorrt_api import TensorRtApi
 
 # Most sets of input shapes whose plan is remembered.
@@ -28,13 +28,13 @@ _INT32_MAX = 2**31 - 1
 
 
 class FusedSession(GpuSession):
-    """Segments and attentions, ready to run; see `GpuSession` for empty inputs and CUDA graphs.
+    """Segments and kernels, ready to run; see `GpuSession` for empty inputs and CUDA graphs.
 
     Args:
         api: TensorRT-RTX.
         schedule: of the graph.
         plans: serialised engine of every segment, in the order of the segments.
-        kernels: where the attentions come from.
+        kernels: where the kernels come from.
         driver: CUDA; None opens device 0.
         allow_tf32: False for engines that were built without TF32.
         cuda_graphs: graphs that are kept, the least recently used goes first; 0 records none.
@@ -43,7 +43,7 @@ class FusedSession(GpuSession):
     Raises:
         UsageError: HSTU-E901 for a negative number of graphs or bytes.
         EngineError: HSTU-E401 without a GPU, E404 if an engine cannot be loaded, or is not of this schedule.
-        PluginError: HSTU-E505 if no kernel fits an attention on this GPU.
+        PluginError: HSTU-E505 if no kernel fits a call on this GPU.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FusedSession(GpuSession):
         api: TensorRtApi,
         schedule: Schedule,
         plans: Sequence[bytes],
-        kernels: AttentionKernels,
+        kernels: Kernels,
         driver: CudaDriver | None = None,
         *,
         allow_tf32: bool = True,
@@ -68,7 +68,7 @@ class FusedSession(GpuSession):
         self._schedule, self._plans, self._kernels = schedule, list(plans), kernels
         self._runtime: Any = None
         self._engines: list[LoadedEngine] = []
-        self._attentions: list[AttentionKernel] = []
+        self._prepared: list[PreparedKernel] = []
         self._constants: DeviceBuffer | None = None
         self._constant_offsets: Mapping[str, int] = {}
         # What the engines compute in: one runs at a time, so they share it.
@@ -103,10 +103,11 @@ class FusedSession(GpuSession):
         self._dtypes |= {each.spec.name: each.spec.dtype for each in schedule.crossing}
         self._check_engines()
         self._range = {spec.name: self._range_of(spec.name, len(spec.shape)) for spec in schedule.inputs}
+        self._rows_made = [schedule.row_of(call) for call in schedule.calls]
         for call in schedule.calls:
             tensors = {name: schedule.input_spec(call, name) for name in call.inputs}
             tensors["out"] = schedule.spec(call.output)
-            self._attentions.append(self._kernels.prepare(call, tensors))
+            self._prepared.append(self._kernels.prepare(call, tensors))
         self._upload_constants()
 
     def _share_activations(self) -> None:
@@ -121,7 +122,7 @@ class FusedSession(GpuSession):
         problems = []
         present = {spec.name for spec in self._schedule.inputs}
         for step in self._schedule.steps:
-            if step.kind == "attention":
+            if step.kind == "kernel":
                 present.add(self._schedule.calls[step.index].output)
                 continue
             engine = self._engines[step.index]
@@ -148,7 +149,7 @@ class FusedSession(GpuSession):
     def _range_of(self, name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What every engine that reads an input takes.
 
-        What attentions alone read has no profile. An empty one gets a row like any other, since the sizes of all inputs
+        What kernels alone read has no profile. An empty one gets a row like any other, since the sizes of all inputs
         with the same axis have to agree.
         """
         ranges = [engine.ranges[name] for engine in self._engines if name in engine.ranges]
@@ -173,11 +174,11 @@ class FusedSession(GpuSession):
 
     def _unload(self) -> None:
         # Their order matters: an engine must not outlive its runtime.
-        for attention in self._attentions:
-            attention.close()
+        for kernel in self._prepared:
+            kernel.close()
         for engine in self._engines:
             engine.close()
-        self._attentions.clear()
+        self._prepared.clear()
         self._engines.clear()
         self._runtime = None
         if self._constants is not None:
@@ -193,14 +194,15 @@ class FusedSession(GpuSession):
                 known |= self._engines[step.index].inferred(known, log)
             else:
                 call = self._schedule.calls[step.index]
-                rows, heads, _ = _input_shape(call, "q", known)
-                known[call.output] = (rows, heads, _input_shape(call, "v", known)[2])
+                # A kernel has a row of output for each row of its first input, q or x.
+                rows = known[next(iter(call.inputs.values()))][0]
+                known[call.output] = (rows, *self._rows_made[step.index])
         self._shapes = known
         self._arena, self._workspaces = self._planned_arena()
         return {spec.name: known[spec.name] for spec in self.outputs}
 
     def _planned_arena(self) -> tuple[BufferPlan, list[int]]:
-        """Where what crosses lies, and the bytes of every attention's workspace, for the shapes that are set."""
+        """Where what crosses lies, and the bytes of every kernel's workspace, for the shapes that are set."""
         key = tuple(self._shapes[spec.name] for spec in self.inputs)
         if (known := self._remembered.get(key)) is not None:
             self._remembered.move_to_end(key)
@@ -213,10 +215,10 @@ class FusedSession(GpuSession):
         ]
         workspaces = []
         for number, step in enumerate(self._schedule.steps):
-            if step.kind == "attention":
+            if step.kind == "kernel":
                 call = self._schedule.calls[step.index]
                 shapes = {name: _input_shape(call, name, self._shapes) for name in call.inputs}
-                workspaces.append(self._attentions[step.index].workspace_bytes(shapes))
+                workspaces.append(self._prepared[step.index].workspace_bytes(shapes))
                 if workspaces[-1]:
                     lives.append(Lifetime(_workspace(step.index), workspaces[-1], number, number))
         made = planned_buffers(lives), workspaces
@@ -248,7 +250,7 @@ class FusedSession(GpuSession):
             for index, call in enumerate(self._schedule.calls)
         ]
 
-    def _placed_input(self, call: AttentionCall, name: str, places: Mapping[str, int]) -> Placed:
+    def _placed_input(self, call: KernelCall, name: str, places: Mapping[str, int]) -> Placed:
         tensor, shape = call.inputs[name], _input_shape(call, name, self._shapes)
         if (view := call.views.get(name)) is None:
             return Placed(places[tensor], shape)
@@ -260,7 +262,7 @@ class FusedSession(GpuSession):
             if step.kind == "segment":
                 self._engines[step.index].execute(self._driver.stream, log)
             else:
-                self._attentions[step.index].enqueue(self._launches[step.index], self._driver.stream)
+                self._prepared[step.index].enqueue(self._launches[step.index], self._driver.stream)
 
     def _unrecordable(self) -> str:
         stuck = [i for i, engine in enumerate(self._engines) if not engine.is_capturable(self._driver.stream)]
@@ -269,13 +271,13 @@ class FusedSession(GpuSession):
         return f"TensorRT-RTX says that segment {', '.join(map(str, stuck))} cannot be recorded on a stream"
 
 
-def _input_shape(call: AttentionCall, name: str, shapes: Mapping[str, Shape]) -> Shape:
-    """The shape of what an attention reads as its input of this name in the contract."""
+def _input_shape(call: KernelCall, name: str, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of what a kernel reads as its input of this name in the contract."""
     shape = shapes[call.inputs[name]]
     view = call.views.get(name)
-    return shape if view is None else (shape[0], view.heads, view.dim)
+    return shape if view is None else (shape[0], *view.dims)
 
 
 def _workspace(index: int) -> str:
-    """The name of an attention's workspace among the crossing tensors; no value of a graph has a newline."""
+    """The name of a kernel's workspace among the crossing tensors; no value of a graph has a newline."""
     return f"\nworkspace {index}"

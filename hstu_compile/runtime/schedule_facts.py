@@ -20,9 +20,9 @@ def schedule_facts(schedule: Schedule, profile: Profile) -> dict[str, Any]:
         profile: of that graph, which says how large it typically is and at most.
 
     Returns:
-        `steps` in order; `attentions` with the tensors that each reads and makes; `crossing` tensors with the steps
+        `steps` in order; `calls` of kernels with their operators and the tensors that each reads and makes; `crossing` tensors with the steps
         that they live from and to, and their bytes; `block_bytes`: the memory that all those between two steps share,
-        without the attentions' workspaces and without the graph's outputs. Bytes are given for the profile's `typical`
+        without the kernels' workspaces and without the graph's outputs. Bytes are given for the profile's `typical`
         and `largest` shapes.
     """
     sizes = {"typical": _axes(schedule, profile.opt), "largest": _axes(schedule, profile.max)}
@@ -44,8 +44,13 @@ def schedule_facts(schedule: Schedule, profile: Profile) -> dict[str, Any]:
             f"segment {step.index}" if step.kind == "segment" else schedule.calls[step.index].name
             for step in schedule.steps
         ],
-        "attentions": [
-            {"name": call.name, "reads": list(dict.fromkeys(call.inputs.values())), "makes": call.output}
+        "calls": [
+            {
+                "operator": call.operator,
+                "name": call.name,
+                "reads": list(dict.fromkeys(call.inputs.values())),
+                "makes": call.output,
+            }
             for call in schedule.calls
         ],
         "crossing": crossing,

@@ -8,17 +8,18 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import AttentionCall, ColumnView, Crossing, Schedule, Step, TensorSpec
+from hstu_compile.artifacts import KernelCall, ColumnView, Crossing, Schedule, Step, TensorSpec
 from hstu_compile.errors import BundleError
-from hstu_compile.op_schema import attention_contract
+from hstu_compile.op_schema import contract_of, strided_inputs
 from hstu_compile.runtime._bfloat16 import storage_dtype
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def fused_files(stem: str, num_segments: int) -> tuple[str, tuple[str, ...]]:
@@ -41,13 +42,12 @@ def schedule_text(schedule: Schedule) -> str:
             "shape": list(spec.shape),
             "data": base64.b64encode(little.tobytes()).decode("ascii"),
         }
-    contract = attention_contract()
     content = {
         "format_version": FORMAT_VERSION,
-        "operator": {"name": contract.name, "version": contract.version},
+        "operators": {call.operator: contract_of(call.operator).version for call in schedule.calls},
         "inputs": [_spec_json(spec) for spec in schedule.inputs],
         "outputs": [_spec_json(spec) for spec in schedule.outputs],
-        "attentions": [dataclasses.asdict(call) for call in schedule.calls],
+        "calls": [dataclasses.asdict(call) for call in schedule.calls],
         "steps": [dataclasses.asdict(step) for step in schedule.steps],
         "crossing": [{**_spec_json(each.spec), "first": each.first, "last": each.last} for each in schedule.crossing],
         "constants": constants,
@@ -63,7 +63,7 @@ def schedule_from_text(text: str, source: str) -> Schedule:
         source: its name, for messages.
 
     Raises:
-        BundleError: HSTU-E803, if it is no schedule, of another format, or of another version of the operator.
+        BundleError: HSTU-E803, if it is no schedule, of another format, or of another version of an operator.
     """
     try:
         content = json.loads(text)
@@ -93,11 +93,13 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
 
 
 def _check_versions(content: dict[str, Any]) -> None:
-    contract = attention_contract()
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format {content['format_version']}, and this hstu-compile reads format {FORMAT_VERSION}")
-    if content["operator"] != {"name": contract.name, "version": contract.version}:
-        raise ValueError(f"operator {content['operator']}, and this hstu-compile has version {contract.version}")
+    known = {name: contract_of(name).version for name in content["operators"]}
+    if content["operators"] != known:
+        raise ValueError(f"operators {content['operators']}, and this hstu-compile has {known}")
+    if not known.keys() >= {call["operator"] for call in content["calls"]}:
+        raise ValueError(f"calls of other operators than {sorted(known)}")
 
 
 def _schedule(content: dict[str, Any]) -> Schedule:
@@ -109,14 +111,15 @@ def _schedule(content: dict[str, Any]) -> Schedule:
         )
         constants[name] = np.ascontiguousarray(flat.astype(flat.dtype.newbyteorder("=")).reshape(entry["shape"]))
     calls = tuple(
-        AttentionCall(
+        KernelCall(
+            each["operator"],
             each["name"],
             dict(each["attributes"]),
             dict(each["inputs"]),
             each["output"],
-            {name: ColumnView(**view) for name, view in each["views"].items()},
+            {name: ColumnView(**{**view, "dims": tuple(view["dims"])}) for name, view in each["views"].items()},
         )
-        for each in content["attentions"]
+        for each in content["calls"]
     )
     return Schedule(
         inputs=tuple(_spec(each) for each in content["inputs"]),
@@ -130,21 +133,22 @@ def _schedule(content: dict[str, Any]) -> Schedule:
 
 def _check_order(schedule: Schedule) -> None:
     """Refuse what a damaged file could make a session do: read what is not there, or run a step twice."""
-    contract = attention_contract()
     problems = []
-    for kind, count in (("attention", len(schedule.calls)), ("segment", None)):
+    for kind, count in (("kernel", len(schedule.calls)), ("segment", None)):
         indices = [step.index for step in schedule.steps if step.kind == kind]
         if indices != list(range(len(indices) if count is None else count)):
             problems.append(f"{kind} steps {indices}")
-    if any(step.kind not in ("attention", "segment") for step in schedule.steps):
-        problems.append("a step is neither a segment nor an attention")
+    if any(step.kind not in ("kernel", "segment") for step in schedule.steps):
+        problems.append("a step is neither a segment nor a kernel")
     for call in schedule.calls:
+        contract = contract_of(call.operator)
         problems += contract.problems(call.attributes)
         wanted = [each.name for each in contract.present_inputs(contract.defaults() | call.attributes)]
         if list(call.inputs) != wanted:
             problems.append(f"{call.name} has inputs {list(call.inputs)}, and its attributes say {wanted}")
         for tensor in (*call.inputs.values(), call.output):
             schedule.spec(tensor)
+        schedule.row_of(call)
         problems += _view_problems(schedule, call)
     for each in schedule.crossing:
         if not 0 <= each.first <= each.last < len(schedule.steps):
@@ -153,18 +157,20 @@ def _check_order(schedule: Schedule) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _view_problems(schedule: Schedule, call: AttentionCall) -> list[str]:
-    """What would make an attention read outside of a tensor."""
+def _view_problems(schedule: Schedule, call: KernelCall) -> list[str]:
+    """What would make a kernel read outside of a tensor."""
     problems = []
+    allowed = strided_inputs(call.operator)
     for name, view in call.views.items():
-        if name not in ("q", "k", "v"):
-            problems.append(f"{call.name} has {name} as columns, and only q, k and v may be")
+        if name not in allowed:
+            problems.append(f"{call.name} has {name} as columns, and only {', '.join(allowed)} may be")
             continue
-        if any(type(number) is not int for number in dataclasses.astuple(view)):
+        if any(type(number) is not int for number in (view.column, view.row_stride, *view.dims)):
             raise ValueError(f"{call.name} has {view} as {name}")
         shape = schedule.spec(call.inputs[name]).shape
-        last = view.row_stride - view.heads * view.dim
-        fits = view.heads > 0 and view.dim > 0 and 0 <= view.column <= last
-        if len(shape) != 2 or shape[1] != view.row_stride or not fits:
+        row = [size for size in shape[1:] if isinstance(size, int)]
+        last = view.row_stride - math.prod(view.dims)
+        fits = all(size > 0 for size in view.dims) and 0 <= view.column <= last
+        if len(shape) < 2 or len(row) != len(shape) - 1 or math.prod(row) != view.row_stride or not fits:
             problems.append(f"{call.name} has {view} of a tensor {list(shape)} as {name}")
     return problems

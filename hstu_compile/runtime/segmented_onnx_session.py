@@ -1,13 +1,14 @@
 """Session on ONNX Runtime over a graph that was cut at its attentions: what verifies the cut without a GPU. Level 3.
 
-Every segment is a graph of its own, and so is every attention, by its native body. So each tensor that crosses does
+Every segment is a graph of its own, and so is every attention and norm between them, by its native body. So each tensor that crosses does
 cross here, in its own type, and the numbers are those of the graph in one piece.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,17 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from hstu_compile.artifacts import AttentionCall, SegmentedGraph, TensorSpec
+from hstu_compile.artifacts import KernelCall, SegmentedGraph, TensorSpec
 from hstu_compile.errors import EngineError
-from hstu_compile.op_schema import attention_contract
+from hstu_compile.op_schema import attention_contract, contract_of
 from hstu_compile.rewrite.attach_native_body import native_body
+from hstu_compile.rewrite.norm_body import norm_body
 from hstu_compile.runtime._host_session import HostSession
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 
 
 class SegmentedOnnxSession(HostSession):
-    """Segments and attentions in ONNX Runtime, one after the other, on CPU.
+    """Segments and kernels in ONNX Runtime, one after the other, on CPU.
 
     Args:
         graph: the graph.
@@ -39,8 +41,8 @@ class SegmentedOnnxSession(HostSession):
         where = _tap_segments(graph, taps)
         with contextlib.ExitStack() as opened:
             for step in graph.steps:
-                if step.kind == "attention":
-                    session = OnnxRuntimeSession(attention_model(graph, graph.calls[step.index]))
+                if step.kind == "kernel":
+                    session = OnnxRuntimeSession(kernel_model(graph, graph.calls[step.index]))
                 else:
                     wanted = [name for name, segment in where.items() if segment == step.index]
                     session = OnnxRuntimeSession(graph.segments[step.index].model, taps=wanted)
@@ -66,22 +68,21 @@ class SegmentedOnnxSession(HostSession):
         self._opened.close()
 
 
-def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelProto:
-    """One attention as a graph of its own, with its native body.
+def kernel_model(graph: SegmentedGraph, call: KernelCall) -> onnx.ModelProto:
+    """What one kernel computes as a graph of its own: the node with its native body.
 
     Its inputs and its output have the names that they have in the graph; what is constant is inside, and so is the
     slicing of columns.
 
     Args:
         graph: that the call is of.
-        call: the attention.
+        call: of the kernel.
     """
-    contract = attention_contract()
+    contract = contract_of(call.operator)
     source = graph.segments[0].model
     opset = next(o.version for o in source.opset_import if o.domain in ("", "ai.onnx"))
     fed = [name for name in dict.fromkeys(call.inputs.values()) if name not in graph.constants]
     constant = {name: graph.constants[name] for name in call.inputs.values() if name in graph.constants}
-    buckets = len(constant[call.inputs["ts_thresholds"]]) if call.attributes["time_bias"] else 0
     views = [_view_nodes(call, name) for name in call.views]
     read = call.inputs | {name: _view_name(call, name) for name in call.views}
     node = helper.make_node(
@@ -108,26 +109,36 @@ def attention_model(graph: SegmentedGraph, call: AttentionCall) -> onnx.ModelPro
         body,
         opset_imports=list(source.opset_import),
         ir_version=source.ir_version,
-        functions=[native_body(call.attributes, buckets, opset)],
+        functions=[_body(call, constant, opset)],
     )
 
 
-def _view_name(call: AttentionCall, name: str) -> str:
+def _body(call: KernelCall, constants: Mapping[str, NDArray[Any]], opset: int) -> onnx.FunctionProto:
+    if call.operator != attention_contract().name:
+        return norm_body(call.attributes, len(constants[call.inputs["scale"]]), opset)
+    buckets = len(constants[call.inputs["ts_thresholds"]]) if call.attributes["time_bias"] else 0
+    return native_body(call.attributes, buckets, opset)
+
+
+def _view_name(call: KernelCall, name: str) -> str:
     return f"{call.name}/{name}"
 
 
-def _view_nodes(call: AttentionCall, name: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
-    """What makes an input of an attention from the tensor whose columns it is, and the constants of that."""
+def _view_nodes(call: KernelCall, name: str) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    """What makes an input of a kernel from the tensor whose columns it is, and the constants of that."""
     view, made = call.views[name], _view_name(call, name)
     parameters = {
+        # 0: as many rows as there are.
+        "rows": [0, view.row_stride],
         "first": [view.column],
-        "end": [view.column + view.heads * view.dim],
+        "end": [view.column + math.prod(view.dims)],
         "axis": [1],
-        "shape": [0, view.heads, view.dim],  # 0: as many rows as there are
+        "shape": [0, *view.dims],
     }
-    first, end, axis, shape = (f"{made}/{each}" for each in parameters)
+    rows, first, end, axis, shape = (f"{made}/{each}" for each in parameters)
     nodes = [
-        helper.make_node("Slice", [call.inputs[name], first, end, axis], [f"{made}/columns"], name=f"{made}/slice"),
+        helper.make_node("Reshape", [call.inputs[name], rows], [f"{made}/row"], name=f"{made}/flatten"),
+        helper.make_node("Slice", [f"{made}/row", first, end, axis], [f"{made}/columns"], name=f"{made}/slice"),
         helper.make_node("Reshape", [f"{made}/columns", shape], [made], name=f"{made}/reshape"),
     ]
     return nodes, [

@@ -32,7 +32,7 @@ from hstu_compile.graph_facts import tensor_specs  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx  # noqa: E402
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession  # noqa: E402
-from hstu_compile.runtime.segmented_onnx_session import attention_model  # noqa: E402
+from hstu_compile.runtime.segmented_onnx_session import kernel_model  # noqa: E402
 
 #: Folder of a fixture, and options of the build.
 SMALL: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -82,7 +82,7 @@ def step_values(cut: SegmentedGraph, feeds: Mapping[str, Any]) -> dict[str, Any]
     values = dict(feeds)
     for number, step in enumerate(cut.steps):
         is_segment = step.kind == "segment"
-        graph = cut.segments[step.index].model if is_segment else attention_model(cut, cut.calls[step.index])
+        graph = cut.segments[step.index].model if is_segment else kernel_model(cut, cut.calls[step.index])
         with OnnxRuntimeSession(graph) as session:
             values |= session.execute({spec.name: values[spec.name] for spec in session.inputs})
         values[f"reads {number}"] = np.array(cut.reads(step))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu_compile.artifacts import AttentionCall, TensorSpec
+from hstu_compile.artifacts import KernelCall, TensorSpec
 from hstu_compile.errors import PluginError
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.runtime.attention_kernels import API_VERSION, KernelLibrary, Launch, Placed
@@ -112,7 +112,7 @@ def library(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(compiler, tmp_path_factory.mktemp("kernels"), API_VERSION)
 
 
-def call_of(alpha: float = 3.0, name: str = "layer 3") -> tuple[AttentionCall, dict[str, TensorSpec]]:
+def call_of(alpha: float = 3.0, name: str = "layer 3") -> tuple[KernelCall, dict[str, TensorSpec]]:
     attributes = {
         each.name: {"alpha": alpha, "scaling_seq_len": 1.0}.get(each.name, each.min if each.min is not None else 0)
         for each in attention_contract().attributes
@@ -120,7 +120,7 @@ def call_of(alpha: float = 3.0, name: str = "layer 3") -> tuple[AttentionCall, d
     names = [each.name for each in attention_contract().present_inputs(attributes)]
     tensors = {name: TensorSpec(name, "int32", ("B + 1",)) for name in names}
     tensors |= {name: TensorSpec(name, "float16", ("L", 2, 4)) for name in ("q", "k", "v", "out")}
-    return AttentionCall(name, attributes, {name: f"t_{name}" for name in names}, "t_out"), tensors
+    return KernelCall(name, attributes, {name: f"t_{name}" for name in names}, "t_out"), tensors
 
 
 def test_a_call_goes_through_the_interface_by_name(library: Path) -> None:

@@ -149,7 +149,7 @@ def test_columns_are_read_where_they_lie_however_they_are_written(columns: Calla
     (call,) = cut.calls
     assert [call.inputs[name] for name in "qkv"] == ["uvqk"] * 3
     assert call.views == {
-        name: ColumnView(column, 4 * WIDE, HEADS, DIM) for name, column in (("v", 16), ("q", 32), ("k", 48))
+        name: ColumnView(column, 4 * WIDE, (HEADS, DIM)) for name, column in (("v", 16), ("q", 32), ("k", 48))
     }
     assert [node.op_type for node in cut.segments[0].model.graph.node] == ["Neg"]
     assert [node.op_type for node in cut.segments[1].model.graph.node if node.op_type == "Slice"] == ["Slice"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -9,21 +10,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from hstu_compile.artifacts import OnnxGraph, SegmentedGraph, is_tap
+from hstu_compile.artifacts import ColumnView, OnnxGraph, SegmentedGraph, is_tap
 from hstu_compile.errors import EngineError, RewriteError
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.model.attention import AttentionAttrs, hstu_attention
-from hstu_compile.op_schema import attention_contract
+from hstu_compile.op_schema import contract_of
 from hstu_compile.rewrite.cut_at_attention import _Cut, segmented_from_onnx
+from hstu_compile.rewrite.following_norms import following_norms
 from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
 from tests.attention_cases import build_case
 from tests.oracle import Array
 from tests.rewrite.attention_graphs import attention_model, attention_node, contract_attributes, feeds_of
-from tests.segmented_cases import Case, ranking_case, retrieval_case
+from tests.segmented_cases import Case, ranking_case, retrieval_case, rounding_what_kernels_make
 
 # Heavy operators: one that ran in two segments would cost its time twice.
 _HEAVY = ("MatMul", "HstuNorm", "LayerNormalization", "Sigmoid", "ScatterND", "TopK", "ReduceSum", "Where")
@@ -34,7 +36,8 @@ RANKING = ("packed", "prefill", "score")
 
 def assert_equal_to_the_bit(case: Case) -> None:
     taps = [name for name in case.served.taps if is_tap(name)]
-    with OnnxRuntimeSession(case.whole.model, taps=taps) as whole, SegmentedOnnxSession(case.cut, taps=taps) as cut:
+    rounded = rounding_what_kernels_make(case)
+    with OnnxRuntimeSession(rounded, taps=taps) as whole, SegmentedOnnxSession(case.cut, taps=taps) as cut:
         compared = 0
         for feeds in case.feeds:
             expected, found = whole.run(feeds), cut.run(feeds)
@@ -67,16 +70,21 @@ def all_cases() -> list[Case]:
 def test_there_is_one_segment_more_than_attentions_and_they_alternate() -> None:
     for case in all_cases():
         layers = case.served.num_attention
-        assert len(case.cut.calls) == layers
-        assert [step.kind for step in case.cut.steps] == ["segment", "attention"] * layers + ["segment"]
+        assert [call.operator for call in case.cut.calls] == ["HstuAttention", "HstuNorm"] * layers
+        assert [step.kind for step in case.cut.steps] == ["segment", "kernel", "kernel"] * layers + ["segment"]
+    unfused = retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False)
+    assert [call.operator for call in unfused.cut.calls] == ["HstuAttention"] * unfused.served.num_attention
 
 
 def test_nothing_heavy_is_computed_twice_and_nothing_is_lost() -> None:
     for case in all_cases():
         whole = Counter(node.op_type for node in case.whole.model.graph.node)
         cut = Counter(node.op_type for each in case.cut.segments for node in each.model.graph.node)
+        cut.update(call.operator for call in case.cut.calls)
         assert {kind: cut[kind] for kind in _HEAVY} == {kind: whole[kind] for kind in _HEAVY}, case.served.name
-        assert cut["HstuAttention"] == 0
+        assert cut["HstuAttention"] == whole["HstuAttention"]
+        inside = {node.op_type for each in case.cut.segments for node in each.model.graph.node}
+        assert "HstuAttention" not in inside
 
 
 def test_every_segment_is_valid_onnx_and_reads_what_was_made_before() -> None:
@@ -146,8 +154,8 @@ def test_the_eager_operator_in_place_of_the_kernel_gives_the_same_within_float32
             call = case.cut.calls[step.index]
             given = {name: torch.from_numpy(np.array(values[tensor])) for name, tensor in call.inputs.items()}
             for name, view in call.views.items():
-                columns = given[name][:, view.column : view.column + view.heads * view.dim]
-                given[name] = columns.unflatten(1, (view.heads, view.dim))
+                columns = given[name][:, view.column : view.column + math.prod(view.dims)]
+                given[name] = columns.unflatten(1, view.dims)
             fields = AttentionAttrs.__dataclass_fields__
             attrs = {name: value for name, value in call.attributes.items() if name in fields and name != "silu"}
             values[call.output] = hstu_attention(
@@ -190,10 +198,11 @@ def test_attentions_side_by_side_and_back_to_back_need_no_segment_between_them()
 
 def test_inputs_are_bound_by_their_names_in_the_contract() -> None:
     for case in all_cases():
-        for call, node in zip(
-            case.cut.calls, (n for n in case.whole.model.graph.node if n.op_type == "HstuAttention"), strict=True
-        ):
-            wanted = [each.name for each in attention_contract().present_inputs(call.attributes)]
+        computed = {call.output for call in case.cut.calls}
+        nodes = (node for node in case.whole.model.graph.node if not computed.isdisjoint(node.output))
+        for call, node in zip(case.cut.calls, nodes, strict=True):
+            assert call.operator == node.op_type
+            wanted = [each.name for each in contract_of(call.operator).present_inputs(call.attributes)]
             assert list(call.inputs) == wanted
             own = {name: tensor for name, tensor in call.inputs.items() if name not in call.views}
             assert own.items() <= dict(zip(wanted, node.input, strict=True)).items()
@@ -207,7 +216,7 @@ def test_no_attention_has_its_queries_keys_and_values_copied_but_where_keys_and_
         *((ranking_case(name, "bf16"), (14, 14, 10, 10)) for name in ("packed", "score")),
         (ranking_case("packed", "bf16", prune=False, fuse_norms=False), (14, 14, 10, 10)),
     ):
-        first, *others = case.cut.calls
+        first, *others = (call for call in case.cut.calls if call.operator == "HstuAttention")
         u, v, q, _ = widths
         assert {name: (view.column, view.row_stride) for name, view in first.views.items()} == {
             "v": (u, sum(widths)),
@@ -216,19 +225,21 @@ def test_no_attention_has_its_queries_keys_and_values_copied_but_where_keys_and_
         }
         assert all(set(call.views) == {"q", "k", "v"} for call in others)
         made = [each.spec for each in case.cut.crossing if len(each.spec.shape) == 3]
-        assert {spec.name for spec in made} == {call.output for call in case.cut.calls}
+        assert {spec.name for spec in made} == {call.output for call in (first, *others)}
     for case in (retrieval_case("prefill", "fp16"), retrieval_case("append", "fp16"), ranking_case("prefill", "bf16")):
         outputs = {spec.name for spec in case.cut.outputs}
         for call in case.cut.calls:
+            if call.operator == "HstuNorm":
+                continue
             assert set(call.views) <= {"q"}
             assert outputs.issuperset((call.inputs["k"], call.inputs["v"]))
 
 
 def test_reading_columns_in_place_leaves_the_bytes_that_cross_as_they_are() -> None:
     for case, before, after in (
-        (retrieval_case("retrieval", "fp16"), (21, 1296), (16, 1296)),
+        (retrieval_case("retrieval", "fp16"), (23, 1496), (18, 1496)),
         (retrieval_case("retrieval", "fp32", prune=False, fuse_norms=False), (18, 2424), (12, 2424)),
-        (ranking_case("packed", "bf16"), (20, 336), (15, 336)),
+        (ranking_case("packed", "bf16"), (22, 504), (17, 504)),
         (ranking_case("packed", "bf16", prune=False, fuse_norms=False), (20, 336), (14, 336)),
     ):
         plain, viewed = _Cut(case.whole).result(), case.cut
@@ -245,7 +256,8 @@ def counted(cut: SegmentedGraph) -> tuple[int, int]:
 
 def test_an_attention_with_a_cache_reads_the_graphs_inputs_where_they_are() -> None:
     cut = retrieval_case("append", "fp16").cut
-    for number, call in enumerate(cut.calls):
+    attentions = [call for call in cut.calls if call.operator == "HstuAttention"]
+    for number, call in enumerate(attentions):
         assert call.attributes["has_cache"] == 1
         assert (call.inputs["k_cached"], call.inputs["v_cached"]) == (f"k_{number}", f"v_{number}")
     made = {name for step in cut.steps for name in cut.writes(step)}
@@ -289,3 +301,61 @@ def test_a_tensor_that_would_cross_without_a_known_type_or_shape_is_refused(dama
 def test_a_tap_that_nothing_computes_is_refused() -> None:
     with pytest.raises(EngineError, match=r"HSTU-E404.*\n.*layer_9"):
         SegmentedOnnxSession(retrieval_case("retrieval", "fp16").cut, taps=["layer_9"])
+
+
+def test_a_norm_behind_an_attention_reads_its_output_and_the_gates_columns_and_ends_its_life() -> None:
+    for case, widths, parts in (
+        (retrieval_case("retrieval", "fp16"), (50, 200), 1),
+        (ranking_case("packed", "bf16"), (14, 48), 3),
+    ):
+        attention, norm, *_ = case.cut.calls
+        inner, projected = widths
+        assert norm.inputs["x"] == attention.output
+        assert norm.inputs["gate"] == attention.inputs["q"]
+        assert norm.views == {"x": ColumnView(0, inner, (inner,)), "gate": ColumnView(0, projected, (inner,))}
+        assert case.cut.constants.keys() >= {norm.inputs["scale"]}
+        assert case.cut.spec(norm.output).shape[1:] == (parts * inner,)
+        spans = {each.spec.name: (each.first, each.last) for each in case.cut.crossing}
+        assert spans[attention.output] == (1, 2), "the attention's output lives until its norm has run"
+        assert spans[norm.output] == (2, 3)
+
+
+def test_a_gate_that_is_an_output_crosses_as_a_tensor_of_its_own() -> None:
+    case = ranking_case("packed", "bf16")
+    model = onnx.ModelProto()
+    model.CopyFrom(case.whole.model)
+    norm = case.cut.calls[1]
+    node = next(node for node in model.graph.node if list(node.output) == [norm.output])
+    gate = node.input[-1]
+    model.graph.output.append(next(info for info in model.graph.value_info if info.name == gate))
+    graph = dataclasses.replace(case.whole, model=model, outputs=tensor_specs(model.graph.output))
+    call = segmented_from_onnx(graph).calls[1]
+    assert call.inputs["gate"] == gate
+    assert "gate" not in call.views
+
+
+@pytest.mark.parametrize("damage", ["gate", "scale", "width", "rows"])
+def test_a_norm_that_waits_for_more_than_its_attention_stays_in_its_segment(damage: str) -> None:
+    case = ranking_case("packed", "bf16")
+    model = onnx.ModelProto()
+    model.CopyFrom(case.whole.model)
+    first, second = (case.cut.calls[place] for place in (1, 3))
+    nodes = {node.output[0]: node for node in model.graph.node}
+    node = nodes[second.output]
+    assert set(following_norms(model.graph)) == {first.output, second.output}
+    if damage == "gate":  # what the attention itself made
+        node.input[-1] = node.input[0]
+    elif damage == "scale":  # which a node computes
+        scale = node.input[1]
+        node.input[1] = "computed"
+        model.graph.node.insert(0, helper.make_node("Identity", [scale], ["computed"]))
+    elif damage == "width":  # of groups that are not the attention's rows
+        node.input[1] = "ones"
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(7, np.float32), "ones"))
+    else:  # of which the attention's are part
+        source = node.input[0]
+        node.input[0] = "doubled"
+        model.graph.node.insert(
+            list(model.graph.node).index(node), helper.make_node("Concat", [source, source], ["doubled"], axis=0)
+        )
+    assert set(following_norms(model.graph)) == {first.output}

@@ -18,7 +18,7 @@ from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from tests.fake_cuda import FakeCuda
 from tests.fused_fakes import FakeKernels, fused_session
 from tests.oracle import Array
-from tests.segmented_cases import Case, ranking_case, retrieval_case
+from tests.segmented_cases import Case, ranking_case, retrieval_case, rounding_what_kernels_make
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def retrieval() -> Case:
 
 
 def answers(case: Case) -> list[dict[str, Array]]:
-    with OnnxRuntimeSession(case.whole.model) as whole:
+    with OnnxRuntimeSession(rounding_what_kernels_make(case)) as whole:
         return [whole.run(feeds) for feeds in case.feeds]
 
 

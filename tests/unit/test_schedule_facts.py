@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from hstu_compile.artifacts import AttentionCall, Crossing, Profile, Schedule, Step, TensorSpec
+from hstu_compile.artifacts import Crossing, KernelCall, Profile, Schedule, Step, TensorSpec
 from hstu_compile.runtime.schedule_facts import schedule_facts
 
 IDS = TensorSpec("ids", "int32", ("L",))
 OFFSETS = TensorSpec("offsets", "int32", ("B_plus_1",))
 ANSWER = TensorSpec("answer", "float32", ("B", 3))
-CALL = AttentionCall("attend", {}, {"q": "rows", "v": "rows"}, "mixed")
+CALL = KernelCall("HstuAttention", "attend", {}, {"q": "rows", "v": "rows"}, "mixed")
 SCHEDULE = Schedule(
     inputs=(IDS, OFFSETS),
     outputs=(ANSWER,),
     calls=(CALL,),
-    steps=(Step("segment", 0), Step("attention", 0), Step("segment", 1)),
+    steps=(Step("segment", 0), Step("kernel", 0), Step("segment", 1)),
     crossing=(
         Crossing(TensorSpec("rows", "bfloat16", ("2*B + L", 2, 64)), 0, 1),
         Crossing(TensorSpec("mixed", "float16", ("2*B + L", 128)), 1, 2),
@@ -30,7 +30,7 @@ PROFILE = Profile("p", {"ids": (1,), "offsets": (2,)}, {"ids": (10,), "offsets":
 def test_bytes_follow_from_the_profile() -> None:
     facts = schedule_facts(SCHEDULE, PROFILE)
     assert facts["steps"] == ["segment 0", "attend", "segment 1"]
-    assert facts["attentions"] == [{"name": "attend", "reads": ["rows"], "makes": "mixed"}]
+    assert facts["calls"] == [{"operator": "HstuAttention", "name": "attend", "reads": ["rows"], "makes": "mixed"}]
     found = {each["name"]: (each["typical_bytes"], each["largest_bytes"], each["served"]) for each in facts["crossing"]}
     # Rows are 14 for 2 sequences of 10 events, 60 for 5 of 50; 128 numbers of two bytes each.
     assert found == {

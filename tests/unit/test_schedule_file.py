@@ -51,7 +51,12 @@ def _drop(key: str) -> Callable[[dict[str, Any]], None]:
 
 
 def _swap_steps(content: dict[str, Any]) -> None:
-    content["steps"][0], content["steps"][2] = content["steps"][2], content["steps"][0]
+    content["steps"][0], content["steps"][3] = content["steps"][3], content["steps"][0]
+
+
+def _vary_what_the_first_call_makes(content: dict[str, Any]) -> None:
+    (made,) = (each for each in content["crossing"] if each["name"] == content["calls"][0]["output"])
+    made["shape"][1] = "D"
 
 
 def _set(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:
@@ -68,15 +73,19 @@ def _set(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (_drop("steps"), "steps"),
         (_drop("constants"), "constants"),
-        (_set(("format_version",), 2), "format 2"),
-        (_set(("operator", "version"), "99"), "'99'"),
+        (_set(("format_version",), 1), "format 1"),
+        (_set(("operators", "HstuAttention"), "99"), "'99'"),
+        (_set(("operators", "HstuSoftmax"), "1"), "HstuSoftmax"),
+        (_set(("operators",), {"HstuNorm": "1"}), r"calls of other operators than \['HstuNorm'\]"),
+        (_set(("calls", 1, "operator"), "HstuSoftmax"), "calls of other operators"),
         (_swap_steps, r"segment steps \[1, 0, 2\]"),
-        (_set(("steps", 1, "index"), 1), r"attention steps \[1, 1\]"),
-        (_set(("steps", 1, "kind"), "shell"), "neither a segment nor an attention"),
-        (_set(("attentions", 0, "inputs", "q"), "nowhere"), "nowhere"),
-        (_set(("attentions", 0, "attributes", "alpha"), float("inf")), "alpha is inf"),
-        (_set(("attentions", 0, "attributes", "time_bias"), 0), "its attributes say"),
+        (_set(("steps", 1, "index"), 1), r"kernel steps \[1, 1, 2, 3\]"),
+        (_set(("steps", 1, "kind"), "shell"), "neither a segment nor a kernel"),
+        (_set(("calls", 0, "inputs", "q"), "nowhere"), "nowhere"),
+        (_set(("calls", 0, "attributes", "alpha"), float("inf")), "alpha is inf"),
+        (_set(("calls", 0, "attributes", "time_bias"), 0), "its attributes say"),
         (_set(("crossing", 0, "last"), 99), "lives from step 0 to 99"),
+        (_vary_what_the_first_call_makes, r"with rows \['D'"),
         (_set(("inputs", 0, "shape"), [None]), r"shape \[None\]"),
         (_set(("inputs", 0, "dtype"), "float7"), "float7"),
     ],
@@ -91,16 +100,18 @@ def test_a_damaged_file_is_refused(text: str, damage: Callable[[dict[str, Any]],
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (_set(("attentions", 0, "views", "q", "column"), 151), r"column=151.*of a tensor \['L', 200\] as q"),
-        (_set(("attentions", 0, "views", "q", "column"), -1), "column=-1"),
-        (_set(("attentions", 0, "views", "q", "column"), 50.0), r"column=50\.0"),
-        (_set(("attentions", 0, "views", "k", "row_stride"), 400), "row_stride=400"),
-        (_set(("attentions", 0, "views", "v", "dim"), 0), "dim=0"),
-        (_set(("attentions", 0, "views", "v", "heads"), True), "heads=True"),
-        (_set(("attentions", 0, "views", "v", "first"), 0), "first"),
-        (_set(("attentions", 0, "inputs", "v"), "timestamps"), r"of a tensor \['L'\] as v"),
-        (_set(("attentions", 0, "views"), {"q_offsets": {}}), "ColumnView"),
-        (lambda content: content["attentions"][0].pop("views"), "views"),
+        (_set(("calls", 0, "views", "q", "column"), 151), r"column=151.*of a tensor \['L', 200\] as q"),
+        (_set(("calls", 0, "views", "q", "column"), -1), "column=-1"),
+        (_set(("calls", 0, "views", "q", "column"), 50.0), r"column=50\.0"),
+        (_set(("calls", 0, "views", "k", "row_stride"), 400), "row_stride=400"),
+        (_set(("calls", 0, "views", "v", "dims"), [2, 0]), r"dims=\(2, 0\)"),
+        (_set(("calls", 0, "views", "v", "dims"), [True, 25]), r"dims=\(True, 25\)"),
+        (_set(("calls", 1, "views", "gate", "column"), 151), r"column=151.*of a tensor \['L', 200\] as gate"),
+        (_set(("calls", 1, "views", "x", "dims"), [51]), r"dims=\(51,\).*of a tensor \['L', 2, 25\] as x"),
+        (_set(("calls", 0, "views", "v", "first"), 0), "first"),
+        (_set(("calls", 0, "inputs", "v"), "timestamps"), r"of a tensor \['L'\] as v"),
+        (_set(("calls", 0, "views"), {"q_offsets": {}}), "dims"),
+        (lambda content: content["calls"][0].pop("views"), "views"),
     ],
 )
 def test_columns_outside_of_their_tensor_are_refused(damage: Callable[[dict[str, Any]], None], why: str) -> None:
@@ -110,11 +121,11 @@ def test_columns_outside_of_their_tensor_are_refused(damage: Callable[[dict[str,
         schedule_from_text(json.dumps(content), SOURCE)
 
 
-def test_columns_of_another_input_than_queries_keys_and_values_are_refused() -> None:
+def test_columns_of_an_input_that_kernels_read_contiguous_are_refused() -> None:
     content = json.loads(schedule_text(retrieval_case("retrieval", "fp16").cut))
-    views = content["attentions"][0]["views"]
+    views = content["calls"][0]["views"]
     views["q_offsets"] = views["q"]
-    with pytest.raises(BundleError, match="has q_offsets as columns, and only q, k and v may be"):
+    with pytest.raises(BundleError, match="has q_offsets as columns, and only q, k, v may be"):
         schedule_from_text(json.dumps(content), SOURCE)
 
 

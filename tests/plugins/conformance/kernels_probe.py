@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from hstu_compile.artifacts import AttentionCall, TensorSpec
+from hstu_compile.artifacts import KernelCall, TensorSpec
 from hstu_compile.errors import PluginError
 from hstu_compile.op_schema import attention_contract
 from hstu_compile.runtime.attention_kernels import KernelLibrary, Launch, Placed, Shape
@@ -20,7 +20,7 @@ ROWS, BATCH, HEADS, DIM = 300, 2, 2, 16
 STREAM = 0x77
 
 
-def call_of(dim: int) -> tuple[AttentionCall, dict[str, TensorSpec]]:
+def call_of(dim: int) -> tuple[KernelCall, dict[str, TensorSpec]]:
     """A plain causal attention of float16, its rows and sequences open."""
     contract = attention_contract()
     given = {"alpha": 0.25, "scaling_seq_len": 200.0}
@@ -30,7 +30,7 @@ def call_of(dim: int) -> tuple[AttentionCall, dict[str, TensorSpec]]:
     names = [each.name for each in contract.present_inputs(attributes)]
     tensors = {name: TensorSpec(name, "int32", ("B + 1",)) for name in names}
     tensors |= {name: TensorSpec(name, "float16", ("L", HEADS, dim)) for name in ("q", "k", "v", "out")}
-    return AttentionCall("layer 3", attributes, {name: name for name in names}, "out"), tensors
+    return KernelCall("layer 3", attributes, {name: name for name in names}, "out"), tensors
 
 
 def main(library: Path) -> None:

@@ -1,4 +1,4 @@
-"""The body of native operators of hstu::HstuNorm. Private to the passes."""
+"""The body of native operators of hstu::HstuNorm. Level 3."""
 
 from __future__ import annotations
 
