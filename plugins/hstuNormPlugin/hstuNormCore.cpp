@@ -91,9 +91,13 @@ bool areWidthsKnown(HstuNormAttributes const& attributes, NodeTensors const& ten
     return known;
 }
 
-bool isAligned(DevicePointers const& pointers) noexcept
+bool isAligned(NodeSizes const& sizes, DevicePointers const& pointers) noexcept
 {
     constexpr uintptr_t kAlignment = 16;
+    if (sizes.xStride % kVectorElements != 0 || sizes.gateStride % kVectorElements != 0)
+    {
+        return false;
+    }
     uintptr_t bits = reinterpret_cast<uintptr_t>(pointers.output);
     for (void const* const pointer : pointers.inputs)
     {
@@ -123,13 +127,15 @@ void launch(LoadedImage<HstuNormImage> const& kernel, HstuNormAttributes const& 
     int32_t segments = static_cast<int32_t>(allSegments);
     int32_t segment = static_cast<int32_t>(segmentOf(attributes, sizes.width));
     int32_t groups = attributes.numGroups;
+    int32_t xStride = static_cast<int32_t>(sizes.xStride);
+    int32_t gateStride = static_cast<int32_t>(sizes.gateStride);
     int32_t hasShift = attributes.hasShift;
     int32_t hasBias = attributes.hasBias;
     // Triton appends two scratch pointers to every kernel; the images are built with zero scratch bytes.
     CUdeviceptr globalScratch = 0;
     CUdeviceptr profileScratch = 0;
-    void* arguments[] = {&x, &shift, &scale, &bias, &gate, &out, &epsilon, &segments, &segment, &groups, &hasShift,
-        &hasBias, &globalScratch, &profileScratch};
+    void* arguments[] = {&x, &shift, &scale, &bias, &gate, &out, &epsilon, &segments, &segment, &groups, &xStride,
+        &gateStride, &hasShift, &hasBias, &globalScratch, &profileScratch};
 
     int64_t const blocks = (allSegments + image.segments - 1) / image.segments;
     CUresult const result = cudaDriver().launchKernel(kernel.function(), static_cast<unsigned>(blocks), 1, 1,
@@ -307,9 +313,10 @@ void HstuNormCore::enqueue(NodeTensors const& tensors, DevicePointers const& poi
         "': enqueue before the plugin was attached to a context");
     HSTU_CHECK(sizes.width == mSignature.width, kPluginName, " node '", mNodeName, "': x has ", sizes.width,
         " columns; the kernels were loaded for ", mSignature.width);
-    LoadedNorm const* const kernel = mAligned != nullptr && isAligned(pointers) ? mAligned.get() : mUnaligned.get();
+    LoadedNorm const* const kernel = mAligned != nullptr && isAligned(sizes, pointers) ? mAligned.get() : mUnaligned.get();
     HSTU_CHECK(kernel != nullptr, kPluginName, " node '", mNodeName,
-        "': a tensor is not 16-byte aligned and the library has aligned kernels only. Fix: bind I/O buffers that are "
+        "': a tensor is not 16-byte aligned, or the rows of x or gate are ", sizes.xStride, " and ", sizes.gateStride,
+        " elements apart, not a multiple of 16, and the library has aligned kernels only. Fix: bind I/O buffers that are "
         "16-byte aligned, or build a library with NormVariant(aligned=False)");
     launch(*kernel, mAttributes, sizes, pointers, stream);
 }

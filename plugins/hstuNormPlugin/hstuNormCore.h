@@ -30,6 +30,8 @@ struct NodeTensors
 {
     std::array<TensorView, kNbInputs> inputs{};
     TensorView output{};
+    //! Elements from a row of x or gate to the next; 0: contiguous. Every other input is contiguous, and so is the output.
+    std::array<int64_t, kNbInputs> rowStrides{};
 };
 
 //! Device pointers of one call, indexed as kInputs; null where the input is absent.
@@ -44,6 +46,8 @@ struct NodeSizes
 {
     int64_t rows{-1};
     int64_t width{0};
+    int64_t xStride{0};    //!< elements from a row of x to the next, at least the width
+    int64_t gateStride{0}; //!< the same of gate
 };
 
 //! \return whether the attributes make this input part of the node.
@@ -65,7 +69,7 @@ constexpr int64_t outputWidth(HstuNormAttributes const& attributes, int64_t widt
     return attributes.concat != 0 ? 3 * width : width;
 }
 
-//! Checks ranks, types and extents against the contract.
+//! Checks ranks, types, extents and row strides against the contract.
 //!
 //! \param requireStatic the number of rows must be known too (enqueue).
 //! Throws PluginError naming the tensor, the value seen and the values allowed.

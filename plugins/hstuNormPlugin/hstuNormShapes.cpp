@@ -24,6 +24,17 @@ void checkExtent(TensorSpec const& spec, size_t axis, int64_t extent, int64_t wa
         spec.name, " is ", extent, "; allowed: ", wanted, ", ", what);
 }
 
+//! \return elements from a row of an input to the next. Kernels count them in 32 bits.
+int64_t strideOf(NodeTensors const& tensors, Input input, int64_t width)
+{
+    int64_t const stride = tensors.rowStrides[static_cast<size_t>(input)];
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    HSTU_CHECK(stride == 0 || (stride >= width && stride <= kMost), kPluginName, ": the rows of ",
+        kInputs[static_cast<size_t>(input)].name, " are ", stride,
+        " elements apart; allowed: 0, a contiguous tensor, or ", width, " to ", kMost);
+    return stride == 0 ? width : stride;
+}
+
 } // namespace
 
 bool isInputPresent(HstuNormAttributes const& attributes, int32_t input) noexcept
@@ -72,7 +83,9 @@ NodeSizes resolveSizes(HstuNormAttributes const& attributes, NodeTensors const& 
     constexpr size_t kX = static_cast<size_t>(Input::kX);
     TensorView const& x = tensors.inputs[kX];
     checkTensor(kInputs[kX], x, typeOf(attributes, static_cast<int32_t>(kX)));
-    NodeSizes const sizes{x.dims[0], x.dims[1]};
+    NodeSizes sizes;
+    sizes.rows = x.dims[0];
+    sizes.width = x.dims[1];
     HSTU_CHECK(sizes.width != kUnknown, kPluginName,
         ": axis 1 of x is dynamic; allowed: an extent that is fixed when the engine is built");
     HSTU_CHECK(sizes.width >= kMinWidth && sizes.width <= kMaxWidth, kPluginName, ": axis 1 of x is ", sizes.width,
@@ -102,6 +115,15 @@ NodeSizes resolveSizes(HstuNormAttributes const& attributes, NodeTensors const& 
     checkExtent(kOutputs[0], 0, tensors.output.dims[0], sizes.rows, "the rows of x");
     checkExtent(kOutputs[0], 1, tensors.output.dims[1], outputWidth(attributes, sizes.width),
         attributes.concat != 0 ? "three times the width of x" : "the width of x");
+    for (int32_t input = 0; input < kNbInputs; ++input)
+    {
+        bool const mayStride = input == static_cast<int32_t>(Input::kX) || input == static_cast<int32_t>(Input::kGate);
+        HSTU_CHECK(mayStride || tensors.rowStrides[static_cast<size_t>(input)] == 0, kPluginName, ": the rows of ",
+            kInputs[input].name, " are ", tensors.rowStrides[static_cast<size_t>(input)],
+            " elements apart; allowed: 0, a contiguous tensor");
+    }
+    sizes.xStride = strideOf(tensors, Input::kX, sizes.width);
+    sizes.gateStride = strideOf(tensors, Input::kGate, sizes.width);
     return sizes;
 }
 

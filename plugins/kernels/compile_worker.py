@@ -115,7 +115,8 @@ def _norm_source(task: NormTask) -> ASTSource:
         "GATE_SILU": int(variant.gate_silu),
         "CONCAT": variant.concat,
     }
-    aligned = [n for n, kind in signature.items() if kind.startswith("*")] + ["P"] if variant.aligned else []
+    vectors = ("P", "x_stride", "gate_stride")
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in vectors] if variant.aligned else []
     hints = {(hstu_norm.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(fn=hstu_norm, signature=signature, constexprs=constants, attrs=hints)
 

@@ -7,9 +7,10 @@ For row r and column c, all in float32, the statistics over the P = D / G column
 
 as in HstuNorm_PluginConfig.yaml.  Level: kernels, below everything; imports triton only.
 
-Memory: x and gate [R, D], shift, scale and bias float32 [D], out [R, D] or [R, 3 D], contiguous.  A group of a row is
-P consecutive numbers, so the kernel sees R * G segments of P numbers.  Offsets are 64-bit: R * D passes 2^31 at 4.2 M
-tokens of 512.
+Memory: x and gate [R, D], shift, scale and bias float32 [D], out [R, D] or [R, 3 D], contiguous but for the rows of x
+and gate, which may be columns of wider tensors: x_stride and gate_stride elements from a row to the next, at least D.
+A group of a row is P consecutive numbers, so the kernel sees R * G segments of P numbers.  Offsets are 64-bit: R * D
+passes 2^31 at 4.2 M tokens of 512.
 
 Grid: (ceil(R * G / SEGMENTS),).  One program holds SEGMENTS segments of at most BLOCK columns in registers: rows are
 read once and written once, and no row meets another, so rows behind a batch's real ones cost time and change nothing.
@@ -47,6 +48,8 @@ def hstu_norm(
     num_segments,
     P,
     G,
+    x_stride,
+    gate_stride,
     has_shift,
     has_bias,
     SEGMENTS: tl.constexpr,
@@ -60,11 +63,11 @@ def hstu_norm(
     column = tl.arange(0, BLOCK)
     is_column = (column < P)[None, :]  # [1, BLOCK]
     inside = (segment < num_segments)[:, None] & is_column  # [SEGMENTS, BLOCK]
-    offset = segment.to(tl.int64)[:, None] * P + column[None, :]
-    # Column of the whole row, which the parameters are indexed by.
+    row = (segment // G).to(tl.int64)[:, None]
+    # Column of the whole row, which the parameters are indexed by too.
     parameter = (segment % G)[:, None] * P + column[None, :]
 
-    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_stride + parameter, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(shift + parameter, mask=inside & (has_shift != 0), other=0.0)
     mean = tl.sum(value, axis=1) / P
     centred = tl.where(is_column, value - mean[:, None], 0.0)
@@ -74,7 +77,7 @@ def hstu_norm(
     normed += tl.load(bias + parameter, mask=inside & (has_bias != 0), other=0.0)
 
     if ACTIVATION == 1:
-        factor = tl.load(gate + offset, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(gate + row * gate_stride + parameter, mask=inside, other=0.0).to(tl.float32)
         if GATE_SILU:
             factor = _times_sigmoid(factor, factor).to(gate.dtype.element_ty).to(tl.float32)
         result = factor * normed
@@ -85,12 +88,12 @@ def hstu_norm(
 
     element = out.dtype.element_ty
     if CONCAT == 0:
-        tl.store(out + offset, result.to(element), mask=inside)
+        tl.store(out + row * (P * G) + parameter, result.to(element), mask=inside)
     else:
         middle = value if CONCAT == 1 else normed
         # Three parts of D columns a row.
         D = P * G
-        place = (segment // G).to(tl.int64)[:, None] * (3 * D) + parameter
+        place = row * (3 * D) + parameter
         tl.store(out + place, factor.to(element), mask=inside)
         tl.store(out + place + D, middle.to(element), mask=inside)
         tl.store(out + place + 2 * D, result.to(element), mask=inside)

@@ -121,17 +121,18 @@ def run_kernel(
 
 
 def _among_nans(x: torch.Tensor, count: int) -> torch.Tensor:
-    """The same [L, H, D], its rows between ``count`` columns of NaN."""
+    """The same [L, H, D] or [L, D], its rows between ``count`` columns of NaN."""
     import torch
 
-    rows = x.reshape(x.shape[0], -1)
+    rows = x.flatten(1)
     wide = torch.nn.functional.pad(rows, (count, count), value=float("nan"))
     return wide[:, count : count + rows.shape[1]].unflatten(1, x.shape[1:])
 
 
-def run_norm_kernel(case: NormCase) -> Array:
+def run_norm_kernel(case: NormCase, columns: tuple[int, int] = (0, 0)) -> Array:
     """Return the norm kernel's output as float32, by the tile that ships; unwritten numbers are NaN.
 
+    x and gate are columns of wider tensors with so many columns of NaN on either side of each as ``columns`` says.
     Only for a worker process of :class:`KernelInterpreter`.
     """
     import torch
@@ -145,10 +146,13 @@ def run_norm_kernel(case: NormCase) -> Array:
         name: torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, kind))
         for name, (kind, values) in case.inputs().items()
     }
+    for name, count in zip(("x", "gate"), columns, strict=True):
+        if name in given:
+            given[name] = _among_nans(given[name], count)
     nothing = torch.empty(0, dtype=torch.float32)
-    columns = width * (3 if case.concat else 1)
+    parts = width * (3 if case.concat else 1)
     # More rows than there are: a store behind the end would show.
-    out = torch.full((rows + 2, columns), float("nan"), dtype=getattr(torch, case.output_type))
+    out = torch.full((rows + 2, parts), float("nan"), dtype=getattr(torch, case.output_type))
     if segments:
         hstu_norm[(-(-segments // tile.segments),)](
             given["x"],
@@ -161,6 +165,8 @@ def run_norm_kernel(case: NormCase) -> Array:
             segments,
             width // case.num_groups,
             case.num_groups,
+            given["x"].stride(0),
+            given.get("gate", given["x"]).stride(0),
             int(case.shift is not None),
             int(case.bias is not None),
             SEGMENTS=tile.segments,
@@ -203,6 +209,6 @@ class KernelInterpreter:
         """Return the output [Lq, H, Dv] of ``case``."""
         return self.submit(case, tile, mask_kind).result()
 
-    def submit_norm(self, case: NormCase) -> Future[Array]:
-        """Start a norm; the future's result is its output."""
-        return self._pool.submit(run_norm_kernel, case)
+    def submit_norm(self, case: NormCase, columns: tuple[int, int] = (0, 0)) -> Future[Array]:
+        """Start a norm; the future's result is its output. See `run_norm_kernel` for ``columns``."""
+        return self._pool.submit(run_norm_kernel, case, columns)

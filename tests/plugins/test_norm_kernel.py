@@ -63,6 +63,15 @@ def test_a_row_does_not_know_the_others(interpreter: KernelInterpreter, outputs:
     np.testing.assert_array_equal(interpreter.submit_norm(some).result(), outputs[name][kept])
 
 
+@pytest.mark.parametrize("name", ["norm-concat-rows-groups-float16-float16", "norm-gate-float16-float16"])
+def test_rows_that_are_columns_of_wider_tensors_give_the_same(
+    interpreter: KernelInterpreter, outputs: dict[str, Array], name: str
+) -> None:
+    for columns in ((0, 8), (3, 5)):
+        found = interpreter.submit_norm(CASES[name], columns).result()
+        np.testing.assert_array_equal(found, outputs[name])
+
+
 def rounded_answer(case: NormCase) -> Array:
     return round_to_dtype(norm_oracle(case).out, case.output_type)
 
