@@ -1,4 +1,4 @@
-"""Builds the library of the attention kernels alone, for hosts that run them between engines of their own."""
+"""Builds the library of the kernels without TensorRT, for hosts that run them between engines of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from hstu_compile.plugin_library.build_request import HopperKernels, PluginBuildRequest, Progress, resolve_kernels
 from hstu_compile.plugin_library.building import Recipe, build_recipe
+from hstu_compile.plugins.kernels.norm_variants import NormVariant
 from hstu_compile.plugins.kernels.variants import KernelVariant
 
 KERNELS_LIBRARY = "libhstu_attention_kernels.so"
@@ -20,6 +21,7 @@ class KernelsLibrary:
     Attributes:
         path: the library; linked to neither TensorRT nor CUDA.
         variants: attention kernels inside.
+        norm_variants: norm kernels inside.
         archs: compute capabilities inside.
         with_ptx: whether PTX for other GPUs is inside.
         hopper: its Hopper kernels, or why it has none.
@@ -28,6 +30,7 @@ class KernelsLibrary:
 
     path: Path
     variants: tuple[KernelVariant, ...]
+    norm_variants: tuple[NormVariant, ...]
     archs: tuple[int, ...]
     with_ptx: bool
     hopper: HopperKernels
@@ -38,6 +41,7 @@ class KernelsLibrary:
         return {
             "file": self.path.name,
             "variants": [dataclasses.asdict(variant) for variant in self.variants],
+            "norm_variants": [dataclasses.asdict(variant) for variant in self.norm_variants],
             "archs": list(self.archs),
             "with_ptx": self.with_ptx,
             "hopper": self.hopper.to_dict(),
@@ -49,18 +53,20 @@ def build_kernels_library(request: PluginBuildRequest, progress: Progress | None
     """Build the kernels' library, or take it from the cache; see `build_recipe`.
 
     Args:
-        request: what to build. It gets no norm kernels, and what the request says of TensorRT is not read.
+        request: what to build. Norm kernels are those that it names, none where it names none; what it says of
+            TensorRT is not read.
         progress: called with (stage, done, total); stages are "kernels" and "library". Not called on a cache hit.
 
     Raises:
         PluginError: HSTU-E501 if a tool or CUDA's headers are missing or a compiler fails.
     """
-    kernels = resolve_kernels(request, norm_variants=())
+    kernels = resolve_kernels(request, norm_variants=request.norm_variants or ())
     recipe = Recipe(target="hstu_attention_kernels", files=(KERNELS_LIBRARY,), kernels=kernels)
     built = build_recipe(recipe, request, progress)
     return KernelsLibrary(
         path=built.path / KERNELS_LIBRARY,
         variants=kernels.variants,
+        norm_variants=kernels.norm_variants,
         archs=kernels.archs,
         with_ptx=kernels.with_ptx,
         hopper=kernels.hopper,

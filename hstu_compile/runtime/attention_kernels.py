@@ -119,6 +119,8 @@ class KernelLibrary:
             self._lib = ctypes.CDLL(str(path.resolve()))
             self._lib.hstuAttentionKernelsBuildId.restype = ctypes.c_char_p
             version = int(self._lib.hstuAttentionKernelsApiVersion())
+            if version == API_VERSION:  # another one may lack them
+                self._lib.hstuAttentionDestroy.restype = self._lib.hstuNormDestroy.restype = None
         except (OSError, AttributeError) as error:
             raise PluginError(
                 "HSTU-E504", f"{path} cannot be loaded", str(error), fix, {"library": str(path)}
@@ -131,7 +133,6 @@ class KernelLibrary:
                 fix,
                 {"library": str(path), "version": version},
             )
-        self._lib.hstuAttentionDestroy.restype = self._lib.hstuNormDestroy.restype = None
 
     @property
     def name(self) -> str:
@@ -231,7 +232,7 @@ class _LoadedNorm(_Loaded):
 
     _family, _kind = "hstuNorm", "norm"
 
-    def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:  # noqa: ARG002
+    def workspace_bytes(self, shapes: Mapping[str, Shape]) -> int:
         return 0
 
     def enqueue(self, launch: Launch, stream: int) -> None:

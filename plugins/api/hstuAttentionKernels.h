@@ -1,12 +1,14 @@
 #ifndef HSTU_ATTENTION_KERNELS_H
 #define HSTU_ATTENTION_KERNELS_H
 
-//! The attention kernels without TensorRT, for a host that runs them between engines of its own. Plain C: a host loads the
+//! The kernels of attentions and of the norms behind them without TensorRT, for a host that runs them between engines
+//! of its own. Plain C: a host loads the
 //! library with dlopen and needs no C++ runtime of the same make.
 //!
-//! Tensors and attributes are named as in HstuAttention_PluginConfig.yaml and come in any order; nothing is known by its
+//! Tensors and attributes are named as in HstuAttention_PluginConfig.yaml and HstuNorm_PluginConfig.yaml and come in any
+//! order; nothing is known by its
 //! position, so a contract that grows an optional input leaves this interface as it is. A call is thread-safe unless two
-//! use the same HstuAttention. The caller's CUDA context is current in every call but the first two.
+//! use the same HstuAttention or HstuNorm. The caller's CUDA context is current in every call but the first two.
 //!
 //! A function that returns int32_t returns 0, or another number and a message of at most errorCapacity bytes, NUL
 //! included, that says what failed, the values seen and those allowed. No exception leaves the library.
@@ -19,7 +21,7 @@ extern "C" {
 #endif
 
 //! Version of this interface. A host refuses a library of another version.
-#define HSTU_ATTENTION_KERNELS_API_VERSION 1
+#define HSTU_ATTENTION_KERNELS_API_VERSION 2
 
 //! Most axes of a tensor.
 #define HSTU_MAX_RANK 8
@@ -41,18 +43,19 @@ typedef struct HstuAttribute
     double value;
 } HstuAttribute;
 
-//! One input, or the output, whose name is "out". Row-major and contiguous, but for the rows of q, k and v.
+//! One input, or the output, whose name is "out". Row-major and contiguous, but for the rows of an attention's q,
+//! k and v and of a norm's x and gate.
 typedef struct HstuTensor
 {
     char const* name;
     int32_t type; //!< an HstuElementType
     int32_t rank;
     int64_t dims[HSTU_MAX_RANK]; //!< in hstuAttentionCreate -1 where the extent may vary
-    //! Device address. Not read by hstuAttentionCreate and hstuAttentionWorkspace; may be null where the tensor is empty.
+    //! Device address. Not read by hstuAttentionCreate, hstuAttentionWorkspace and hstuNormCreate; may be null where the tensor is empty.
     //! What an input's address points to is not written.
     void* data;
-    //! Elements from a row, [H, D], of q, k or v to the next where they are columns of a wider tensor; 0: contiguous, as
-    //! everything else is. May differ from launch to launch. Kernels are fastest where every row is 16-byte aligned.
+    //! Elements from a row, [H, D], of q, k or v, or [D] of x or gate, to the next where they are columns of a wider
+    //! tensor; 0: contiguous, as everything else is. May differ from launch to launch. Kernels are fastest where every row is 16-byte aligned.
     int64_t rowStride;
 } HstuTensor;
 
@@ -100,6 +103,23 @@ int32_t hstuAttentionEnqueue(HstuAttention* attention, HstuTensor const* inputs,
 
 //! Frees an attention; null does nothing. Nothing of it is running.
 void hstuAttentionDestroy(HstuAttention* attention);
+
+//! One norm: attributes, element types, and loaded kernels. It needs no workspace, and its launches may overlap.
+typedef struct HstuNorm HstuNorm;
+
+//! Makes a norm and loads its kernels; see hstuAttentionCreate.
+//!
+//! \param norm receives the norm, which hstuNormDestroy frees; null after an error.
+int32_t hstuNormCreate(char const* nodeName, HstuAttribute const* attributes, int32_t nbAttributes,
+    HstuTensor const* inputs, int32_t nbInputs, HstuTensor const* output, HstuNorm** norm, char* error,
+    size_t errorCapacity);
+
+//! Queues the kernel on a stream and does nothing else, as hstuAttentionEnqueue; the same holds of inputs and output.
+int32_t hstuNormEnqueue(HstuNorm* norm, HstuTensor const* inputs, int32_t nbInputs, HstuTensor const* output,
+    void* stream, char* error, size_t errorCapacity);
+
+//! Frees a norm; null does nothing. Nothing of it is running.
+void hstuNormDestroy(HstuNorm* norm);
 
 #ifdef __cplusplus
 }

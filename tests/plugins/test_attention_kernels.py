@@ -1,4 +1,4 @@
-"""The interface of the attention kernels' library, against a library in C that checks what it is given."""
+"""The interface of the kernels' library, against a library in C that checks what it is given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from hstu_compile.artifacts import KernelCall, TensorSpec
 from hstu_compile.errors import PluginError
-from hstu_compile.op_schema import attention_contract
+from hstu_compile.op_schema import attention_contract, norm_contract
 from hstu_compile.runtime.attention_kernels import API_VERSION, KernelLibrary, Launch, Placed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +88,39 @@ int32_t hstuAttentionEnqueue(HstuAttention* attention, HstuTensor const* inputs,
     return 0;
 }
 void hstuAttentionDestroy(HstuAttention* attention) { free(attention); }
+
+/* Adds x and gate. */
+struct HstuNorm { int32_t nbInputs; };
+int32_t hstuNormCreate(char const* nodeName, HstuAttribute const* attributes, int32_t nbAttributes,
+    HstuTensor const* inputs, int32_t nbInputs, HstuTensor const* output, HstuNorm** norm, char* error,
+    size_t errorCapacity)
+{
+    HstuTensor const* x = find(inputs, nbInputs, "x");
+    *norm = NULL;
+    if (x == NULL || x->rank != 2 || x->dims[0] != -1 || x->dims[1] != 8)
+        return failed(error, errorCapacity, "dims of x", x ? x->dims[1] : -1);
+    if (strcmp(output->name, "out") != 0 || find(inputs, nbInputs, "scale")->type != kHSTU_FLOAT32)
+        return failed(error, errorCapacity, "output", output->type);
+    if (strcmp(nodeName, "norm 3") != 0 || nbAttributes != 9 || strcmp(attributes[0].name, "epsilon") != 0)
+        return failed(error, errorCapacity, "attributes", nbAttributes);
+    *norm = malloc(sizeof(HstuNorm));
+    (*norm)->nbInputs = nbInputs;
+    return 0;
+}
+int32_t hstuNormEnqueue(HstuNorm* norm, HstuTensor const* inputs, int32_t nbInputs, HstuTensor const* output,
+    void* stream, char* error, size_t errorCapacity)
+{
+    if (stream != (void*) 0x1234) return failed(error, errorCapacity, "stream", 0);
+    if (nbInputs != norm->nbInputs) return failed(error, errorCapacity, "inputs", nbInputs);
+    HstuTensor const* x = find(inputs, nbInputs, "x");
+    HstuTensor const* gate = find(inputs, nbInputs, "gate");
+    uint16_t const *left = x->data, *right = gate->data;
+    uint16_t* to = output->data;
+    for (int64_t i = 0; i < x->dims[0] * 8; ++i)
+        to[i] = (uint16_t) (left[i] + right[i / 8 * gate->rowStride + i % 8]);
+    return 0;
+}
+void hstuNormDestroy(HstuNorm* norm) { free(norm); }
 """
 
 
@@ -120,7 +153,7 @@ def call_of(alpha: float = 3.0, name: str = "layer 3") -> tuple[KernelCall, dict
     names = [each.name for each in attention_contract().present_inputs(attributes)]
     tensors = {name: TensorSpec(name, "int32", ("B + 1",)) for name in names}
     tensors |= {name: TensorSpec(name, "float16", ("L", 2, 4)) for name in ("q", "k", "v", "out")}
-    return KernelCall(name, attributes, {name: f"t_{name}" for name in names}, "t_out"), tensors
+    return KernelCall("HstuAttention", name, attributes, {name: f"t_{name}" for name in names}, "t_out"), tensors
 
 
 def test_a_call_goes_through_the_interface_by_name(library: Path) -> None:
@@ -146,6 +179,34 @@ def test_a_call_goes_through_the_interface_by_name(library: Path) -> None:
     kernel.close()
 
 
+def norm_call(width: int = 8) -> tuple[KernelCall, dict[str, TensorSpec]]:
+    contract = norm_contract()
+    attributes = {each.name: 1 for each in contract.attributes} | {"epsilon": 1e-6, "has_shift": 0, "concat": 0}
+    names = [each.name for each in contract.present_inputs(attributes)]
+    tensors = {name: TensorSpec(name, "float32", (width,)) for name in names}
+    tensors |= {name: TensorSpec(name, "float16", ("L", width)) for name in ("x", "gate", "out")}
+    return KernelCall("HstuNorm", "norm 3", attributes, {name: f"t_{name}" for name in names}, "t_out"), tensors
+
+
+def test_a_norm_goes_through_the_interface_by_name(library: Path) -> None:
+    kernels = KernelLibrary(library)
+    kernel = kernels.prepare(*norm_call())
+    rows, wide, out = np.arange(40, dtype=np.uint16), np.zeros((5, 13), np.uint16), np.zeros(40, np.uint16)
+    wide[:, 3:11] = 100 * np.arange(1, 6)[:, None]
+    places = {"x": Placed(rows.ctypes.data, (5, 8)), "gate": Placed(wide.ctypes.data + 6, (5, 8), 13)}
+    places |= {name: Placed(rows.ctypes.data, (8,)) for name in ("scale", "bias")}
+    assert kernel.workspace_bytes({name: place.shape for name, place in places.items()}) == 0
+    launch = Launch(places, Placed(out.ctypes.data, (5, 8)), 0, 0)
+    kernel.enqueue(launch, 0x1234)
+    np.testing.assert_array_equal(out, rows + np.repeat(100 * np.arange(1, 6), 8))
+    with pytest.raises(PluginError, match=r"HSTU-E505.*the norm norm 3 could not run[\s\S]*hstuNormEnqueue: stream: 0"):
+        kernel.enqueue(launch, 1)
+    kernel.close()
+    kernel.close()
+    with pytest.raises(PluginError, match=r"hstuNormCreate: dims of x: 9"):
+        kernels.prepare(*norm_call(9))
+
+
 def test_a_refusal_is_told_in_the_librarys_words(library: Path) -> None:
     kernels = KernelLibrary(library)
     with pytest.raises(PluginError, match=r"HSTU-E505.*layer 3[\s\S]*no kernel for alpha: -2"):
@@ -157,7 +218,7 @@ def test_a_refusal_is_told_in_the_librarys_words(library: Path) -> None:
 
 
 def test_another_version_of_the_interface_is_refused(compiler: str, tmp_path: Path) -> None:
-    with pytest.raises(PluginError, match=r"HSTU-E504.*version 2[\s\S]*speaks version 1"):
+    with pytest.raises(PluginError, match=r"HSTU-E504.*version 3[\s\S]*speaks version 2"):
         KernelLibrary(built(compiler, tmp_path, API_VERSION + 1))
 
 

@@ -38,7 +38,11 @@ from tests.plugins.test_plugin_library import exported, needed
 
 ROOT = Path(generate_contract.__file__).parent
 PROGRAMS = Path(__file__).parent / "conformance"
-SYMBOLS = ["Create", "Destroy", "Enqueue", "KernelsApiVersion", "KernelsBuildId", "Workspace"]
+SYMBOLS = [
+    *(f"hstuAttention{name}" for name in ("Create", "Destroy", "Enqueue", "KernelsApiVersion", "KernelsBuildId")),
+    "hstuAttentionWorkspace",
+    *(f"hstuNorm{name}" for name in ("Create", "Destroy", "Enqueue")),
+]
 WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
@@ -60,9 +64,12 @@ def cuda_headers() -> Path:
 def includes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Where the library's sources find headers; none of TensorRT's is among them."""
     generated = tmp_path_factory.mktemp("generated")
-    contract = yaml.safe_load((ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml").read_text("utf-8"))
-    (generated / "hstuAttentionContract.h").write_text(generate_contract.header_from_contract(contract))
-    own = [generated, *(ROOT / name for name in ("api", "common", "hstuAttentionPlugin", "kernels/hopper"))]
+    for operator in ("hstuAttention", "hstuNorm"):
+        name = f"{operator}Plugin/{operator[0].upper()}{operator[1:]}_PluginConfig.yaml"
+        header = generate_contract.header_from_contract(yaml.safe_load((ROOT / name).read_text("utf-8")))
+        (generated / f"{operator}Contract.h").write_text(header)
+    folders = ("api", "common", "hstuAttentionPlugin", "hstuNormPlugin", "kernels/hopper")
+    own = [generated, *(ROOT / name for name in folders)]
     return [*(f"-I{path}" for path in own), "-isystem", str(cuda_headers())]
 
 
@@ -79,8 +86,10 @@ def test_the_interface_launches_what_the_plugin_launches_and_refuses_by_name(
     driver: Path, includes: list[str], tmp_path: Path
 ) -> None:
     ours = [ROOT / "api" / name for name in ("hstuAttentionKernels.cpp", "kernelArguments.cpp")]
-    core = [*(ROOT / "hstuAttentionPlugin").glob("hstuAttention[!P]*.cpp"), *(ROOT / "common").glob("*.cpp")]
-    sources = [str(path) for path in (PROGRAMS / "attentionKernels.cpp", *ours, *sorted(core))]
+    folders = (("hstuAttentionPlugin", "hstuAttention[!P]*.cpp"), ("hstuNormPlugin", "hstuNorm[!P]*.cpp"))
+    core = [path for folder, names in (*folders, ("common", "*.cpp")) for path in (ROOT / folder).glob(names)]
+    programs = [PROGRAMS / name for name in ("attentionKernels.cpp", "normKernels.cpp")]
+    sources = [str(path) for path in (*programs, *ours, *sorted(core))]
     program = tmp_path / "attentionKernels"
     subprocess.run(["g++", *WARNINGS, *SANITIZE, *includes, *sources, "-o", str(program), "-ldl"], check=True)
     environment = {"LD_LIBRARY_PATH": str(driver)}
@@ -145,9 +154,9 @@ def test_without_a_driver_the_reason_is_told(library: KernelsLibrary, tmp_path: 
 
 
 def test_the_library_exports_the_interface_and_needs_the_c_library_alone(library: KernelsLibrary) -> None:
-    assert exported(library.path) == [f"hstuAttention{name}" for name in SYMBOLS]
+    assert exported(library.path) == SYMBOLS
     header = (ROOT / "api" / "hstuAttentionKernels.h").read_text()
-    assert all(f" hstuAttention{name}(" in header or f"*hstuAttention{name}(" in header for name in SYMBOLS)
+    assert all(f" {name}(" in header or f"*{name}(" in header for name in SYMBOLS)
     allowed = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
     assert {name for name in needed(library.path) if not name.startswith("ld-linux")} <= allowed
     content = library.path.read_bytes()
@@ -164,7 +173,7 @@ def test_the_library_is_described_as_json(library: KernelsLibrary) -> None:
     described = json.loads(json.dumps(library.to_dict()))
     assert described.pop("file") == KERNELS_LIBRARY
     assert described.pop("content_hash").startswith(library.path.parent.name)
-    assert {**described, "norm_variants": [], "files": manifest["files"]} == manifest
+    assert {**described, "files": manifest["files"]} == manifest
     assert list(manifest["files"]) == [KERNELS_LIBRARY]
 
 
@@ -193,7 +202,7 @@ def fake_build(monkeypatch: pytest.MonkeyPatch) -> FakeBuild:
     return fake
 
 
-def test_the_build_reads_nothing_of_tensorrt_and_has_no_norms(
+def test_the_build_reads_nothing_of_tensorrt_and_has_the_norms_that_are_named(
     fake_build: FakeBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path / "absent"))
@@ -201,13 +210,16 @@ def test_the_build_reads_nothing_of_tensorrt_and_has_no_norms(
         variants=variants_for("float16", 16, 16), archs=(90,), cuda_include_dir=cuda_headers(), cache_dir=tmp_path
     )
     norms = (norm_variant("float16", "float16", 48),)
-    other = dataclasses.replace(plain, runtime_version="8.5", tensorrt_include_dir=tmp_path, norm_variants=norms)
+    other = dataclasses.replace(plain, runtime_version="8.5", tensorrt_include_dir=tmp_path)
     first = build_kernels_library(plain)
     assert build_kernels_library(other) == first
     (recipe,) = fake_build.recipes
-    assert recipe.kernels.norm_variants == ()
+    assert recipe.kernels.norm_variants == first.norm_variants == ()
     assert (recipe.headers, dict(recipe.definitions)) == ((), {})
     assert first.path.read_bytes() == b"library"
+    normed = build_kernels_library(dataclasses.replace(plain, norm_variants=norms))
+    assert normed.path != first.path
+    assert normed.norm_variants == fake_build.recipes[-1].kernels.norm_variants == norms
     with pytest.raises(PluginError, match="absent"):
         build_plugin_library(plain)
 

@@ -18,6 +18,7 @@
 #include "fakeDriver.h"
 #include "hstuAttentionCore.h"
 #include "hstuAttentionKernels.h"
+#include "normKernels.h"
 
 namespace
 {
@@ -573,6 +574,7 @@ int main()
     try
     {
         Checks(*getCalls()).run();
+        failures += checkNorms(*getCalls());
     }
     catch (std::exception const& error)
     {

@@ -182,13 +182,19 @@ extern "C" CUresult cuLaunchKernel(CUfunction function, unsigned gridX, unsigned
     unsigned blockY, unsigned blockZ, unsigned sharedBytes, CUstream stream, void** arguments, void**)
 {
     auto const& [name, image] = functions.at(function);
-    constexpr size_t kFirstRowStride = 26;
+    bool const isNorm = name.find("norm") != std::string::npos;
+    size_t const firstRowStride = isNorm ? 10 : 26;
     std::vector<int32_t> rowStrides;
-    for (size_t i = 0; i < 3; ++i)
+    for (size_t i = 0; i < (isNorm ? 2 : 3); ++i)
     {
-        rowStrides.push_back(*static_cast<int32_t const*>(arguments[kFirstRowStride + i]));
+        rowStrides.push_back(*static_cast<int32_t const*>(arguments[firstRowStride + i]));
     }
-    calls.launches.push_back(
-        {name, image, {gridX, gridY, gridZ}, {blockX, blockY, blockZ}, 1, sharedBytes, stream, {}, {}, rowStrides});
+    std::vector<uint64_t> addresses;
+    for (size_t i = 0; i < (isNorm ? 6 : 0); ++i)
+    {
+        addresses.push_back(*static_cast<uint64_t const*>(arguments[i]));
+    }
+    calls.launches.push_back({name, image, {gridX, gridY, gridZ}, {blockX, blockY, blockZ}, 1, sharedBytes, stream, {},
+        {}, rowStrides, addresses});
     return CUDA_SUCCESS;
 }

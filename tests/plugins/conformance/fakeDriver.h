@@ -37,6 +37,8 @@ struct Launch
     std::vector<MapCall> maps;            //!< of a kernel named "hopper", or "hopperCache" with two more
     hstu::AttentionParameters parameters; //!< of the same
     std::vector<int32_t> rowStrides;      //!< of q, k and v; of another kernel, whose parameters are those of kernels/README.md
+                                          //!< or, where "norm" is in its name, of x and gate
+    std::vector<uint64_t> addresses{};    //!< of x, shift, scale, bias, gate and out, of the latter
 };
 
 struct Calls

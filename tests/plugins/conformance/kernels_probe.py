@@ -30,7 +30,7 @@ def call_of(dim: int) -> tuple[KernelCall, dict[str, TensorSpec]]:
     names = [each.name for each in contract.present_inputs(attributes)]
     tensors = {name: TensorSpec(name, "int32", ("B + 1",)) for name in names}
     tensors |= {name: TensorSpec(name, "float16", ("L", HEADS, dim)) for name in ("q", "k", "v", "out")}
-    return KernelCall("layer 3", attributes, {name: name for name in names}, "out"), tensors
+    return KernelCall("HstuAttention", "layer 3", attributes, {name: name for name in names}, "out"), tensors
 
 
 def main(library: Path) -> None:
