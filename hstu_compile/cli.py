@@ -303,7 +303,10 @@ def _print_fused(plan: FusedPlan) -> None:
     )
     click.echo(f"segments    {cut}")
     hopper = len(plan.hopper_kernels)
-    click.echo(f"kernels     {len(plan.kernels)} portable of attention, and {hopper} for Hopper if nvcc is there")
+    click.echo(
+        f"kernels     {len(plan.kernels)} portable of attention, {len(plan.norm_kernels)} of the norms behind them, "
+        f"and {hopper} for Hopper if nvcc is there"
+    )
 
 
 def _print_quantization(facts: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from hstu_compile.artifacts import OnnxGraph, Profile
+from hstu_compile.artifacts import OnnxGraph, Profile, SegmentedGraph
 from hstu_compile.config import Attention
 from hstu_compile.engine import engine_from_onnx, graph_precision
 from hstu_compile.environment import choose_backend
@@ -20,6 +20,7 @@ from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.files import write_whole
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import read_limits
+from hstu_compile.op_schema import attention_contract
 from hstu_compile.profiles import check_counts, graph_profiles
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.runtime.open_fused import FUSED_BACKEND
@@ -203,7 +204,7 @@ def _run_fused_stage(request: EngineRequest) -> dict[str, Any]:
         "engines": [str(request.output.with_name(name)) for name in names],
         "backend": engines[0].backend,
         "reason": choice.reason,
-        "attention": f"fused: {len(cut.calls)} attentions between {len(engines)} engines",
+        "attention": f"fused: {_described_calls(cut)} between {len(engines)} engines",
         "version": engines[0].version,
         "bytes": sum(len(engine.plan) for engine in engines),
         "seconds": sum(engine.seconds for engine in engines),
@@ -211,3 +212,10 @@ def _run_fused_stage(request: EngineRequest) -> dict[str, Any]:
         "compute_capabilities": list(engines[0].compute_capabilities),
         "messages": [line for engine in engines for line in engine.messages],
     }
+
+
+def _described_calls(cut: SegmentedGraph) -> str:
+    """How many attentions kernels compute, and norms behind them."""
+    attentions = sum(call.operator == attention_contract().name for call in cut.calls)
+    norms = len(cut.calls) - attentions
+    return f"{attentions} attentions" + (f" and {norms} norms" if norms else "")

@@ -8,15 +8,19 @@ from typing import Any
 
 from hstu_compile.config import AttentionSilu, BuildConfig, Precision
 from hstu_compile.errors import UsageError
+from hstu_compile.model.config import LayerConfig
 from hstu_compile.model.families import ModelConfig
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_variants_for
+from hstu_compile.plugins.kernels.norm_variants import MAX_WIDTH, NormVariant, norm_variant
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from hstu_compile.runtime.open_fused import FUSED_BACKEND
 
 # Graphs whose attentions read cached keys, and whose candidates do not see one another.
 _CACHED = ("score", "append")
 _CANDIDATES = ("packed", "score")
+# The contract's `concat` of a layer's norm.
+_CONCATS = {"gated": 0, "u_attn_gated": 1, "u_norm_gated": 2}
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -27,11 +31,13 @@ class FusedPlan:
     Attributes:
         attentions: number of them in each graph. A graph has an engine before each of them and one after the last.
         kernels: portable kernels that its attentions need.
+        norm_kernels: kernels of the norms behind its attentions.
         hopper_kernels: kernels that a Hopper GPU runs in their place, if the build has nvcc.
     """
 
     attentions: dict[str, int]
     kernels: tuple[KernelVariant, ...]
+    norm_kernels: tuple[NormVariant, ...]
     hopper_kernels: tuple[HopperVariant, ...]
 
     @property
@@ -46,6 +52,7 @@ class FusedPlan:
             "segments": self.segments,
             "engines": sum(self.segments.values()),
             "kernels": [dataclasses.asdict(variant) for variant in self.kernels],
+            "norm_kernels": [dataclasses.asdict(variant) for variant in self.norm_kernels],
             "hopper_kernels": [dataclasses.asdict(variant) for variant in self.hopper_kernels],
         }
 
@@ -106,4 +113,25 @@ def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, 
                 *dims, plain_causal=plain, pos_bias=pos_bias, time_bias=time_bias, silu=silu, has_cache=cached
             )
         )
-    return FusedPlan(attentions, tuple(kernels), tuple(hopper))
+    norms = _norms(model.layer, _DTYPES[precision]) if kernels else ()
+    return FusedPlan(attentions, tuple(kernels), norms, tuple(hopper))
+
+
+def _norms(layer: LayerConfig, dtype: str) -> tuple[NormVariant, ...]:
+    """The kernel of a layer's norm behind its attention; none where the norm is one that no HstuNorm takes in."""
+    attention = layer.attention
+    width = attention.num_heads * attention.linear_dim
+    groups = attention.num_heads if layer.output_norm == "group" else 1
+    if width > MAX_WIDTH or (groups > 1 and not layer.output_norm_affine):
+        return ()
+    return (
+        norm_variant(
+            dtype,
+            dtype,
+            width,
+            num_groups=groups,
+            activation=1,
+            gate_silu=layer.silu_scope == "u",
+            concat=_CONCATS[layer.output_concat],
+        ),
+    )

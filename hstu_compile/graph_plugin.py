@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
 import onnx
@@ -15,6 +15,7 @@ from hstu_compile.plugin_library import PluginBuildRequest
 from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, HopperVariant, hopper_variants_for
 from hstu_compile.plugins.kernels.norm_variants import NormVariant, norm_variant
 from hstu_compile.plugins.kernels.variants import DTYPE_CODES, KernelVariant, variants_for
+from hstu_compile.rewrite.following_norms import following_norms
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
@@ -44,9 +45,10 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
 
 
 def kernels_request_of(models: Sequence[onnx.ModelProto]) -> PluginBuildRequest:
-    """The smallest library of kernels that runs the attentions of graphs that are cut there, for every architecture.
+    """The smallest library of kernels that runs between the segments of graphs that are cut, for every architecture.
 
-    Norms stay in the segments, whose compiler fuses them with what surrounds them.
+    It has those of the attentions and of the norms that follow them directly. Other norms stay in the segments, whose
+    compiler fuses them with what surrounds them.
 
     Args:
         models: as for `plugin_request_of`.
@@ -54,11 +56,12 @@ def kernels_request_of(models: Sequence[onnx.ModelProto]) -> PluginBuildRequest:
     Raises:
         InternalError: see `plugin_request_of`.
     """
-    return dataclasses.replace(plugin_request_of(models), norm_variants=())
+    norms = [norm for model in models for norm in _norms_of(model, following_norms(model.graph))]
+    return dataclasses.replace(plugin_request_of(models), norm_variants=tuple(dict.fromkeys(norms)))
 
 
-def _norms_of(model: onnx.ModelProto) -> Iterator[NormVariant]:
-    """The kernel of each norm node; its scale says how wide the rows are."""
+def _norms_of(model: onnx.ModelProto, only: Collection[str] | None = None) -> Iterator[NormVariant]:
+    """The kernel of each norm node, or of those with these outputs; its scale says how wide the rows are."""
     widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 1}
     for value in model.graph.value_info:
         dims = value.type.tensor_type.shape.dim
@@ -66,7 +69,7 @@ def _norms_of(model: onnx.ModelProto) -> Iterator[NormVariant]:
             widths[value.name] = dims[0].dim_value
     names = {code: name for name, code in DTYPE_CODES.items()}
     for node in model.graph.node:
-        if not is_norm(node):
+        if not is_norm(node) or (only is not None and node.output[0] not in only):
             continue
         attributes = node_attributes(node)
         scale = node.input[1 + attributes["has_shift"]]

@@ -85,6 +85,7 @@ SIDEWAYS: dict[tuple[str, str], str] = {
     ("model", "plugins"): "the eager operator runs the fused kernel on a GPU, imported when it is called",
     ("engine", "rewrite"): "lowers the graph to what the builder's parser reads",
     ("runtime", "rewrite"): "widens bfloat16 for a runtime without it, and gives an attention its body",
+    ("graph_plugin", "rewrite"): "asks which norms run between the segments of a graph that is cut",
     ("rewrite", "graph_facts"): "names the inputs and outputs of the graphs that it cuts",
     ("export", "graph_facts"): "names the inputs and outputs of what it made",
     ("session_check", "runtime"): "runs the sessions that it compares",

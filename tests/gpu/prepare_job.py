@@ -233,7 +233,7 @@ def save_end_to_end(place: Path, archs: Sequence[int], jobs: int) -> None:
 
 
 def save_kernels(place: Path, archs: Sequence[int], jobs: int) -> None:
-    """The library of the attention kernels of every graph of the end-to-end benchmark."""
+    """The library of the kernels that run between the segments of every graph of the end-to-end benchmark."""
     graphs = [path for name in END_TO_END_GRAPHS for path in sorted(place.glob(f"{END_TO_END}-*/{name}"))]
     requests = [kernels_request_of([onnx.load(path)]) for path in graphs]
     variants = tuple(dict.fromkeys(each for request in requests for each in request.variants))
@@ -241,6 +241,7 @@ def save_kernels(place: Path, archs: Sequence[int], jobs: int) -> None:
     request = dataclasses.replace(
         requests[0],
         variants=variants,
+        norm_variants=tuple(dict.fromkeys(each for request in requests for each in request.norm_variants or ())),
         hopper_variants=hopper_variants,
         archs=tuple(archs),
         with_ptx=False,

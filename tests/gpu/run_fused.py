@@ -76,7 +76,7 @@ def open_graph(files: bundles.BundleFiles, runtime: str, graph: str, cuda_graphs
 
 
 def check_steps(checks: Checks, files: bundles.BundleFiles, graph: str, stored: Mapping[str, Any]) -> None:
-    """Each engine and each attention alone, on the inputs that it had in ONNX Runtime."""
+    """Each engine and each kernel alone, on the inputs that it had in ONNX Runtime."""
     fused = files.fused_graph(graph)
     assert fused is not None
     schedule = schedule_from_text(fused.schedule.read_text(encoding="utf-8"), fused.schedule.name)
@@ -96,7 +96,7 @@ def check_steps(checks: Checks, files: bundles.BundleFiles, graph: str, stored: 
 def single_step(schedule: Schedule, number: int, reads: Sequence[str], writes: Sequence[str]) -> Schedule:
     """A schedule of one step of another, whose inputs are fed."""
     step = schedule.steps[number]
-    calls = (schedule.calls[step.index],) if step.kind == "attention" else ()
+    calls = (schedule.calls[step.index],) if step.kind == "kernel" else ()
     made = [each for each in schedule.crossing if each.spec.name in set(map(str, writes))]
     return Schedule(
         inputs=tuple(schedule.spec(str(name)) for name in reads if str(name) not in schedule.constants),

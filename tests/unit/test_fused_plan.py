@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from hstu_compile.fused_plan import fused_plan
+from hstu_compile.fused_plan import FusedPlan, fused_plan
 from hstu_compile.graph_plugin import kernels_request_of
+from hstu_compile.plugin_library import PluginBuildRequest
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import ranking_config, small_config
 from tests.segmented_cases import WIDE_FORM, ranking_case, retrieval_case
+
+
+def assert_same_kernels(plan: FusedPlan, request: PluginBuildRequest) -> None:
+    """An attention's kernels, and exactly one norm's: that behind the attention."""
+    assert (plan.kernels, plan.hopper_kernels) == (request.variants, request.hopper_variants)
+    assert plan.norm_kernels == request.norm_variants
+    (norm,) = plan.norm_kernels
+    assert norm.activation == 1
+
 
 WIDE = dict.fromkeys(("attention_dim", "linear_dim"), 64)
 
@@ -18,16 +28,17 @@ def test_a_retrieval_plan_names_the_kernels_and_segments_of_the_graph(name: str)
     case = retrieval_case(name, "fp16")  # type: ignore[arg-type]
     plan = fused_plan(small_config(2), (name,), "fp16", "fast")
     request = kernels_request_of([case.whole.model])
-    assert (plan.kernels, plan.hopper_kernels) == (request.variants, request.hopper_variants)
-    assert (plan.attentions, plan.segments) == ({name: len(case.cut.calls)}, {name: len(case.cut.segments)})
+    assert_same_kernels(plan, request)
+    assert (plan.attentions, plan.segments) == ({name: len(case.cut.calls) // 2}, {name: len(case.cut.segments)})
 
 
 def test_a_ranking_plan_names_the_kernels_and_segments_of_the_graph() -> None:
     case = ranking_case("packed", "bf16")
     plan = fused_plan(ranking_config(WIDE_FORM), ("packed",), "bf16", "fast")
     request = kernels_request_of([case.whole.model])
-    assert (plan.kernels, plan.hopper_kernels) == (request.variants, request.hopper_variants)
-    assert (plan.attentions, plan.segments) == ({"packed": len(case.cut.calls)}, {"packed": len(case.cut.segments)})
+    assert_same_kernels(plan, request)
+    found = (plan.attentions, plan.segments)
+    assert found == ({"packed": len(case.cut.calls) // 2}, {"packed": len(case.cut.segments)})
 
 
 def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
@@ -39,7 +50,7 @@ def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
 
 def test_a_graph_without_attention_needs_no_kernel() -> None:
     plan = fused_plan(ranking_config(DlrmForm(num_layers=1)), ("prefill",), "fp16", "fast")
-    assert (plan.segments, plan.kernels) == ({"prefill": 1}, ())
+    assert (plan.segments, plan.kernels, plan.norm_kernels) == ({"prefill": 1}, (), ())
 
 
 def test_hopper_kernels_are_of_the_builds_silu_and_of_half_precision() -> None:
