@@ -58,3 +58,33 @@ def test_sigmoid_far_below_zero_is_not_relatively_accurate():
     assert 1e-4 < near < 3e-4
     assert 0.3 < far < 0.6
     assert gone == 1
+
+
+@requires_named_version
+def test_a_rounding_in_front_of_a_product_is_left_out_unless_a_reshape_stands_between() -> None:
+    assert "A rounding to float16 in front of a product is left out" in PAGE
+    float32, float16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    x = np.full((1, 8), 1 + 2.0**-12, np.float32)  # float16 has nothing between 1 and 1 + 2**-10
+    found = {}
+    for between in ([], [helper.make_node("Reshape", ["h", "shape"], ["r"])]):
+        graph = helper.make_graph(
+            [
+                helper.make_node("Cast", ["x"], ["h"], to=float16),
+                *between,
+                helper.make_node("MatMul", ["r" if between else "h", "w"], ["p"]),
+                helper.make_node("Cast", ["p"], ["y"], to=float32),
+            ],
+            "product",
+            [helper.make_tensor_value_info("x", float32, ["L", 8])],
+            [helper.make_tensor_value_info("y", float32, ["L", 1])],
+            [
+                helper.make_tensor("w", float16, [8, 1], np.full(8, 1024, np.float16)),
+                helper.make_tensor("shape", onnx.TensorProto.INT64, [2], [0, -1]),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.checker.check_model(model)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        [y] = session.run(None, {"x": x})
+        found[bool(between)] = float(y[0, 0])
+    assert found == {False: 8194.0, True: 8192.0}
