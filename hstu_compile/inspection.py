@@ -73,7 +73,7 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
 
 
 def _fused_facts(files: BundleFiles) -> dict[str, Any] | None:
-    """Segments, attentions and what crosses between them, by graph; None where no graph was cut."""
+    """Segments, kernels and what crosses between them, by graph; None where no graph was cut."""
     found: dict[str, Any] = {}
     for entry in files.manifest["graphs"]:
         graph = files.fused_graph(entry["name"])

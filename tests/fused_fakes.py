@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import KernelCall, Crossing, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
+from hstu_compile.artifacts import Crossing, KernelCall, OnnxGraph, Schedule, SegmentedGraph, TensorSpec
 from hstu_compile.axis_sizes import axis_size
 from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
 from hstu_compile.runtime._cuda import CudaDriver

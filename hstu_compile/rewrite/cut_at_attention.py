@@ -34,7 +34,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hstu_compile.artifacts import KernelCall, Crossing, OnnxGraph, SegmentedGraph, Step, TensorSpec
+from hstu_compile.artifacts import Crossing, KernelCall, OnnxGraph, SegmentedGraph, Step, TensorSpec
 from hstu_compile.axis_sizes import AxisSize, axis_size
 from hstu_compile.errors import RewriteError
 from hstu_compile.graph_facts import tensor_specs

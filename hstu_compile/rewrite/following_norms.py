@@ -63,7 +63,9 @@ def following_norms(graph: onnx.GraphProto) -> dict[str, FollowingNorm]:
                 continue
             rows = _known(specs.get(attention), 3)
             width = math.prod(rows) if rows else 0
-            is_early = gate is None or (depth.get(gate, 0) < depth[attention] and _known(specs.get(gate), 2) == (width,))
+            is_early = gate is None or (
+                depth.get(gate, 0) < depth[attention] and _known(specs.get(gate), 2) == (width,)
+            )
             if [width] == list(initializers[read["scale"]].dims) and is_early and _known(specs.get(node.output[0]), 2):
                 found[node.output[0]] = FollowingNorm(attention, width)
     return found

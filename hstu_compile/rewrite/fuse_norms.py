@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.op_schema import norm_contract
 from hstu_compile.rewrite._last_layer import GraphValues
-from hstu_compile.rewrite.norm_body import ELEMENT_TYPES, norm_body
 from hstu_compile.rewrite._pass import Pass, PassResult
+from hstu_compile.rewrite.norm_body import ELEMENT_TYPES, norm_body
 
 _STANDARD = ("", "ai.onnx")
 _CODES: dict[int, int] = {int(element): code for code, element in enumerate(ELEMENT_TYPES)}

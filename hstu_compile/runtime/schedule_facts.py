@@ -20,10 +20,10 @@ def schedule_facts(schedule: Schedule, profile: Profile) -> dict[str, Any]:
         profile: of that graph, which says how large it typically is and at most.
 
     Returns:
-        `steps` in order; `calls` of kernels with their operators and the tensors that each reads and makes; `crossing` tensors with the steps
-        that they live from and to, and their bytes; `block_bytes`: the memory that all those between two steps share,
-        without the kernels' workspaces and without the graph's outputs. Bytes are given for the profile's `typical`
-        and `largest` shapes.
+        `steps` in order; `calls` of kernels with their operators and the tensors that each reads and makes; `crossing`
+        tensors with the steps that they live from and to, and their bytes; `block_bytes`: the memory that all those
+        between two steps share, without the kernels' workspaces and without the graph's outputs. Bytes are given for
+        the profile's `typical` and `largest` shapes.
     """
     sizes = {"typical": _axes(schedule, profile.opt), "largest": _axes(schedule, profile.max)}
     served = {spec.name for spec in schedule.outputs}

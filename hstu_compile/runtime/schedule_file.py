@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu_compile.artifacts import KernelCall, ColumnView, Crossing, Schedule, Step, TensorSpec
+from hstu_compile.artifacts import ColumnView, Crossing, KernelCall, Schedule, Step, TensorSpec
 from hstu_compile.errors import BundleError
 from hstu_compile.op_schema import contract_of, strided_inputs
 from hstu_compile.runtime._bfloat16 import storage_dtype

@@ -1,7 +1,8 @@
 """Session on ONNX Runtime over a graph that was cut at its attentions: what verifies the cut without a GPU. Level 3.
 
-Every segment is a graph of its own, and so is every attention and norm between them, by its native body. So each tensor that crosses does
-cross here, in its own type, and the numbers are those of the graph in one piece.
+Every segment is a graph of its own, and so is every attention and norm between them, by its native body. So each tensor
+that crosses does cross here, in its own type, and the numbers are those of the graph in one piece, but for roundings
+that ONNX Runtime leaves out there (docs/pitfalls.md).
 """
 
 from __future__ import annotations
