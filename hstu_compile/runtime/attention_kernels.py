@@ -141,7 +141,10 @@ class KernelLibrary:
 
     def prepare(self, call: KernelCall, tensors: Mapping[str, TensorSpec]) -> PreparedKernel:
         """See `Kernels.prepare`."""
-        kinds = {attention_contract().name: _LoadedAttention, norm_contract().name: _LoadedNorm}
+        kinds: dict[str, type[_LoadedAttention | _LoadedNorm]] = {
+            attention_contract().name: _LoadedAttention,
+            norm_contract().name: _LoadedNorm,
+        }
         return kinds[call.operator](self._lib, call, tensors)
 
 
