@@ -42,7 +42,7 @@ from tests.fake_tensorrt import open_fake
 from tests.fused_fakes import fused_session, segment_engine
 from tests.ranking_requests import request_of
 from tests.retrieval_cases import asked, history_of
-from tests.segmented_cases import Case, retrieval_case
+from tests.segmented_cases import Case, retrieval_case, rounding_what_kernels_make
 
 few = settings(max_examples=12, deadline=None)
 
@@ -251,7 +251,8 @@ def test_evicted_graphs_are_recorded_again_and_answers_stay_right() -> None:
     batches = [batch_of([int(n) for n in each], seed) for seed, each in enumerate(lengths)]
     batches = [feeds for feeds in batches for _ in range(3)]
     fused = fused_session(case.cut, cuda, cuda_graphs=9, graph_budget_bytes=2500)
-    with in_buckets(case, fused, buckets) as session, on_host(case) as whole:
+    rounded = OnnxRuntimeSession(rounding_what_kernels_make(case))
+    with in_buckets(case, fused, buckets) as session, rounded as whole:
         for feeds in batches:
             found, expected = session.run(feeds), whole.run(feeds)
             assert_rows_equal(found["user_embeddings"], expected["user_embeddings"], 2.0**-11)
