@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from attention_grid import CUDNN, DENSE_RAB, EAGER, META_TRITON, NUM_HEADS, OURS, SOFTMAX, why_not
+from attention_grid import CUDNN, DENSE_RAB, EAGER, META_TRITON, NUM_HEADS, OURS, OURS_ACCURATE, SOFTMAX, why_not
 from attention_peers import NotOfferedError, PeerLibrary, dense_bias, meta_triton_caller, meta_triton_module
 from attention_reference import Inputs
 from torch import Tensor
@@ -56,8 +57,8 @@ class Backends:
             return [Form("", meta_triton_caller(self._meta_module(), inputs, has_tma=backend == META_TRITON[1]))]
         if backend == EAGER:
             return [_eager(inputs)]
-        if backend == OURS:
-            return [_ours(inputs)]
+        if backend in (OURS, OURS_ACCURATE):
+            return [_ours(inputs, "accurate" if backend == OURS_ACCURATE else "fast")]
         if backend == "ours_triton":
             return [_ours_triton(inputs)]
         library = self._library(backend)
@@ -99,10 +100,10 @@ class Backends:
         return self._meta
 
 
-def _ours(inputs: Inputs) -> Form:
+def _ours(inputs: Inputs, silu: str) -> Form:
     from hstu_compile.plugins.kernels.hopper.launch import hstu_attention_hopper
 
-    return Form("", _operator(hstu_attention_hopper, inputs))
+    return Form("", _operator(functools.partial(hstu_attention_hopper, silu=silu), inputs))
 
 
 def _ours_triton(inputs: Inputs) -> Form:

@@ -20,6 +20,8 @@ NUM_TOKENS = 65_536
 ELEMENT_BYTES = 2
 
 OURS = "ours"
+#: The same kernel with the attribute silu = "accurate".
+OURS_ACCURATE = "ours_accurate"
 #: What ours is compared with: whichever is faster in a case.
 FASTEST_PEERS = ("meta_cutlass", "nvidia_cutlass")
 DENSE_RAB = "nvidia_cutlass_dense_rab"
@@ -27,7 +29,7 @@ META_TRITON = ("meta_triton", "meta_triton_tma")
 CUDNN = "cudnn_softmax"
 SOFTMAX = (CUDNN, "fa2_softmax")
 EAGER = "eager"
-BACKENDS = (OURS, "ours_triton", *FASTEST_PEERS, DENSE_RAB, *META_TRITON, *SOFTMAX, EAGER)
+BACKENDS = (OURS, OURS_ACCURATE, "ours_triton", *FASTEST_PEERS, DENSE_RAB, *META_TRITON, *SOFTMAX, EAGER)
 
 #: Tensor-core rate in FLOP/s (dense, half precision) and memory bandwidth in bytes/s of the SXM boards' data sheets.
 PEAKS = {"H100 80GB HBM3": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12)}
@@ -141,7 +143,7 @@ def why_not(backend: str, case: Case) -> str | None:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
     if backend == DENSE_RAB:
         return None if case.has_bias else "it is the kernel with a bias tensor, and the case has no bias"
-    if case.has_bias and backend not in (OURS, "ours_triton", EAGER):
+    if case.has_bias and backend not in (OURS, OURS_ACCURATE, "ours_triton", EAGER):
         return "it has no bias of time and position"
     if backend == "meta_cutlass" and case.queries and case.targets:
         return "it has no targets where queries and keys differ"

@@ -151,7 +151,7 @@ def test_backends_without_a_case_are_left_out() -> None:
         return {name for name in grid.BACKENDS if grid.why_not(name, case) is None}
 
     assert runs(SMALL["causal"]) == set(grid.BACKENDS) - {grid.DENSE_RAB}
-    assert runs(SMALL["bias"]) == {"ours", "ours_triton", "eager", grid.DENSE_RAB}
+    assert runs(SMALL["bias"]) == {"ours", "ours_accurate", "ours_triton", "eager", grid.DENSE_RAB}
     assert not runs(SMALL["delta"]) & {"meta_cutlass", "cudnn_softmax"}
     assert "meta_cutlass" in runs(SMALL["delta_causal"])
     assert not runs(SMALL["ragged"]) & set(grid.SOFTMAX)
@@ -757,7 +757,7 @@ def test_table_and_drawing_have_every_backend_and_reason(tmp_path: Path) -> None
     assert "- nvidia_cutlass, bf16_D64_N1024: not offered: no library was given" in text
     line = next(line for line in text.splitlines() if line.startswith("| bf16_D128_N4096"))
     assert "1.000 (600)" in line
-    assert "| 1.20 | 1.70 | " in line
+    assert "| 1.30 | 1.80 | " in line
     drawn = svg.read_text(encoding="utf-8")
     for name in set(grid.BACKENDS) - {grid.DENSE_RAB}:
         assert f">{name}</text>" in drawn
