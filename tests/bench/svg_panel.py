@@ -6,7 +6,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 PANEL, MARGIN, GAP = (360, 240), 60, 90
-COLOURS = ("#1b6ca8", "#c8553d", "#2a9d5c", "#8a5a9e", "#8c8c2f", "#555555", "#0f8b8d", "#b5446e", "#222222", "#d9a441", "#7a3b12")
+COLOURS = (
+    "#1b6ca8",
+    "#c8553d",
+    "#2a9d5c",
+    "#8a5a9e",
+    "#8c8c2f",
+    "#555555",
+    "#0f8b8d",
+    "#b5446e",
+    "#222222",
+    "#d9a441",
+    "#7a3b12",
+)
 
 Points = Sequence[tuple[float, float]]
 
