@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "tests" / "bench")]
 
 from bench_m_falcon import free_bytes  # noqa: E402
+from bucket_checks import BUCKETS, check_buckets  # noqa: E402
 from checks import Checks  # noqa: E402
 from graph_checks import GRAPHS as CUDA_GRAPHS  # noqa: E402
 from graph_checks import check_graphs  # noqa: E402
@@ -50,6 +51,7 @@ from hstu_compile.artifacts import Schedule, Step, TensorSpec  # noqa: E402
 from hstu_compile.compare import row_error, whole_error  # noqa: E402
 from hstu_compile.ranking_bundle import open_ranking_session  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
+from hstu_compile.runtime.ladder import Buckets  # noqa: E402
 from hstu_compile.runtime.open_fused import FUSED_BACKEND, open_fused_session  # noqa: E402
 from hstu_compile.runtime.schedule_file import schedule_from_text  # noqa: E402
 from hstu_compile.runtime.session import Session  # noqa: E402
@@ -70,9 +72,11 @@ _MOST_TIMED = 200
 _KV_BUDGET = 64 << 20
 
 
-def open_graph(files: bundles.BundleFiles, runtime: str, graph: str, cuda_graphs: int = 0) -> Session:
+def open_graph(
+    files: bundles.BundleFiles, runtime: str, graph: str, cuda_graphs: int = 0, buckets: Buckets | None = None
+) -> Session:
     """One graph of a bundle, as a server opens it."""
-    return bundles.open_graph(files, graph, runtime, cuda_graphs=cuda_graphs)
+    return bundles.open_graph(files, graph, runtime, cuda_graphs=cuda_graphs, buckets=buckets)
 
 
 def check_steps(checks: Checks, files: bundles.BundleFiles, graph: str, stored: Mapping[str, Any]) -> None:
@@ -194,7 +198,7 @@ def _check_recorded(checks: Checks, files: bundles.BundleFiles, runtime: str, gr
         opened.passed = True
 
 
-def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, golden: Path) -> None:
+def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, golden: Path, mixed: int) -> None:
     """All that holds for a ranking bundle in one piece holds for one in segments."""
     bundle = PreparedBundle.read(files.path)
     opener: Open = functools.partial(open_graph, files, runtime)
@@ -211,6 +215,9 @@ def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, gold
     check_m_falcon(checks, bundle, opener, requests)
     if runtime == FUSED_BACKEND:
         check_graphs(checks, bundle, opener, functools.partial(opener, cuda_graphs=CUDA_GRAPHS), free_bytes)
+    records = runtime == FUSED_BACKEND
+    bucketed = functools.partial(opener, cuda_graphs=CUDA_GRAPHS if records else 0, buckets=BUCKETS)
+    check_buckets(checks, bundle, opener, bucketed, mixed, records=records)
     if all(bundle.onnx(graph).is_file() for graph in GRAPHS):
         with checks.check(f"{bundle.name}: open_ranking_session serves it as any bundle") as check:
             with open_ranking_session(files.path, runtime, kv_budget_bytes=_KV_BUDGET) as served:
@@ -219,7 +226,7 @@ def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, gold
             check.passed = outcomes == [["miss"], ["hit"], ["hit"]]
 
 
-def checked_bundle(job: Path, folder: Path, runtime: str, partial: Path) -> Checks:
+def checked_bundle(job: Path, folder: Path, runtime: str, partial: Path, mixed: int) -> Checks:
     """All of one bundle, for a process of its own: one that crashes takes no other with it.
 
     What the steps alone gave is in `partial` before the sessions are opened.
@@ -240,7 +247,7 @@ def checked_bundle(job: Path, folder: Path, runtime: str, partial: Path) -> Chec
     if files.ranking is None:
         check_retrieval(checks, files, runtime)
     else:
-        check_ranking(checks, files, runtime, job / GOLDEN_FILE)
+        check_ranking(checks, files, runtime, job / GOLDEN_FILE, mixed)
     return checks
 
 
@@ -250,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--bundles", nargs="+", default=list(BUNDLES))
     parser.add_argument("--models", type=Path, nargs="+", default=[], help="folders of bundles besides JOB/models")
+    parser.add_argument("--mixed-requests", type=int, default=10_000, help="in buckets, of each ranking bundle")
     parser.add_argument("--runtime", choices=(FUSED_BACKEND, "onnxruntime"), default=FUSED_BACKEND)
     arguments = parser.parse_args(argv)
     job, out = arguments.job.resolve(), arguments.out.resolve()
@@ -268,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
                 partial = out / f"{name}-steps.json"
-                checks.take(pool.submit(checked_bundle, job, folder, arguments.runtime, partial).result())
+                found = pool.submit(checked_bundle, job, folder, arguments.runtime, partial, arguments.mixed_requests)
+                checks.take(found.result())
             except BrokenProcessPool as error:
                 with checks.check(f"{name}: its process lives") as check:
                     check.facts["error"] = str(error)
