@@ -1,8 +1,8 @@
-//! Runs attentions of libhstu_attention_kernels.so on a GPU with q, k and v as columns of wider tensors, and compares with
-//! the float64 oracle and with the bits of contiguous ones.
+//! Runs attentions and norms of libhstu_attention_kernels.so on a GPU with q, k and v, or x and gate, as columns of wider
+//! tensors, and compares with the float64 oracle and with the bits of contiguous ones.
 //!
 //! Usage: columns LIBRARY CASES_DIR [FILTER]
-//! The columns beside those that an attention reads hold NaN. Prints one JSON object a check and "N passed, N failed";
+//! The columns beside those that a kernel reads hold NaN. Prints one JSON object a check and "N passed, N failed";
 //! exit code 0 if all passed, 1 if not, 2 on bad usage.
 
 #include <dlfcn.h>
@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
 #include "caseFile.h"
@@ -39,11 +41,17 @@ public:
         load(create, "hstuAttentionCreate");
         load(enqueue, "hstuAttentionEnqueue");
         load(destroy, "hstuAttentionDestroy");
+        load(createNorm, "hstuNormCreate");
+        load(enqueueNorm, "hstuNormEnqueue");
+        load(destroyNorm, "hstuNormDestroy");
     }
 
     decltype(&hstuAttentionCreate) create{};
     decltype(&hstuAttentionEnqueue) enqueue{};
     decltype(&hstuAttentionDestroy) destroy{};
+    decltype(&hstuNormCreate) createNorm{};
+    decltype(&hstuNormEnqueue) enqueueNorm{};
+    decltype(&hstuNormDestroy) destroyNorm{};
 
 private:
     template <typename Function>
@@ -87,7 +95,7 @@ public:
         , mBuffer(margin > 0 ? widened(input, margin) : input.bytes, 0)
     {
         mTensor.data = static_cast<unsigned char*>(mBuffer.data()) + margin * bytesOf(input.type);
-        mTensor.rowStride = margin > 0 ? input.dims[1] * input.dims[2] + 2 * static_cast<int64_t>(margin) : 0;
+        mTensor.rowStride = margin > 0 ? widthOf(input) + 2 * static_cast<int64_t>(margin) : 0;
     }
 
     HstuTensor const& tensor() const noexcept
@@ -96,10 +104,16 @@ public:
     }
 
 private:
+    //! Elements of a row, [H, D] or [D].
+    static int64_t widthOf(CaseTensor const& input)
+    {
+        return std::accumulate(input.dims.begin() + 1, input.dims.end(), int64_t{1}, std::multiplies<>());
+    }
+
     static std::vector<unsigned char> widened(CaseTensor const& input, size_t margin)
     {
         size_t const element = bytesOf(input.type);
-        size_t const width = static_cast<size_t>(input.dims[1] * input.dims[2]) * element;
+        size_t const width = static_cast<size_t>(widthOf(input)) * element;
         size_t const stride = width + 2 * margin * element;
         std::vector<unsigned char> bytes(static_cast<size_t>(input.dims[0]) * stride, 0xFF);
         for (size_t row = 0; row < static_cast<size_t>(input.dims[0]); ++row)
@@ -113,13 +127,14 @@ private:
     device::Buffer mBuffer;
 };
 
-//! One attention of the library.
-class Attention
+//! One attention or norm of the library.
+class Kernel
 {
 public:
-    Attention(Library const& library, Case const& testCase)
+    Kernel(Library const& library, Case const& testCase)
         : mLibrary(library)
         , mCase(testCase)
+        , mIsNorm(testCase.op == "HstuNorm")
     {
         std::vector<HstuAttribute> attributes;
         for (CaseAttribute const& each : testCase.attributes)
@@ -132,18 +147,23 @@ public:
             inputs.push_back(tensorOf(input.name.c_str(), input.type, input.dims));
         }
         HstuTensor const output = tensorOf("out", testCase.outputType, testCase.outputDims);
-        char error[4096] = "";
-        require(mLibrary.create(testCase.name.c_str(), attributes.data(), static_cast<int32_t>(attributes.size()),
-                    inputs.data(), static_cast<int32_t>(inputs.size()), &output, &mAttention, error, sizeof(error))
-                    == 0,
-            error);
+        auto const create = [&](auto const& function, auto** made)
+        {
+            char error[4096] = "";
+            require(function(testCase.name.c_str(), attributes.data(), static_cast<int32_t>(attributes.size()),
+                        inputs.data(), static_cast<int32_t>(inputs.size()), &output, made, error, sizeof(error))
+                        == 0,
+                error);
+        };
+        mIsNorm ? create(library.createNorm, &mNorm) : create(library.create, &mAttention);
     }
 
-    Attention(Attention const&) = delete;
-    Attention& operator=(Attention const&) = delete;
+    Kernel(Kernel const&) = delete;
+    Kernel& operator=(Kernel const&) = delete;
 
-    ~Attention()
+    ~Kernel()
     {
+        mLibrary.destroyNorm(mNorm);
         mLibrary.destroy(mAttention);
     }
 
@@ -155,8 +175,7 @@ public:
         std::vector<HstuTensor> inputs;
         for (CaseTensor const& input : mCase.inputs)
         {
-            bool const isStrided = input.name == "q" || input.name == "k" || input.name == "v";
-            inputs.push_back(placed.emplace_back(input, isStrided ? margin : 0).tensor());
+            inputs.push_back(placed.emplace_back(input, isStrided(input.name) ? margin : 0).tensor());
         }
         device::Buffer out(mCase.reference.size() * bytesOf(mCase.outputType), 0);
         out.poison();
@@ -164,10 +183,11 @@ public:
         output.data = out.data();
         device::synchronize();
         char error[4096] = "";
-        require(mLibrary.enqueue(mAttention, inputs.data(), static_cast<int32_t>(inputs.size()), &output, nullptr, 0,
-                    stream.get(), error, sizeof(error))
-                    == 0,
-            error);
+        int32_t const count = static_cast<int32_t>(inputs.size());
+        int32_t const status = mIsNorm
+            ? mLibrary.enqueueNorm(mNorm, inputs.data(), count, &output, stream.get(), error, sizeof(error))
+            : mLibrary.enqueue(mAttention, inputs.data(), count, &output, nullptr, 0, stream.get(), error, sizeof(error));
+        require(status == 0, error);
         stream.synchronize();
         require(out.areGuardsIntact(), "bytes beside the output were written");
         std::vector<unsigned char> const found = out.download();
@@ -177,17 +197,28 @@ public:
     }
 
 private:
+    bool isStrided(std::string const& input) const
+    {
+        static std::vector<std::string> const ofNorms{"x", "gate"};
+        static std::vector<std::string> const ofAttentions{"q", "k", "v"};
+        auto const& names = mIsNorm ? ofNorms : ofAttentions;
+        return std::find(names.begin(), names.end(), input) != names.end();
+    }
+
     Library const& mLibrary;
     Case const& mCase;
+    bool mIsNorm;
     HstuAttention* mAttention{};
+    HstuNorm* mNorm{};
 };
 
-//! Columns of NaN beside q, k and v. With 16 the kernel is that of contiguous tensors, and so are the bits; with one it is
-//! that for any tensors, which the library has where it has it for any head dims, and for one case.
+//! Columns of NaN on either side. With 16 the kernel is that of contiguous tensors, and so are the bits; with one it is
+//! that for any tensors, which the library has where no vector can be read of contiguous ones either, and for two cases.
 std::vector<size_t> marginsOf(Case const& testCase)
 {
-    bool const isWhole = testCase.inputs[0].dims[2] % 16 == 0 && testCase.outputDims[2] % 16 == 0;
-    return isWhole && testCase.name != "large-causal" ? std::vector<size_t>{16} : std::vector<size_t>{16, 1};
+    bool const isWhole = testCase.inputs[0].dims.back() % 16 == 0 && testCase.outputDims.back() % 16 == 0;
+    bool const hasBoth = testCase.name == "large-causal" || testCase.name == "large-norm-layer";
+    return isWhole && !hasBoth ? std::vector<size_t>{16} : std::vector<size_t>{16, 1};
 }
 
 std::string quoted(std::string const& text)
@@ -208,8 +239,7 @@ int run(char const* path, std::string const& folder, std::string const& filter)
     int failed = 0;
     for (Case const& testCase : readCases(folder))
     {
-        bool const isEmpty = testCase.op != "HstuAttention" || testCase.reference.empty();
-        if (isEmpty || testCase.name.find(filter) == std::string::npos)
+        if (testCase.reference.empty() || testCase.name.find(filter) == std::string::npos)
         {
             continue;
         }
@@ -218,11 +248,11 @@ int run(char const* path, std::string const& folder, std::string const& filter)
             std::string why;
             try
             {
-                Attention const attention(library, testCase);
-                auto const contiguous = attention.run(0, stream);
-                auto const columns = attention.run(margin, stream);
+                Kernel const kernel(library, testCase);
+                auto const contiguous = kernel.run(0, stream);
+                auto const columns = kernel.run(margin, stream);
                 require(margin != 16 || columns == contiguous, "columns give other bits than contiguous tensors");
-                require(attention.run(margin, stream) == columns, "another run gives other bits");
+                require(kernel.run(margin, stream) == columns, "another run gives other bits");
             }
             catch (std::exception const& error)
             {
