@@ -1,14 +1,13 @@
 #ifndef HSTU_ATTENTION_KERNELS_H
 #define HSTU_ATTENTION_KERNELS_H
 
-//! The kernels of attentions and of the norms behind them without TensorRT, for a host that runs them between engines
-//! of its own. Plain C: a host loads the
-//! library with dlopen and needs no C++ runtime of the same make.
+//! The kernels of attentions and norms without TensorRT, for a host that runs them between engines of its own. Plain C: a
+//! host loads the library with dlopen and needs no C++ runtime of the same make.
 //!
 //! Tensors and attributes are named as in HstuAttention_PluginConfig.yaml and HstuNorm_PluginConfig.yaml and come in any
-//! order; nothing is known by its
-//! position, so a contract that grows an optional input leaves this interface as it is. A call is thread-safe unless two
-//! use the same HstuAttention or HstuNorm. The caller's CUDA context is current in every call but the first two.
+//! order; nothing is known by its position, so a contract that grows an optional input leaves this interface as it is. A
+//! call is thread-safe unless two use the same HstuAttention or HstuNorm. The caller's CUDA context is current in every
+//! call but the first two.
 //!
 //! A function that returns int32_t returns 0, or another number and a message of at most errorCapacity bytes, NUL
 //! included, that says what failed, the values seen and those allowed. No exception leaves the library.
@@ -51,11 +50,12 @@ typedef struct HstuTensor
     int32_t type; //!< an HstuElementType
     int32_t rank;
     int64_t dims[HSTU_MAX_RANK]; //!< in hstuAttentionCreate -1 where the extent may vary
-    //! Device address. Not read by hstuAttentionCreate, hstuAttentionWorkspace and hstuNormCreate; may be null where the tensor is empty.
-    //! What an input's address points to is not written.
+    //! Device address. Not read by hstuAttentionCreate, hstuAttentionWorkspace and hstuNormCreate; may be null where the
+    //! tensor is empty. What an input's address points to is not written.
     void* data;
     //! Elements from a row, [H, D], of q, k or v, or [D] of x or gate, to the next where they are columns of a wider
-    //! tensor; 0: contiguous, as everything else is. May differ from launch to launch. Kernels are fastest where every row is 16-byte aligned.
+    //! tensor; 0: contiguous, as everything else is. May differ from launch to launch. Kernels are fastest where every row
+    //! is 16-byte aligned.
     int64_t rowStride;
 } HstuTensor;
 
