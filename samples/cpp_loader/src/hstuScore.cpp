@@ -325,6 +325,8 @@ Report runBundle(Options const& options, loader::Bundle const& bundle)
         bundle.graph("score");
     }
     loader::GraphEntry const& graph = bundle.graph(options.isRanking ? "packed" : options.graph);
+    // Before a driver or a TensorRT is asked for: a bundle for another one is no reason to install this one.
+    loader::Compatibility::checkBackend(bundle, graph);
     loader::Driver const driver(static_cast<int>(options.device));
     uint64_t const bytesAtStart = driver.usedBytes();
     loader::TensorRt tensorRt(options.tensorRtLibrary);
@@ -333,11 +335,16 @@ Report runBundle(Options const& options, loader::Bundle const& bundle)
     report.bundle = trimmed.substr(trimmed.rfind('/') == std::string::npos ? 0 : trimmed.rfind('/') + 1);
     report.graph = options.isRanking ? "ranking" : graph.name;
     report.device = driver.deviceName();
+    report.backend = loader::kBACKEND_NAME;
     report.tensorRt = tensorRt.version();
     report.streams = static_cast<std::size_t>(options.streams);
     report.cudaGraphs = static_cast<std::size_t>(options.cudaGraphs);
     report.isRanking = options.isRanking;
     report.maxGrowthBytes = static_cast<uint64_t>(options.maxGrowthMib) << 20;
+    if (!graph.scheduleFile.empty())
+    {
+        report.kernels = manifest.kernelsFile;
+    }
     loadPlugin(options, bundle, tensorRt, report);
     Workload const work = workloadOf(options, bundle, graph, report);
     std::vector<Case> const cases = options.isRanking ? rankingCases(*manifest.ranking, work.cases) : work.cases;

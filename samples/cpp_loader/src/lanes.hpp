@@ -44,7 +44,7 @@ inline char const* nameOf(Way way)
     return "unknown";
 }
 
-//! Engines of a bundle, opened once, or once per lane in TensorRT 8.
+//! Graphs of a bundle, opened once, or once per lane in TensorRT 8.
 class Engines
 {
 public:
@@ -57,22 +57,22 @@ public:
 
     std::unique_ptr<loader::Session> session(std::string const& graph, std::size_t cudaGraphs)
     {
-        std::shared_ptr<loader::Engine>& kept = mKept[graph];
-        std::shared_ptr<loader::Engine> engine = kept;
-        if (!engine)
+        std::shared_ptr<loader::LoadedGraph>& kept = mKept[graph];
+        std::shared_ptr<loader::LoadedGraph> opened = kept;
+        if (!opened)
         {
-            engine = loader::Engine::open(mTensorRt, mDriver, mBundle, mBundle.graph(graph));
+            opened = loader::openGraph(mTensorRt, mDriver, mBundle, mBundle.graph(graph));
             // In TensorRT 8 the next lane needs an engine of its own.
-            kept = loader::Engine::kIS_SHARED ? engine : nullptr;
+            kept = loader::Engine::kIS_SHARED ? opened : nullptr;
         }
-        return std::make_unique<loader::Session>(mTensorRt, mDriver, engine, cudaGraphs);
+        return std::make_unique<loader::Session>(mTensorRt, mDriver, opened, cudaGraphs);
     }
 
 private:
     loader::TensorRt& mTensorRt;
     loader::Driver const& mDriver;
     loader::Bundle const& mBundle;
-    std::map<std::string, std::shared_ptr<loader::Engine>> mKept;
+    std::map<std::string, std::shared_ptr<loader::LoadedGraph>> mKept;
 };
 
 struct LaneOptions

@@ -52,7 +52,7 @@ inline char const* usageText()
            "  --raw INPUT=FILE          an input from raw bytes; repeat it for every input\n"
            "  --outputs PATH            answers: an .npz file with --inputs or --raw, else a folder for INDEX.npz\n"
            "  --plugin LIB              plugin library (default: the bundle's own)\n"
-           "  --tensorrt-library LIB    libnvinfer.so to load (default: by its soname)\n"
+           "  --tensorrt-library LIB    libnvinfer.so or libtensorrt_rtx.so to load (default: by its soname)\n"
            "  --device N                CUDA device (default 0)\n"
            "  --cuda-graphs N           CUDA graphs that each context keeps, 0 for none (default 16)\n"
            "  --streams N               contexts, each with a stream and a thread (default 1)\n"

@@ -19,8 +19,10 @@ struct Report
     std::string bundle;
     std::string graph;
     std::string device;
+    std::string backend; //!< TensorRT or TensorRT-RTX
     std::string tensorRt;
     std::string plugin;
+    std::string kernels; //!< library of what runs between segments; empty where there are none
     std::size_t streams{1};
     std::size_t cudaGraphs{0};
     bool isCompared{false};
@@ -67,8 +69,9 @@ inline char const* verdictOf(int exitCode)
 //! Prints the report for people.
 inline void printLines(Report const& report)
 {
-    std::printf("%s: graph %s on %s, TensorRT %s, %zu streams, %zu CUDA graphs each\n", report.bundle.c_str(),
-        report.graph.c_str(), report.device.c_str(), report.tensorRt.c_str(), report.streams, report.cudaGraphs);
+    std::printf("%s: graph %s on %s, %s %s%s, %zu streams, %zu CUDA graphs each\n", report.bundle.c_str(),
+        report.graph.c_str(), report.device.c_str(), report.backend.c_str(), report.tensorRt.c_str(),
+        report.kernels.empty() ? "" : " in segments", report.streams, report.cudaGraphs);
     for (std::string const& each : report.notRun)
     {
         std::printf("not run: %s\n", each.c_str());
@@ -199,8 +202,10 @@ inline std::string jsonOf(Report const& report)
         .text("bundle", report.bundle)
         .text("graph", report.graph)
         .text("device", report.device)
+        .text("backend", report.backend)
         .text("tensorrt", report.tensorRt)
         .text("plugin", report.plugin)
+        .text("kernels", report.kernels)
         .count("streams", report.streams)
         .count("cuda_graphs", report.cudaGraphs)
         .add("compared", report.isCompared ? "true" : "false")
@@ -303,7 +308,7 @@ inline void appendCsv(std::string const& path, Report const& report)
     for (Measurement const& each : report.measurements)
     {
         std::vector<std::string> fields{csvField(report.bundle + " " + report.graph + ": " + each.name),
-            "TensorRT " + report.tensorRt, nameOf(each.way), std::to_string(report.streams),
+            report.backend + " " + report.tensorRt, nameOf(each.way), std::to_string(report.streams),
             std::to_string(report.cudaGraphs), csvField(statusOf(each)), std::to_string(each.call.count)};
         for (double const value : {each.call.p50, each.call.p90, each.call.p99, each.call.cv, each.device.p50,
                  each.device.cv, each.requestsPerSecond, each.requestsPerSecond * static_cast<double>(each.sequences),
@@ -351,6 +356,8 @@ inline void printBundle(loader::Bundle const& bundle, bool isJson)
                 return JsonObject()
                     .text("name", graph.name)
                     .text("engine", graph.engineFile)
+                    .text("schedule", graph.scheduleFile)
+                    .add("segments", jsonList(graph.segmentFiles, loader::jsonQuoted))
                     .add("inputs", tensors(graph.inputs))
                     .add("outputs", tensors(graph.outputs))
                     .add("feeds", jsonList(graph.feedNames, loader::jsonQuoted))
@@ -373,8 +380,12 @@ inline void printBundle(loader::Bundle const& bundle, bool isJson)
         manifest.files.size());
     for (loader::GraphEntry const& graph : manifest.graphs)
     {
-        std::printf("graph %s, engine %s, %zu reference feeds\n", graph.name.c_str(),
-            graph.engineFile.empty() ? "none" : graph.engineFile.c_str(), graph.feedNames.size());
+        std::string const runs = !graph.scheduleFile.empty()
+                                     ? loader::textOf("schedule ", graph.scheduleFile, " of ",
+                                           graph.segmentFiles.size(), " engines with kernels between them")
+                                     : "engine " + (graph.engineFile.empty() ? "none" : graph.engineFile);
+        std::printf(
+            "graph %s, %s, %zu reference feeds\n", graph.name.c_str(), runs.c_str(), graph.feedNames.size());
         for (bool const isInput : {true, false})
         {
             for (loader::TensorSpec const& spec : isInput ? graph.inputs : graph.outputs)

@@ -28,7 +28,9 @@ struct TensorSpec
 struct GraphEntry
 {
     std::string name;
-    std::string engineFile; //!< empty: none was built
+    std::string engineFile;                //!< empty: none was built
+    std::string scheduleFile;              //!< of a graph in segments; empty for any other
+    std::vector<std::string> segmentFiles; //!< engines of its segments, in order
     std::vector<TensorSpec> inputs;
     std::vector<TensorSpec> outputs;
     bool isVerified{false};                   //!< whether the bundle holds references of it
@@ -138,6 +140,7 @@ struct Manifest
     int64_t numItems{0}; //!< of retrieval models; 0 otherwise
     std::vector<GraphEntry> graphs;
     std::optional<RankingSpec> ranking;
+    std::string kernelsFile; //!< library of what runs between segments; empty where no graph has any
     std::map<std::string, FileEntry> files;
 
     GraphEntry const* findGraph(std::string const& name) const
@@ -200,6 +203,16 @@ inline std::vector<TensorSpec> readSpecs(Json const& entries, std::string const&
     return specs;
 }
 
+inline std::string const& readFileName(Json const& entry, std::string const& where)
+{
+    std::string const& file = entry.string(where);
+    if (!isPlainFileName(file))
+    {
+        Json::refuse(where, "'" + file + "' is not a plain file name");
+    }
+    return file;
+}
+
 inline GraphEntry readGraph(Json const& entry, std::string const& name)
 {
     std::string const where = name + ".graphs";
@@ -207,10 +220,15 @@ inline GraphEntry readGraph(Json const& entry, std::string const& name)
     graph.name = entry.at("name", where).string(where + ".name");
     if (Json const* engine = entry.find("engine", where))
     {
-        graph.engineFile = engine->string(where + ".engine");
-        if (!isPlainFileName(graph.engineFile))
+        graph.engineFile = readFileName(*engine, where + ".engine");
+    }
+    if (Json const* fused = entry.find("fused", where))
+    {
+        std::string const inside = where + ".fused";
+        graph.scheduleFile = readFileName(fused->at("schedule", inside), inside + ".schedule");
+        for (Json const& segment : fused->at("engines", inside).array(inside + ".engines"))
         {
-            Json::refuse(where, "'" + graph.engineFile + "' is not a plain file name");
+            graph.segmentFiles.push_back(readFileName(segment, inside + ".engines"));
         }
     }
     graph.inputs = readSpecs(entry.at("inputs", where), where + ".inputs");
@@ -352,6 +370,18 @@ inline Manifest manifestFromJson(char const* text, std::size_t size, std::string
             if (Json const* ranking = root.find("ranking", name))
             {
                 manifest.ranking = detail::readRanking(*ranking, name + ".ranking");
+            }
+            if (Json const* kernels = root.find("kernels", name))
+            {
+                manifest.kernelsFile =
+                    detail::readFileName(kernels->at("file", name + ".kernels"), name + ".kernels.file");
+            }
+            for (GraphEntry const& graph : manifest.graphs)
+            {
+                if (!graph.scheduleFile.empty() && manifest.kernelsFile.empty())
+                {
+                    Json::refuse(name + ".kernels", "it is absent, and the graph " + graph.name + " is in segments");
+                }
             }
             for (auto const& [file, facts] : root.at("files", name).object(name + ".files"))
             {

@@ -8,229 +8,21 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include <NvInferRuntime.h>
-
+#include "bufferPlan.hpp"
 #include "cudaGraph.hpp"
 #include "driver.hpp"
 #include "error.hpp"
 #include "feeds.hpp"
-#include "manifest.hpp"
+#include "loadedGraph.hpp"
 #include "tensor.hpp"
 #include "tensorRt.hpp"
 
-//! A deserialised engine, and one execution context with a stream of its own.
+//! Requests to answers on one stream, over a graph in one engine or in segments.
 namespace hstu::loader
 {
-
-namespace detail
-{
-
-struct DeleteObject
-{
-    template <typename Object>
-    void operator()(Object* object) const
-    {
-        delete object;
-    }
-};
-
-inline Shape shapeOf(nvinfer1::Dims const& dims)
-{
-    Shape shape;
-    for (int32_t i = 0; i < dims.nbDims; ++i)
-    {
-        shape.push_back(dims.d[i]);
-    }
-    return shape;
-}
-
-inline nvinfer1::Dims dimsOf(Shape const& shape)
-{
-    nvinfer1::Dims dims{};
-    dims.nbDims = static_cast<int32_t>(shape.size());
-    for (std::size_t i = 0; i < shape.size(); ++i)
-    {
-        // The type of a size changed between TensorRT 8 and 10. Sizes were checked against the profile.
-        dims.d[i] = static_cast<std::remove_reference_t<decltype(dims.d[0])>>(shape[i]);
-    }
-    return dims;
-}
-
-inline ElementType elementTypeOf(nvinfer1::DataType type, std::string const& name)
-{
-    switch (type)
-    {
-    case nvinfer1::DataType::kFLOAT: return ElementType::kFLOAT32;
-    case nvinfer1::DataType::kHALF: return ElementType::kFLOAT16;
-    case nvinfer1::DataType::kINT32: return ElementType::kINT32;
-    case nvinfer1::DataType::kINT8: return ElementType::kINT8;
-    case nvinfer1::DataType::kUINT8: return ElementType::kUINT8;
-    case nvinfer1::DataType::kBOOL: return ElementType::kBOOL;
-#if NV_TENSORRT_MAJOR >= 10
-    case nvinfer1::DataType::kINT64: return ElementType::kINT64;
-    case nvinfer1::DataType::kBF16: return ElementType::kBFLOAT16;
-#endif
-    default: break;
-    }
-    throw Error(Failure::kENGINE, "the engine has a tensor of an element type that is not supported",
-        textOf(name, " has type ", static_cast<int>(type), " of nvinfer1::DataType"),
-        "build the engine with hstu-compile");
-}
-
-} // namespace detail
-
-//! An input or output of an engine.
-struct EngineTensor
-{
-    std::string name;
-    ElementType type{ElementType::kFLOAT32};
-    Shape least; //!< inputs: smallest shape of profile 0
-    Shape most;  //!< inputs: largest shape of profile 0
-};
-
-//! A deserialised engine whose inputs and outputs are those of the manifest. Contexts of several streams share it from
-//! TensorRT 10 on; in TensorRT 8 a profile belongs to one context, so there each stream deserialises its own.
-class Engine
-{
-public:
-    //! Whether contexts may share an engine.
-    static constexpr bool kIS_SHARED = NV_TENSORRT_MAJOR >= 10;
-
-    //! Checks what the bundle says of the engine, then deserialises it. The plugin library is loaded.
-    static std::shared_ptr<Engine> open(
-        TensorRt& tensorRt, Driver const& driver, Bundle const& bundle, GraphEntry const& graph)
-    {
-        return typed("opening an engine",
-            [&]
-            {
-                checkFits(tensorRt, driver, bundle, graph);
-                Bytes const plan = bundle.readVouched(graph.engineFile, kMOST_ENGINE_BYTES);
-                driver.makeCurrent();
-                tensorRt.logger().clear();
-                std::shared_ptr<Engine> engine(new Engine);
-                engine->mEngine.reset(tensorRt.runtime().deserializeCudaEngine(plan.data(), plan.size()));
-                if (!engine->mEngine)
-                {
-                    throw Error(Failure::kENGINE, "TensorRT " + tensorRt.version() + " cannot load " + graph.engineFile,
-                        tensorRt.logger().tail(),
-                        "if a plugin is missing, pass --plugin; else rebuild the engine on this machine: `hstu-compile "
-                        "engine model.onnx`");
-                }
-                engine->describe(graph);
-                return engine;
-            });
-    }
-
-    nvinfer1::ICudaEngine& get() const noexcept
-    {
-        return *mEngine;
-    }
-
-    std::vector<EngineTensor> inputs;
-    std::vector<EngineTensor> outputs;
-
-private:
-    static constexpr uint64_t kMOST_ENGINE_BYTES = 64ULL << 30;
-
-    Engine() = default;
-
-    static void checkFits(TensorRt const& tensorRt, Driver const& driver, Bundle const& bundle, GraphEntry const& graph)
-    {
-        Manifest const& manifest = bundle.manifest();
-        if (graph.engineFile.empty() || manifest.backend != "tensorrt")
-        {
-            throw Error(Failure::kBUNDLE, bundle.folder() + " has no TensorRT engine of the graph " + graph.name,
-                "it was built with the backend " + manifest.backend,
-                "build it where TensorRT is installed: `hstu-compile build CKPT --backend tensorrt`");
-        }
-        bundle.fileEntry(graph.engineFile);
-        // An engine loads in the version that built it, to the patch; a fourth number says which build of that.
-        std::string const& built = manifest.backendVersion;
-        std::string const& found = tensorRt.version();
-        if (built != found && built.rfind(found + ".", 0) != 0)
-        {
-            throw Error(Failure::kENGINE, "the engine " + graph.engineFile + " is for another TensorRT",
-                "it was built by " + (built.empty() ? "an unknown version" : built) + ", and " + found + " is loaded",
-                "install TensorRT " + built + ", or rebuild the engine with " + found);
-        }
-        std::vector<std::string> const& allowed = manifest.computeCapabilities;
-        int const capability = driver.computeCapability();
-        std::string const here = textOf(capability / 10, ".", capability % 10);
-        if (!allowed.empty() && std::find(allowed.begin(), allowed.end(), here) == allowed.end())
-        {
-            std::string list;
-            for (std::string const& each : allowed)
-            {
-                list += (list.empty() ? "" : ", ") + each;
-            }
-            throw Error(Failure::kENGINE, "the engine " + graph.engineFile + " is for another GPU",
-                "it was built for compute capability " + list + ", and " + driver.deviceName() + " has " + here,
-                "rebuild it on this GPU, or run it on one of those");
-        }
-    }
-
-    void describe(GraphEntry const& graph)
-    {
-        for (int32_t i = 0; i < mEngine->getNbIOTensors(); ++i)
-        {
-            EngineTensor tensor;
-            tensor.name = mEngine->getIOTensorName(i);
-            char const* const name = tensor.name.c_str();
-            tensor.type = detail::elementTypeOf(mEngine->getTensorDataType(name), tensor.name);
-            bool const isInput = mEngine->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
-            if (isInput)
-            {
-                tensor.least = detail::shapeOf(mEngine->getProfileShape(name, 0, nvinfer1::OptProfileSelector::kMIN));
-                tensor.most = detail::shapeOf(mEngine->getProfileShape(name, 0, nvinfer1::OptProfileSelector::kMAX));
-            }
-            (isInput ? inputs : outputs).push_back(std::move(tensor));
-        }
-        checkNames(inputs, graph.inputs, graph, "inputs");
-        checkNames(outputs, graph.outputs, graph, "outputs");
-    }
-
-    static void checkNames(std::vector<EngineTensor> const& found, std::vector<TensorSpec> const& wanted,
-        GraphEntry const& graph, char const* kind)
-    {
-        std::string problems;
-        for (TensorSpec const& spec : wanted)
-        {
-            auto const match = std::find_if(
-                found.begin(), found.end(), [&](EngineTensor const& each) { return each.name == spec.name; });
-            if (match == found.end())
-            {
-                problems += spec.name + " is missing; ";
-            }
-            // TensorRT 8 has no int64: its engines take timestamps as int32.
-            else if (match->type != spec.type
-                     && !(spec.type == ElementType::kINT64 && match->type == ElementType::kINT32))
-            {
-                problems +=
-                    textOf(spec.name, " is ", factsOf(match->type).name, ", not ", factsOf(spec.type).name, "; ");
-            }
-            else if (!match->most.empty() && match->most.size() != spec.dims.size())
-            {
-                problems += textOf(spec.name, " has rank ", match->most.size(), ", not ", spec.dims.size(), "; ");
-            }
-        }
-        if (found.size() != wanted.size())
-        {
-            problems += textOf("it has ", found.size(), " ", kind, ", not ", wanted.size(), "; ");
-        }
-        if (!problems.empty())
-        {
-            throw Error(Failure::kBUNDLE,
-                "the " + std::string(kind) + " of " + graph.engineFile + " are not the manifest's",
-                problems.substr(0, problems.size() - 2), "build the bundle again");
-        }
-    }
-
-    std::unique_ptr<nvinfer1::ICudaEngine, detail::DeleteObject> mEngine;
-};
 
 //! A tensor in device memory that outlives a pass.
 struct DeviceTensor
@@ -260,7 +52,7 @@ struct Residents
     std::vector<DeviceCopy> after;  //!< made after it
 };
 
-//! One execution context, one stream, staging buffers whose addresses stay, and CUDA graphs per shape bucket.
+//! One runner of a graph, one stream, staging buffers whose addresses stay, and CUDA graphs per shape bucket.
 //!
 //! One thread at a time may use a session. Profiles start at 1 row, because builders refuse empty tensors: an input of
 //! 0 rows is fed one row of zeros, which the offsets give to no sequence, and the outputs lose the rows that it added.
@@ -268,26 +60,15 @@ class Session
 {
 public:
     //! \param graphs most CUDA graphs that are kept; 0 records none.
-    Session(TensorRt& tensorRt, Driver const& driver, std::shared_ptr<Engine> engine, std::size_t graphs)
+    Session(TensorRt& tensorRt, Driver const& driver, std::shared_ptr<LoadedGraph const> graph, std::size_t graphs)
         : mTensorRt(tensorRt)
         , mDriver(driver)
-        , mEngine(std::move(engine))
+        , mGraph(std::move(graph))
         , mStream(driver)
         , mTimer(driver)
         , mGraphs(graphs)
     {
-        typed("creating an execution context",
-            [&]
-            {
-                mTensorRt.logger().clear();
-                mContext.reset(mEngine->get().createExecutionContext());
-                if (!mContext || mContext->getOptimizationProfile() < 0)
-                {
-                    throw Error(Failure::kENGINE, "TensorRT cannot create an execution context",
-                        mTensorRt.logger().tail(),
-                        "free GPU memory, use fewer --streams, or rebuild with a smaller --max-batch");
-                }
-            });
+        typed("creating an execution context", [&] { mRunner = mGraph->runner(mTensorRt, mDriver); });
     }
 
     ~Session()
@@ -328,27 +109,22 @@ public:
     }
 
 private:
-    static constexpr std::size_t kALIGNMENT = 256;
-
-    //! Tensors side by side, each at a multiple of 256 bytes. Equal sizes in equal order lie at equal places.
-    struct Layout
-    {
-        std::map<std::string, std::size_t> offsets;
-        std::size_t bytes{0};
-
-        void add(std::string const& name, std::size_t size)
-        {
-            offsets[name] = bytes;
-            // Never 0: TensorRT wants a real address also for a tensor without elements.
-            bytes += std::max((size + kALIGNMENT - 1) / kALIGNMENT, std::size_t{1}) * kALIGNMENT;
-        }
-    };
-
     //! Device memory with a page-locked twin. It grows in powers of two, so it seldom moves.
     struct Staging
     {
         std::unique_ptr<DeviceMemory> device;
         std::unique_ptr<PinnedMemory> host;
+
+        //! \return what is taken where so much is asked for.
+        static std::size_t grown(std::size_t bytes)
+        {
+            std::size_t size = 4096;
+            while (size < bytes)
+            {
+                size *= 2;
+            }
+            return size;
+        }
 
         bool holds(std::size_t bytes) const
         {
@@ -361,11 +137,7 @@ private:
             {
                 return;
             }
-            std::size_t size = 4096;
-            while (size < bytes)
-            {
-                size *= 2;
-            }
+            std::size_t const size = grown(bytes);
             device.reset();
             host.reset();
             // Both or neither: after a failure, half a pair would pass for a whole one.
@@ -387,11 +159,12 @@ private:
     //! How a pass of certain shapes lies in memory.
     struct Plan
     {
-        std::map<std::string, Shape> shapes;
+        Shapes shapes;
         std::map<std::string, Output> outputs;
         Layout incoming;
         Layout outgoing;
         std::size_t fetchedBytes{0};
+        std::size_t scratchBytes{0}; //!< for what lies between inputs and outputs
     };
 
     //! A recorded pass.
@@ -407,10 +180,10 @@ private:
     Tensors runChecked(Tensors const& given, Residents const& residents)
     {
         Tensors feeds = typedFeeds(given, residents);
-        std::map<std::string, Shape> shapes;
+        Shapes shapes;
         std::vector<std::string> empty;
         DeviceTensors reads = residents.reads;
-        for (EngineTensor const& input : mEngine->inputs)
+        for (EngineTensor const& input : mGraph->inputs)
         {
             auto const resident = reads.find(input.name);
             Shape shape = resident != reads.end() ? resident->second.shape : feeds.at(input.name).shape;
@@ -478,7 +251,7 @@ private:
     {
         Tensors feeds;
         std::string problems;
-        for (EngineTensor const& input : mEngine->inputs)
+        for (EngineTensor const& input : mGraph->inputs)
         {
             if (residents.reads.count(input.name) > 0)
             {
@@ -501,7 +274,7 @@ private:
         }
         for (auto const& each : given)
         {
-            bool const known = std::any_of(mEngine->inputs.begin(), mEngine->inputs.end(),
+            bool const known = std::any_of(mGraph->inputs.begin(), mGraph->inputs.end(),
                 [&](EngineTensor const& input) { return input.name == each.first; });
             problems += known ? "" : each.first + " is not an input; ";
         }
@@ -513,10 +286,10 @@ private:
         return feeds;
     }
 
-    void requireProfile(std::map<std::string, Shape> const& shapes) const
+    void requireProfile(Shapes const& shapes) const
     {
         std::string problems;
-        for (EngineTensor const& input : mEngine->inputs)
+        for (EngineTensor const& input : mGraph->inputs)
         {
             Shape const& shape = shapes.at(input.name);
             bool fits = shape.size() == input.least.size();
@@ -538,11 +311,11 @@ private:
         }
     }
 
-    GraphKey keyOf(std::map<std::string, Shape> const& shapes, std::vector<std::string> const& empty,
+    GraphKey keyOf(Shapes const& shapes, std::vector<std::string> const& empty,
         DeviceTensors const& reads, DeviceTensors const& writes) const
     {
         GraphKey key;
-        for (EngineTensor const& input : mEngine->inputs)
+        for (EngineTensor const& input : mGraph->inputs)
         {
             Shape const& shape = shapes.at(input.name);
             key.insert(key.end(), shape.begin(), shape.end());
@@ -559,32 +332,32 @@ private:
     }
 
     //! \return the graph of a pass, unless it may only be launched while the context is at its shapes, and it is not.
-    Replay* replayable(GraphKey const& key, std::map<std::string, Shape> const& shapes)
+    Replay* replayable(GraphKey const& key, Shapes const& shapes)
     {
         Replay* const replay = mGraphs.find(key);
         bool const isBound = replay != nullptr && (mIsEveryGraphBound || !replay->graph->boundBy().empty());
         return isBound && shapes != mContextShapes ? nullptr : replay;
     }
 
-    Plan planned(Tensors const& feeds, std::map<std::string, Shape> const& shapes,
+    Plan planned(Tensors const& feeds, Shapes const& shapes,
         std::vector<std::string> const& empty, DeviceTensors const& reads, DeviceTensors const& writes)
     {
         // From here to the end of the enqueueing, nobody knows what the context is set to.
         mContextShapes.clear();
         Plan plan;
         plan.shapes = shapes;
-        std::map<std::string, Shape> fewer;
+        Shapes fewer;
         if (!empty.empty())
         {
-            std::map<std::string, Shape> two = shapes;
+            Shapes two = shapes;
             for (std::string const& name : empty)
             {
                 two[name][0] = 2;
             }
             requireProfile(two);
-            fewer = inferred(two);
+            fewer = mRunner->inferred(two);
         }
-        for (auto const& [name, written] : inferred(shapes))
+        for (auto const& [name, written] : mRunner->inferred(shapes))
         {
             Output output;
             output.type = outputType(name);
@@ -613,7 +386,8 @@ private:
             }
             plan.outputs[name] = std::move(output);
         }
-        for (EngineTensor const& input : mEngine->inputs)
+        plan.scratchBytes = mRunner->scratchBytes();
+        for (EngineTensor const& input : mGraph->inputs)
         {
             if (reads.count(input.name) == 0)
             {
@@ -637,50 +411,27 @@ private:
 
     ElementType outputType(std::string const& name) const
     {
-        return std::find_if(mEngine->outputs.begin(), mEngine->outputs.end(),
+        return std::find_if(mGraph->outputs.begin(), mGraph->outputs.end(),
             [&](EngineTensor const& each) { return each.name == name; })
             ->type;
-    }
-
-    //! Tells the context the input shapes. \return the shape of every output.
-    std::map<std::string, Shape> inferred(std::map<std::string, Shape> const& shapes)
-    {
-        setShapes(shapes);
-        std::map<std::string, Shape> found;
-        for (EngineTensor const& output : mEngine->outputs)
-        {
-            Shape const shape = detail::shapeOf(mContext->getTensorShape(output.name.c_str()));
-            if (std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; }))
-            {
-                throw failed(
-                    "the shape " + textOfShape(shape) + " of " + output.name + " does not follow from the inputs");
-            }
-            found[output.name] = shape;
-        }
-        return found;
-    }
-
-    void setShapes(std::map<std::string, Shape> const& shapes)
-    {
-        for (auto const& [name, shape] : shapes)
-        {
-            if (!mContext->setInputShape(name.c_str(), detail::dimsOf(shape)))
-            {
-                throw failed("it refused " + name + " of shape " + textOfShape(shape));
-            }
-        }
     }
 
     //! Makes room for a pass. If a buffer moves, every graph goes, because it knows the old place.
     void reserve(Plan const& plan)
     {
-        if (mIncoming.holds(plan.incoming.bytes) && mOutgoing.holds(plan.outgoing.bytes))
+        bool const hasScratch = plan.scratchBytes == 0 || (mScratch && plan.scratchBytes <= mScratch->bytes());
+        if (mIncoming.holds(plan.incoming.bytes) && mOutgoing.holds(plan.outgoing.bytes) && hasScratch)
         {
             return;
         }
         mGraphs.clear();
         mIncoming.reserve(mDriver, plan.incoming.bytes);
         mOutgoing.reserve(mDriver, plan.outgoing.bytes);
+        if (!hasScratch)
+        {
+            mScratch.reset();
+            mScratch = std::make_unique<DeviceMemory>(mDriver, Staging::grown(plan.scratchBytes));
+        }
     }
 
     //! Everything of one pass, on one stream and without a wait.
@@ -753,60 +504,66 @@ private:
         }
     }
 
-    //! Binds every tensor and lets TensorRT enqueue; the context's shapes are set.
+    //! Binds every tensor and enqueues; the runner's shapes are set.
     void runContext(Plan const& plan, DeviceTensors const& reads, DeviceTensors const& writes)
     {
+        Addresses addresses;
         for (auto const& [name, offset] : plan.incoming.offsets)
         {
-            bind(name, mIncoming.device->address() + offset);
+            addresses[name] = mIncoming.device->address() + offset;
         }
         for (auto const& [name, tensor] : reads)
         {
-            bind(name, tensor.address);
+            addresses[name] = tensor.address;
         }
         for (auto const& each : plan.outputs)
         {
             auto const held = plan.outgoing.offsets.find(each.first);
-            bind(each.first, held == plan.outgoing.offsets.end() ? writes.at(each.first).address
-                                                                 : mOutgoing.device->address() + held->second);
+            addresses[each.first] = held == plan.outgoing.offsets.end() ? writes.at(each.first).address
+                                                                        : mOutgoing.device->address() + held->second;
         }
-        execute();
+        mRunner->bind(addresses, mScratch ? mScratch->address() : 0);
+        mRunner->enqueue(mStream.get());
         mContextShapes = plan.shapes;
-    }
-
-    void bind(std::string const& name, CUdeviceptr address)
-    {
-        if (!mContext->setTensorAddress(name.c_str(), reinterpret_cast<void*>(address)))
-        {
-            throw failed(textOf("it refused the address ", address, " of ", name));
-        }
-    }
-
-    void execute()
-    {
-        if (!mContext->enqueueV3(mStream.get()))
-        {
-            throw failed("enqueueing failed");
-        }
     }
 
     //! Records the pass that was just run, for the next one of its key. Its answer is already fetched. A pass that
     //! cannot be recorded stays without a graph, and is counted.
     void capture(GraphKey const& key, Plan plan)
     {
+        if (!mRunner->unrecordable(mStream.get()).empty())
+        {
+            mGraphs.refuse(key);
+            return;
+        }
         auto replay = std::make_unique<Replay>();
         try
         {
-            replay->graph = std::make_unique<CudaGraph>(mDriver, mStream.get(), [this] { execute(); });
+            replay->graph =
+                std::make_unique<CudaGraph>(mDriver, mStream.get(), [this] { mRunner->enqueue(mStream.get()); });
         }
         catch (Error const&)
         {
             mGraphs.refuse(key);
-            mDriver.streamSynchronize(mStream.get());
+            settle();
             return;
         }
         replay->plan = std::move(plan);
         mGraphs.keep(key, std::move(replay));
+    }
+
+    //! Runs the last pass once more: what a failed recording left behind in TensorRT must not fail the next request.
+    void settle()
+    {
+        try
+        {
+            mRunner->enqueue(mStream.get());
+        }
+        catch (Error const&)
+        {
+            // The request was answered; if TensorRT is broken, the next one says so.
+        }
+        mDriver.streamSynchronize(mStream.get());
     }
 
     //! Launches a graph, runs the pass without it, and compares all that they wrote; what the latter wrote stays. Done
@@ -818,7 +575,7 @@ private:
         CUstream const stream = mStream.get();
         std::vector<Bytes> const replayed = writtenBy(replay.plan, writes, [&] { replay.graph->launch(stream); });
         mContextShapes.clear();
-        setShapes(replay.plan.shapes);
+        mRunner->inferred(replay.plan.shapes);
         std::vector<Bytes> const plain = writtenBy(replay.plan, writes,
             [&]
             {
@@ -861,6 +618,12 @@ private:
         {
             mDriver.check(mDriver.memsetD8Async(address, 0xFF, size, mStream.get()), "cuMemsetD8Async");
         }
+        if (plan.scratchBytes > 0)
+        {
+            // Also what an earlier pass left between the steps: a graph that skips one must not find it there.
+            mDriver.check(mDriver.memsetD8Async(mScratch->address(), 0xFF, plan.scratchBytes, mStream.get()),
+                "cuMemsetD8Async");
+        }
         action();
         std::vector<Bytes> written;
         for (auto const& [address, size] : spans)
@@ -875,22 +638,23 @@ private:
 
     Error failed(std::string const& what) const
     {
-        return Error(Failure::kENGINE, "TensorRT " + mTensorRt.version() + " could not run the engine",
+        return Error(Failure::kENGINE, mTensorRt.name() + " could not run the engine",
             what + "\n    " + mTensorRt.logger().tail(), "rebuild the engine on this machine");
     }
 
     TensorRt& mTensorRt;
     Driver const& mDriver;
-    std::shared_ptr<Engine> mEngine;
+    std::shared_ptr<LoadedGraph const> mGraph;
     Stream mStream;
     DeviceTimer mTimer;
-    // In this order, so that the context goes before the engine.
-    std::unique_ptr<nvinfer1::IExecutionContext, detail::DeleteObject> mContext;
+    // After the graph, so that it goes before what it was made of.
+    std::unique_ptr<GraphRunner> mRunner;
     Staging mIncoming;
     Staging mOutgoing;
+    std::unique_ptr<DeviceMemory> mScratch;
     GraphBuckets<Replay> mGraphs;
     //! Of the last pass that the context itself enqueued; empty while they are being changed.
-    std::map<std::string, Shape> mContextShapes;
+    Shapes mContextShapes;
     bool mIsEveryGraphBound{false};
     bool mIsRefused{false}; //!< the graph of the pass that runs gave another answer
 };

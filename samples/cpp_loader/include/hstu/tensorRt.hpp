@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -15,9 +16,30 @@
 #include "file.hpp"
 #include "manifest.hpp"
 
+//! Which TensorRT the headers are of. TensorRT-RTX counts its versions from 1. Its interface is TensorRT 10's by name, but
+//! not by the order of its virtual functions: headers of the one and a library of the other call functions of other
+//! names. So a program serves one of the two, the one whose headers it is compiled with.
+#if NV_TENSORRT_MAJOR < 8
+#define HSTU_LOADER_IS_RTX 1
+#if NV_TENSORRT_MAJOR == 1 && NV_TENSORRT_MINOR < 3
+#error "TensorRT-RTX 1.3 or newer is needed: older ones cannot be told to leave CUDA graphs to their caller"
+#endif
+#else
+#define HSTU_LOADER_IS_RTX 0
+#endif
+//! Interfaces of TensorRT 10: int64 and bfloat16, engines that contexts share.
+#define HSTU_LOADER_HAS_TENSORRT10 (HSTU_LOADER_IS_RTX || NV_TENSORRT_MAJOR >= 10)
+
 //! TensorRT's runtime library, found at run time by its soname, and plugin libraries.
 namespace hstu::loader
 {
+
+//! What the headers are of.
+static constexpr bool kIS_RTX = HSTU_LOADER_IS_RTX != 0;
+//! In manifests.
+static constexpr char const* kBACKEND = kIS_RTX ? "tensorrt-rtx" : "tensorrt";
+//! For people.
+static constexpr char const* kBACKEND_NAME = kIS_RTX ? "TensorRT-RTX" : "TensorRT";
 
 //! Keeps the last messages of TensorRT, which say why a call failed. Thread-safe.
 class Logger final : public nvinfer1::ILogger
@@ -79,6 +101,53 @@ private:
     std::deque<std::string> mLines;
 };
 
+//! Holds NVIDIA_TF32_OVERRIDE at 0 while an engine without TF32 is loaded. TensorRT-RTX 1.6.1 heeds this variable alone,
+//! and refuses an engine that is loaded under another value than it was built with. The environment belongs to the
+//! process: nobody else may read or write it meanwhile.
+class Tf32Override
+{
+public:
+    //! \param isOff of a float32 engine; false leaves the environment alone.
+    explicit Tf32Override(bool isOff)
+        : mLock(mutex())
+        , mIsOff(isOff)
+    {
+        char const* const before = std::getenv(kVARIABLE);
+        mHadValue = before != nullptr;
+        mBefore = mHadValue ? before : "";
+        if (mIsOff)
+        {
+            setenv(kVARIABLE, "0", 1);
+        }
+    }
+
+    ~Tf32Override()
+    {
+        if (!mIsOff)
+        {
+            return;
+        }
+        mHadValue ? setenv(kVARIABLE, mBefore.c_str(), 1) : unsetenv(kVARIABLE);
+    }
+
+    Tf32Override(Tf32Override const&) = delete;
+    Tf32Override& operator=(Tf32Override const&) = delete;
+
+private:
+    static constexpr char const* kVARIABLE = "NVIDIA_TF32_OVERRIDE";
+
+    static std::mutex& mutex()
+    {
+        static std::mutex only;
+        return only;
+    }
+
+    std::lock_guard<std::mutex> const mLock;
+    bool mIsOff;
+    bool mHadValue{false};
+    std::string mBefore;
+};
+
 //! A TensorRT runtime. Headers and library must be of one major version: their interfaces differ.
 class TensorRt
 {
@@ -98,6 +167,12 @@ public:
         return mVersion;
     }
 
+    //! \return "TensorRT-RTX 1.6.1".
+    std::string name() const
+    {
+        return kBACKEND_NAME + (" " + mVersion);
+    }
+
     nvinfer1::IRuntime& runtime() noexcept
     {
         return *mRuntime;
@@ -115,6 +190,11 @@ public:
         typed("loading a plugin library",
             [&]
             {
+                if (kIS_RTX)
+                {
+                    throw Error(Failure::kUSAGE, "TensorRT-RTX takes no plugins", path + " was given",
+                        "leave the plugin out");
+                }
                 if (!hasCreator(manifest))
                 {
                     // RTLD_LOCAL would do for this library; others look symbols of TensorRT up among the global ones.
@@ -151,14 +231,17 @@ private:
 
     void open(std::string const& library)
     {
-        std::string const name = library.empty() ? "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR) : library;
+        std::string const soname =
+            std::string(kIS_RTX ? "libtensorrt_rtx" : "libnvinfer") + ".so." + std::to_string(NV_TENSORRT_MAJOR);
+        std::string const path = library.empty() ? soname : library;
         // Global, because a self-registering plugin takes getPluginRegistry from whoever has loaded it.
-        void* const handle = dlopen(name.c_str(), RTLD_NOW | RTLD_GLOBAL);
+        void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
         if (handle == nullptr)
         {
             char const* const why = dlerror();
-            throw Error(Failure::kENGINE, "TensorRT cannot be loaded", why != nullptr ? why : name + ": dlopen failed",
-                textOf("install TensorRT ", NV_TENSORRT_MAJOR, " and put its folder of ", name,
+            throw Error(Failure::kENGINE, std::string(kBACKEND_NAME) + " cannot be loaded",
+                why != nullptr ? why : path + ": dlopen failed",
+                textOf("install ", kBACKEND_NAME, " ", NV_TENSORRT_MAJOR, " and put its folder of ", soname,
                     " into LD_LIBRARY_PATH, or name the library with --tensorrt-library"));
         }
         auto const getVersion = reinterpret_cast<int32_t (*)()>(dlsym(handle, "getInferLibVersion"));
@@ -166,27 +249,27 @@ private:
         mGetRegistry = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(dlsym(handle, "getPluginRegistry"));
         if (getVersion == nullptr || create == nullptr || mGetRegistry == nullptr)
         {
-            throw Error(Failure::kENGINE, name + " is not TensorRT's runtime",
+            throw Error(Failure::kENGINE, path + " is not TensorRT's runtime",
                 "it lacks getInferLibVersion, createInferRuntime_INTERNAL or getPluginRegistry",
-                "name libnvinfer.so of TensorRT " + std::to_string(NV_TENSORRT_MAJOR));
+                textOf("name ", soname, " of ", kBACKEND_NAME, " ", NV_TENSORRT_MAJOR));
         }
-        // 8503 is 8.5.3; from TensorRT 10 on two digits per part: 101401 is 10.14.1.
+        // 8503 is 8.5.3; from TensorRT 10 on, and in TensorRT-RTX, two digits per part: 101401 is 10.14.1.
         int32_t const number = getVersion();
         int32_t const major = number < 10000 ? number / 1000 : number / 10000;
         mVersion = textOf(major, ".", number / 100 % (number < 10000 ? 10 : 100), ".", number % 100);
         if (major != NV_TENSORRT_MAJOR)
         {
-            throw Error(Failure::kENGINE, name + " is TensorRT " + mVersion,
-                textOf("this program was compiled with headers of TensorRT ", NV_TENSORRT_MAJOR,
+            throw Error(Failure::kENGINE, textOf(path, " is ", major < 8 ? "TensorRT-RTX " : "TensorRT ", mVersion),
+                textOf("this program was compiled with headers of ", kBACKEND_NAME, " ", NV_TENSORRT_MAJOR,
                     ", whose interfaces differ"),
-                textOf("compile it with HSTU_TENSORRT_INCLUDE_DIR of TensorRT ", major, ", or install TensorRT ",
+                textOf("compile it with HSTU_TENSORRT_INCLUDE_DIR of that version, or install ", kBACKEND_NAME, " ",
                     NV_TENSORRT_MAJOR));
         }
         mRuntime.reset(
             static_cast<nvinfer1::IRuntime*>(create(static_cast<nvinfer1::ILogger*>(mLogger), NV_TENSORRT_VERSION)));
         if (!mRuntime)
         {
-            throw Error(Failure::kENGINE, "TensorRT " + mVersion + " does not start", mLogger->tail(),
+            throw Error(Failure::kENGINE, name() + " does not start", mLogger->tail(),
                 "check that the driver is new enough for this TensorRT");
         }
     }
@@ -201,7 +284,7 @@ private:
         char const* const name = manifest.operatorName.c_str();
         char const* const version = manifest.operatorVersion.c_str();
         char const* const space = manifest.operatorNamespace.c_str();
-#if NV_TENSORRT_MAJOR >= 10
+#if HSTU_LOADER_HAS_TENSORRT10
         return registry->getCreator(name, version, space) != nullptr;
 #else
         return registry->getPluginCreator(name, version, space) != nullptr;
