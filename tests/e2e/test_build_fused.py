@@ -35,6 +35,7 @@ from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.runtime import _gpu_session, open_fused
 from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime.open_fused import open_fused_session
+from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
 from hstu_compile.tensorrt_api import TensorRtApi
 from tests.dlrm_reference import DlrmForm
 from tests.e2e.conftest import CommandResult, hstu_compile, save_checkpoint, save_ranking_checkpoint
@@ -267,7 +268,9 @@ def test_a_bundle_opens_like_any_other_and_answers_the_same(
     fused: BuiltFused, on_fakes: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_fakes(fused.path)
-    with load_bundle(fused.path) as plain:
+    # Not the graph in one piece: there ONNX Runtime leaves out the rounding of what a norm hands to a product.
+    (entry,) = bundles.read_bundle(fused.path).manifest["graphs"]
+    with SegmentedOnnxSession(cut_of(fused.path, entry)) as plain:
         expected = plain.run(FEEDS)
     examples = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     assert len(examples) == 2, "at exact shapes, and in buckets"
@@ -296,7 +299,7 @@ def test_verify_runs_the_engines_where_they_can_run(fused: BuiltFused, on_fakes:
     runs = recheck.recheck_bundle(bundles.read_bundle(fused.path), lambda *_: None).verification.runs
     assert [run.status for run in runs] == ["PASS"] * 3
     assert runs[2].runtime.endswith("with fake kernels")
-    assert [check.error for check in runs[2].tensors] == [check.error for check in runs[0].tensors]
+    assert [check.error for check in runs[2].tensors] == [check.error for check in runs[1].tensors]
 
 
 def test_engines_of_another_graph_are_refused(fused: BuiltFused, on_fakes: Callable[[Path], None]) -> None:
