@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from attention_backends import Backends, Form
-from attention_grid import DENSE_RAB, ELEMENT_BYTES, META_TRITON, OURS, SOFTMAX, Case, all_cases, why_not
+from attention_grid import DENSE_RAB, EAGER, ELEMENT_BYTES, META_TRITON, OURS, SOFTMAX, Case, all_cases, why_not
 from attention_peers import NotOfferedError, meta_triton_module
 from attention_reference import DTYPES, HSTU, Inputs, Sample, draw, judge, make_sample
 from attention_reference import SOFTMAX as SOFTMAX_FUNCTION
@@ -31,7 +31,7 @@ from torch import Tensor
 #: Larger than any GPU's L2 cache, and what it takes to write it is longer than the host takes to enqueue a call.
 FLUSH_BYTES = 256 * 2**20
 #: Cycles that the GPU sleeps before each round: about 1.5 ms, in which the host enqueues the round.
-HEAD_START = 3_000_000
+HEAD_START = 6_000_000
 #: The host has fallen behind where enqueueing a round took longer than this, and twice as long as usual: what the GPU
 #: then waits for is no time of a kernel. Such a round is measured again, this often at most.
 HEAD_START_SECONDS, LATE_RATIO, MOST_REPEATS = 1.0e-3, 2.0, 5
@@ -105,6 +105,16 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
     """The names in an order that begins at another one each time."""
     start = by % len(names)
     return [*names[start:], *names[:start]]
+
+
+def rounds_of(backends: Mapping[str, str]) -> list[list[str]]:
+    """Names that are called in turn, by the names' backends: eager alone, all others together.
+
+    Eager waits for the GPU, and so takes its head start from whatever is called next: the time of that would be the
+    host's.
+    """
+    groups = [[name for name, backend in backends.items() if (backend == EAGER) == alone] for alone in (False, True)]
+    return [group for group in groups if group]
 
 
 class Clock:
@@ -309,7 +319,9 @@ class Worker:
             dtype = DTYPES[case.dtype][1]
             if dtype not in self._gemm:
                 self._gemm[dtype] = self._clock.gemm_tflops(dtype)
-            times = self._clock.interleaved(runs, cold=not case.in_graph) if runs else {}
+            times: dict[str, tuple[list[float], float]] = {}
+            for group in rounds_of({name: named[name].backend for name in runs}):
+                times |= self._clock.interleaved({name: runs[name] for name in group}, cold=not case.in_graph)
         best: dict[str, Row] = {}
         for name, (samples, host_us) in times.items():
             entry = named[name]

@@ -529,6 +529,13 @@ def test_every_backend_comes_first_in_turn() -> None:
     assert worker.rotated(["a", "b", "c"], 1) == ["b", "c", "a"]
 
 
+def test_what_waits_for_the_gpu_shares_no_round_with_others() -> None:
+    backends = {"0": "ours", "1": "eager", "2": "meta_cutlass", "3": "nvidia_cutlass"}
+    assert worker.rounds_of(backends) == [["0", "2", "3"], ["1"]]
+    assert worker.rounds_of({"1": "eager"}) == [["1"]]
+    assert worker.rounds_of({}) == []
+
+
 def test_repeats_fill_the_budget_within_bounds() -> None:
     assert worker.rounds_for(1e-9) == worker.MOST_ROUNDS
     assert worker.rounds_for(16.0) == 50
