@@ -30,7 +30,7 @@ from torch import Tensor
 
 #: Larger than any GPU's L2 cache, and what it takes to write it is longer than the host takes to enqueue a call.
 FLUSH_BYTES = 256 * 2**20
-#: Cycles that the GPU sleeps before each round: about 1.5 ms, in which the host enqueues the round.
+#: Cycles that the GPU sleeps before each round: about 3 ms, in which the host enqueues the round.
 HEAD_START = 6_000_000
 #: The host has fallen behind where enqueueing a round took longer than this, and twice as long as usual: what the GPU
 #: then waits for is no time of a kernel. Such a round is measured again, this often at most.

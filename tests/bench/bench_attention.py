@@ -9,11 +9,11 @@ Cases and how operations are counted: attention_grid.py. Libraries: attention_pe
 
 Every output is first compared with float64 (attention_reference.py); what is wrong, refused or failed is a row with its
 reason and no time. Then all backends of a case run in turn, in an order that rotates, in one process, so a ratio is of
-one run; eager, which waits for the GPU, in rounds of its own after the others. Before each call the L2 cache is flushed (l2 = cold), and CUDA events around it give device time; a sleep on
-the GPU lets the host run ahead. host_us is how long the host takes to enqueue a call. Cases of a graph are
-GRAPH_CALLS calls captured in one CUDA graph, back to back, and a call's share of it (l2 = warm). Of a backend with
-several forms the fastest counts. fill_ms, of the kernel that takes its bias as a tensor, is the time to write so many
-bytes: a lower bound of filling it, and no part of median_ms.
+one run; eager, which waits for the GPU, in rounds of its own after the others. Before each call the L2 cache is flushed
+(l2 = cold), and CUDA events around it give device time; a sleep on the GPU lets the host run ahead. host_us is how long
+the host takes to enqueue a call. Cases of a graph are GRAPH_CALLS calls captured in one CUDA graph, back to back, and a
+call's share of it (l2 = warm). Of a backend with several forms the fastest counts. fill_ms, of the kernel that takes
+its bias as a tensor, is the time to write so many bytes: a lower bound of filling it, and no part of median_ms.
 
 A worker process does the work; where it dies or hangs, its case and backend get a row that says so, and another worker
 goes on. Without --parts or --merge nothing is measured: the results that are committed come from a GPU.
