@@ -1,4 +1,4 @@
-"""Latency of a whole ranking model on a GPU: ours on two runtimes against eager, torch.compile and AOTInductor.
+"""Latency of whole models on a GPU: ours on two runtimes against eager, torch.compile and AOTInductor.
 
   bench_end_to_end.py --parts DIR --scratch DIR --backends reference [--meta-library LIB] [--nvidia-library LIB]
   bench_end_to_end.py --parts DIR --scratch DIR --compile-ahead [--workers N]          (fills the compilers' caches)
@@ -11,6 +11,8 @@
 
 Cases, and how operations are counted: end_to_end_workload.py. Baselines: end_to_end_peers.py, their model
 end_to_end_model.py, their attention end_to_end_attention.py. Ours: end_to_end_engines.py. Tables: end_to_end_table.py.
+What is named in --cases: the ranking model's ('bf16_*'), those that show how time grows ('bf16_grow_*'), and those of
+the retrieval model ('bf16_retrieval_*'), of which the end_to_end_retrieval_*.py are.
 `reference` comes first; everything else is compared with it, and what is wrong, refused or failed is a row with its
 reason and no time. Every family yields two rows, as it is and in a CUDA graph (_graph).
 
@@ -64,8 +66,18 @@ from end_to_end_rows import (
     plan_path,
     write_part,
 )
-from end_to_end_workload import CACHED, Case, all_cases, chosen_cases, growth_cases
-from m_falcon_workload import DLRM_V3, TINY, Sizes
+from end_to_end_workload import (
+    CACHED,
+    FULL,
+    SMALL,
+    AnyCase,
+    AnySizes,
+    Case,
+    Models,
+    RetrievalCase,
+    chosen_cases,
+    known_cases,
+)
 
 PLAN = "plan.json"
 #: Compiled in parallel before anything is timed. What max-autotune tries out it times, alone.
@@ -75,22 +87,24 @@ _OPTIONS = ("meta_library", "nvidia_library", "meta_repo", "bundles", "plugin_li
 Row = dict[str, Any]
 
 
-def tiny_cases() -> Iterator[Case]:
-    """Cases of the small model: one of every kind."""
+def tiny_cases() -> Iterator[AnyCase]:
+    """Cases of the small models: one of every kind."""
     for is_pruned in (True, False):
         yield Case("tiny_B1_n40_m8", "fp16", (40,), 8, is_pruned=is_pruned)
         yield Case("tiny_B3_m8", "bf16", (40, 25, 33), 8, is_pruned=is_pruned)
     yield Case("cached_tiny_B2_n40_m8", "fp16", (40, 40), 8, mode=CACHED)
+    yield Case("grow_tiny_B1_n40_m8_layers1", "fp16", (40,), 8, is_pruned=True, layers=1)
+    yield RetrievalCase("retrieval_tiny_B3", "fp16", (40, 7, 33), is_pruned=True)
 
 
-def cases_of(arguments: argparse.Namespace) -> list[Case]:
+def cases_of(arguments: argparse.Namespace) -> list[AnyCase]:
     """The cases that were asked for."""
     if arguments.tiny:
         return [case for case in tiny_cases() if not arguments.cases or case.name in arguments.cases]
     return chosen_cases(arguments.cases)
 
 
-def unfinished(arguments: argparse.Namespace, cases: Sequence[Case], family: str) -> list[Case]:
+def unfinished(arguments: argparse.Namespace, cases: Sequence[AnyCase], family: str) -> list[AnyCase]:
     """Cases of which a family has something to do."""
     parts: Path = arguments.parts
     if family != REFERENCE:
@@ -98,16 +112,16 @@ def unfinished(arguments: argparse.Namespace, cases: Sequence[Case], family: str
     return [case for case in cases if not _is_planned(arguments, case)]
 
 
-def _is_planned(arguments: argparse.Namespace, case: Case) -> bool:
+def _is_planned(arguments: argparse.Namespace, case: AnyCase) -> bool:
     plan = plan_path(arguments.parts, case)
     if not plan.exists():
         return False
-    has_keys = case.mode != CACHED or keys_path(arguments.scratch, case).exists()
+    has_keys = not isinstance(case, Case) or case.mode != CACHED or keys_path(arguments.scratch, case).exists()
     is_answered = reference_path(arguments.parts, case).exists()
     return (has_keys and is_answered) or "problem" in json.loads(plan.read_text(encoding="utf-8"))
 
 
-def give_up(arguments: argparse.Namespace, case: Case, family: str, reason: str) -> None:
+def give_up(arguments: argparse.Namespace, case: AnyCase, family: str, reason: str) -> None:
     """Say why a family has nothing for a case."""
     print(f"{case.name} {family}: {reason}", flush=True)
     if family == REFERENCE:
@@ -117,12 +131,12 @@ def give_up(arguments: argparse.Namespace, case: Case, family: str, reason: str)
         return
     for backend in backends_of(family):
         if not part_path(arguments.parts, case.name, backend).exists():
-            write_part(arguments.parts, case, backend, {"status": reason}, sizes_of(arguments))
+            write_part(arguments.parts, case, backend, {"status": reason}, models_of(arguments).of(case))
 
 
-def sizes_of(arguments: argparse.Namespace) -> Sizes:
-    """Of the model."""
-    return TINY if arguments.tiny else DLRM_V3
+def models_of(arguments: argparse.Namespace) -> Models:
+    """What is measured."""
+    return SMALL if arguments.tiny else FULL
 
 
 def command_for(arguments: argparse.Namespace, family: str) -> list[str]:
@@ -158,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_family(arguments: argparse.Namespace, cases: Sequence[Case], family: str, deadline: float) -> None:
+def run_family(arguments: argparse.Namespace, cases: Sequence[AnyCase], family: str, deadline: float) -> None:
     """One family's cases, in as many workers as it takes: each that ends early leaves out one case."""
     parts: Path = arguments.parts
     limit = arguments.autotune_seconds if family == MAX_AUTOTUNE else arguments.step_seconds
@@ -195,28 +209,35 @@ def note(parts: Path, case: str | None) -> None:
 
 def work(arguments: argparse.Namespace) -> int:
     """Be a worker: the cases of the plan, for one family."""
-    parts, family, sizes = arguments.parts, arguments.worker, sizes_of(arguments)
-    cases = {case.name: case for case in (*all_cases(), *growth_cases(), *tiny_cases())}
+    parts, family = arguments.parts, arguments.worker
+    cases = {case.name: case for case in (*known_cases(), *tiny_cases())}
     chosen = [cases[name] for name in json.loads((parts / PLAN).read_text(encoding="utf-8"))]
     note(parts, None)
-    if family in OURS:
-        rows = OurRows(engines_of(arguments, family), family, parts, arguments.scratch, sizes)
-        for case in chosen:
-            note(parts, case.name)
-            rows.measure(case)
-        return 0
-    peers = peers_of(arguments)
+    # One of each model.
+    made: dict[AnySizes, Any] = {}
     for case in chosen:
+        sizes = models_of(arguments).of(case)
+        if sizes not in made:
+            made[sizes] = worker_of(arguments, family, sizes)
         note(parts, case.name)
-        if family == REFERENCE:
-            peers.plan(case)
+        if family in OURS:
+            made[sizes].measure(case)
+        elif family == REFERENCE:
+            made[sizes].plan(case)
         else:
-            peers.measure(case, family)
+            made[sizes].measure(case, family)
     return 0
 
 
-def peers_of(arguments: argparse.Namespace) -> Any:
-    """The baselines, on the GPU; with --tiny on the CPU.
+def worker_of(arguments: argparse.Namespace, family: str, sizes: AnySizes) -> Any:
+    """Who measures a family's cases of one model."""
+    if family in OURS:
+        return OurRows(engines_of(arguments, family), family, arguments.parts, arguments.scratch, sizes)
+    return peers_of(arguments, sizes)
+
+
+def peers_of(arguments: argparse.Namespace, sizes: AnySizes) -> Any:
+    """The baselines of a model, on the GPU; with --tiny on the CPU.
 
     Raises:
         RuntimeError: torch finds no GPU.
@@ -228,7 +249,7 @@ def peers_of(arguments: argparse.Namespace) -> Any:
         raise RuntimeError("torch finds no GPU")
     libraries = {name: getattr(arguments, name) for name in ("meta_library", "nvidia_library", "meta_repo")}
     device = torch.device("cpu" if arguments.tiny else "cuda")
-    given = (arguments.parts, arguments.scratch, sizes_of(arguments), device, libraries)
+    given = (arguments.parts, arguments.scratch, sizes, device, libraries)
     return make_peers(*given, all_forms=arguments.all_forms)
 
 
@@ -261,7 +282,7 @@ def in_parallel(commands: Sequence[Sequence[str]], folder: Path, name: str, limi
 
 
 def slices(
-    arguments: argparse.Namespace, count: int, *options: str, cases: Sequence[Case] | None = None
+    arguments: argparse.Namespace, count: int, *options: str, cases: Sequence[AnyCase] | None = None
 ) -> list[list[str]]:
     """Commands that share a stage's work, of all cases that were asked for or of some."""
     command = [sys.executable, str(Path(__file__).resolve()), *options, "--scratch", str(arguments.scratch)]
@@ -285,11 +306,13 @@ def compile_ahead(arguments: argparse.Namespace) -> int:
         in_parallel(slices(arguments, count, "--compile-ahead"), arguments.parts, "compile-ahead", arguments.budget)
         # What failed here fails again, with a row, when it is measured.
         return 0
-    peers = peers_of(arguments)
+    made: dict[AnySizes, Any] = {}
     for case, family in jobs[arguments.slice :: arguments.workers]:
-        started = time.monotonic()
+        started, sizes = time.monotonic(), models_of(arguments).of(case)
         try:
-            peers.warm(case, family)
+            if sizes not in made:
+                made[sizes] = peers_of(arguments, sizes)
+            made[sizes].warm(case, family)
             done = "compiled"
         except Exception as error:
             done = status_of(error)
@@ -315,16 +338,16 @@ def build(arguments: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def unbuilt(arguments: argparse.Namespace, family: str) -> list[Case]:
+def unbuilt(arguments: argparse.Namespace, family: str) -> list[AnyCase]:
     """A case for each graph of which a family lacks the engines."""
-    engines, found = engines_of(arguments, family), dict[Path, Case]()
+    engines, found = engines_of(arguments, family), dict[Path, AnyCase]()
     for case in cases_of(arguments):
         if not engines.why_not(case) and not engines.target(case).exists():
             found.setdefault(engines.target(case), case)
     return list(found.values())
 
 
-def built(engines: Engines, case: Case, family: str) -> bool:
+def built(engines: Engines, case: AnyCase, family: str) -> bool:
     """Build one case's engines and say so, or why not."""
     try:
         print(f"{case.name} {family}: built in {engines.build(case):.1f} s", flush=True)
@@ -339,7 +362,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=Path, metavar="DIR", help="measure, and write one JSON per row here")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="what is built and compiled; large")
-    parser.add_argument("--cases", nargs="+", default=[], metavar="PATTERN", help="such as 'bf16_*' (default: all)")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="PATTERN", help="such as 'bf16_*' (default: the ranking model's)"
+    )
     parser.add_argument(
         "--backends",
         nargs="+",
@@ -353,7 +378,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument(
         "--meta-repo", type=Path, metavar="REPO", help="Meta's generative-recommenders: Triton attention"
     )
-    parser.add_argument("--bundles", type=Path, metavar="DIR", help="folder of the end_to_end bundles")
+    parser.add_argument("--bundles", type=Path, metavar="DIR", help="folder of the end_to_end and retrieval bundles")
     parser.add_argument("--plugin-library", type=Path, metavar="LIB", help=f"of {TRT85}")
     parser.add_argument("--kernels", type=Path, metavar="LIB", help=f"of {RTX_FUSED} (default: that of a bundle)")
     parser.add_argument("--budget", type=float, default=280.0, help="seconds; later cases are rows 'not run'")
@@ -378,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of()
     arguments = parser.parse_args(argv)
     if arguments.merge is not None:
-        known = [*all_cases(), *growth_cases(), *(tiny_cases() if arguments.tiny else ())]
+        known = [*known_cases(), *(tiny_cases() if arguments.tiny else ())]
         return merge(arguments.merge, arguments.csv, known)
     if arguments.parts is None and not (arguments.build and arguments.scratch):
         print("bench_end_to_end.py measures on a GPU, with --parts; results/end_to_end.csv stays as it is")

@@ -1,5 +1,7 @@
 """The end-to-end benchmark's baselines: eager, torch.compile and AOTInductor, each also in a CUDA graph.
 
+`Peers` are those of the ranking model; end_to_end_retrieval_peers.py has what differs of the retrieval model.
+
 Run by bench_end_to_end.py, a family of backends in each process. First of all comes the family `reference`: answers in
 float64, and a plan for each case, which attention of those given is the fastest that is right, and which form of the
 projection is faster. Eager is measured in every form and the faster one counts; what compiles takes the plan's, or
@@ -22,7 +24,14 @@ from bench_plugin import clocks, status_of
 from end_to_end_attention import PLAIN, attention, provide, provider_of, ranked_providers, version_of
 from end_to_end_clock import TorchClock, call_times, timed
 from end_to_end_model import FORMS, JOINT, SPLIT, PlainModel, cached_names
-from end_to_end_reference import Reference, ReferenceModel, make_reference, reference_path, torch_dtype
+from end_to_end_reference import (
+    AnswersTwice,
+    Reference,
+    ReferenceModel,
+    make_reference,
+    reference_path,
+    torch_dtype,
+)
 from end_to_end_rows import (
     AOTI,
     COMPILE,
@@ -36,9 +45,9 @@ from end_to_end_rows import (
     save_keys,
     write_part,
 )
-from end_to_end_workload import CACHED, CONTEXT, Arrays, Case, packed_arrays, score_arrays
+from end_to_end_workload import CACHED, CONTEXT, AnyCase, AnySizes, Arrays, Case, packed_arrays, score_arrays
 from m_falcon_workload import Sizes, state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 _MIB = 2.0**20
 _MODES = {COMPILE: None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
@@ -56,7 +65,7 @@ class Plan:
     Attributes:
         full: attention of all rows.
         query: attention where candidates alone ask; None if there is none.
-        form: of the projection.
+        form: of the projection; of retrieval, how histories of several lengths lie.
     """
 
     full: str
@@ -82,18 +91,13 @@ class Inputs:
     """One case's inputs: on the host in page-locked memory, and on the device at places that stay.
 
     Args:
-        case: which.
-        sizes: of the model.
+        arrays: the request.
         device: of the model.
         keys: keys and values of a cached case; they stay on the device.
     """
 
-    def __init__(self, case: Case, sizes: Sizes, device: torch.device, keys: Mapping[str, Tensor]) -> None:
-        self.arrays: Arrays = packed_arrays(case, sizes)
-        if case.mode == CACHED:
-            scored = score_arrays(case, sizes)
-            self.arrays = {name: values for name, values in scored.items() if name not in _CONSTANT}
-        hosts = {name: torch.from_numpy(values) for name, values in self.arrays.items()}
+    def __init__(self, arrays: Arrays, device: torch.device, keys: Mapping[str, Tensor]) -> None:
+        hosts = {name: torch.from_numpy(values) for name, values in arrays.items()}
         self._pinned = {name: host.pin_memory() if device.type == "cuda" else host for name, host in hosts.items()}
         self._hosts, self._keys = hosts, keys
         self._device = {name: host.to(device) for name, host in hosts.items()}
@@ -144,7 +148,7 @@ class Captured:
 
 
 class Peers:
-    """One process's baselines.
+    """One process's baselines of one model.
 
     Args:
         parts: folder of the rows, references and plans.
@@ -159,7 +163,7 @@ class Peers:
         self,
         parts: Path,
         scratch: Path,
-        sizes: Sizes,
+        sizes: Any,
         device: torch.device,
         providers: Sequence[str],
         *,
@@ -168,19 +172,28 @@ class Peers:
         self._all_forms = all_forms
         self._parts, self._scratch, self._sizes, self._device = parts, scratch, sizes, device
         self._providers = list(providers)
-        self._state = {key: torch.from_numpy(values) for key, values in state_dict(sizes).items()}
+        self._state = {key: torch.from_numpy(values) for key, values in self._parameters().items()}
         self._clock = TorchClock(device)
         self._clocks, self._gemm = clocks(), self._clock.gemm_tflops(torch.bfloat16)
-        self._reference: ReferenceModel | None = None
+        self._reference: AnswersTwice | None = None
+
+    # What another model has in another way.
+
+    def _parameters(self) -> Arrays:
+        """By the original's keys."""
+        return state_dict(self._sizes)
+
+    def _reference_model(self) -> AnswersTwice:
+        return ReferenceModel(self._sizes, self._device)
 
     # The family `reference`.
 
-    def plan(self, case: Case) -> None:
+    def plan(self, case: AnyCase) -> None:
         """Write a case's reference, unless it is there, and its plan."""
         path = reference_path(self._parts, case)
         if not path.exists():
             if self._reference is None:
-                self._reference = ReferenceModel(self._sizes, self._device)
+                self._reference = self._reference_model()
             make_reference(case, self._reference).save(path)
         reference = Reference.load(path)
         target = plan_path(self._parts, case)
@@ -192,7 +205,7 @@ class Peers:
         target.write_text(json.dumps(content) + "\n", encoding="utf-8")
         print(f"{case.name}: {content}", flush=True)
 
-    def _planned(self, case: Case, reference: Reference) -> Plan:
+    def _planned(self, case: Any, reference: Reference) -> Plan:
         full = self._ranked(case, candidates_only=False)
         query = self._ranked(case, candidates_only=True) if case.mode == CACHED or case.is_pruned else []
         problems = [f"no attention for it among {', '.join(self._providers) or 'none'}"]
@@ -244,7 +257,7 @@ class Peers:
         with torch.inference_mode():
             return ranked_providers(lambda name: attention(*fixed, name), self._providers)
 
-    def _answer(self, case: Case, plan: Plan) -> Any:
+    def _answer(self, case: AnyCase, plan: Plan) -> Any:
         model, inputs = self._model(case, plan)
         with torch.inference_mode():
             return model(inputs.features).float().cpu().numpy()
@@ -275,7 +288,7 @@ class Peers:
         self._release()
         return min(times, key=lambda form: times[form])
 
-    def _model(self, case: Case, plan: Plan, *, direct: bool = True) -> tuple[PlainModel, Inputs]:
+    def _model(self, case: Any, plan: Plan, *, direct: bool = True) -> tuple[nn.Module, Inputs]:
         """A model and its inputs on the device.
 
         Args:
@@ -291,13 +304,17 @@ class Peers:
         model = PlainModel(*given, attend=attend if direct else attention).to(self._device).eval()
         keys: dict[str, Tensor] = {}
         if case.mode == CACHED:
+            packed = packed_arrays(case, self._sizes)
+            keys = model.history_keys({n: torch.from_numpy(each).to(self._device) for n, each in packed.items()})
+            scored = score_arrays(case, self._sizes)
+            arrays = {name: values for name, values in scored.items() if name not in _CONSTANT}
+        else:
             arrays = packed_arrays(case, self._sizes)
-            keys = model.history_keys({n: torch.from_numpy(each).to(self._device) for n, each in arrays.items()})
-        return model, Inputs(case, self._sizes, self._device, keys)
+        return model, Inputs(arrays, self._device, keys)
 
     # The families that are timed.
 
-    def measure(self, case: Case, family: str) -> None:
+    def measure(self, case: AnyCase, family: str) -> None:
         """Check and time the two backends of a family, and write their rows.
 
         Raises:
@@ -321,9 +338,13 @@ class Peers:
             write_part(self._parts, case, backend, facts | row, self._sizes)
             print(line_of(case.name, backend, row), flush=True)
 
-    def _forms(self, case: Case, family: str, plan: Plan) -> Sequence[str]:
+    def _all_forms_of(self, case: Any) -> Sequence[str]:
+        """In which a case could be computed."""
+        return FORMS
+
+    def _forms(self, case: AnyCase, family: str, plan: Plan) -> Sequence[str]:
         if family == EAGER or (family == COMPILE and self._all_forms):
-            return FORMS
+            return self._all_forms_of(case)
         if family == MAX_AUTOTUNE:
             for backend in (COMPILE + GRAPH, COMPILE):
                 path = part_path(self._parts, case.name, backend)
@@ -332,7 +353,7 @@ class Peers:
                     return [str(row["form"]).split(",")[0]]
         return [plan.form]
 
-    def _form_rows(self, case: Case, family: str, plan: Plan, reference: Reference) -> dict[str, Row]:
+    def _form_rows(self, case: AnyCase, family: str, plan: Plan, reference: Reference) -> dict[str, Row]:
         used = ", ".join(dict.fromkeys(filter(None, (plan.form, plan.full, plan.query))))
         rows: dict[str, Row] = {name: {"form": used} for name in (family, family + GRAPH)}
         held = torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
@@ -376,7 +397,7 @@ class Peers:
 
         return row | timed(self._clock.samples(lambda: run(features))) | call_times(call)
 
-    def runnable(self, case: Case, family: str, model: PlainModel, inputs: Inputs, plan: Plan) -> Run:
+    def runnable(self, case: AnyCase, family: str, model: nn.Module, inputs: Inputs, plan: Plan) -> Run:
         """The forward as a family runs it; what it compiles it may compile at its first call."""
         if family == EAGER:
             return model
@@ -387,7 +408,7 @@ class Peers:
         compiled: Run = torch.compile(model, dynamic=False, fullgraph=True, mode=_MODES[family])
         return compiled
 
-    def _loaded_package(self, case: Case, model: PlainModel, inputs: Inputs, plan: Plan) -> Run:
+    def _loaded_package(self, case: AnyCase, model: nn.Module, inputs: Inputs, plan: Plan) -> Run:
         path = self._scratch / f"{case.name}-{plan.form}-{plan.full}-{plan.query}.pt2"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -400,7 +421,7 @@ class Peers:
         loaded: Run = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         return loaded
 
-    def warm(self, case: Case, family: str) -> None:
+    def warm(self, case: AnyCase, family: str) -> None:
         """Compile what `measure` will run, without timing anything."""
         plan = Plan.load(plan_path(self._parts, case))
         for form in self._forms(case, family, plan):
@@ -410,7 +431,7 @@ class Peers:
                 self.runnable(case, family, model, inputs, chosen)(inputs.features)
             self._release()
 
-    def traces(self, case: Case, family: str, trace: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    def traces(self, case: AnyCase, family: str, trace: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         """What a function makes of a family's forward, as it is and in a CUDA graph: suffix of the backend and result.
 
         Args:
@@ -470,21 +491,25 @@ def better(row: Row, other: Row | None) -> bool:
 def make_peers(
     parts: Path,
     scratch: Path,
-    sizes: Sizes,
+    sizes: AnySizes,
     device: torch.device,
     libraries: Mapping[str, Path | None],
     *,
     all_forms: bool,
 ) -> Peers:
-    """Load the attentions that were given; on a CPU the plain one takes their place.
+    """The baselines of a model, with the attentions that were given; on a CPU the plain one takes their place.
 
     Args:
         parts: folder of the rows.
         scratch: folder for what is compiled ahead.
-        sizes: of the model.
+        sizes: of the model; those of the retrieval model, whose attention no library has, load none.
         device: the GPU, or a CPU.
         libraries: meta_library, nvidia_library, meta_repo.
         all_forms: let torch.compile compile every form of the model.
     """
+    if not isinstance(sizes, Sizes):
+        from end_to_end_retrieval_peers import RetrievalPeers
+
+        return RetrievalPeers(parts, scratch, sizes, device, (), all_forms=all_forms)
     names = provide(**libraries, plain=device.type != "cuda")
     return Peers(parts, scratch, sizes, device, names, all_forms=all_forms)

@@ -1,6 +1,7 @@
-"""What the end-to-end benchmark's answers are compared with: float64 logits of our eager model, and how.
+"""What the end-to-end benchmark's answers are compared with: float64 answers of our eager model, and how.
 
 `Reference` needs NumPy alone: both Pythons of the GPU machine judge by it. `make_reference` needs torch.
+The model of the retrieval cases is in end_to_end_retrieval_reference.py.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from end_to_end_workload import PACKED, Case, packed_arrays
+from end_to_end_workload import PACKED, AnyCase, Case, packed_arrays
 from m_falcon_workload import Sizes
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 #: An answer may be as wrong as twice plain PyTorch in the same type, in its worst element and on average.
 EAGER_FACTOR = 2.0
-#: A reference whose worst bound is more of the logits' spread than this would let wrong answers pass.
+#: A reference whose worst bound is more of the answers' spread than this would let wrong answers pass.
 LARGEST_BOUND = 0.25
 
 Row = dict[str, Any]
@@ -28,21 +29,21 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """float64 logits of one batch, and what counts as agreement with them.
+    """float64 answers of one batch, and what counts as agreement with them.
 
     Attributes:
-        logits: [T] float64, candidates user by user.
-        max_eager: largest error of plain PyTorch in the case's type, over the logits' standard deviation.
+        answers: logits [T] float64, candidates user by user; of retrieval, user embeddings [B, D] float64.
+        max_eager: largest error of plain PyTorch in the case's type, over the answers' standard deviation.
         rms_eager: root of its mean squared error, likewise.
     """
 
-    logits: NDArray[np.float64]
+    answers: NDArray[np.float64]
     max_eager: float
     rms_eager: float
 
     def errors(self, actual: NDArray[Any]) -> tuple[float, float]:
         """Largest and root mean squared error over the spread; infinite for another shape or what is not finite."""
-        return errors_of(actual, self.logits)
+        return errors_of(actual, self.answers)
 
     def judged(self, actual: NDArray[Any]) -> Row:
         """max_err, err_bound, rms_err, rms_bound, and status "ok" or "wrong result"."""
@@ -61,14 +62,14 @@ class Reference:
         """Write it for the other processes, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".partial.npz")
-        np.savez(aside, logits=self.logits, eager=np.array([self.max_eager, self.rms_eager]))
+        np.savez(aside, answers=self.answers, eager=np.array([self.max_eager, self.rms_eager]))
         aside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Reference:
         """Read what `save` wrote."""
         with np.load(path) as stored:
-            return cls(stored["logits"], *map(float, stored["eager"]))
+            return cls(stored["answers"], *map(float, stored["eager"]))
 
 
 def errors_of(actual: NDArray[Any], exact: NDArray[np.float64]) -> tuple[float, float]:
@@ -79,13 +80,23 @@ def errors_of(actual: NDArray[Any], exact: NDArray[np.float64]) -> tuple[float, 
     return float(off.max(initial=0.0)), float(np.sqrt(np.mean(off**2)))
 
 
-def reference_path(parts: Path, case: Case) -> Path:
+def reference_path(parts: Path, case: AnyCase) -> Path:
     """Where a case's reference lies."""
     return parts / "references" / f"{case.reference}.npz"
 
 
+class AnswersTwice(Protocol):
+    """A model that answers a case in float64 and in the case's own type, without a kernel of anybody."""
+
+    def exact(self, case: Any) -> NDArray[np.float64]:
+        """In float64."""
+
+    def rounded(self, case: Any) -> NDArray[np.float32]:
+        """In the case's type."""
+
+
 class ReferenceModel:
-    """The benchmark's model: ours in float64, and plain PyTorch in the half types, both without a kernel of anybody.
+    """The ranking model: ours in float64, and plain PyTorch in the half types, both without a kernel of anybody.
 
     Args:
         sizes: of the model.
@@ -139,14 +150,14 @@ class ReferenceModel:
         return logits
 
 
-def torch_dtype(case: Case) -> torch.dtype:
+def torch_dtype(case: AnyCase) -> torch.dtype:
     """Of a case."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
 
 
-def make_reference(case: Case, model: ReferenceModel) -> Reference:
+def make_reference(case: AnyCase, model: AnswersTwice) -> Reference:
     """Answer a case in float64, and in its own type to know what that type's rounding costs.
 
     Raises:
@@ -156,7 +167,7 @@ def make_reference(case: Case, model: ReferenceModel) -> Reference:
     largest, rms = errors_of(model.rounded(case), exact)
     if not 0 < EAGER_FACTOR * largest <= LARGEST_BOUND:
         raise ValueError(
-            f"{case.reference}: plain PyTorch in {case.dtype} is off by {largest:.3g} of the logits' spread; more than "
-            f"{LARGEST_BOUND / EAGER_FACTOR:g}, or none at all, can tell no error"
+            f"{case.reference}: plain PyTorch in {case.dtype} is off by {largest:.3g} of the answers' spread; more "
+            f"than {LARGEST_BOUND / EAGER_FACTOR:g}, or none at all, can tell no error"
         )
     return Reference(exact, largest, rms)

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 from bench_plugin import commit_of, gpu_name, read_rows, today, write_rows
-from end_to_end_workload import CEILING_TFLOPS, Case, case_flop
-from m_falcon_workload import Sizes
+from end_to_end_workload import CEILING_TFLOPS, AnyCase, AnySizes, Case, flop_of
 from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.csv"
@@ -86,11 +85,11 @@ def _origin() -> tuple[str, str, str]:
     return gpu_name(), commit_of(), today()
 
 
-def write_part(parts: Path, case: Case, backend: str, row: Row, sizes: Sizes) -> None:
+def write_part(parts: Path, case: AnyCase, backend: str, row: Row, sizes: AnySizes) -> None:
     """One JSON file, in place as a whole or not at all, with what every row says and what follows from its times."""
     gpu, commit, date = _origin()
     family = backend.removesuffix(GRAPH)
-    flop = case_flop(case, sizes)
+    flop = flop_of(case, sizes)
     facts = {
         "case": case.name,
         "backend": backend,
@@ -107,7 +106,7 @@ def write_part(parts: Path, case: Case, backend: str, row: Row, sizes: Sizes) ->
     aside.replace(path)
 
 
-def plan_path(parts: Path, case: Case) -> Path:
+def plan_path(parts: Path, case: AnyCase) -> Path:
     """Where a case's plan lies."""
     return parts / "plans" / f"{case.name}.json"
 
@@ -131,16 +130,15 @@ def load_keys(path: Path, case: Case) -> dict[str, NDArray[Any]]:
         return {name: stored[name].view(np.uint16 if case.dtype == "bf16" else np.float16) for name in stored.files}
 
 
-def rates_of(case: Case, flop: float, row: Row) -> Row:
-    """candidates_per_s, tflops and ceiling_share of a row that has a time."""
+def rates_of(case: AnyCase, flop: float, row: Row) -> Row:
+    """What follows from a row's time: tflops and ceiling_share, and candidates_per_s where there are candidates."""
     if "median_ms" not in row:
         return {}
     tflops = flop / row["median_ms"] / 1e9
-    return {
-        "candidates_per_s": 1e3 * case.num_candidates / row["median_ms"],
-        "tflops": tflops,
-        "ceiling_share": tflops / CEILING_TFLOPS,
-    }
+    rates = {"tflops": tflops, "ceiling_share": tflops / CEILING_TFLOPS}
+    if case.num_candidates:
+        rates["candidates_per_s"] = 1e3 * case.num_candidates / row["median_ms"]
+    return rates
 
 
 def line_of(case: str, backend: str, row: Row) -> str:
@@ -157,7 +155,7 @@ def rows_below(folder: Path) -> Iterator[Row]:
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def merge(parts: Path, target: Path, cases: Sequence[Case]) -> int:
+def merge(parts: Path, target: Path, cases: Sequence[AnyCase]) -> int:
     """All parts into the CSV, in the order of cases and backends; a part replaces the row of its case and backend."""
     fresh = list(rows_below(parts))
     if not fresh:
@@ -174,7 +172,7 @@ def merge(parts: Path, target: Path, cases: Sequence[Case]) -> int:
     return 0
 
 
-def pending_of(parts: Path, cases: Iterable[Case], family: str) -> list[Case]:
+def pending_of(parts: Path, cases: Iterable[AnyCase], family: str) -> list[AnyCase]:
     """Cases of a family that lack a row."""
     return [
         case

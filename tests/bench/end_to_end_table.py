@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,34 @@ from attention_table import LARGEST_SPREAD, milliseconds, rows_by_case, spread
 from bench_plugin import put_between, read_rows
 from end_to_end_rows import BACKENDS, GRAPH, PEERS, RESULTS, RTX_FUSED, backends_of
 from end_to_end_timeline import timeline_lines, timeline_path
-from end_to_end_workload import CACHED, CEILING_TFLOPS, DTYPES, Case, all_cases, growth_cases
+from end_to_end_workload import (
+    CACHED,
+    CEILING_TFLOPS,
+    DTYPES,
+    FULL,
+    AnyCase,
+    Case,
+    all_cases,
+    growth_cases,
+    known_cases,
+    retrieval_cases,
+)
 from svg_panel import COLOURS, GAP, MARGIN, PANEL, Panel, drawing, legend
 
 BEGIN, END = "<!-- end-to-end benchmark: begin -->", "<!-- end-to-end benchmark: end -->"
 #: What the bars are asked of.
 BEST = RTX_FUSED + GRAPH
 BASELINES = tuple(backend for family in PEERS for backend in backends_of(family))
+
+_SIZES = FULL.retrieval
+RETRIEVAL_TEXT = (
+    f"Retrieval: Meta's research HSTU at the sizes of ml-20m-large, D {_SIZES.width}, {_SIZES.num_heads} heads of "
+    f"{_SIZES.linear_dim}, {_SIZES.num_layers} layers, {_SIZES.num_items:,} items;",
+    f"histories of B users, each of {_SIZES.max_history} events, or `ragged`, as the data set's users have them",
+    "(half of them 68 events or fewer). The answer is a vector for each user; search among the items is no part of it.",
+    "The baselines' attention is two batched products and what lies between them, which torch.compile makes one kernel",
+    "of. Pruned: of the last layer, only what the last row of each history needs.",
+)
 
 Row = dict[str, Any]
 Found = Mapping[str, Row]
@@ -46,12 +67,12 @@ def ratio(theirs: Found, ours: Found) -> float | None:
     return best[1] / own if best is not None and own is not None else None
 
 
-def pruned(case: Case) -> Case:
+def pruned(case: AnyCase) -> AnyCase:
     """The same case with a pruned last layer; a cached one has no other form."""
     return case if case.mode == CACHED else dataclasses.replace(case, is_pruned=True)
 
 
-def verdict(case: Case, cases: Mapping[str, Found]) -> str:
+def verdict(case: AnyCase, cases: Mapping[str, Found]) -> str:
     """Whether ours meets a case's bar against baselines that are pruned as well."""
     found = cases.get(pruned(case).name, {})
     own = found.get(BEST)
@@ -64,14 +85,15 @@ def verdict(case: Case, cases: Mapping[str, Found]) -> str:
     return "met" if reached >= case.bar else f"missed: {reached:.2f} of {case.bar:g}"
 
 
-def summary_lines(cases: Mapping[str, Found], dtype: str) -> Iterator[str]:
+def summary_lines(cases: Mapping[str, Found], chosen: Iterable[AnyCase]) -> Iterator[str]:
     """One line for each batch: the fastest baseline, ours, and the ratios with and without pruning."""
-    shown = [case for case in all_cases([dtype]) if case.mode == CACHED or not case.is_pruned]
+    shown = [case for case in chosen if case.mode == CACHED or not case.is_pruned]
     shown = [case for case in shown if case.name in cases or pruned(case).name in cases]
     if not shown:
         return
     heads = ["case", "tokens", "fastest baseline", "the same, pruned", f"{BEST}, unpruned", BEST]
-    heads += ["both unpruned", "ours pruned alone", "both pruned", "of the ceiling", "bar"]
+    heads += ["both unpruned", "ours pruned alone", "both pruned", "of the ceiling"]
+    heads += ["bar"] if any(case.bar for case in shown) else []
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     for case in shown:
@@ -89,12 +111,12 @@ def summary_lines(cases: Mapping[str, Found], dtype: str) -> Iterator[str]:
             "" if is_cached else _ratio(ratio(plain, short)),
             _ratio(ratio(short, short)),
             share,
-            f"{case.bar:g}: {verdict(case, cases)}",
         ]
+        cells += [f"{case.bar:g}: {verdict(case, cases)}"] if case.bar else []
         yield f"| {case.name} | " + " | ".join(cells) + " |"
 
 
-def backend_lines(cases: Mapping[str, Found], chosen: Sequence[Case]) -> Iterator[str]:
+def backend_lines(cases: Mapping[str, Found], chosen: Sequence[AnyCase]) -> Iterator[str]:
     """Every backend of every case: device time, and the whole call in brackets."""
     shown = [case for case in chosen if case.name in cases]
     used = {name for case in shown for name in cases[case.name]}
@@ -156,15 +178,14 @@ def table_text(rows: Sequence[Row], timelines: Path | None = None) -> str:
         "large product. Keys and values of cached cases lie where the forward reads them, for everybody.",
         "",
     ]
-    for dtype in DTYPES:
-        summary = list(summary_lines(cases, dtype))
-        lines += [*summary, ""] if summary else []
-    for title, chosen in (("Every backend", list(all_cases())), ("How time grows", list(growth_cases()))):
-        table = list(backend_lines(cases, chosen))
-        lines += [f"{title}:", "", *table, ""] if table else []
+    lines += tables_of(cases, [list(all_cases([dtype])) for dtype in DTYPES], "Every backend")
+    growing = list(backend_lines(cases, list(growth_cases())))
+    lines += ["How time grows:", "", *growing, ""] if growing else []
+    retrieval = tables_of(cases, [list(retrieval_cases([dtype])) for dtype in DTYPES], "Every backend of retrieval")
+    lines += [*RETRIEVAL_TEXT, "", *retrieval] if retrieval else []
     if problems := list(problem_lines(rows)):
         lines += ["Without a time:", "", *problems, ""]
-    for case in (*all_cases(), *growth_cases()):
+    for case in known_cases():
         path = None if timelines is None else timeline_path(timelines, case.name)
         if path is not None and path.exists():
             lines += [
@@ -174,6 +195,22 @@ def table_text(rows: Sequence[Row], timelines: Path | None = None) -> str:
                 "",
             ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def tables_of(cases: Mapping[str, Found], chosen: Sequence[Sequence[AnyCase]], title: str) -> list[str]:
+    """A summary of each group of cases, then every backend of all; none of what was not measured.
+
+    Args:
+        cases: rows by case and backend.
+        chosen: groups of cases.
+        title: of the table of every backend.
+    """
+    lines: list[str] = []
+    for group in chosen:
+        summary = list(summary_lines(cases, group))
+        lines += [*summary, ""] if summary else []
+    table = list(backend_lines(cases, [case for group in chosen for case in group]))
+    return [*lines, f"{title}:", "", *table, ""] if table else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +226,12 @@ _AXES = (
     _Axis("B 4, m 256", "events n", lambda case: case.lengths[0]),
     _Axis("n 2048, m 256", "users B", lambda case: case.batch),
     _Axis("B 4, n 2048", "candidates m", lambda case: case.candidates),
+    _Axis("B 4, n 2048, m 256", "layers", lambda case: case.layers or FULL.ranking.num_layers),
 )
 
 
 def plot(rows: Sequence[Row], dtype: str) -> str:
-    """SVG: device time over events, users and candidates, of every backend that has two sizes or more."""
+    """SVG: device time over events, users, candidates and layers, of every backend that has two sizes or more."""
     cases = rows_by_case(rows)
     growing = [case for case in growth_cases([dtype]) if case.name in cases]
     body: list[str] = []
@@ -220,8 +258,8 @@ def plot(rows: Sequence[Row], dtype: str) -> str:
 
 
 def _varies(case: Case, axis: _Axis) -> bool:
-    """Whether a case lies on an axis: the other two numbers are those in the middle."""
-    middle = {"events n": 2048, "users B": 4, "candidates m": 256}
+    """Whether a case lies on an axis: the other numbers are those in the middle."""
+    middle = {"events n": 2048, "users B": 4, "candidates m": 256, "layers": FULL.ranking.num_layers}
     return all(each is axis or each.size(case) == middle[each.unit] for each in _AXES)
 
 

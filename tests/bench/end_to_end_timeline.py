@@ -23,7 +23,7 @@ from typing import Any
 
 from bench_plugin import commit_of, gpu_name, read_rows, today, write_rows
 from end_to_end_rows import GRAPH, OURS, RESULTS, Row, keys_path
-from end_to_end_workload import CACHED, Case
+from end_to_end_workload import CACHED, AnyCase, AnySizes, Case
 
 COLUMNS = ("case", "backend", "kernel", "kind", "launches", "us", "share", "first", "gpu", "commit", "date")
 #: What is no kernel: time in which none ran, and from the beginning of the first to the end of the last.
@@ -143,20 +143,20 @@ def traced(run: Callable[[], Any], wait: Callable[[], Any]) -> list[list[Event]]
 
 def profile(arguments: argparse.Namespace) -> int:
     """Write the timelines of the families that were asked for; returns 1 if one could not be made."""
-    from bench_end_to_end import cases_of, engines_of, peers_of, sizes_of
+    from bench_end_to_end import cases_of, engines_of, models_of, peers_of
     from bench_plugin import status_of
 
     arguments.cases = [arguments.profile]
     (case,) = cases_of(arguments)
-    folder = arguments.out or RESULTS.parent
+    folder, sizes = arguments.out or RESULTS.parent, models_of(arguments).of(case)
     folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     for family in arguments.backends:
         try:
             if family in OURS:
-                found = _our_calls(engines_of(arguments, family), case, arguments.scratch, sizes_of(arguments))
+                found = _our_calls(engines_of(arguments, family), case, arguments.scratch, sizes)
             else:
-                found = peers_of(arguments).traces(case, family, traced)
+                found = peers_of(arguments, sizes).traces(case, family, traced)
             for suffix, calls in found:
                 save_timeline(folder, case.name, family + suffix, list(timeline_rows(calls)))
                 print(f"{case.name} {family}{suffix}: {len(calls)} calls", flush=True)
@@ -166,7 +166,7 @@ def profile(arguments: argparse.Namespace) -> int:
     return failed
 
 
-def _our_calls(engines: Any, case: Case, scratch: Path, sizes: Any) -> Iterator[tuple[str, list[list[Event]]]]:
+def _our_calls(engines: Any, case: AnyCase, scratch: Path, sizes: AnySizes) -> Iterator[tuple[str, list[list[Event]]]]:
     """Traces of a session's passes, enqueued as they are and as a CUDA graph."""
     import torch
     from end_to_end_engines import session_feeds
@@ -175,7 +175,7 @@ def _our_calls(engines: Any, case: Case, scratch: Path, sizes: Any) -> Iterator[
 
     torch.zeros(1, device="cuda")  # the profiler follows a GPU that torch has begun to use
     with engines.opened(case) as session:
-        keys = keys_path(scratch, case) if case.mode == CACHED else None
+        keys = keys_path(scratch, case) if isinstance(case, Case) and case.mode == CACHED else None
         with session_feeds(case, session, sizes, keys) as feeds:
             session._graphs = None
             session.run_resident(feeds, {})

@@ -1,8 +1,9 @@
-"""The end-to-end benchmark's cases: batches of a whole ranking model, and the operations that each needs.
+"""The end-to-end benchmark's cases: batches of whole models, and the operations that each needs.
 
-The model is that of the M-FALCON benchmark (m_falcon_workload.py): embeddings, preprocessing, 5 layers, head. Cases are
-`packed`, histories and candidates in one forward, and `cached`, candidates alone against keys and values that lie on
-the GPU. A pruned case computes of the last layer what the candidates' rows need, in ours and in every baseline.
+The ranking model is that of the M-FALCON benchmark (m_falcon_workload.py): embeddings, preprocessing, 5 layers, head.
+Its cases are `packed`, histories and candidates in one forward, and `cached`, candidates alone against keys and values
+that lie on the GPU. A pruned case computes of the last layer what the candidates' rows need, in ours and in every
+baseline. The retrieval model and its cases are those of end_to_end_retrieval_workload.py.
 
 NumPy alone: used beside TensorRT 8.5 on Python 3.10, beside TensorRT-RTX and beside torch.
 """
@@ -17,7 +18,17 @@ from typing import Any
 import numpy as np
 from attention_grid import Case as AttentionCase
 from attention_grid import ragged_log_normal
-from m_falcon_workload import DLRM_V3, Request, Sizes, request
+from end_to_end_retrieval_workload import (
+    ML_20M_LARGE,
+    RETRIEVAL,
+    TINY_RETRIEVAL,
+    RetrievalCase,
+    RetrievalSizes,
+    retrieval_arrays,
+    retrieval_cases,
+    retrieval_flop,
+)
+from m_falcon_workload import DLRM_V3, TINY, Request, Sizes, request
 from numpy.typing import NDArray
 
 DTYPES = ("bf16", "fp16")
@@ -27,13 +38,15 @@ CEILING_TFLOPS = 786.0
 _ACTION_EMBEDDING, _TIME_FEATURES, _TOWER = 8, 4, 512
 CONTEXT = 1
 _FASTER, _CACHED_FASTER = 1.5, 2.0
+#: Models of so many layers are measured beside the usual one; each has weights of its own.
+GROWN_LAYERS = (1, 2, 3, 8)
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch, and how it is computed.
+    """One batch of the ranking model, and how it is computed.
 
     Attributes:
         shape: name without type and pruning, such as "B8_n2048_m256".
@@ -43,6 +56,7 @@ class Case:
         mode: PACKED or CACHED.
         is_pruned: of the last layer only what the candidates' rows need; always False of cached ones, whose rows are
             all candidates'.
+        layers: of the model, where it is not the usual one.
         bar: speed over the fastest baseline that is asked of ours.
     """
 
@@ -52,6 +66,7 @@ class Case:
     candidates: int
     mode: str = PACKED
     is_pruned: bool = False
+    layers: int | None = None
     bar: float = dataclasses.field(default=_FASTER, compare=False)
 
     @property
@@ -102,8 +117,29 @@ class Case:
         return [request(n, self.candidates, sizes, user) for user, n in enumerate(self.lengths)]
 
 
+AnyCase = Case | RetrievalCase
+AnySizes = Sizes | RetrievalSizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Dimensions of the models that are measured."""
+
+    ranking: Sizes
+    retrieval: RetrievalSizes
+
+    def of(self, case: AnyCase) -> AnySizes:
+        """The model of a case."""
+        if isinstance(case, RetrievalCase):
+            return self.retrieval
+        return self.ranking if case.layers is None else dataclasses.replace(self.ranking, num_layers=case.layers)
+
+
+FULL, SMALL = Models(DLRM_V3, ML_20M_LARGE), Models(TINY, TINY_RETRIEVAL)
+
+
 def all_cases(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
-    """Every case, those of the smallest batches first."""
+    """Every case of the ranking model, those of the smallest batches first."""
     ragged = ragged_log_normal(1024.0, 32, 8192)
     packed = (
         ("B1_n1024_m256", (1024,), 256),
@@ -121,7 +157,7 @@ def all_cases(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
 
 
 def growth_cases(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
-    """Pruned cases around (B 4, n 2048, m 256), one number changed in each: measured where they are named."""
+    """Pruned cases around (B 4, n 2048, m 256, 5 layers), one number changed in each: measured where they are named."""
     for dtype in dtypes:
         for n in (512, 1024, 2048, 4096, 8192):
             yield Case(f"grow_B4_n{n}_m256", dtype, (n,) * 4, 256, is_pruned=True)
@@ -129,25 +165,45 @@ def growth_cases(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
             yield Case(f"grow_B{batch}_n2048_m256", dtype, (2048,) * batch, 256, is_pruned=True)
         for m in (64, 512, 1024, 2048):
             yield Case(f"grow_B4_n2048_m{m}", dtype, (2048,) * 4, m, is_pruned=True)
+        for layers in GROWN_LAYERS:
+            yield Case(f"grow_B4_n2048_m256_layers{layers}", dtype, (2048,) * 4, 256, is_pruned=True, layers=layers)
 
 
-def chosen_cases(patterns: Sequence[str]) -> list[Case]:
-    """The cases whose name fits one of the patterns, such as "bf16_*"; without patterns all but the growing ones.
+def known_cases() -> list[AnyCase]:
+    """Every case that there is: the usual ones, growing ones and those of retrieval."""
+    return [*all_cases(), *growth_cases(), *retrieval_cases(DTYPES)]
+
+
+def chosen_cases(patterns: Sequence[str]) -> list[AnyCase]:
+    """The cases whose name fits one of the patterns, such as "bf16_*"; without patterns the usual ones alone.
+
+    Growing cases and those of retrieval have to be named as such: "bf16_*" does not mean them, "bf16_retrieval_*" does.
 
     Raises:
         ValueError: a pattern that no case fits.
     """
-    usual, growing = list(all_cases()), list(growth_cases())
+    usual = list(all_cases())
     if not patterns:
-        return usual
+        return [*usual]
+    known = known_cases()
     for pattern in patterns:
-        if not any(fnmatchcase(case.name, pattern) for case in (*usual, *growing)):
-            names = ", ".join(case.name for case in (*usual, *growing))
-            raise ValueError(f"no case is named {pattern!r}; cases: {names}")
-    # "bf16_*" means the usual ones: growing ones have to be named as such.
-    chosen = [case for case in usual if any(fnmatchcase(case.name, each) for each in patterns)]
-    named = [each for each in patterns if "grow" in each]
-    return chosen + [case for case in growing if any(fnmatchcase(case.name, each) for each in named)]
+        if not any(fnmatchcase(case.name, pattern) for case in known):
+            raise ValueError(f"no case is named {pattern!r}; cases: {', '.join(case.name for case in known)}")
+
+    def is_chosen(case: AnyCase) -> bool:
+        kinds = [kind for kind in ("grow", RETRIEVAL) if kind in case.name]
+        return any(fnmatchcase(case.name, each) for each in patterns if all(kind in each for kind in kinds))
+
+    return [case for case in known if is_chosen(case)]
+
+
+def arrays_of(case: AnyCase, sizes: AnySizes) -> Arrays:
+    """Inputs of a case's whole forward."""
+    if isinstance(case, RetrievalCase):
+        assert isinstance(sizes, RetrievalSizes)
+        return retrieval_arrays(case, sizes)
+    assert isinstance(sizes, Sizes)
+    return packed_arrays(case, sizes)
 
 
 def packed_arrays(case: Case, sizes: Sizes) -> Arrays:
@@ -196,8 +252,17 @@ def offsets_of(lengths: Sequence[int]) -> NDArray[np.int32]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
+def flop_of(case: AnyCase, sizes: AnySizes) -> float:
+    """Operations that the answers of any case need."""
+    if isinstance(case, RetrievalCase):
+        assert isinstance(sizes, RetrievalSizes)
+        return retrieval_flop(case, sizes)
+    assert isinstance(sizes, Sizes)
+    return case_flop(case, sizes)
+
+
 def case_flop(case: Case, sizes: Sizes = DLRM_V3) -> float:
-    """Operations that the answers need: two for each multiply and add of a product with weights or of attention.
+    """Operations that a ranking case needs: two for each multiply and add of a product with weights or of attention.
 
     With w = width, t = table width, h = hidden width, i = H dv, a = H dqk, E events, T candidates, B users:
 

@@ -237,7 +237,8 @@ def state_dict(sizes: Sizes) -> dict[str, NDArray[Any]]:
     return state
 
 
-def _integers(name: str, count: int, limit: int) -> NDArray[np.int64]:
+def integers(name: str, count: int, limit: int) -> NDArray[np.int64]:
+    """[count] numbers below the limit, the same for the same name."""
     words = _bits(name, 4 * count).view("<u4").astype(np.int64)
     drawn: NDArray[np.int64] = words % limit
     return drawn
@@ -291,20 +292,20 @@ def request(num_history: int, num_candidates: int, sizes: Sizes = DLRM_V3, user:
     path (181 days at D = 512), none is older than the last one of its table.
     """
     prefix = f"n={num_history}" + (f" user={user}" if user else "")
-    gaps = _integers(f"{prefix} gaps", num_history, 90)
-    pause = _integers(f"{prefix} pauses", num_history, 10) == 0
+    gaps = integers(f"{prefix} gaps", num_history, 90)
+    pause = integers(f"{prefix} pauses", num_history, 10) == 0
     gaps = np.where(pause, 3600 + 900 * gaps, gaps)
     times = QUERY_TIME - 300 - np.cumsum(gaps)[::-1]
     history = {
-        "item_id": _integers(f"{prefix} items", num_history, sizes.num_items).astype(np.int32),
-        "item_category_id": _integers(f"{prefix} categories", num_history, sizes.num_categories).astype(np.int32),
-        "item_weights": _integers(f"{prefix} actions", num_history, 32).astype(np.int32),
+        "item_id": integers(f"{prefix} items", num_history, sizes.num_items).astype(np.int32),
+        "item_category_id": integers(f"{prefix} categories", num_history, sizes.num_categories).astype(np.int32),
+        "item_weights": integers(f"{prefix} actions", num_history, 32).astype(np.int32),
         "action_timestamp": times.astype(np.int64),
     }
-    user = _integers(f"{prefix} user", 1, sizes.num_users).astype(np.int32)
+    user = integers(f"{prefix} user", 1, sizes.num_users).astype(np.int32)
     most = max(num_candidates, sizes.max_candidates)
-    items = _integers(f"{prefix} candidates", most, sizes.num_items).astype(np.int32)
-    kinds = _integers(f"{prefix} candidate categories", most, sizes.num_categories).astype(np.int32)
+    items = integers(f"{prefix} candidates", most, sizes.num_items).astype(np.int32)
+    kinds = integers(f"{prefix} candidate categories", most, sizes.num_categories).astype(np.int32)
     candidates = {
         "item_candidate_id": items[:num_candidates],
         "item_candidate_category_id": kinds[:num_candidates],

@@ -34,7 +34,8 @@
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
 #   ATTENTION_BUDGET   its seconds
-#   END_TO_END_CASES   of bench-end-to-end, such as "bf16_*" (default: all); of profile-end-to-end, one or several
+#   END_TO_END_CASES   of bench-end-to-end, such as "bf16_*" (default: all of the ranking model) or, which have to be named,
+#                      "fp16_retrieval_*_pruned" and "fp16_grow_*"; of profile-end-to-end, one or several
 #   END_TO_END_FAMILIES    what it measures, in this order (default below); END_TO_END_OPTIONS: more options of it
 #   END_TO_END_BUDGET  seconds of the whole step, of which END_TO_END_AHEAD at most are for compiling ahead; default
 #                      540 and 200. END_TO_END_BUILD: of building engines of TensorRT 8.5, 200. END_TO_END_TRITON=1 takes Meta's Triton attention from JOB/meta as well
@@ -82,7 +83,7 @@ in_rtx() (
 )
 
 gpu_tests=$library/tests/gpu
-for archive in "$job"/*.tar.gz "$job"/*.tar.xz "$job"-m_falcon/*.tar.gz "$job"-end_to_end/*.tar.xz; do
+for archive in "$job"/*.tar.gz "$job"/*.tar.xz "$job"-m_falcon/*.tar.gz "$job"-{end_to_end,retrieval}/*.tar.xz; do
     [ -e "$archive" ] && bash "$repository/tests/gpu/unpack.sh" "$archive" "$work/models"
 done
 for archive in "$job"-calibration/*.tar.gz; do

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,18 @@ GPU_TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(REPOSITORY), str(BENCH), str(GPU_TESTS), str(REPOSITORY / "samples" / "01_movielens_demo")]
 
 import bench_calibration  # noqa: E402
+import prepare_end_to_end  # noqa: E402
 import prepare_fused  # noqa: E402
 import prepare_quantised  # noqa: E402
 from archives import save_archive  # noqa: E402
 
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint  # noqa: E402
 from hstu_compile.export import TORCH_DTYPES  # noqa: E402
-from hstu_compile.graph_plugin import kernels_request_of, plugin_request_of  # noqa: E402
+from hstu_compile.graph_plugin import plugin_request_of  # noqa: E402
 from hstu_compile.model.config import RetrievalConfig  # noqa: E402
 from hstu_compile.op_schema import is_attention  # noqa: E402
 from hstu_compile.plugin_library import (  # noqa: E402
     PluginBuildRequest,
-    build_kernels_library,
     build_plugin_library,
     find_cuda_headers,
 )
@@ -67,12 +67,8 @@ CALIBRATION = "calibration"
 M_FALCON_OPTIONS = prepare_fused.M_FALCON_OPTIONS
 #: Parts of prepare_fused.py.
 FUSED, FUSED_M_FALCON = "fused", "fused-m_falcon"
-END_TO_END = "end_to_end"
-END_TO_END_PRECISIONS = ("fp16", "bf16")
-#: Of the bundles without "-unpruned" and with it. What they answer is compared on the GPU.
-END_TO_END_OPTIONS = {"": ("--m-falcon", "micro-batch=256"), "-unpruned": ("--no-prune",)}
-#: What the engines are built from.
-END_TO_END_GRAPHS = ("model.onnx", "score.onnx")
+#: Parts of prepare_end_to_end.py.
+END_TO_END, GROWTH, RETRIEVAL = prepare_end_to_end.END_TO_END, prepare_end_to_end.GROWTH, prepare_end_to_end.RETRIEVAL
 RANKING_GRAPHS = ("model.onnx", "prefill.onnx", "score.onnx")
 #: Files of a bundle that no check reads.
 UNREAD = ("report.html", "report.json", "*onnxruntime_outputs.json")
@@ -211,66 +207,12 @@ def save_calibration(place: Path) -> None:
     save_archive(place / f"{CALIBRATION}-requests.tar.gz", place, sorted(folder.glob("requests-*.npz")))
 
 
-def save_end_to_end(place: Path, archs: Sequence[int], jobs: int) -> None:
-    """The end-to-end benchmark's bundles, of which the graphs are packed, and the kernels that they are cut at.
-
-    Args:
-        place: folder of the bundles, the archives and the library.
-        archs: compute capabilities.
-        jobs: compiler processes.
-    """
-    place.mkdir(exist_ok=True)
-    checkpoint = place / "checkpoint"
-    subprocess.run([sys.executable, str(BENCH / "m_falcon_prepare.py"), "--checkpoint", str(checkpoint)], check=True)
-    given = ("build", checkpoint / "ckpt.pt", "--config", checkpoint / "config.json", "--max-batch", 32, "--no-verify")
-    for precision in END_TO_END_PRECISIONS:
-        folders = []
-        for suffix, options in END_TO_END_OPTIONS.items():
-            folders.append(place / f"{END_TO_END}-{precision}{suffix}")
-            command_line(*given, f"--{precision}", *options, "--backend", "onnx", "-o", folders[-1], "--force")
-        save_packed_graphs(place / f"{END_TO_END}-{precision}.tar.xz", folders)
-    save_kernels(place, archs, jobs)
-
-
-def save_kernels(place: Path, archs: Sequence[int], jobs: int) -> None:
-    """The library of the kernels that run between the segments of every graph of the end-to-end benchmark."""
-    graphs = [path for name in END_TO_END_GRAPHS for path in sorted(place.glob(f"{END_TO_END}-*/{name}"))]
-    requests = [kernels_request_of([onnx.load(path)]) for path in graphs]
-    variants = tuple(dict.fromkeys(each for request in requests for each in request.variants))
-    hopper_variants = tuple(dict.fromkeys(each for request in requests for each in request.hopper_variants or ()))
-    request = dataclasses.replace(
-        requests[0],
-        variants=variants,
-        norm_variants=tuple(dict.fromkeys(each for request in requests for each in request.norm_variants or ())),
-        hopper_variants=hopper_variants,
-        archs=tuple(archs),
-        with_ptx=False,
-        jobs=jobs,
-    )
-    library = build_kernels_library(request)
-    shutil.copy2(library.path, place)
-    print(f"{library.path.name}: {library.hopper}")
-
-
-def save_packed_graphs(path: Path, folders: Iterable[Path]) -> None:
-    """Pack the graphs of some bundles so that weights that several have in common are there once."""
-    names = [f"{folder.name}/{name}" for folder in folders for name in END_TO_END_GRAPHS if (folder / name).exists()]
-    partial = path.with_suffix(".partial")
-    # tar and xz themselves: a Python may have been built without lzma. The window has to span graphs of 60 MB; what a
-    # slower preset gains on random weights is a tenth, for twenty times the time.
-    packer = "xz -T1 --lzma2=preset=1,dict=256MiB"
-    subprocess.run(
-        ["tar", f"--use-compress-program={packer}", "-cf", str(partial), "-C", str(path.parent), *names], check=True
-    )
-    partial.replace(path)
-    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB")
-
-
 def graphs_of(job: Path) -> list[Path]:
     """Every graph that gets an engine of TensorRT 8.5, of all bundles that were prepared; no bfloat16, no float8."""
     folders = [path for path in (job / "models").glob("*") if path.name not in prepare_fused.SMALL]
     folders += beside(job, "m_falcon").glob(M_FALCON)
-    folders += end_to_end_place(job).glob(f"{END_TO_END}-*/")
+    folders += beside(job, END_TO_END).glob(f"{END_TO_END}-*/")
+    folders += beside(job, RETRIEVAL).glob(f"{RETRIEVAL}-*-unpruned/")
     found = [folder / name for folder in sorted(folders) for name in RANKING_GRAPHS]
     quantised = [*(job / "quantised").glob("*-int8/*.onnx"), *beside(job, CALIBRATION).glob(f"{CALIBRATION}/*/*.onnx")]
     found += [path for path in sorted(quantised) if path.parent.name != "fp8"]
@@ -280,11 +222,6 @@ def graphs_of(job: Path) -> list[Path]:
 def beside(job: Path, name: str) -> Path:
     """A folder beside the job folder, which is carried whole at each run."""
     return job.with_name(f"{job.name}-{name}")
-
-
-def end_to_end_place(job: Path) -> Path:
-    """Beside the job folder, which is carried whole at each run."""
-    return job.with_name(f"{job.name}-{END_TO_END}")
 
 
 def build_tensorrt8_plugin(job: Path, graphs: Sequence[Path], headers: Path, archs: Sequence[int], jobs: int) -> None:
@@ -403,12 +340,21 @@ def main() -> int:
     )
     parser.add_argument("--m-falcon-bundle", type=Path, metavar="DIR", help="copy this one instead of building it")
     parser.add_argument("--archs", type=int, nargs="+", default=[90], help="compute capabilities, 10 * major + minor")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=prepare_end_to_end.PRECISIONS,
+        default=prepare_end_to_end.PRECISIONS,
+        help=f"of {GROWTH} and {RETRIEVAL}",
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parts = [
         *MODELS,
         "dlrm",
         "m_falcon",
         END_TO_END,
+        GROWTH,
+        RETRIEVAL,
         "quantised",
         CALIBRATION,
         FUSED,
@@ -455,7 +401,11 @@ def main() -> int:
     if FUSED_M_FALCON in arguments.only:
         prepare_fused.prepare_m_falcon(beside(job, "m_falcon"))
     if END_TO_END in arguments.only:
-        save_end_to_end(end_to_end_place(job), arguments.archs, arguments.jobs)
+        prepare_end_to_end.save_end_to_end(beside(job, END_TO_END), arguments.archs, arguments.jobs)
+    if GROWTH in arguments.only:
+        prepare_end_to_end.save_growth(beside(job, END_TO_END), arguments.precisions)
+    if RETRIEVAL in arguments.only:
+        prepare_end_to_end.save_retrieval(beside(job, RETRIEVAL), arguments.precisions, arguments.archs, arguments.jobs)
     if "plugin" in arguments.only:
         build_tensorrt8_plugin(job, graphs_of(job), arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "conformance" in arguments.only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -80,8 +81,8 @@ def logits_of(
 
 
 def test_every_row_of_the_issues_table_is_a_case_in_both_types_with_and_without_pruning() -> None:
-    cases = {case.name: case for case in (*work.all_cases(), *work.growth_cases())}
-    assert len(cases) == len([*work.all_cases(), *work.growth_cases()])
+    cases = {case.name: case for case in work.known_cases()}
+    assert len(cases) == len(work.known_cases())
     shapes = ["B1_n1024_m256", "B1_n4096_m512", "B8_n2048_m256", "B16_n4096_m256", "B32_lognormal1024_m256"]
     wanted = [f"{dtype}_{shape}{end}" for dtype in ("bf16", "fp16") for shape in shapes for end in ("", "_pruned")]
     wanted += [f"{dtype}_cached_B{batch}_n4096_m256" for dtype in ("bf16", "fp16") for batch in (1, 8)]
@@ -97,6 +98,9 @@ def test_every_row_of_the_issues_table_is_a_case_in_both_types_with_and_without_
 def test_growing_cases_are_measured_only_where_they_are_named() -> None:
     assert not any("grow" in case.name for case in work.chosen_cases(["bf16_*"]))
     assert [case.batch for case in work.chosen_cases(["bf16_grow_B*_n2048_m256_pruned"])] == [4, 1, 2, 8, 16]
+    grown = work.chosen_cases(["bf16_grow_*_layers*"])
+    assert [work.FULL.of(case).num_layers for case in grown] == [1, 2, 3, 8]
+    assert {work.FULL.of(case).num_layers for case in work.chosen_cases(["bf16_grow_B*"]) if case not in grown} == {5}
     with pytest.raises(ValueError, match="no case is named 'nothing'"):
         work.chosen_cases(["nothing"])
 
@@ -337,7 +341,8 @@ def measured(short: None) -> Iterator[tuple[engines.Measured, TimedCuda]]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with fused_session(case.cut, cuda, cuda_graphs=4) as session:
-            found = engines.Measured(session, feeds, references.Reference(exact, 1e-4, 1e-4))
+            answers = functools.partial(engines.answers_of, CACHED)
+            found = engines.Measured(session, feeds, references.Reference(exact, 1e-4, 1e-4), answers)
             yield found, cuda
             found.close()
     assert not cuda.memory
@@ -363,7 +368,7 @@ def test_sessions_are_checked_and_timed_with_and_without_a_graph(
 
 def test_a_wrong_answer_of_a_session_has_no_time(measured: tuple[engines.Measured, TimedCuda]) -> None:
     found, _ = measured
-    found._reference = dataclasses.replace(found._reference, logits=found._reference.logits + 1.0)
+    found._reference = dataclasses.replace(found._reference, answers=found._reference.answers + 1.0)
     for row in (found.plain(), found.replays()):
         assert row["status"] == "wrong result"
         assert "median_ms" not in row
@@ -485,8 +490,7 @@ def test_a_worker_that_dies_costs_the_case_that_it_had_begun(tmp_path: Path, mon
         "import json, sys\n"
         f"sys.path[:0] = [{str(REPOSITORY / 'tests' / 'bench')!r}, {str(REPOSITORY)!r}]\n"
         "from pathlib import Path\n"
-        "import bench_end_to_end as bench, end_to_end_rows as rows\n"
-        "from m_falcon_workload import TINY\n"
+        "import bench_end_to_end as bench, end_to_end_rows as rows, end_to_end_workload as work\n"
         f"parts = Path({str(arguments.parts)!r})\n"
         "cases = {case.name: case for case in bench.tiny_cases()}\n"
         "for name in json.loads((parts / bench.PLAN).read_text()):\n"
@@ -494,7 +498,8 @@ def test_a_worker_that_dies_costs_the_case_that_it_had_begun(tmp_path: Path, mon
         "    if name == 'bf16_tiny_B3_m8_pruned':\n"
         "        sys.exit('an illegal access')\n"
         "    for backend in rows.backends_of('eager'):\n"
-        "        rows.write_part(parts, cases[name], backend, {'status': 'ok', 'median_ms': 1.0}, TINY)\n"
+        "        row = {'status': 'ok', 'median_ms': 1.0}\n"
+        "        rows.write_part(parts, cases[name], backend, row, work.SMALL.of(cases[name]))\n"
     )
     monkeypatch.setattr(bench, "command_for", lambda *_: [sys.executable, str(script)])
     assert bench.measure(arguments) == 0
@@ -650,6 +655,10 @@ def synthetic_rows() -> list[Row]:
         ("bf16_grow_B4_n2048_m256_pruned", "compile_graph"): 1.0,
         ("bf16_grow_B4_n4096_m256_pruned", "compile_graph"): 3.0,
         ("bf16_grow_B4_n2048_m512_pruned", "compile_graph"): 1.5,
+        ("bf16_grow_B4_n2048_m256_layers8_pruned", "compile_graph"): 1.6,
+        ("bf16_retrieval_B8_n200", "compile_graph"): 0.80,
+        ("bf16_retrieval_B8_n200_pruned", "compile_graph"): 0.75,
+        ("bf16_retrieval_B8_n200_pruned", "ours_rtx_fused_graph"): 0.50,
     }
     found = [{"case": case, "backend": backend, **facts, **row_of(time)} for (case, backend), time in times.items()]
     noisy = row_of(0.01, p90=0.02)
@@ -664,7 +673,7 @@ def synthetic_rows() -> list[Row]:
 
 def test_ratios_are_over_the_fastest_baseline_with_and_without_pruning() -> None:
     cases = table.rows_by_case(synthetic_rows())
-    lines = list(table.summary_lines(cases, "bf16"))
+    lines = list(table.summary_lines(cases, work.all_cases(["bf16"])))
     assert len(lines) == 5
     assert lines[2] == (
         "| bf16_B1_n1024_m256 | 1,281 | 0.300 compile_graph | 0.270 compile_graph | 0.200 | 0.150 | "
@@ -674,7 +683,7 @@ def test_ratios_are_over_the_fastest_baseline_with_and_without_pruning() -> None
     assert "| 0.600 aoti_graph |" in lines[3]
     assert lines[3].endswith("| 1.20 | 50% | 1.5: missed: 1.20 of 1.5 |")
     assert lines[4].endswith("| 4.00 | 50% | 2: met |")
-    assert not list(table.summary_lines(cases, "fp16"))
+    assert not list(table.summary_lines(cases, work.all_cases(["fp16"])))
 
 
 def test_what_was_not_measured_meets_no_bar() -> None:
@@ -700,10 +709,15 @@ def test_tables_and_plots_are_made_of_the_csv_and_the_timelines(tmp_path: Path) 
     assert "0.150 (0.150)" in text
     assert "- ours_trt85_plugin, 2 cases, bf16_B1_n1024_m256 to bf16_B1_n1024_m256_pruned: not offered" in text
     assert "Kernels of bf16_B1_n1024_m256, warm L2 cache" in text
+    # No speed is asked of retrieval.
+    cells = ["1,600", "0.800 compile_graph", "0.750 compile_graph", "-", "0.500", "", "1.60", "1.50", "50%"]
+    assert "| " + " | ".join(["bf16_retrieval_B8_n200", *cells]) + " |" in text.splitlines()
+    assert "16 layers, 131,262 items" in text
     svg = drawing.read_text()
-    assert svg.count("<polyline") == 2
+    assert svg.count("<polyline") == 3
     assert "events n" in svg
     assert "candidates m" in svg
+    assert "layers" in svg
     assert "users B" not in svg
 
 
