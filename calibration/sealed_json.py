@@ -33,7 +33,9 @@ def write_sealed(path: Path, form: str, values: Mapping[str, Any]) -> None:
     write_whole(path, ("\n".join(_lines(sealed)) + "\n").encode())
 
 
-def read_sealed(path: Path, form: str, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+def read_sealed(
+    path: Path, form: str, parse: Callable[[dict[str, Any]], Parsed], earlier: Mapping[str, str] | None = None
+) -> Parsed:
     """Read such a file.
 
     Args:
@@ -41,6 +43,7 @@ def read_sealed(path: Path, form: str, parse: Callable[[dict[str, Any]], Parsed]
         form: the only one accepted.
         parse: of the values without `format` and `sha256`. It may raise ValueError, TypeError, KeyError, AttributeError
             or OverflowError; as it says where the fault is, it is asked before the sha256.
+        earlier: forms that are known and not read any more, and why.
 
     Raises:
         SealError: with the reason.
@@ -53,7 +56,8 @@ def read_sealed(path: Path, form: str, parse: Callable[[dict[str, Any]], Parsed]
         raise SealError(f"it is truncated or not JSON: {error}") from error
     seen = values.get("format") if isinstance(values, dict) else f"a {type(values).__name__}"
     if seen != form:
-        raise SealError(f"its format is {seen!r}; this version reads {form!r}")
+        why = f", {earlier[seen]}" if earlier and seen in earlier else ""
+        raise SealError(f"its format is {seen!r}{why}; this version reads {form!r}")
     digest = values.pop("sha256", None)
     try:
         parsed = parse({key: value for key, value in values.items() if key != "format"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,27 @@ from hstu_compile.calibration.sealed_json import SealError, read_sealed, require
 from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.errors import CalibrationError
 
-FORMAT = "hstu-compile/calibration-1"
+FORMAT = "hstu-compile/calibration-2"
+#: What tables of earlier forms lack.
+EARLIER_FORMATS = {
+    "hstu-compile/calibration-1": "which does not say what configuration the activations were computed with"
+}
 _MOST_LISTED = 10
 _SHA256_DIGITS = 64
 _AGAIN = "run `hstu-compile calibrate` on this checkpoint again"
+# Where embedding rows come from, the table or the request, changes no activation.
+_WITHOUT_EFFECT = ("external_embeddings",)
+
+
+def recorded_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration as a table holds it: JSON values of all that decides what its activations are.
+
+    Args:
+        values: of the model's configuration, as its `to_dict` has them.
+    """
+    kept = {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}
+    recorded: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))
+    return recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +73,8 @@ class CalibrationTable:
     Attributes:
         checkpoint_sha256: of the checkpoint file.
         dialect: its family.
+        config: the model's configuration, with what --config and the checkpoint say, as `recorded_config` gives it. A
+            checkpoint of most families holds weights alone: with another configuration they are another model.
         observer: the rule that bounds are taken by where nothing else is asked for.
         data: files of requests.
         sites: name to statistics.
@@ -62,6 +82,7 @@ class CalibrationTable:
 
     checkpoint_sha256: str
     dialect: str
+    config: Mapping[str, Any] = dataclasses.field(repr=False)
     observer: Observer
     data: tuple[CalibrationData, ...]
     sites: Mapping[str, SiteStatistics] = dataclasses.field(repr=False)
@@ -91,16 +112,19 @@ class CalibrationTable:
         """
         return self.sites[site].bound(observer or self.observer, quantization)
 
-    def require(self, checkpoint_sha256: str, dialect: str, sites: Mapping[str, tuple[int, int]]) -> None:
+    def require(
+        self, checkpoint_sha256: str, dialect: str, config: Mapping[str, Any], sites: Mapping[str, tuple[int, int]]
+    ) -> None:
         """Check that the table is one of this model.
 
         Args:
             checkpoint_sha256: of the checkpoint file.
             dialect: its family.
+            config: the model's configuration, as its `to_dict` has it.
             sites: every product of the model: name to (inputs, outputs).
 
         Raises:
-            CalibrationError: HSTU-E813 for another checkpoint or family, E814 for other products.
+            CalibrationError: HSTU-E813 for another checkpoint, family or configuration, E814 for other products.
         """
         if self.dialect != dialect:
             raise CalibrationError(
@@ -117,6 +141,14 @@ class CalibrationTable:
                 f"it is of the checkpoint with sha256 {self.checkpoint_sha256}, this one has {checkpoint_sha256}",
                 _AGAIN,
                 {"table": self.checkpoint_sha256, "checkpoint": checkpoint_sha256},
+            )
+        if changed := _differences(self.config, recorded_config(config)):
+            raise CalibrationError(
+                "HSTU-E813",
+                "the calibration table was made with another configuration",
+                _listed([f"{name} is {ours} in the table and {theirs} here" for name, ours, theirs in changed]),
+                "pass the --config that the table was made with, or run `hstu-compile calibrate` with this one",
+                {"changed": [name for name, _, _ in changed]},
             )
         missing = [name for name in sites if name not in self.sites]
         extra = [name for name in self.sites if name not in sites]
@@ -151,6 +183,7 @@ class CalibrationTable:
             for what, ours, theirs in (
                 ("checkpoints", first.checkpoint_sha256, other.checkpoint_sha256),
                 ("families", first.dialect, other.dialect),
+                ("configurations", _flat(first.config), _flat(other.config)),
                 ("products", _sizes(first), _sizes(other)),
             ):
                 if ours != theirs:
@@ -181,6 +214,7 @@ class CalibrationTable:
         return {
             "checkpoint_sha256": self.checkpoint_sha256,
             "dialect": self.dialect,
+            "config": dict(self.config),
             "observer": self.observer,
             "samples": self.samples,
             "data": [dataclasses.asdict(data) for data in self.data],
@@ -190,9 +224,11 @@ class CalibrationTable:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibrationTable:
         """Parse the JSON form. Raises ValueError, TypeError or AttributeError where it is not what `to_dict` writes."""
-        require_keys(values, {"checkpoint_sha256", "dialect", "observer", "samples", "data", "sites"})
+        require_keys(values, {"checkpoint_sha256", "dialect", "config", "observer", "samples", "data", "sites"})
         if not all(isinstance(values[name], str) for name in ("checkpoint_sha256", "dialect", "observer")):
             raise ValueError("checkpoint_sha256, dialect and observer must be strings")
+        if not isinstance(values["config"], dict) or not values["config"]:
+            raise ValueError("config must be an object with the model's configuration")
         sites = {}
         for name, site in values["sites"].items():
             try:
@@ -203,7 +239,9 @@ class CalibrationTable:
         for data in values["data"]:
             require_keys(data, expected)
         data_files = tuple(CalibrationData(**data) for data in values["data"])
-        table = cls(values["checkpoint_sha256"], values["dialect"], values["observer"], data_files, sites)
+        table = cls(
+            values["checkpoint_sha256"], values["dialect"], values["config"], values["observer"], data_files, sites
+        )
         if table.samples != values["samples"]:
             raise ValueError(f"samples is {values['samples']} and its data have {table.samples}")
         return table
@@ -224,7 +262,7 @@ class CalibrationTable:
             CalibrationError: HSTU-E812, if it is not as `save` wrote it.
         """
         try:
-            return read_sealed(path, FORMAT, cls.from_dict)
+            return read_sealed(path, FORMAT, cls.from_dict, EARLIER_FORMATS)
         except SealError as error:
             raise CalibrationError(
                 "HSTU-E812",
@@ -263,6 +301,32 @@ def _require_distinct(data: Sequence[CalibrationData]) -> None:
 
 def _sizes(table: CalibrationTable) -> list[str]:
     return [f"{site.name} [{site.inputs}, {site.outputs}]" for site in table.sites.values()]
+
+
+def _flat(config: Mapping[str, Any]) -> list[str]:
+    """A configuration as dotted names and values."""
+    return [f"{name} {value}" for name, value in _leaves(config).items()]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Values of a configuration as JSON, by dotted name."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = json.dumps(value)
+    return found
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name and both values of what differs between configurations."""
+    one, other = _leaves(ours), _leaves(theirs)
+    absent = "absent"
+    names = list(dict.fromkeys([*one, *other]))
+    return [
+        (name, one.get(name, absent), other.get(name, absent)) for name in names if one.get(name) != other.get(name)
+    ]
 
 
 def _difference(ours: str | list[str], theirs: str | list[str]) -> str:

@@ -141,7 +141,7 @@ def planned_quantization(
     table = CalibrationTable.load(config.calibration)
     weights = checkpoint_products(spec)
     sizes = {name: (weight.matrix.shape[0], weight.matrix.shape[1]) for name, weight in weights.items()}
-    table.require(spec.sha256, spec.dialect, sizes)
+    table.require(spec.sha256, spec.dialect, spec.config.to_dict(), sizes)
     smoothed = config.smooth_quant is not None
     observer = cast(Observer | None, config.observer)
     plan = plan_quantization(table, weights, config.quantization, observer, config.keep_fp16, config.smooth_quant)

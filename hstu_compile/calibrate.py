@@ -28,7 +28,7 @@ from hstu_compile.calibration.recorded_requests import (
 )
 from hstu_compile.calibration.sealed_json import SealError, read_sealed, require_keys, write_sealed
 from hstu_compile.calibration.site_statistics import SiteStatistics
-from hstu_compile.calibration.table import CalibrationData, CalibrationTable
+from hstu_compile.calibration.table import CalibrationData, CalibrationTable, recorded_config
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.errors import CalibrationError, UsageError
 from hstu_compile.files import writing_to
@@ -41,7 +41,7 @@ from hstu_compile.served import served_graphs
 #: it has no data on which it is far off; what the others do to three models is in docs/calibration.md.
 DEFAULT_OBSERVER: Observer = "amax"
 
-PARTIAL_FORMAT = "hstu-compile/calibration-partial-1"
+PARTIAL_FORMAT = "hstu-compile/calibration-partial-2"
 # Batches between two copies of the partial table, which takes a fraction of a second to write.
 _BATCHES_PER_COPY = 32
 
@@ -132,7 +132,7 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> CalibrationRes
     model = model_from_spec(spec)
     tables = [CalibrationTable.load(path) for path in request.merge]
     for table in tables:
-        table.require(spec.sha256, spec.dialect, product_sizes(model))
+        table.require(spec.sha256, spec.dialect, spec.config.to_dict(), product_sizes(model))
     warnings: tuple[str, ...] = ()
     resumed = 0
     if request.data:
@@ -143,7 +143,8 @@ def calibrate(request: CalibrationRequest, progress: Progress) -> CalibrationRes
         sites = run.statistics(progress)
         resumed = run.resumed_requests
         observer = request.observer or (tables[0].observer if tables else DEFAULT_OBSERVER)
-        tables.append(CalibrationTable(spec.sha256, spec.dialect, observer, run.provenance, sites))
+        config = recorded_config(spec.config.to_dict())
+        tables.append(CalibrationTable(spec.sha256, spec.dialect, config, observer, run.provenance, sites))
     table = CalibrationTable.merged(tables, request.observer)
     table.save(request.output)
     with writing_to(request.partial):
@@ -281,6 +282,7 @@ class _Run:
         return {
             "checkpoint_sha256": self._spec.sha256,
             "dialect": self._spec.dialect,
+            "config": recorded_config(self._spec.config.to_dict()),
             "data": [dataclasses.asdict(data) for data in self.provenance],
             "batches": len(self._batches),
         }

@@ -353,9 +353,10 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "noticing. Run `hstu-compile calibrate` again.",
     ),
     "HSTU-E813": ErrorCode(
-        "The calibration table belongs to another checkpoint",
-        "A table holds what one checkpoint's activations were. After more training they are others, and in another "
-        "family the sites are. Run `hstu-compile calibrate` on the checkpoint that is built.",
+        "The calibration table belongs to another checkpoint or configuration",
+        "A table holds what one checkpoint's activations were. After more training they are others, with another "
+        "--config they may be, and in another family the sites are. Run `hstu-compile calibrate` on the checkpoint "
+        "that is built, with the --config that it is built with.",
     ),
     "HSTU-E814": ErrorCode(
         "The calibration table and the model have different products",

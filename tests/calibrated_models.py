@@ -15,7 +15,7 @@ from hstu_compile.calibration.batches import retrieval_batches
 from hstu_compile.calibration.quantization import plan_quantization
 from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.calibration.site_statistics import SiteStatistics
-from hstu_compile.calibration.table import CalibrationTable
+from hstu_compile.calibration.table import CalibrationTable, recorded_config
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.config import Quantization
 from hstu_compile.model.fake_quantization import product_weights
@@ -57,12 +57,13 @@ def calibration_table(
         else retrieval_batches(config, 8, 4, 1 << 22, seed)
     )
     sites = site_statistics(model_from_spec(spec), [batch.arrays for batch in batches])
-    return CalibrationTable(spec.sha256, spec.dialect, observer, (), sites)  # type: ignore[arg-type]
+    made_with = recorded_config(config.to_dict())
+    return CalibrationTable(spec.sha256, spec.dialect, made_with, observer, (), sites)  # type: ignore[arg-type]
 
 
 def quantization_plan(
     model: HstuModel, requests: Iterable[Mapping[str, NDArray[Any]]], kind: Quantization, **options: Any
 ) -> QuantizationPlan:
     """The plan of a float32 model by its activations on the requests."""
-    table = CalibrationTable("0" * 64, "native", "amax", (), site_statistics(model, requests))
+    table = CalibrationTable("0" * 64, "native", {}, "amax", (), site_statistics(model, requests))
     return plan_quantization(table, product_weights(model), kind, **options)

@@ -177,6 +177,20 @@ def test_a_stale_table_is_refused(sources: dict[str, tuple[object, ...]], tmp_pa
     assert "stale" in result.stderr
 
 
+def test_a_table_made_with_another_config_is_refused_by_the_name_of_what_differs(
+    sources: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    """The same checkpoint file with another --config computes other activations."""
+    checkpoint, _, config, *table = sources["ranking"]
+    values = json.loads(Path(str(config)).read_text())
+    (tmp_path / "log.json").write_text(json.dumps({**values, "time_bucket_fn": "log"}))
+    result = hstu_compile("build", checkpoint, "--config", tmp_path / "log.json", "--int8", *table, "--dry-run")
+    assert result.exit_code == 7
+    assert "HSTU-E813" in result.stderr
+    assert 'time_bucket_fn is "sqrt" in the table and "log" here' in result.stderr
+    assert "pass the --config that the table was made with" in result.stderr
+
+
 def test_tensorrt_8_refuses_fp8_by_name_and_takes_int8(
     sources: dict[str, tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,7 @@ def test_the_table_names_its_checkpoint_and_its_data(retrieval: Retrieval) -> No
     table = CalibrationTable.load(retrieval.folder / "table.json")
     assert table == result.table
     spec = spec_from_checkpoint(retrieval.checkpoint, FORM.user_config())
-    table.require(spec.sha256, "research", product_sizes(model_from_spec(spec)))
+    table.require(spec.sha256, "research", spec.config.to_dict(), product_sizes(model_from_spec(spec)))
     assert (table.observer, table.dialect, table.samples) == ("mse", "research", 4)
     [data] = table.data
     assert (data.file, data.requests, data.samples, data.seed) == ("feeds.npz", 6, 4, 3)
@@ -257,7 +257,7 @@ def test_another_task_is_not_gone_on_with(tmp_path: Path, change: dict[str, Any]
 def test_a_damaged_partial_table_is_refused_and_is_no_table(tmp_path: Path) -> None:
     request = many_batches(tmp_path)
     interrupted(request, 40)
-    with pytest.raises(CalibrationError, match="calibration-partial-1"):
+    with pytest.raises(CalibrationError, match="calibration-partial-2"):
         CalibrationTable.load(request.partial)
     request.partial.write_bytes(request.partial.read_bytes()[:-200])
     with pytest.raises(CalibrationError, match="truncated") as caught:

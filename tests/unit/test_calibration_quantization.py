@@ -29,7 +29,7 @@ WEIGHTS = {name: ProductWeight(f"{name}.weight", RNG.normal(size=(4, 3)).astype(
 
 def table(observer: Any = "percentile") -> CalibrationTable:
     sites = {name: SiteStatistics.of(name, rows, 3) for name, rows in ROWS.items()}
-    return CalibrationTable("0" * 64, "native", observer, (), sites)
+    return CalibrationTable("0" * 64, "native", {}, observer, (), sites)
 
 
 def test_layers_and_towers_are_quantised_and_every_other_product_has_a_reason() -> None:
@@ -68,7 +68,7 @@ def test_a_product_whose_sums_could_leave_float16_stays_with_the_reason(kind: An
     rows = np.full((8, size), largest, np.float32)
     sites = {**table("amax").sites, name: SiteStatistics.of(name, rows, 2)}
     ones = ProductWeight("w", np.ones((size, 2), np.float32))
-    made = CalibrationTable("0" * 64, "native", "amax", (), sites)
+    made = CalibrationTable("0" * 64, "native", {}, "amax", (), sites)
     plan = plan_quantization(made, {**WEIGHTS, name: ones}, kind)
     assert (name in plan.sites) is not is_beyond
     assert "layers.0.uvqk" in plan.sites

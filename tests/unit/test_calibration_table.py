@@ -17,11 +17,13 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from hstu_compile.calibration.observers import OBSERVERS, QUANTIZATIONS
+from hstu_compile.calibration.sealed_json import write_sealed
 from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.calibration.table import CalibrationData, CalibrationTable
 from hstu_compile.errors import CalibrationError
 
 SHA = "a" * 64
+CONFIG = {"num_layers": 1, "layer": {"epsilon": 1e-6, "attention": {"max_seq_len": 200, "silu": "exact"}}}
 SIZES = {"layers.0.uvqk": (6, 16), "layers.0.output": (4, 6)}
 ROWS = arrays(np.float32, st.tuples(st.integers(0, 7), st.just(3)), elements=st.floats(-100, 100, width=32))
 
@@ -33,7 +35,7 @@ def activations(seed: int, inputs: int, rows: int = 50) -> NDArray[np.float32]:
 def table(seed: int = 0, **changes: Any) -> CalibrationTable:
     sites = {name: SiteStatistics.of(name, activations(seed, i), o) for name, (i, o) in SIZES.items()}
     data = (CalibrationData(f"feeds{seed}.npz", f"{seed:064d}", 90, 50, seed),)
-    return dataclasses.replace(CalibrationTable(SHA, "research", "percentile", data, sites), **changes)
+    return dataclasses.replace(CalibrationTable(SHA, "research", CONFIG, "percentile", data, sites), **changes)
 
 
 @given(ROWS, ROWS, ROWS)
@@ -90,15 +92,25 @@ def test_a_table_is_readable(tmp_path: Path) -> None:
     """Provenance first, a line for every fact, and one line for a histogram however many bins it has."""
     table().save(tmp_path / "a.json")
     lines = (tmp_path / "a.json").read_text().splitlines()
-    assert lines[1:7] == [
-        ' "format": "hstu-compile/calibration-1",',
+    assert lines[1:17] == [
+        ' "format": "hstu-compile/calibration-2",',
         f' "checkpoint_sha256": "{SHA}",',
         ' "dialect": "research",',
+        ' "config": {',
+        '  "num_layers": 1,',
+        '  "layer": {',
+        '   "epsilon": 1e-06,',
+        '   "attention": {',
+        '    "max_seq_len": 200,',
+        '    "silu": "exact"',
+        "   }",
+        "  }",
+        " },",
         ' "observer": "percentile",',
         ' "samples": 50,',
         ' "data": [',
     ]
-    assert json.loads(lines[7]) == {
+    assert json.loads(lines[17]) == {
         "file": "feeds0.npz",
         "sha256": "0" * 64,
         "requests": 90,
@@ -106,7 +118,7 @@ def test_a_table_is_readable(tmp_path: Path) -> None:
         "seed": 0,
     }
     assert sum('"counts"' in line for line in lines) == len(SIZES)
-    assert len(lines) < 50
+    assert len(lines) < 60
 
 
 def test_tables_of_shards_merge_to_the_table_of_all(tmp_path: Path) -> None:
@@ -127,6 +139,7 @@ def test_tables_of_shards_merge_to_the_table_of_all(tmp_path: Path) -> None:
     [
         (lambda: table(1, checkpoint_sha256="b" * 64), "tables 1 and 2 are of different checkpoints"),
         (lambda: table(1, dialect="native"), "different families"),
+        (lambda: table(1, config={**CONFIG, "num_layers": 2}), "configurations(?s:.*)num_layers 1, num_layers 2"),
         (lambda: table(1, sites={"layers.0.uvqk": table(1).sites["layers.0.uvqk"]}), r"only one.*layers.0.output"),
         (lambda: table(1, observer="mse"), "mse, percentile"),
         (lambda: table(0), "feeds0.npz and feeds0.npz have the same content"),
@@ -139,7 +152,30 @@ def test_tables_that_do_not_belong_together_are_refused(other: Callable[[], Cali
 
 
 def test_a_table_of_this_model_is_accepted() -> None:
-    table().require(SHA, "research", SIZES)
+    table().require(SHA, "research", CONFIG, SIZES)
+    table().require(SHA, "research", {**CONFIG, "external_embeddings": True}, SIZES)
+
+
+def test_a_table_made_with_another_configuration_is_refused_by_name() -> None:
+    other = {"num_layers": 1, "layer": {"epsilon": 1e-5, "attention": {"max_seq_len": 200}}, "more": [1, 2]}
+    with pytest.raises(CalibrationError, match="another configuration") as caught:
+        table().require(SHA, "research", other, SIZES)
+    assert caught.value.code == "HSTU-E813"
+    assert caught.value.why == (
+        "layer.epsilon is 1e-06 in the table and 1e-05 here, "
+        'layer.attention.silu is "exact" in the table and absent here, more is absent in the table and [1, 2] here'
+    )
+    assert "--config" in caught.value.fix
+
+
+def test_a_table_of_the_first_form_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """Such a table was accepted with any --config: it does not say which one it was made with."""
+    values = {name: value for name, value in table().to_dict().items() if name != "config"}
+    write_sealed(tmp_path / "old.json", "hstu-compile/calibration-1", values)
+    with pytest.raises(CalibrationError, match=r"calibration-1'(?s:.*)configuration(?s:.*)calibration-2") as caught:
+        CalibrationTable.load(tmp_path / "old.json")
+    assert caught.value.code == "HSTU-E812"
+    assert "hstu-compile calibrate" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -162,14 +198,14 @@ def test_a_table_of_another_model_is_refused(
     sha: str, dialect: str, sites: dict[str, tuple[int, int]], code: str, message: str
 ) -> None:
     with pytest.raises(CalibrationError, match=message) as caught:
-        table().require(sha, dialect, sites)
+        table().require(sha, dialect, CONFIG, sites)
     assert caught.value.code == code
 
 
 def test_all_faults_of_the_products_are_told_at_once() -> None:
     sites = {"layers.0.uvqk": (7, 16), **{f"layers.{index}.output": (4, 6) for index in range(1, 20)}}
     with pytest.raises(CalibrationError) as caught:
-        table().require(SHA, "research", sites)
+        table().require(SHA, "research", CONFIG, sites)
     assert "missing: layers.1.output" in caught.value.why
     assert "and 9 more" in caught.value.why
     assert "extra: layers.0.output" in caught.value.why
@@ -208,7 +244,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field of a site": (lambda v: site(v).pop("rows"), r"site layers\.0\.uvqk: rows is missing"),
     "data that is a number": (lambda v: v.update(data=[3]), "expected an object, found '3'"),
     "sites that are a list": (lambda v: v.update(sites=[]), "list"),
-    "another version": (lambda v: v.update(format="hstu-compile/calibration-2"), "calibration-2"),
+    "another version": (lambda v: v.update(format="hstu-compile/calibration-3"), "calibration-3"),
 }
 
 
