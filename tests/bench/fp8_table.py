@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -141,12 +142,13 @@ def model_text(times: Mapping[str, float | None]) -> str:
     if own is None or kernel is None:
         return "The share of a whole model needs the times of D = 128, N = 4096, which vary.\n"
     saved, ahead = attention * (1 - kernel / own), _LAYERS * pass_ms(_LAYERS_TOKENS, 128) * 1e3
-    return (
+    text = (
         f"Of a whole model (`{_LAYERS_CASE}` of [end-to-end](end-to-end.md), commit {timeline[SPAN]['commit'][:7]}) "
         f"attention takes {attention:.0f} of {whole:.0f} us. An e4m3 kernel at best saves {saved:.0f} us, "
         f"{saved / whole:.0%}; five passes in front of it take {ahead:.0f} us, which leaves "
-        f"{(saved - ahead) / whole:.0%}.\n"
+        f"{(saved - ahead) / whole:.0%}."
     )
+    return textwrap.fill(text, 130, break_on_hyphens=False) + "\n"
 
 
 def cached_rows(times: Mapping[str, float | None]) -> list[str]:
