@@ -202,7 +202,7 @@ def retrieval_state_dict(sizes: RetrievalSizes) -> Arrays:
         layer = f"_hstu._attention_layers.{index}."
         shapes |= {
             layer + "_uvqk": ((sizes.width, 2 * sizes.inner + 2 * sizes.query), 1 / math.sqrt(sizes.width)),
-            layer + "_o.weight": ((sizes.width, sizes.inner), 1 / math.sqrt(sizes.inner)),
+            layer + "_o.weight": ((sizes.width, sizes.inner), 0.5 / math.sqrt(sizes.inner)),
             layer + "_o.bias": ((sizes.width,), 0.1),
             layer + "_rel_attn_bias._ts_w": ((sizes.num_time_buckets + 1,), 1.0),
             layer + "_rel_attn_bias._pos_w": ((2 * sizes.table_len - 1,), 1.0),
