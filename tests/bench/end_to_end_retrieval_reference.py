@@ -45,10 +45,11 @@ class RetrievalReferenceModel:
         with tempfile.TemporaryDirectory() as folder:
             save_retrieval_checkpoint(Path(folder), sizes)
             spec = spec_from_checkpoint(Path(folder, "ckpt.pt"), config_from_file(Path(folder, "config.json")))
+            # Half, which holds them exactly.
+            self._state = torch.load(Path(folder, "ckpt.pt"), weights_only=True)["model_state_dict"]
         model = model_from_spec(spec, torch.float64)
         assert isinstance(model, RetrievalModel)
         self._model = model.to(device)
-        self._state = {key: torch.from_numpy(values) for key, values in retrieval_state_dict(sizes).items()}
 
     def _features(self, case: RetrievalCase) -> dict[str, torch.Tensor]:
         arrays = retrieval_arrays(case, self.sizes)

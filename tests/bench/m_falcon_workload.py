@@ -221,9 +221,9 @@ def parameter(name: str, shape: tuple[int, ...], mean: float, deviation: float) 
     Eight values each: float16 and bfloat16 hold them exactly (0 and 1 are the only means), so that no backend's error
     is that of rounding the weights, and a graph full of them compresses to a fifth.
     """
-    levels = 2 * _ONES[_bits(name, math.prod(shape))].astype(np.float32) - 7
-    unit = np.float32(2.0 ** round(math.log2(deviation / math.sqrt(7))))
-    return (np.float32(mean) + levels * unit).reshape(shape).astype(np.float32)
+    unit = 2.0 ** round(math.log2(deviation / math.sqrt(7)))
+    of_bits = (mean + (2.0 * _ONES - 7) * unit).astype(np.float32)
+    return of_bits[_bits(name, math.prod(shape))].reshape(shape)
 
 
 def state_dict(sizes: Sizes) -> dict[str, NDArray[Any]]:
