@@ -58,12 +58,13 @@ from hstu_compile.plugin_library import (
 from hstu_compile.polygraphy_files import PolygraphyCheck, run_polygraphy, save_feeds, save_outputs
 from hstu_compile.profiles import graph_profiles
 from hstu_compile.quality import Answer, QualityMeasurement, QualityTable
+from hstu_compile.quantized import QuantizationPlan
 from hstu_compile.report import render_report
-from hstu_compile.rewrite import RowSelection, apply_passes, export_passes, quantized_sites
+from hstu_compile.rewrite import Pass, RowSelection, apply_passes, export_passes, quantized_sites
 from hstu_compile.runtime.schedule_file import schedule_text
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.segment_engines import fused_from_onnx
-from hstu_compile.sensitivity import climb_ladder
+from hstu_compile.sensitivity import ShippedForm, climb_ladder
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
     PREDICTIONS,
@@ -164,21 +165,24 @@ class _Build:
 
     def rewritten(self, graph: OnnxGraph, served: ServedGraph, plan: BuildPlan, folder: str) -> OnnxGraph:
         """Apply every export pass, keeping each step, and note the graph's limits in it."""
-        selection = _selection(served) if plan.prune else None
-        passes = export_passes(
-            served.num_attention,
-            served.taps,
-            selection,
-            plan.attention_silu,
-            fuse_norms=plan.fuse_norms,
-            quantization=plan.quantization.plan if plan.quantization is not None else None,
-        )
-        for number, graph in enumerate(apply_passes(graph, passes), start=1):  # noqa: B020
+        for number, graph in enumerate(apply_passes(graph, _passes(served, plan)), start=1):  # noqa: B020
             self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph.model)
         write_limits(graph.model, plan.graph_limits(served.name))
         return dataclasses.replace(
             graph, inputs=tensor_specs(graph.model.graph.input), outputs=tensor_specs(graph.model.graph.output)
         )
+
+
+def _passes(served: ServedGraph, plan: BuildPlan) -> Sequence[Pass]:
+    """What is done to an exported graph."""
+    return export_passes(
+        served.num_attention,
+        served.taps,
+        _selection(served) if plan.prune else None,
+        plan.attention_silu,
+        fuse_norms=plan.fuse_norms,
+        quantization=plan.quantization.plan if plan.quantization is not None else None,
+    )
 
 
 def _selection(served: ServedGraph) -> RowSelection | None:
@@ -219,7 +223,7 @@ def compile_checkpoint(
         model = model_from_spec(spec, TORCH_DTYPES[config.precision])
         served = served_graphs(model, limits.top_k, limits.micro_batch, limits.max_append)
         requests = _labelled_requests(config, plan)
-        plan = _mixed(config, plan, model, requests, build)
+        plan = _mixed(config, plan, model, served[0], requests, build)
         summarise(f"{sum(p.numel() for p in model.parameters())} parameters in {config.precision}{_mix_in_words(plan)}")
     with build.stage("export") as summarise:
         graphs = []
@@ -319,14 +323,29 @@ def _labelled_requests(config: BuildConfig, plan: BuildPlan) -> LabelledRequests
 
 
 def _mixed(
-    config: BuildConfig, plan: BuildPlan, model: HstuModel, requests: LabelledRequests | None, build: _Build
+    config: BuildConfig,
+    plan: BuildPlan,
+    model: HstuModel,
+    served: ServedGraph,
+    requests: LabelledRequests | None,
+    build: _Build,
 ) -> BuildPlan:
     """The plan with what --mixed auto leaves in float16, and how it came to that; the same plan without it."""
     settings, budget = plan.quantization, config.quality_budget
     if config.mixed is None or settings is None or requests is None or budget is None:
         return plan
     models: dict[str, HstuModel] = {"fp32": model_from_spec(plan.spec), config.precision: model}
-    ladder = climb_ladder(models, settings.plan, requests, budget, build.listener.stage_progress)
+    exported = exported_from_served(served, config.precision)
+
+    @contextlib.contextmanager
+    def opened(candidate: QuantizationPlan) -> Iterator[Answer]:
+        mix = dataclasses.replace(plan, quantization=dataclasses.replace(settings, plan=candidate))
+        *_, graph = apply_passes(exported, _passes(served, mix))
+        with open_session("onnxruntime", onnx=graph.model) as session:
+            yield _answer(session, _asked_output(plan))
+
+    shipped = ShippedForm("onnxruntime", model, opened)
+    ladder = climb_ladder(models, settings.plan, requests, budget, build.listener.stage_progress, shipped)
     build.keep("02_sensitivity.json", json.dumps(ladder.to_dict(), indent=1))
     chosen = dataclasses.replace(settings, plan=ladder.plan, sensitivity=ladder.to_dict())
     return dataclasses.replace(plan, quantization=chosen)
@@ -363,7 +382,7 @@ def _quality(
         progress(f"quality of eager {form}", 1, 3)
         with contextlib.nullcontext() if settings is None else fake_quantized(model, settings.plan):
             measured.add(f"eager {form}", model)
-    output = "logits" if isinstance(plan.spec.config, RankingConfig) else "user_embeddings"
+    output = _asked_output(plan)
     feeds = [Feed(f"labelled {number}", batch.feeds) for number, batch in enumerate(requests.batches)]
     library = plugin.self_registering if plugin else None
     files = {"onnxruntime": main.onnx_file}
@@ -376,6 +395,11 @@ def _quality(
             measured.add(f"{file} on {runtime}", model, _answer(session, output))
     progress("quality", 3, 3)
     return measured.table(config.quality_budget)
+
+
+def _asked_output(plan: BuildPlan) -> str:
+    """The output of the first graph whose quality is measured."""
+    return "logits" if isinstance(plan.spec.config, RankingConfig) else "user_embeddings"
 
 
 def _answer(session: Session, output: str) -> Answer:

@@ -2,15 +2,16 @@
 
 Each site is quantised alone, and left out alone, and the whole ladder is climbed: the site whose absence brings the
 scores closest to the float32 model's is left in float16 first, then the next, until the quality on labelled requests
-differs from the float32 model's by no more than the budget. Order comes from the scores, which have no steps; the
-metrics, in which a few hundred requests are coarse, decide where to stop. A site whose absence alone brings them within
-the budget comes before all others, so that one is kept where one is enough.
+differs from the float32 model's by no more than the budget, in the graph that ships as well. Order comes from the
+scores, which have no steps; the metrics, in which a few hundred requests are coarse, decide where to stop. A site whose
+absence alone brings them within the budget comes before all others, so that one is kept where one is enough.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from hstu_compile.errors import CalibrationError
@@ -18,6 +19,7 @@ from hstu_compile.labelled_requests import LabelledRequests
 from hstu_compile.model.fake_quantization import fake_quantized
 from hstu_compile.model.families import HstuModel
 from hstu_compile.quality import (
+    Answer,
     Answers,
     Quality,
     answers_of,
@@ -33,6 +35,24 @@ Progress = Callable[[str, int, int], None]
 
 #: Why a site that a ladder took out stays in float16.
 REASON = "--mixed auto: its rounding changes the answers most of those that were still quantised"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShippedForm:
+    """The graph that ships, as something that answers.
+
+    A budget of few requests is decided by their last bits, and the graph rounds where its eager model does not. So a
+    step that is within the budget in the eager types is asked in this form too.
+
+    Attributes:
+        name: of what runs it.
+        model: the eager model in the graph's type, whose item vectors its answers meet.
+        opened: a plan's graph, for as long as it is asked.
+    """
+
+    name: str
+    model: HstuModel
+    opened: Callable[[QuantizationPlan], AbstractContextManager[Answer]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +89,9 @@ class Rung:
 
     Attributes:
         kept: the site that this step leaves in float16 in addition; None on the first, where all are quantised.
-        quality: metrics of the quantised model in each type that was measured, by the type's name.
-        worst: largest change of a metric that the budget limits, over these types.
+        quality: metrics of the quantised model in each form that was measured: the eager types by their name, and the
+            graph that ships by that of its runtime where the eager types are within the budget.
+        worst: largest change of a metric that the budget limits, over these forms.
         scores: relative root mean square difference of the scores in float32.
     """
 
@@ -123,8 +144,10 @@ class SensitivityLadder:
 class _Measurement:
     """Runs quantised forms of a model on labelled requests, and compares them with the float32 model."""
 
-    def __init__(self, models: Mapping[str, HstuModel], requests: LabelledRequests) -> None:
-        self.models, self.requests = models, requests
+    def __init__(
+        self, models: Mapping[str, HstuModel], requests: LabelledRequests, budget: float, shipped: ShippedForm | None
+    ) -> None:
+        self.models, self.requests, self.budget, self.shipped = models, requests, budget, shipped
         self.exact = answers_of(models["fp32"], requests)
         self.reference = quality_of(models["fp32"], self.exact, requests)
 
@@ -141,14 +164,17 @@ class _Measurement:
         return Effect(changes(self.reference, quality), score_difference(self.exact, answers))
 
     def rung(self, plan: QuantizationPlan, kept: str | None) -> Rung:
-        """Of a plan in every type: where one is within the budget by luck, the other may not be."""
+        """Of a plan in every form: where one is within the budget by luck, another may not be."""
         measured = {dtype: self.run(plan, dtype) for dtype in self.models}
-        return Rung(
-            kept,
-            {dtype: quality.values for dtype, (_, quality) in measured.items()},
-            max(worst_change(self.reference, quality) for _, quality in measured.values()),
-            score_difference(self.exact, measured["fp32"][0]),
-        )
+        qualities = {dtype: quality for dtype, (_, quality) in measured.items()}
+        worst = max(worst_change(self.reference, quality) for quality in qualities.values())
+        if self.shipped is not None and worst <= self.budget:
+            with self.shipped.opened(plan) as answer:
+                answers = answers_of(self.shipped.model, self.requests, answer)
+            quality = qualities[self.shipped.name] = quality_of(self.shipped.model, answers, self.requests)
+            worst = max(worst, worst_change(self.reference, quality))
+        values = {name: quality.values for name, quality in qualities.items()}
+        return Rung(kept, values, worst, score_difference(self.exact, measured["fp32"][0]))
 
 
 def climb_ladder(
@@ -157,6 +183,7 @@ def climb_ladder(
     requests: LabelledRequests,
     budget: float,
     progress: Progress,
+    shipped: ShippedForm | None = None,
 ) -> SensitivityLadder:
     """Leave sites in float16, the most harmful first, until the quality is within the budget.
 
@@ -169,11 +196,12 @@ def climb_ladder(
         requests: labelled.
         budget: largest change of a metric, see `quality.worst_change`.
         progress: called with (what, done, total).
+        shipped: the graph, which has to be within the budget too; None asks the eager models alone.
 
     Raises:
         CalibrationError: HSTU-E832, if no plan with at least one quantised site is within the budget.
     """
-    measurement = _Measurement(models, requests)
+    measurement = _Measurement(models, requests, budget, shipped)
     effects = _site_effects(measurement, plan, budget, progress)
     rungs: list[Rung] = []
     for number in range(len(effects)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -13,9 +14,9 @@ from hstu_compile._report_ladder import ladder_section, ladder_table
 from hstu_compile.errors import CalibrationError
 from hstu_compile.labelled_requests import labelled_requests
 from hstu_compile.model.fake_quantization import fake_quantized, product_weights
-from hstu_compile.quality import answers_of, largest_change, quality_of, score_difference, worst_change
+from hstu_compile.quality import answers_of, eager_answer, largest_change, quality_of, score_difference, worst_change
 from hstu_compile.quantized import QuantizationPlan, SiteScales, quantized_weight
-from hstu_compile.sensitivity import REASON, climb_ladder
+from hstu_compile.sensitivity import REASON, ShippedForm, climb_ladder
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import ranking_model, small_config, small_model
 from tests.labelled_cases import ranking_arrays, retrieval_arrays
@@ -159,6 +160,46 @@ def test_the_worse_type_decides(retrieval):
     other = climb_ladder({"fp32": models["fp32"], "fp16": broken}, plan, requests, 1.0, silent)
     assert other.rungs[0].quality["fp32"] == ladder.rungs[0].quality["fp32"]
     assert other.rungs[0].worst > ladder.rungs[0].worst
+
+
+def test_the_graph_that_ships_has_to_keep_the_budget_too(retrieval):
+    """Seen with the demo: two more users gained in ONNX Runtime than in both eager types, and the build was FAIL."""
+    models, requests, plan = retrieval
+    budget = climb_ladder(models, plan, requests, 1.0, silent).rungs[0].worst
+    asked = []
+
+    @contextlib.contextmanager
+    def opened(mix):
+        asked.append(mix)
+        model = small_model(small_config(), "fp16")
+        if HARMFUL in mix.sites:
+            model.item_embedding.weight.data.mul_(-1)
+        with fake_quantized(model, mix):
+            yield eager_answer(model)
+
+    shipped = ShippedForm("a runtime", models["fp16"], opened)
+    ladder = climb_ladder(models, plan, requests, budget, silent, shipped)
+    assert asked == [plan, ladder.plan]
+    assert ladder.kept == (HARMFUL,)
+    first, last = ladder.rungs
+    assert list(first.quality) == list(last.quality) == ["fp32", "fp16", "a runtime"]
+    assert first.worst > budget >= last.worst
+    assert climb_ladder(models, plan, requests, budget, silent).kept == ()
+
+
+def test_a_step_beyond_the_budget_needs_no_graph(retrieval):
+    models, requests, plan = retrieval
+    full = climb_ladder(models, plan, requests, 1.0, silent).rungs[0]
+
+    @contextlib.contextmanager
+    def opened(mix):
+        assert mix != plan
+        with fake_quantized(models["fp16"], mix):
+            yield eager_answer(models["fp16"])
+
+    shipped = ShippedForm("a runtime", models["fp16"], opened)
+    ladder = climb_ladder(models, plan, requests, full.worst / 2, silent, shipped)
+    assert [len(rung.quality) for rung in ladder.rungs] == [2] * (len(ladder.rungs) - 1) + [3]
 
 
 def test_ranking_models_are_judged_by_auc_and_ne(tmp_path):
