@@ -46,6 +46,7 @@ from bench_attention import PROGRESS, run_worker
 from bench_plugin import status_of
 from end_to_end_engines import Engines, OurRows
 from end_to_end_reference import reference_path
+from end_to_end_retrieval_workload import RetrievalCase
 from end_to_end_rows import (
     AOTI,
     COMPILE,
@@ -74,7 +75,6 @@ from end_to_end_workload import (
     AnySizes,
     Case,
     Models,
-    RetrievalCase,
     chosen_cases,
     known_cases,
 )

@@ -25,10 +25,10 @@ import numpy as np
 from bench_plugin import clocks, status_of
 from end_to_end_clock import FLUSH_BYTES, DriverClock, call_times, timed
 from end_to_end_reference import Reference, reference_path
+from end_to_end_retrieval_workload import RETRIEVAL
 from end_to_end_rows import GRAPH, RTX_FUSED, TRT85, backends_of, keys_path, line_of, load_keys, write_part
 from end_to_end_workload import (
     CACHED,
-    RETRIEVAL,
     AnyCase,
     AnySizes,
     Case,

@@ -118,7 +118,8 @@ class PlainRetrievalModel(nn.Module):
         if not self.case.is_pruned:
             x = x[(features["seq_offsets"][1:] - 1) if is_jagged else places.last]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=_EPS)
+        length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return wide / length.clamp(min=_EPS)
 
     def _places(self, features: dict[str, Tensor]) -> Places:
         batch, longest, total = self.case.batch, self.case.max_rows, self.case.tokens
@@ -181,7 +182,7 @@ class PlainRetrievalModel(nn.Module):
         layer, sizes = _layer(number), self.sizes
         normed = F.layer_norm(x, x.shape[-1:], eps=_EPS)
         uvqk = self._projected(layer, normed, 0, 2 * sizes.inner + 2 * sizes.query)
-        u, *parts = uvqk.split([sizes.inner, sizes.inner, sizes.query, sizes.query], dim=1)
+        u, *parts = torch.split(uvqk, [sizes.inner, sizes.inner, sizes.query, sizes.query], dim=1)
         v, q, k = (self._heads(part, places) for part in parts)
         attended = self.attend(q, k, v, self._bias(layer, places)).transpose(1, 2).flatten(0, 1).flatten(1)
         if self.form == JAGGED:

@@ -20,6 +20,7 @@ if str(Path(__file__).parent) not in sys.path:
 
 from attention_table import LARGEST_SPREAD, milliseconds, rows_by_case, spread
 from bench_plugin import put_between, read_rows
+from end_to_end_retrieval_workload import retrieval_cases
 from end_to_end_rows import BACKENDS, GRAPH, PEERS, RESULTS, RTX_FUSED, backends_of
 from end_to_end_timeline import timeline_lines, timeline_path
 from end_to_end_workload import (
@@ -32,7 +33,6 @@ from end_to_end_workload import (
     all_cases,
     growth_cases,
     known_cases,
-    retrieval_cases,
 )
 from svg_panel import COLOURS, GAP, MARGIN, PANEL, Panel, drawing, legend
 

@@ -19,14 +19,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "bench")]
 
 from end_to_end_retrieval_reference import save_retrieval_checkpoint  # noqa: E402
-from end_to_end_workload import FULL, GROWN_LAYERS, RetrievalCase  # noqa: E402
+from end_to_end_retrieval_workload import RETRIEVAL  # noqa: E402
+from end_to_end_workload import FULL, GROWN_LAYERS  # noqa: E402
 from m_falcon_prepare import save_checkpoint  # noqa: E402
 
 from hstu_compile.graph_plugin import kernels_request_of  # noqa: E402
 from hstu_compile.plugin_library import build_kernels_library  # noqa: E402
 
-#: Parts: the ranking model, the same with other numbers of layers, and the retrieval model.
-END_TO_END, GROWTH, RETRIEVAL = "end_to_end", "end_to_end-growth", RetrievalCase.mode
+#: Parts: the ranking model, and the same with other numbers of layers; RETRIEVAL is one as well.
+END_TO_END, GROWTH = "end_to_end", "end_to_end-growth"
 PRECISIONS = ("fp16", "bf16")
 #: Options of the bundles without "-unpruned" and with it.
 OPTIONS = {"": ("--m-falcon", "micro-batch=256"), "-unpruned": ("--no-prune",)}

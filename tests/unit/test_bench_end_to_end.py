@@ -545,7 +545,7 @@ def test_the_gpu_step_names_families_that_there_are() -> None:
 def test_the_whole_program_runs_on_a_cpu(tmp_path: Path) -> None:
     program = [sys.executable, str(REPOSITORY / "tests" / "bench" / "bench_end_to_end.py"), "--tiny"]
     program += ["--parts", str(tmp_path / "parts"), "--scratch", str(tmp_path / "scratch")]
-    names = ["fp16_tiny_B1_n40_m8_pruned", "fp16_cached_tiny_B2_n40_m8"]
+    names = ["fp16_tiny_B1_n40_m8_pruned", "fp16_cached_tiny_B2_n40_m8", "fp16_retrieval_tiny_B3_pruned"]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONPATH": str(REPOSITORY)}
     families = [rows.REFERENCE, rows.EAGER, rows.COMPILE, rows.AOTI]
     subprocess.run(
