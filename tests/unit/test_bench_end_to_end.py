@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from tests.fake_cuda import FakeCuda
 from tests.fused_fakes import fused_session
-from tests.segmented_cases import ranking_case
+from tests.segmented_cases import ranking_case, rounding_what_kernels_make
 from tests.tolerances import RMS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -336,7 +336,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(short: None) -> Iterator[tuple[engines.Measured, TimedCuda]]:
     case, cuda = ranking_case("packed", "bf16"), TimedCuda()
     feeds = case.feeds[1]
-    with OnnxRuntimeSession(case.whole.model) as whole:
+    with OnnxRuntimeSession(rounding_what_kernels_make(case)) as whole:
         exact = whole.run(feeds)["logits"][:, 0].astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
