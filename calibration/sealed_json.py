@@ -56,8 +56,8 @@ def read_sealed(
         raise SealError(f"it is truncated or not JSON: {error}") from error
     seen = values.get("format") if isinstance(values, dict) else f"a {type(values).__name__}"
     if seen != form:
-        why = f", {earlier[seen]}" if earlier and seen in earlier else ""
-        raise SealError(f"its format is {seen!r}{why}; this version reads {form!r}")
+        why = (earlier or {}).get(str(seen))
+        raise SealError(f"its format is {seen!r}{f', {why}' if why else ''}; this version reads {form!r}")
     digest = values.pop("sha256", None)
     try:
         parsed = parse({key: value for key, value in values.items() if key != "format"})
