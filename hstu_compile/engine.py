@@ -32,6 +32,7 @@ from hstu_compile.files import write_whole
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.narrow_adds import NarrowAdds
+from hstu_compile.rewrite.widen_accumulators import WidenAccumulators
 from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api, tf32_override_off
 from hstu_compile.trt_options import EngineOptions
 
@@ -248,6 +249,7 @@ def _prepared(
         copy = onnx.inliner.inline_local_functions(copy)
         MergeDuplicates().call(copy)
         NarrowAdds().call(copy)
+        WidenAccumulators().call(copy)
         return copy
     # TensorRT 10.0 to 10.6 may prefer the local function to the plugin.
     del copy.functions[:]
