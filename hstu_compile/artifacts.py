@@ -155,7 +155,7 @@ class Schedule:
     Attributes:
         inputs: of the graph, in order.
         outputs: of the graph, in order.
-        calls: what kernels compute, attentions and the norms behind them.
+        calls: what kernels compute, attentions and norms.
         steps: segments and calls in the order in which they run.
         crossing: tensors that outlive the step that makes them, in the order in which they are made.
         constants: arrays that kernels read; the name of each is in some call's `inputs`.

@@ -304,7 +304,7 @@ def _print_fused(plan: FusedPlan) -> None:
     click.echo(f"segments    {cut}")
     hopper = len(plan.hopper_kernels)
     click.echo(
-        f"kernels     {len(plan.kernels)} portable of attention, {len(plan.norm_kernels)} of the norms behind them, "
+        f"kernels     {len(plan.kernels)} portable of attention, {len(plan.norm_kernels)} of norms, "
         f"and {hopper} for Hopper if nvcc is there"
     )
 

@@ -215,7 +215,7 @@ def _run_fused_stage(request: EngineRequest) -> dict[str, Any]:
 
 
 def _described_calls(cut: SegmentedGraph) -> str:
-    """How many attentions kernels compute, and norms behind them."""
+    """How many attentions and norms kernels compute."""
     attentions = sum(call.operator == attention_contract().name for call in cut.calls)
     norms = len(cut.calls) - attentions
     return f"{attentions} attentions" + (f" and {norms} norms" if norms else "")

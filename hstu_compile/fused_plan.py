@@ -30,12 +30,14 @@ class FusedPlan:
 
     Attributes:
         attentions: number of them in each graph. A graph has an engine before each of them and one after the last.
+        tower_cuts: of each graph, the places in front of its layers where norms of its towers run between two engines.
         kernels: portable kernels that its attentions need.
-        norm_kernels: kernels of the norms behind its attentions.
+        norm_kernels: kernels of the norms behind its attentions and in its towers.
         hopper_kernels: kernels that a Hopper GPU runs in their place, if the build has nvcc.
     """
 
     attentions: dict[str, int]
+    tower_cuts: dict[str, int]
     kernels: tuple[KernelVariant, ...]
     norm_kernels: tuple[NormVariant, ...]
     hopper_kernels: tuple[HopperVariant, ...]
@@ -43,7 +45,7 @@ class FusedPlan:
     @property
     def segments(self) -> dict[str, int]:
         """Segments, and so engines, of each graph."""
-        return {graph: count + 1 for graph, count in self.attentions.items()}
+        return {graph: count + self.tower_cuts[graph] + 1 for graph, count in self.attentions.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -114,7 +116,20 @@ def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, 
             )
         )
     norms = _norms(model.layer, _DTYPES[precision]) if kernels else ()
-    return FusedPlan(attentions, tuple(kernels), norms, tuple(hopper))
+    towers = _tower_norms(model, _DTYPES[precision]) if isinstance(model, RankingConfig) else ()
+    cuts = {graph: len(towers) if count and graph not in _CACHED else 0 for graph, count in attentions.items()}
+    norms += towers if any(cuts.values()) else ()
+    return FusedPlan(attentions, cuts, tuple(kernels), norms, tuple(hopper))
+
+
+def _tower_norms(model: RankingConfig, dtype: str) -> tuple[NormVariant, ...]:
+    """The kernels of the norms between a tower's products and of those at its end, as far as an HstuNorm takes them."""
+    widths = {2: model.hidden_dim, 0: model.layer.embedding_dim}
+    return tuple(
+        norm_variant(dtype, dtype, width, activation=activation)
+        for activation, width in widths.items()
+        if width <= MAX_WIDTH
+    )
 
 
 def _norms(layer: LayerConfig, dtype: str) -> tuple[NormVariant, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
 import onnx
@@ -16,6 +16,7 @@ from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, HopperVaria
 from hstu_compile.plugins.kernels.norm_variants import NormVariant, norm_variant
 from hstu_compile.plugins.kernels.variants import DTYPE_CODES, KernelVariant, variants_for
 from hstu_compile.rewrite.following_norms import following_norms
+from hstu_compile.rewrite.tower_norms import tower_norms
 
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
@@ -34,7 +35,7 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
     Raises:
         InternalError: if an attention input has no static head count and width, or a norm's rows no width.
     """
-    norms = [norm for model in models for norm in _norms_of(model)]
+    norms = [norm for model in models for norm in _norms_of(model, filter(is_norm, model.graph.node))]
     nodes = [node for model in models for node in _nodes_of(model, runtime_version)]
     return PluginBuildRequest(
         variants=tuple(dict.fromkeys(variant for node in nodes for variant in node.portable)),
@@ -47,8 +48,8 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
 def kernels_request_of(models: Sequence[onnx.ModelProto]) -> PluginBuildRequest:
     """The smallest library of kernels that runs between the segments of graphs that are cut, for every architecture.
 
-    It has those of the attentions and of the norms that follow them directly. Other norms stay in the segments, whose
-    compiler fuses them with what surrounds them.
+    It has those of the attentions, of the norms that follow them directly, and of those of the towers in front of the
+    first layer. Other norms stay in the segments, whose compiler fuses them with what surrounds them.
 
     Args:
         models: as for `plugin_request_of`.
@@ -56,21 +57,23 @@ def kernels_request_of(models: Sequence[onnx.ModelProto]) -> PluginBuildRequest:
     Raises:
         InternalError: see `plugin_request_of`.
     """
-    norms = [norm for model in models for norm in _norms_of(model, following_norms(model.graph))]
+    norms: list[NormVariant] = []
+    for model in models:
+        following = following_norms(model.graph)
+        nodes = [node for node in model.graph.node if node.output[0] in following]
+        norms += _norms_of(model, [*nodes, *(norm for norm, *_ in tower_norms(model.graph).values())])
     return dataclasses.replace(plugin_request_of(models), norm_variants=tuple(dict.fromkeys(norms)))
 
 
-def _norms_of(model: onnx.ModelProto, only: Collection[str] | None = None) -> Iterator[NormVariant]:
-    """The kernel of each norm node, or of those with these outputs; its scale says how wide the rows are."""
+def _norms_of(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> Iterator[NormVariant]:
+    """The kernel of each of some norm nodes of a model; its scale says how wide the rows are."""
     widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 1}
     for value in model.graph.value_info:
         dims = value.type.tensor_type.shape.dim
         if len(dims) == 1:
             widths[value.name] = dims[0].dim_value
     names = {code: name for name, code in DTYPE_CODES.items()}
-    for node in model.graph.node:
-        if not is_norm(node) or (only is not None and node.output[0] not in only):
-            continue
+    for node in nodes:
         attributes = node_attributes(node)
         scale = node.input[1 + attributes["has_shift"]]
         if not widths.get(scale):

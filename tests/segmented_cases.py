@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.artifacts import OnnxGraph, Precision, SegmentedGraph
 from hstu_compile.calibration.append_batches import append_arrays
@@ -19,6 +19,7 @@ from hstu_compile.model.families import HstuModel
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.rewrite.norm_body import ELEMENT_TYPES
 from hstu_compile.served import ServedGraph, served_graphs
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import ranking_model, small_config, small_model
@@ -59,16 +60,28 @@ def rounding_what_kernels_make(case: Case) -> onnx.ModelProto:
     """The graph in one piece as a runtime computes it that stores what kernels make in its own type.
 
     Where a norm ends in a Cast to float16 and its reader is a product, which ONNX Runtime computes in float32 on a CPU,
-    ONNX Runtime hands the product the numbers from before the Cast. A Reshape in between keeps it from that.
+    ONNX Runtime hands the product the numbers from before the Cast. A Reshape in between keeps it from that. What the
+    norms at the end of towers make, which is float32 in the graph, is rounded to the type that they store.
     """
     model = onnx.ModelProto()
     model.CopyFrom(case.whole.model)
-    graph, norms = model.graph, {call.output for call in case.cut.calls if call.operator == "HstuNorm"}
+    graph, calls = model.graph, {call.output: call for call in case.cut.calls if call.operator == "HstuNorm"}
     graph.initializer.append(numpy_helper.from_array(np.array([0, -1], np.int64), "as it is"))
     for place, node in reversed(list(enumerate(graph.node))):
-        if node.output[0] in norms:
-            stored, node.output[0] = node.output[0], f"{node.output[0]}/computed"
-            graph.node.insert(place + 1, helper.make_node("Reshape", [node.output[0], "as it is"], [stored]))
+        made = node.output[0]
+        if made in calls:
+            node.output[0] = f"{made}/computed"
+            graph.node.insert(place + 1, helper.make_node("Reshape", [node.output[0], "as it is"], [made]))
+        elif (call := calls.get(f"{made}/stored")) is not None:
+            node.output[0] = f"{made}/computed"
+            half = ELEMENT_TYPES[call.attributes["output_type"]]
+            rounding = [
+                helper.make_node("Cast", [node.output[0]], [f"{made}/half"], to=half),
+                helper.make_node("Reshape", [f"{made}/half", "as it is"], [f"{made}/stored"]),
+                helper.make_node("Cast", [f"{made}/stored"], [made], to=TensorProto.FLOAT),
+            ]
+            for each in reversed(rounding):
+                graph.node.insert(place + 1, each)
     return model
 
 

@@ -1,20 +1,20 @@
 """Cut a graph at every attention into segments, for a runtime that takes no plugins. Level 3.
 
 Input: a rewritten `OnnxGraph`. Output: a `SegmentedGraph`: segment, attention, norm, segment, ... in the order of the
-layers. Attentions are computed by kernels, and so are the norms of case 8; everything else is in a segment.
+layers. Attentions are computed by kernels, and so are the norms of cases 8 and 9; everything else is in a segment.
 
 The rule of what runs where:
 
-1. A node runs in the segment of the first that needs it, and never before an attention that it depends on. So index
-   arithmetic of the last layer, and the whole tower of the candidates, run where they are read, and only what they are
-   made of crosses.
+1. A node runs in the segment of the first that needs it, and never before an attention, or a norm of case 9, that it
+   depends on. So index arithmetic of the last layer, and the whole tower of the candidates, run where they are read,
+   and only what they are made of crosses.
 2. What follows from sizes and constants alone is computed anew in every segment that reads it: it may be the shape of
    something there, which a runtime must know on the host, and it reads no memory.
 3. So is a view (Reshape, Squeeze, Unsqueeze, Identity) and a Cast to a type that is no smaller, unless a kernel
    reads it: the value that it is made of crosses in its place, which takes no more bytes, and the segment's compiler
    fuses it with the reader.
 4. A node that reads a large constant (an embedding table) runs where the first such node does, so that no table is in
-   two engines, unless an attention lies in between.
+   two engines, unless a cut lies in between.
 5. Everything else is computed once and crosses, if a later segment or kernel reads it.
 6. A size that is also that of a graph input's axis is read there, since an input is everywhere.
 7. q, k and v that are columns of a tensor are not made: the tensor crosses, attentions read its columns where they lie,
@@ -23,6 +23,8 @@ The rule of what runs where:
 8. A norm of an attention's output (`following_norms` says which) is no segment's: its kernel runs right behind the
    attention. It reads the attention's output itself, which then lives until there, and its gate by case 7 or, where
    the gate is no column, as a tensor that crosses.
+9. So is a norm of the towers in front of the first layer (`tower_norms` says which, and of what type its result is).
+   The graph is cut there too; those with as many cuts in a row in front of them run between the same two segments.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.op_schema import is_attention, node_attributes
 from hstu_compile.rewrite._column_views import ColumnViews, named_inputs
 from hstu_compile.rewrite.following_norms import VIEWS, following_norms
+from hstu_compile.rewrite.tower_norms import tower_norms
 
 # Constants from this size on are in one segment only, if possible.
 _LARGE_BYTES = 1 << 20
@@ -75,7 +78,7 @@ class _Placement:
     Attributes:
         repeated: nodes that run in every segment that reads them.
         segments: of each node that somebody needs, the segments that it runs in: exactly one unless it is repeated.
-        depth: of each node, and of each value by name, the number of attentions in a row that it depends on.
+        depth: of each node, and of each value by name, the number of cuts in a row that it depends on.
     """
 
     repeated: frozenset[int]
@@ -116,18 +119,26 @@ class _Cut:
         self.outputs = {spec.name for spec in graph.outputs}
         initializers = {tensor.name: tensor for tensor in self.proto.initializer}
         self.norms = following_norms(self.proto)
-        self.column_views = ColumnViews(self.proto.node, self.norms, initializers, self.specs, self.outputs)
+        towers = tower_norms(self.proto)
+        nodes = [each for node in self.proto.node for each in towers.get(node.output[0], (node,))]
+        for name, (norm, *widened) in towers.items():
+            if widened:
+                stored, dtype = norm.output[0], self.specs[norm.input[0]].dtype
+                self.specs[stored] = dataclasses.replace(self.specs[name], name=stored, dtype=dtype)
+        self.column_views = ColumnViews(nodes, self.norms, initializers, self.specs, self.outputs)
         rewritten = self.column_views.reading(sources)
         self.views = rewritten.views
         self.nodes = [self._sized_by_input(node) for node in rewritten.nodes]
         self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.constants = initializers | {tensor.name: tensor for tensor in rewritten.constants}
-        self.attentions = [i for i, node in enumerate(self.nodes) if is_attention(node)]
-        # The norms behind each attention, which is meant by its place.
-        self.followers: dict[int, list[int]] = {i: [] for i in self.attentions}
+        in_towers = {norm.output[0] for norm, *_ in towers.values()}
+        # Kernels with a segment in front of them.
+        self.cuts = [i for i, n in enumerate(self.nodes) if is_attention(n) or not in_towers.isdisjoint(n.output)]
+        # The norms right behind each of them, which is meant by its place.
+        self.followers: dict[int, list[int]] = {i: [] for i in self.cuts}
         for name, norm in self.norms.items():
             self.followers[self.producer[norm.attention]].append(self.producer[name])
-        self.kernels = {i for attention, norms in self.followers.items() for i in (attention, *norms)}
+        self.kernels = {i for cut, norms in self.followers.items() for i in (cut, *norms)}
         self.read_by_kernel = {name for i in self.kernels for name in self.nodes[i].input}
         self.placement = self._placed()
 
@@ -135,7 +146,7 @@ class _Cut:
         """All segments, calls, and what crosses between them."""
         groups = self._groups()
         by_depth: dict[int, list[int]] = {}
-        for i in self.attentions:
+        for i in self.cuts:
             by_depth.setdefault(self._depth_of(i), []).append(i)
         order = list(groups)
         steps: list[Step] = []
@@ -143,8 +154,8 @@ class _Cut:
         for depth in sorted({*groups, *by_depth}):
             if depth in groups:
                 steps.append(Step("segment", order.index(depth)))
-            for attention in by_depth.get(depth, []):
-                for i in (attention, *self.followers[attention]):
+            for cut in by_depth.get(depth, []):
+                for i in (cut, *self.followers[cut]):
                     steps.append(Step("kernel", len(calls)))
                     calls.append(self._call(i))
         gives = self._gives(groups)
@@ -232,7 +243,7 @@ class _Cut:
         # Nodes are in topological order: inputs are known when a node is reached.
         self.depth = dict.fromkeys((*self.inputs, *self.constants), 0)
         for i, node in enumerate(self.nodes):
-            depth = self._depth_of(i) + (i in self.attentions)
+            depth = self._depth_of(i) + (i in self.cuts)
             self.depth |= {name: depth for name in node.output if name}
         repeated = self._repeated()
         placement = _Placement(repeated, self._homes(repeated, {}), self.depth)
@@ -291,7 +302,7 @@ class _Cut:
         needed: dict[str, set[int]] = {}
         found: dict[int, frozenset[int]] = {}
         # What a norm reads is there when its attention runs.
-        behind = {i: self._depth_of(attention) for attention, norms in self.followers.items() for i in norms}
+        behind = {i: self._depth_of(cut) for cut, norms in self.followers.items() for i in norms}
         for i, node in reversed(list(enumerate(self.nodes))):
             where = {segment for name in node.output for segment in needed.get(name, ())}
             if i in self.kernels:
@@ -367,7 +378,7 @@ class _Cut:
     def _call(self, i: int) -> KernelCall:
         node, output = self.nodes[i], self.nodes[i].output[0]
         attributes, inputs = node_attributes(node), named_inputs(node)
-        return KernelCall(node.op_type, node.name, attributes, inputs, output, self.views[output])
+        return KernelCall(node.op_type, node.name, attributes, inputs, output, self.views.get(output, {}))
 
     def _crossing(self, whole: SegmentedGraph) -> tuple[Crossing, ...]:
         last: dict[str, int] = {}

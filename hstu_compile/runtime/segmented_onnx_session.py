@@ -2,7 +2,7 @@
 
 Every segment is a graph of its own, and so is every attention and norm between them, by its native body. So each tensor
 that crosses does cross here, in its own type, and the numbers are those of the graph in one piece, but for roundings
-that ONNX Runtime leaves out there (docs/pitfalls.md).
+that ONNX Runtime leaves out there (docs/pitfalls.md) and that of what a tower ends in (`rewrite.tower_norms`).
 """
 
 from __future__ import annotations

@@ -13,11 +13,8 @@ from tests.segmented_cases import WIDE_FORM, ranking_case, retrieval_case
 
 
 def assert_same_kernels(plan: FusedPlan, request: PluginBuildRequest) -> None:
-    """An attention's kernels, and exactly one norm's: that behind the attention."""
     assert (plan.kernels, plan.hopper_kernels) == (request.variants, request.hopper_variants)
     assert plan.norm_kernels == request.norm_variants
-    (norm,) = plan.norm_kernels
-    assert norm.activation == 1
 
 
 WIDE = dict.fromkeys(("attention_dim", "linear_dim"), 64)
@@ -29,23 +26,25 @@ def test_a_retrieval_plan_names_the_kernels_and_segments_of_the_graph(name: str)
     plan = fused_plan(small_config(2), (name,), "fp16", "fast")
     request = kernels_request_of([case.whole.model])
     assert_same_kernels(plan, request)
-    assert (plan.attentions, plan.segments) == ({name: len(case.cut.calls) // 2}, {name: len(case.cut.segments)})
+    assert [norm.activation for norm in plan.norm_kernels] == [1]
+    assert (plan.attentions, plan.segments) == ({name: case.served.num_attention}, {name: len(case.cut.segments)})
 
 
-def test_a_ranking_plan_names_the_kernels_and_segments_of_the_graph() -> None:
-    case = ranking_case("packed", "bf16")
-    plan = fused_plan(ranking_config(WIDE_FORM), ("packed",), "bf16", "fast")
+@pytest.mark.parametrize(("name", "activations"), [("packed", [1, 2, 0]), ("prefill", [1, 2, 0]), ("score", [1])])
+def test_a_ranking_plan_names_the_kernels_and_segments_of_the_graph(name: str, activations: list[int]) -> None:
+    case = ranking_case(name, "bf16")
+    plan = fused_plan(ranking_config(WIDE_FORM), (name,), "bf16", "fast")
     request = kernels_request_of([case.whole.model])
     assert_same_kernels(plan, request)
-    found = (plan.attentions, plan.segments)
-    assert found == ({"packed": len(case.cut.calls) // 2}, {"packed": len(case.cut.segments)})
+    assert [norm.activation for norm in plan.norm_kernels] == activations
+    assert (plan.attentions, plan.segments) == ({name: case.served.num_attention}, {name: len(case.cut.segments)})
 
 
 def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
     plan = fused_plan(ranking_config(DlrmForm(num_layers=3)), ("packed", "prefill", "score"), "fp16", "accurate")
-    assert plan.segments == {"packed": 4, "prefill": 3, "score": 4}
+    assert plan.segments == {"packed": 6, "prefill": 5, "score": 4}
     assert [(each.mask_kind, each.has_cache) for each in plan.kernels] == [(1, False), (0, False), (1, True)]
-    assert plan.to_dict()["engines"] == 11
+    assert plan.to_dict()["engines"] == 15
 
 
 def test_a_graph_without_attention_needs_no_kernel() -> None:
