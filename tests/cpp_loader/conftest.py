@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from hstu_compile.errors import PluginError
-from hstu_compile.plugin_library import find_tensorrt_headers, read_tensorrt_version
+from hstu_compile.plugin_library import KERNELS_LIBRARY, find_tensorrt_headers
 from tests.cpp_loader import toolchain
 from tests.cpp_loader.fake_bundle import write_bundle
+from tests.cpp_loader.fake_fused import write_fused_bundle
+from tests.cpp_loader.rtx_headers import headers_version, write_rtx_headers
 from tests.plugins.conformance.libraries import headers_of_major
 
 #: Sanitizers keep freed memory back and know no leak of a fake: what grows is not the program's.
@@ -64,6 +66,8 @@ class Loader:
 
     def bundle(self, folder: Path, family: str, *, plugin: bool = True) -> Path:
         """A bundle for this TensorRT."""
+        if self.version[0] < 8:
+            return write_fused_bundle(folder / f"{family}.hstu", family, self.version, self.folder / KERNELS_LIBRARY)
         library = self.folder / "libfake_plugin.so" if plugin else None
         return write_bundle(folder / f"{family}.hstu", family, self.version, library)
 
@@ -93,7 +97,7 @@ def _loader(config: pytest.Config, include_dir: Path, options: Sequence[str]) ->
         toolchain.build_program(folder, include_dir, *options)
 
     folder = toolchain.built(cache_of(config), include_dir, ["loader", *options], build)
-    return Loader(folder, read_tensorrt_version(include_dir))
+    return Loader(folder, headers_version(include_dir))
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +120,22 @@ def headers10() -> Path:
 def loader10(request: pytest.FixtureRequest, headers10: Path) -> Loader:
     """With the address and undefined-behaviour sanitizers."""
     return _loader(request.config, headers10, (*toolchain.SANITIZE, "-O0"))
+
+
+@pytest.fixture(scope="session")
+def headers_rtx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Headers of TensorRT-RTX where HSTU_TEST_TENSORRT_RTX_INCLUDE_DIR names them, else headers like them."""
+    if named := os.environ.get("HSTU_TEST_TENSORRT_RTX_INCLUDE_DIR"):
+        return Path(named)
+    # A fixed place: what is compiled is found again by it.
+    folder: Path = cache_of(request.config) / "rtx-headers"
+    return write_rtx_headers(folder, request.getfixturevalue("headers10"))
+
+
+@pytest.fixture(scope="session")
+def loader_rtx(request: pytest.FixtureRequest, headers_rtx: Path) -> Loader:
+    """For TensorRT-RTX, with the address and undefined-behaviour sanitizers; its bundles are in segments."""
+    return _loader(request.config, headers_rtx, (*toolchain.SANITIZE, "-O0"))
 
 
 @pytest.fixture(scope="session")

@@ -288,7 +288,8 @@ def write_bundle(folder: Path, family: str, version: tuple[int, int, int], plugi
     """
     folder.mkdir(parents=True)
     major, minor, patch = version
-    number = major * 1000 + minor * 100 + patch if major < 10 else major * 10000 + minor * 100 + patch
+    # TensorRT 8 alone has one digit a part; TensorRT-RTX counts from 1 and has two, as TensorRT 10.
+    number = (major * 10 + minor) * 100 + patch if major == 8 else major * 10000 + minor * 100 + patch
     graphs = graphs_of(family)
     if plugin is not None:
         (folder / SELF_REGISTERING).write_bytes(plugin.read_bytes())

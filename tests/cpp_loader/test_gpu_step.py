@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu_compile.plugin_library import KERNELS_LIBRARY
 from tests.cpp_loader.conftest import SANITIZER, Loader
+from tests.cpp_loader.fake_fused import write_fused_bundle
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = {"research-fp32": "retrieval", "dlrm-fp32": "ranking"}
@@ -153,21 +155,80 @@ def test_an_engine_that_no_step_left_and_that_cannot_be_built_is_a_failure(step:
     assert "research-fp32: the bundle is put together" in failed(result)
 
 
-def collect_it(job: Path, code: int) -> None:
+@pytest.fixture
+def fused_step(
+    step: ModuleType, loader_rtx: Loader, loader10: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ModuleType, Path]:
+    """The script for bundles in segments, and a job folder with them and with both programs."""
+    module, job = importlib.import_module("run_cpp_fused"), tmp_path / "job"
+    (job / "cpp_loader").mkdir(parents=True)
+    shutil.copy(loader10.program, job / "cpp_loader")
+    shutil.copy(loader_rtx.program, job / "cpp_loader" / "hstu_score_rtx")
+    (job / "job.json").write_text('{"commit": "c"}')
+    for name, family in (("research-fp16-fused", "retrieval"), ("dlrm-fp16-fused", "ranking")):
+        folder = job / "models" / name
+        write_fused_bundle(folder, family, loader_rtx.version, loader_rtx.folder / KERNELS_LIBRARY)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest |= {"inputs": [], "outputs": []}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    environment = {**os.environ, **SANITIZER, "LD_LIBRARY_PATH": str(loader_rtx.folder)}
+    program = step.Program(job / "cpp_loader" / "hstu_score_rtx", None, environment)
+    monkeypatch.setattr(module, "program_of", lambda *_: program)
+    # What is measured on fakes is of no interest.
+    monkeypatch.setattr(step, "ITERATIONS", {})
+    monkeypatch.setattr(step, "DEFAULT_ITERATIONS", 2)
+    monkeypatch.setattr(module, "tensorrt_api", lambda _: SimpleNamespace(version="1.6.1.120"))
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\nshift 6\n"$@"; code=$?\necho "========= ERROR SUMMARY: 0 errors"\nexit $code\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("COMPUTE_SANITIZER", str(sanitizer))
+
+    def answers(bundle: Path, words: list[object]) -> Any:
+        folder = tmp_path / "python" / f"{bundle.name}-{'-'.join(map(str, words))}"
+        folder.mkdir(parents=True)
+        done = program.run([bundle, *words, "--cuda-graphs", 0, "--iterations", 0, "--outputs", folder, "--json"], 60)
+        return step.stored_answers(folder, len(json.loads(done.stdout)["cases"]))
+
+    monkeypatch.setattr(step, "python_answers", lambda bundle, graph, _: answers(bundle, ["--graph", graph]))
+    monkeypatch.setattr(step, "python_ranking_answers", lambda bundle, _: answers(bundle, ["--ranking"]))
+    return module, job
+
+
+def test_the_step_for_segments_passes_on_fakes_and_is_collected(fused_step: tuple[ModuleType, Path]) -> None:
+    module, job = fused_step
+    out = job.parent / "out"
+    code = module.main([str(job), str(out), "--soak-requests", "50"])
+    result = json.loads((out / "cpp_loader_fused.json").read_text())
+    assert result["failed"] == []
+    assert code == 0
+    names = [check["name"] for check in result["checks"]]
+    assert sum("equals Python to the bit" in name for name in names) == 2 * 5
+    assert sum("names the one that is needed" in name for name in names) == 2
+    collect_it(job, code, "cpp-loader-fused")
+
+
+def test_a_bundle_that_is_not_there_fails_the_step_for_segments(fused_step: tuple[ModuleType, Path]) -> None:
+    module, job = fused_step
+    assert module.main([str(job), str(job.parent / "out"), "--bundles", "nowhere"]) == 1
+    result = json.loads((job.parent / "out" / "cpp_loader_fused.json").read_text())
+    assert failed(result) == ["nowhere: every file is the manifest's"]
+
+
+def collect_it(job: Path, code: int, name: str = "cpp-loader") -> None:
     """What the step left, through job.sh's archive and update_results.sh, in a repository of its own."""
-    root = job.parent
-    step, repository, run_folder = root / "cpp-loader", root / "repository", root / "run"
+    root, suffix = job.parent, name.removeprefix("cpp-loader")
+    step, repository, run_folder = root / name, root / "repository", root / "run"
     shutil.copytree(root / "out", step)
-    record = {"step": "cpp-loader", "exit_code": code, "commit": "c" * 40, "gpu": "G, driver 1", "date": "2026-01-02"}
+    record = {"step": name, "exit_code": code, "commit": "c" * 40, "gpu": "G, driver 1", "date": "2026-01-02"}
     (step / "run.json").write_text(json.dumps(record))
     run_folder.mkdir()
-    subprocess.run(["tar", "czf", str(run_folder / "cpp-loader.tar.gz"), step.name], cwd=root, check=True)
+    subprocess.run(["tar", "czf", str(run_folder / f"{name}.tar.gz"), step.name], cwd=root, check=True)
     for folder in ("tests/bench/results", "tests/gpu", "plugins"):
         (repository / folder).mkdir(parents=True)
     for path in (REPOSITORY / "tests" / "bench").glob("*.py"):
         shutil.copy(path, repository / "tests" / "bench")
-    for name in ("collect.py", "update_results.sh"):
-        shutil.copy(REPOSITORY / "tests" / "gpu" / name, repository / "tests" / "gpu")
+    for script in ("collect.py", "update_results.sh"):
+        shutil.copy(REPOSITORY / "tests" / "gpu" / script, repository / "tests" / "gpu")
     marks = "<!-- plugin benchmark: begin -->\n<!-- plugin benchmark: end -->\n"
     marks += "<!-- gpu checks: begin -->\n<!-- gpu checks: end -->\n"
     (repository / "plugins" / "README.md").write_text(marks)
@@ -182,13 +243,19 @@ def collect_it(job: Path, code: int) -> None:
     assert {row["gpu"] for row in rows} == {"G, driver 1"}
     assert {row["cuda_graphs"] for row in rows} == {"0", "16"}
     assert {row["way"] for row in rows} == {"graph", "packed", "cold", "cached"}
-    assert rows[0]["command"].startswith("hstu_score dlrm-fp32 ")
+    kind = "fp16-fused" if suffix else "fp32"
+    assert rows[0]["command"].startswith(f"hstu_score dlrm-{kind} ")
     text = document.read_text()
-    assert "GPU G, driver 1; TensorRT 10." in text
+    assert f"GPU G, driver 1; {'TensorRT-RTX 1.' if suffix else 'TensorRT 10.'}" in text
     assert "commit " + "c" * 40 in text
-    assert "| research-fp32 retrieval: mixed | graph | " in text
+    assert f"| research-{kind} retrieval: mixed | graph | " in text
     assert "not measured" not in text
-    stored = json.loads((repository / "tests" / "gpu" / "results" / "cpp_loader.json").read_text())
+    stored = json.loads(
+        (repository / "tests" / "gpu" / "results" / f"cpp_loader{suffix.replace('-', '_')}.json").read_text()
+    )
     assert stored["failed"] == []
     assert stored["run"]["commit"] == "c" * 40
-    assert f"| cpp_loader | {stored['summary']} |" in (repository / "plugins" / "README.md").read_text()
+    assert (
+        f"| cpp_loader{suffix.replace('-', '_')} | {stored['summary']} |"
+        in (repository / "plugins" / "README.md").read_text()
+    )

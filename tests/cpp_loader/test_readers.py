@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from hstu_compile.polygraphy_files import save_feeds, save_outputs
-from tests.cpp_loader.fake_bundle import retrieval_answers, retrieval_feeds, write_bundle
+from hstu_compile.runtime.schedule_file import schedule_text
+from tests.cpp_loader.fake_bundle import graphs_of, retrieval_answers, retrieval_feeds, write_bundle
+from tests.cpp_loader.fake_fused import schedule_of
 
 REFUSED = 3
 
@@ -230,12 +232,15 @@ def test_a_path_that_is_no_file_is_refused(readers: Path, tmp_path: Path, path: 
     assert "cannot be read" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["manifest", "npz", "feeds", "outputs"])
+@pytest.mark.parametrize("kind", ["manifest", "schedule", "npz", "feeds", "outputs"])
 def test_mutated_files_are_read_or_refused_and_nothing_else(readers: Path, tmp_path: Path, kind: str) -> None:
     """10,000 mutations under the sanitizers; both outcomes must come up, or the mutations show nothing."""
     feeds = [retrieval_feeds([3, 2], 0)]
     if kind == "manifest":
         file = write_bundle(tmp_path / "bundle", "ranking", (10, 14, 1)) / "manifest.json"
+    elif kind == "schedule":
+        file = tmp_path / "schedule.json"
+        file.write_text(schedule_text(schedule_of(graphs_of("retrieval")[0])), "utf-8")
     elif kind == "npz":
         file = tmp_path / "feeds.npz"
         np.savez(file, **feeds[0])  # type: ignore[arg-type]

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from hstu_compile.plugin_library import find_cuda_headers, read_tensorrt_version
+from hstu_compile.plugin_library import find_cuda_headers
 from tests.cpp_loader import toolchain
 from tests.cpp_loader.conftest import Loader
+from tests.cpp_loader.rtx_headers import headers_version
 
 README = (toolchain.SAMPLE / "README.md").read_text("utf-8")
 
@@ -25,7 +26,9 @@ def test_the_commands_run_as_typed(tmp_path: Path, headers10: Path, fakes10: Pat
     """In a folder that looks like the repository; libnvinfer and the driver are fakes, the bundles theirs."""
     (tmp_path / "samples").mkdir()
     shutil.copytree(toolchain.SAMPLE, tmp_path / "samples" / "cpp_loader")
-    plain = Loader(fakes10, read_tensorrt_version(headers10))
+    (tmp_path / "plugins").mkdir()
+    shutil.copytree(toolchain.KERNELS_API, tmp_path / "plugins" / "api")
+    plain = Loader(fakes10, headers_version(headers10))
     for name, family in (("readme", "retrieval"), ("ranking", "ranking")):
         plain.bundle(tmp_path / name, family).rename(tmp_path / f"{name}.hstu")
         (tmp_path / "build").mkdir(exist_ok=True)

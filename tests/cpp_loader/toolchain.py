@@ -10,19 +10,23 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hstu_compile.plugin_library import find_cuda_headers, read_tensorrt_version
+from hstu_compile.plugin_library import KERNELS_LIBRARY, find_cuda_headers
+from tests.cpp_loader.rtx_headers import headers_version
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parents[1] / "samples" / "cpp_loader"
+KERNELS_API = HERE.parents[1] / "plugins" / "api"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
-#: Interface with virtual functions, and the class of stubs for it.
+#: Interface with virtual functions, and the class of stubs for it; the last one came with TensorRT 10.
 _STUBBED = {
     "VRuntime": "RuntimeStub",
     "VCudaEngine": "EngineStub",
     "VExecutionContext": "ContextStub",
     "IPluginRegistry": "RegistryStub",
+    "VRuntimeConfig": "RuntimeConfigStub",
 }
+_NOT_EVERYWHERE = "VRuntimeConfig"
 
 
 def built(cache: Path, include_dir: Path, options: Sequence[str], build: Callable[[Path], object]) -> Path:
@@ -34,12 +38,13 @@ def built(cache: Path, include_dir: Path, options: Sequence[str], build: Callabl
         options: all else that the result depends on.
         build: fills a folder.
     """
-    content = hashlib.sha256(repr([str(include_dir), read_tensorrt_version(include_dir), *options]).encode())
+    content = hashlib.sha256(repr([str(include_dir), headers_version(include_dir), *options]).encode())
     content.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
-    for folder in (SAMPLE / "include", SAMPLE / "src", HERE / "fakes", HERE / "unit"):
+    for folder in (SAMPLE / "include", SAMPLE / "src", HERE / "fakes", HERE / "unit", KERNELS_API):
         for path in sorted(folder.rglob("*.[ch]pp")) + sorted(folder.rglob("*.h")):
             content.update(path.name.encode() + path.read_bytes())
-    content.update(Path(__file__).read_bytes())
+    for path in (Path(__file__), Path(__file__).with_name("rtx_headers.py")):
+        content.update(path.read_bytes())
     target = cache / content.hexdigest()[:16]
     with (cache / f"{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -71,6 +76,8 @@ def compile_cpp(target: Path, sources: Sequence[Path], include_dir: Path, *optio
         "-I",
         SAMPLE / "src",
         "-I",
+        KERNELS_API,
+        "-I",
         target.parent,
     ]
     command += ["-isystem", include_dir, "-isystem", find_cuda_headers(), *options, *sources]
@@ -88,6 +95,8 @@ def write_stubs(path: Path, include_dir: Path) -> None:
     )
     for interface, stub in _STUBBED.items():
         found = re.search(rf"^class {interface}\b(?!;)[^;{{]*\{{(.*?)^\}};", headers, re.MULTILINE | re.DOTALL)
+        if found is None and interface == _NOT_EVERYWHERE:
+            continue
         assert found is not None, f"{include_dir} declares no {interface}"
         space = "apiv::" if interface.startswith("V") else ""
         body = re.sub(r"#if ENABLE_FEATURE_DISABLE_RUNTIME_ALLOCATION.*?#endif[^\n]*", "", found[1], flags=re.DOTALL)
@@ -110,10 +119,10 @@ def _header_names(include_dir: Path) -> list[str]:
 
 
 def build_fakes(folder: Path, include_dir: Path, *options: str) -> None:
-    """libcuda.so.1, libnvinfer.so.MAJOR and two plugin libraries, which LD_LIBRARY_PATH leads to."""
+    """libcuda.so.1, TensorRT's library, two plugin libraries and one of kernels, which LD_LIBRARY_PATH leads to."""
     folder.mkdir(parents=True, exist_ok=True)
     write_stubs(folder / "stubs.inc", include_dir)
-    fakes, major = HERE / "fakes", read_tensorrt_version(include_dir)[0]
+    fakes, major = HERE / "fakes", headers_version(include_dir)[0]
     # Interfaces of TensorRT hide functions of their implementations by design, and deprecate some that must be there.
     shared = (
         "-shared",
@@ -125,9 +134,13 @@ def build_fakes(folder: Path, include_dir: Path, *options: str) -> None:
     )
     cuda = folder / "libcuda.so.1"
     compile_cpp(cuda, [fakes / "fakeDriver.cpp"], include_dir, *shared, *options, "-Wl,-soname,libcuda.so.1")
-    nvinfer = folder / f"libnvinfer.so.{major}"
+    # TensorRT-RTX counts from 1.
+    nvinfer = folder / (f"libtensorrt_rtx.so.{major}" if major < 8 else f"libnvinfer.so.{major}")
     sources = [fakes / "fakeTensorRt.cpp", cuda]
     compile_cpp(nvinfer, sources, include_dir, *shared, *options, f"-Wl,-soname,{nvinfer.name}", "-Wl,-rpath,$ORIGIN")
+    kernels = [fakes / "fakeKernels.cpp", cuda]
+    # Stripped, because every run of the program hashes it.
+    compile_cpp(folder / KERNELS_LIBRARY, kernels, include_dir, *shared, *options, "-s", "-Wl,-rpath,$ORIGIN")
     for name, creator in (("libfake_plugin.so", "HstuAttention"), ("libother_plugin.so", "Another")):
         plugin = [fakes / "fakePlugin.cpp", nvinfer]
         compile_cpp(folder / name, plugin, include_dir, *shared, *options, f'-DNAME="{creator}"', "-Wl,-rpath,$ORIGIN")

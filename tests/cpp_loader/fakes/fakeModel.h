@@ -28,10 +28,24 @@ struct Engine
 {
     int64_t version{0};
     std::string model;                        //!< retrieval, packed, prefill or score
+    std::string stage;                        //!< first, middle or last segment of it; empty: all of it
     std::vector<std::string> plugin;          //!< name, version, namespace
     std::map<std::string, std::string> names; //!< role to input
     std::map<std::string, int64_t> sizes;
     std::vector<Io> io;
+
+    //! \return the number of the segment, 0 for an engine of the whole model.
+    int64_t segment() const
+    {
+        auto const found = sizes.find("segment");
+        return found == sizes.end() ? 0 : found->second;
+    }
+
+    //! \return whether a segment makes this for kernels, not for the caller.
+    bool isCrossing(std::string const& name) const
+    {
+        return !stage.empty() && name == nameOf("wide");
+    }
 
     std::string nameOf(std::string const& role) const
     {

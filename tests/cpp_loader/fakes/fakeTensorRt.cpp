@@ -5,8 +5,12 @@
 //! What it copies from the real one: profiles, one context per profile in TensorRT 8, a copy of host memory in every
 //! pass (the shapes), which a recorded graph must not read once the context has other shapes.
 //!
+//! Of TensorRT-RTX it has more: a context computes in memory that its caller brings after the shapes are set, with the
+//! settings that keep its answers, and an engine may be a segment of a model (fakeSegments.h).
+//!
 //! Environment: HSTU_FAKE_TENSORRT_VERSION=8601 another version; HSTU_FAKE_LEAK=N bytes per pass stay allocated;
-//! HSTU_FAKE_FLIP=N every Nth pass computes one wrong bit; HSTU_FAKE_NO_CAPTURE=1 enqueueing fails while recording.
+//! HSTU_FAKE_FLIP=N every Nth pass computes one wrong bit; HSTU_FAKE_NO_CAPTURE=1 enqueueing fails while recording;
+//! HSTU_FAKE_UNCAPTURABLE=1 TensorRT-RTX says so before; HSTU_FAKE_TRACE=FILE a line for every engine that is enqueued.
 
 #include <atomic>
 #include <cstdlib>
@@ -18,6 +22,12 @@
 
 #include "fakeDriver.h"
 #include "fakeModel.h"
+#include "fakeSegments.h"
+#include "fakeTrace.h"
+
+//! TensorRT-RTX counts from 1.
+#define HSTU_FAKE_RTX (NV_TENSORRT_MAJOR < 8)
+#define HSTU_FAKE_TENSORRT10 (HSTU_FAKE_RTX || NV_TENSORRT_MAJOR >= 10)
 
 #include "stubs.inc"
 
@@ -37,6 +47,12 @@ int64_t numberIn(char const* variable, int64_t otherwise)
     return text != nullptr ? std::atoll(text) : otherwise;
 }
 
+bool isTf32Off()
+{
+    char const* const text = std::getenv("NVIDIA_TF32_OVERRIDE");
+    return text != nullptr && std::string(text) == "0";
+}
+
 nvinfer1::Dims dimsOf(std::vector<int64_t> const& shape)
 {
     nvinfer1::Dims dims{};
@@ -47,6 +63,38 @@ nvinfer1::Dims dimsOf(std::vector<int64_t> const& shape)
     }
     return dims;
 }
+
+#if HSTU_FAKE_RTX
+class RuntimeConfig final : public nvinfer1::IRuntimeConfig, public nvinfer1::apiv::RuntimeConfigStub
+{
+public:
+    RuntimeConfig()
+    {
+        mImpl = this;
+    }
+
+    void setExecutionContextAllocationStrategy(nvinfer1::ExecutionContextAllocationStrategy strategy) noexcept override
+    {
+        hasUsersMemory = strategy == nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
+    }
+
+    void setDynamicShapesKernelSpecializationStrategy(
+        nvinfer1::DynamicShapesKernelSpecializationStrategy strategy) noexcept override
+    {
+        isEager = strategy == nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER;
+    }
+
+    bool setCudaGraphStrategy(nvinfer1::CudaGraphStrategy strategy) noexcept override
+    {
+        hasNoGraphs = strategy == nvinfer1::CudaGraphStrategy::kDISABLED;
+        return true;
+    }
+
+    bool hasUsersMemory{false};
+    bool isEager{false};
+    bool hasNoGraphs{false};
+};
+#endif
 
 class Context;
 
@@ -59,10 +107,25 @@ public:
         mImpl = this;
     }
 
-#if NV_TENSORRT_MAJOR >= 10
+#if HSTU_FAKE_TENSORRT10
     nvinfer1::IExecutionContext* createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy) noexcept override;
 #else
     nvinfer1::IExecutionContext* createExecutionContext() noexcept override;
+#endif
+#if HSTU_FAKE_RTX
+    nvinfer1::IRuntimeConfig* createRuntimeConfig() noexcept override
+    {
+        return new RuntimeConfig;
+    }
+
+    nvinfer1::IExecutionContext* createExecutionContextWithRuntimeConfig(
+        nvinfer1::IRuntimeConfig* config) noexcept override;
+
+    int64_t getDeviceMemorySizeV2() const noexcept override
+    {
+        // Segments differ, and what they share has to be enough for the largest.
+        return 1000 + 3000 * (content.sizes.count("segment") > 0 ? content.sizes.at("segment") % 2 : 0);
+    }
 #endif
 
     int32_t getNbIOTensors() const noexcept override
@@ -78,7 +141,7 @@ public:
     nvinfer1::DataType getTensorDataType(char const* name) const noexcept override
     {
         std::string const& type = find(name).type;
-#if NV_TENSORRT_MAJOR >= 10
+#if HSTU_FAKE_TENSORRT10
         if (type == "int64")
         {
             return nvinfer1::DataType::kINT64;
@@ -149,10 +212,32 @@ public:
                 return false;
             }
         }
+        if (mShapes[name] != shape)
+        {
+            mActivations = nullptr;
+        }
         mShapes[name] = shape;
         mShapeOnHost = checksum();
         return true;
     }
+
+#if HSTU_FAKE_RTX
+    size_t updateDeviceMemorySizeForShapes() noexcept override
+    {
+        mActivations = nullptr;
+        return static_cast<size_t>(mEngine.getDeviceMemorySizeV2());
+    }
+
+    void setDeviceMemoryV2(void* memory, int64_t size) noexcept override
+    {
+        mActivations = size >= mEngine.getDeviceMemorySizeV2() ? memory : nullptr;
+    }
+
+    bool isStreamCapturable(cudaStream_t) const noexcept override
+    {
+        return numberIn("HSTU_FAKE_UNCAPTURABLE", 0) == 0;
+    }
+#endif
 
     nvinfer1::Dims getTensorShape(char const* name) const noexcept override
     {
@@ -172,10 +257,21 @@ public:
         {
             return false;
         }
+        size_t activationBytes = 0;
+#if HSTU_FAKE_RTX
+        activationBytes = static_cast<size_t>(mEngine.getDeviceMemorySizeV2());
+        if (mActivations == nullptr || isTf32Off())
+        {
+            // A real one would compute in memory of other shapes. The variable is for loading alone.
+            return false;
+        }
+#endif
         fake::Tensors tensors;
+        fake::Trace trace("segment " + std::to_string(mEngine.content.segment()));
         for (fake::Io const& io : mEngine.content.io)
         {
             tensors[io.name] = {shapeOf(io.name), io.type, mAddresses.at(io.name)};
+            trace.add(io.name, mAddresses.at(io.name));
         }
         CUdeviceptr leaked = 0;
         if (int64_t const bytes = numberIn("HSTU_FAKE_LEAK", 0))
@@ -187,9 +283,14 @@ public:
         fake::Engine const& engine = mEngine.content;
         auto const* const onDevice = reinterpret_cast<uint64_t const*>(mShapeOnDevice);
         uint64_t const expected = checksum();
-        std::function<void()> const work = [tensors, &engine, onDevice, expected]
+        void* const activations = mActivations;
+        std::function<void()> const work = [tensors, &engine, onDevice, expected, activations, activationBytes]
         {
-            fake::Pass(engine, tensors).run();
+            if (activationBytes > 0)
+            {
+                std::memset(activations, 0xAB, activationBytes);
+            }
+            fake::runSegment(engine, tensors);
             int64_t const flip = numberIn("HSTU_FAKE_FLIP", 0);
             bool const isFlipped = flip > 0 && ++gPasses % flip == 0;
             for (fake::Io const& io : engine.io)
@@ -212,9 +313,20 @@ private:
     std::vector<int64_t> shapeOf(std::string const& name) const
     {
         fake::Engine const& engine = mEngine.content;
-        if (mEngine.find(name).isInput)
+        bool const isMain = engine.stage == "first" && name == engine.nameOf("main");
+        if (!isMain && mEngine.find(name).isInput)
         {
             return input(name);
+        }
+        static fake::Io const kNONE{};
+        fake::Io const& io = isMain ? kNONE : mEngine.find(name);
+        if (engine.isCrossing(name) || engine.stage == "last")
+        {
+            // What a segment makes has the rows of what came in, or of what the model would make.
+            std::vector<int64_t> shape{engine.stage == "first" ? shapeOf(engine.nameOf("main"))[0]
+                                                               : input(engine.nameOf("normed"))[0]};
+            shape.insert(shape.end(), io.least.begin(), io.least.end());
+            return shape;
         }
         if (engine.model == "retrieval")
         {
@@ -247,11 +359,25 @@ private:
     std::map<std::string, std::vector<int64_t>> mShapes;
     std::map<std::string, void*> mAddresses;
     uint64_t mShapeOnHost{0};
+    void* mActivations{nullptr}; //!< null until they are set for the shapes
     CUdeviceptr mShapeOnDevice{};
     CUdeviceptr mScratch{};
 };
 
-#if NV_TENSORRT_MAJOR >= 10
+#if HSTU_FAKE_RTX
+nvinfer1::IExecutionContext* Engine::createExecutionContextWithRuntimeConfig(
+    nvinfer1::IRuntimeConfig* config) noexcept
+{
+    auto const& given = *static_cast<RuntimeConfig*>(config);
+    if (!given.isEager || !given.hasNoGraphs || !given.hasUsersMemory)
+    {
+        nvinfer1::apiv::unexpected("context whose answers change while it runs");
+    }
+    return new Context(*this, 0);
+}
+#endif
+
+#if HSTU_FAKE_TENSORRT10
 nvinfer1::IExecutionContext* Engine::createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy) noexcept
 {
     return new Context(*this, numContexts++ * 0);
@@ -273,7 +399,7 @@ public:
         mImpl = this;
     }
 
-#if NV_TENSORRT_MAJOR >= 10
+#if HSTU_FAKE_TENSORRT10
     nvinfer1::ICudaEngine* deserializeCudaEngine(void const* blob, std::size_t size) noexcept override
 #else
     nvinfer1::ICudaEngine* deserializeCudaEngine(
@@ -295,6 +421,10 @@ public:
         if (engine.version != getInferLibVersion())
         {
             return refuse("the engine was serialized by another version");
+        }
+        if (HSTU_FAKE_RTX && engine.sizes["tf32"] != (isTf32Off() ? 0 : 1))
+        {
+            return refuse("the engine was serialized with another value of NVIDIA_TF32_OVERRIDE");
         }
         if (!engine.plugin.empty() && gPlugins.count(engine.plugin) == 0)
         {
@@ -323,6 +453,10 @@ private:
         else if (kind == "model")
         {
             engine.model = first;
+        }
+        else if (kind == "stage")
+        {
+            engine.stage = first;
         }
         else if (kind == "plugin")
         {
@@ -361,7 +495,7 @@ private:
 class Registry final : public nvinfer1::RegistryStub
 {
 public:
-#if NV_TENSORRT_MAJOR >= 10
+#if HSTU_FAKE_TENSORRT10
     nvinfer1::IPluginCreatorInterface* getCreator(nvinfer1::AsciiChar const* name, nvinfer1::AsciiChar const* version,
         nvinfer1::AsciiChar const* space) noexcept override
     {
@@ -395,7 +529,7 @@ extern "C"
 
     int32_t getInferLibVersion() noexcept
     {
-        int32_t const step = NV_TENSORRT_MAJOR >= 10 ? 100 : 10;
+        int32_t const step = HSTU_FAKE_TENSORRT10 ? 100 : 10;
         return static_cast<int32_t>(numberIn("HSTU_FAKE_TENSORRT_VERSION",
             NV_TENSORRT_MAJOR * (step == 100 ? 10000 : 1000) + NV_TENSORRT_MINOR * 100 + NV_TENSORRT_PATCH));
     }

@@ -3,7 +3,8 @@
 //!   readers sha256 FILE                 prints the digest
 //!   readers json-lines FILE             per line: "ok <the value written again>" or "refused"
 //!   readers npz FILE OUT                reads an archive and writes it again
-//!   readers manifest FILE | feeds FILE | outputs FILE
+//!   readers manifest FILE | schedule FILE | feeds FILE | outputs FILE
+//!   readers buffer-plans FILE           per line of BYTES FIRST LAST ...: the places of the tensors and the block's size
 //!   readers cache-rules BUNDLE          what a cached history may be reused for; prints what does not hold
 //!   readers session-rules BUNDLE        what a session does after failures; alters the bundle
 //!   readers fuzz KIND FILE COUNT SEED   reads COUNT mutations of the file; prints how many were taken and refused
@@ -69,6 +70,10 @@ void readAs(std::string const& kind, Bytes const& content)
     {
         manifestFromJson(reinterpret_cast<char const*>(content.data()), content.size(), "fuzzed");
     }
+    else if (kind == "schedule")
+    {
+        scheduleFromJson(reinterpret_cast<char const*>(content.data()), content.size(), "fuzzed");
+    }
     else if (kind == "npz")
     {
         tensorsFromNpz(content, "fuzzed");
@@ -132,6 +137,28 @@ int fuzz(std::string const& kind, std::string const& file, long count, unsigned 
     return 0;
 }
 
+int printPlans(std::string const& text)
+{
+    std::istringstream lines(text);
+    for (std::string line; std::getline(lines, line);)
+    {
+        std::istringstream numbers(line);
+        std::vector<Lifetime> tensors;
+        for (Lifetime each; numbers >> each.bytes >> each.first >> each.last;)
+        {
+            each.name = std::to_string(tensors.size());
+            tensors.push_back(each);
+        }
+        Layout const plan = plannedBuffers(tensors);
+        for (Lifetime const& each : tensors)
+        {
+            std::printf("%zu ", plan.offsets.at(each.name));
+        }
+        std::printf("%zu\n", plan.bytes);
+    }
+    return 0;
+}
+
 int run(std::vector<std::string> const& words)
 {
     std::string const& kind = words.at(0);
@@ -158,6 +185,10 @@ int run(std::vector<std::string> const& words)
         return 0;
     }
     Bytes const content = readFile(words.at(1), 1U << 30, Failure::kBUNDLE);
+    if (kind == "buffer-plans")
+    {
+        return printPlans({content.begin(), content.end()});
+    }
     if (kind != "json-lines")
     {
         readAs(kind, content);
