@@ -35,6 +35,7 @@ SOURCES = {
     "ranking": "ranking.json",
     "ranking-soak": "ranking-soak.json",
     "cpp_loader": "cpp_loader.json",
+    "cpp_loader_fused": "cpp_loader_fused.json",
     "triton": "triton.json",
     "quantised-rtx": "quantised-tensorrt-rtx.json",
     "quantised-trt85": "quantised-tensorrt.json",

@@ -7,6 +7,7 @@
 #        fused                                bundles in segments: their RTX engines with our kernels between them
 #        ranking-soak                         20,000 requests on the engines that ranking left in WORK
 #        cpp-loader                           the C++ loader on the engines that trt85 and ranking left in WORK
+#        cpp-loader-fused                     the C++ loader on bundles in segments, in TensorRT-RTX
 #        triton                               a real tritonserver on the engines that these steps left in WORK
 #        bench-m-falcon-peers                 the M-FALCON benchmark's references and its PyTorch peers
 #        bench-m-falcon-engines               tests/bench/bench_m_falcon.py on the engines that ranking left in WORK
@@ -30,6 +31,7 @@
 #   RANKING_OPTIONS    of run_ranking.py, such as "--bundles m_falcon-fp16 --parallel 3"
 #   FUSED_OPTIONS      of run_fused.py, such as "--bundles dlrm-fp16-fused"
 #   CPP_LOADER_OPTIONS of run_cpp_loader.py, such as "--bundles research-fp16 --soak-requests 1000"
+#   CPP_FUSED_OPTIONS  of run_cpp_fused.py, likewise
 #   TRITON_OPTIONS     of run_triton.py, such as "--bundles research-fp16 --load-requests 1000"
 #   PEERS              folder with libmeta_hstu.so and libnvidia_hstu.so, attention kernels of others, if there are any
 #   ATTENTION_OPTIONS  of bench_attention.py, such as "--cases bf16_* --backends ours meta_cutlass"
@@ -125,6 +127,10 @@ cpp-loader() {
     # shellcheck disable=SC2086
     in_tensorrt85 timeout 238 python3.10 "$gpu_tests/run_cpp_loader.py" "$job" "$1" --scratch "$work/cpp-loader-bundles" \
         --engines "$work/trt85/engines" "$engines" ${CPP_LOADER_OPTIONS:-}
+}
+cpp-loader-fused() {
+    # shellcheck disable=SC2086
+    in_rtx timeout 298 "$python" "$gpu_tests/run_cpp_fused.py" "$job" "$1" --models "$models" ${CPP_FUSED_OPTIONS:-}
 }
 triton() {
     local server=$work/tritonserver
@@ -344,7 +350,7 @@ for step in "$@"; do
             for each in kernels conformance trt85 rtx; do run_step "$each" & pids+=($!); done
             for pid in "${pids[@]}"; do wait "$pid" || failed=$((failed + 1)); done
             ;;
-        kernels | conformance | trt85 | trt85-accuracy | rtx | fused | timing | ranking | ranking-soak | cpp-loader | triton | bench-plugin | \
+        kernels | conformance | trt85 | trt85-accuracy | rtx | fused | timing | ranking | ranking-soak | cpp-loader | cpp-loader-fused | triton | bench-plugin | \
             bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines | \
             bench-end-to-end | profile-end-to-end | quantised-rtx | quantised-trt85 | bench-calibration) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;

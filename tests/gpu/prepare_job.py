@@ -251,8 +251,8 @@ def prepare_conformance(job: Path, headers: Path, archs: Sequence[int], jobs: in
     subprocess.run(command, check=True, cwd=REPOSITORY)
 
 
-def build_cpp_loader(job: Path, headers: Path) -> None:
-    """The C++ loader's program for TensorRT 8.5, as its README builds it; libstdc++ comes with it."""
+def build_cpp_loader(job: Path, headers: Path, name: str = "hstu_score") -> None:
+    """The C++ loader's program for the TensorRT of these headers, as its README builds it; libstdc++ comes with it."""
     source = REPOSITORY / "samples" / "cpp_loader"
     with tempfile.TemporaryDirectory() as folder:
         configure = ["cmake", "-S", str(source), "-B", folder, "-D", "HSTU_STATIC_RUNTIME=ON"]
@@ -261,7 +261,7 @@ def build_cpp_loader(job: Path, headers: Path) -> None:
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", folder], check=True)
         (job / "cpp_loader").mkdir(exist_ok=True)
-        shutil.copy2(Path(folder) / "hstu_score", job / "cpp_loader")
+        shutil.copy2(Path(folder) / "hstu_score", job / "cpp_loader" / name)
 
 
 def pack_triton(job: Path) -> None:
@@ -362,10 +362,14 @@ def main() -> int:
         "plugin",
         "conformance",
         "cpp-loader",
+        "cpp-loader-fused",
         "triton",
     ]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to make again")
+    parser.add_argument("--rtx-include-dir", type=Path, help="folder of TensorRT-RTX's NvInfer.h, for cpp-loader-fused")
+    parser.add_argument("--only", nargs="+", choices=parts, help="parts to make again (default: all that can be made)")
     arguments = parser.parse_args()
+    if arguments.only is None:
+        arguments.only = [part for part in parts if part != "cpp-loader-fused" or arguments.rtx_include_dir is not None]
     job: Path = arguments.out.resolve()
     job.mkdir(parents=True, exist_ok=True)
     names = [f"{model}-{precision}" for model, precisions in MODELS.items() for precision in precisions]
@@ -412,6 +416,11 @@ def main() -> int:
         prepare_conformance(job, arguments.tensorrt8_include_dir, arguments.archs, arguments.jobs)
     if "cpp-loader" in arguments.only:
         build_cpp_loader(job, arguments.tensorrt8_include_dir)
+    if "cpp-loader-fused" in arguments.only:
+        # Its headers are part of TensorRT-RTX's SDK and not of its wheel, so they are not everywhere.
+        if arguments.rtx_include_dir is None:
+            parser.error("cpp-loader-fused needs --rtx-include-dir, the folder of TensorRT-RTX's NvInfer.h")
+        build_cpp_loader(job, arguments.rtx_include_dir, "hstu_score_rtx")
     if "triton" in arguments.only:
         pack_triton(job)
     commit = subprocess.run(

@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,10 @@ DEFAULT_ITERATIONS = 200
 _CLEAN = re.compile(r"ERROR SUMMARY: 0 errors")
 
 Answers = list[dict[str, np.ndarray[Any, Any]]]
+#: Opens one graph of the bundle that is checked.
+Opener = Callable[[str], Session]
+#: The loader's program for a backend, and the library of it that Python loads.
+PROGRAMS = {"tensorrt": ("hstu_score", "libnvinfer"), "tensorrt-rtx": ("hstu_score_rtx", "libtensorrt_rtx")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +85,16 @@ class Program:
         return run_command([*before, *self.command(*words)], timeout=timeout, env=dict(self.environment))
 
 
-def program_of(job: Path) -> Program:
+def program_of(job: Path, backend: str = "tensorrt") -> Program:
     """The program, which finds the libraries that Python's TensorRT has loaded."""
-    tensorrt_api("tensorrt")
+    name, library = PROGRAMS[backend]
+    tensorrt_api(backend)
     found = loaded_libraries()
     folders = {str(Path(path).parent) for paths in found.values() for path in paths}
     paths = [*sorted(folders), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    path = job / "cpp_loader" / "hstu_score"
+    path = job / "cpp_loader" / name
     path.chmod(0o755)
-    return Program(path, Path(found["libnvinfer"][0]), {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)})
+    return Program(path, Path(found[library][0]), {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)})
 
 
 def build_engine(onnx: Path, engine: Path, plugin: Path, max_batch: int, timeout: float) -> Finished:
@@ -128,28 +135,28 @@ def engines_of(
     return engines
 
 
-def python_answers(bundle: Path, graph: str, plugin: Path) -> Answers:
+def python_answers(bundle: Path, graph: str, opener: Opener) -> Answers:
     """What Python's session answers to every reference feed of a graph that its engine can be asked."""
     manifest = json.loads((bundle / bundles.MANIFEST).read_text(encoding="utf-8"))
     entry = next(each for each in manifest["graphs"] if each["name"] == graph)
-    with _open(bundle, graph, plugin) as session:
+    with opener(graph) as session:
         feeds, _ = fitting(stored_reference(bundle, entry), session.inputs)
         return [session.run(feed.arrays) for feed in feeds.feeds]
 
 
-def _open(bundle: Path, graph: str, plugin: Path) -> Session:
+def _open(bundle: Path, plugin: Path, graph: str) -> Session:
     return open_session("tensorrt", engine=bundle / bundles.model_files(graph)[1], plugin_library=plugin)
 
 
-def python_ranking_answers(bundle: Path, plugin: Path) -> Answers:
+def python_ranking_answers(bundle: Path, opener: Opener) -> Answers:
     """What Python's ranking session answers, one request of the packed feeds after the other."""
     manifest = json.loads((bundle / bundles.MANIFEST).read_text(encoding="utf-8"))
     spec = RankingSpec.from_manifest(manifest["ranking"])
     packed = manifest["graphs"][0]
-    with _open(bundle, packed["name"], plugin) as session:
+    with opener(packed["name"]) as session:
         feeds, _ = fitting(stored_reference(bundle, packed), session.inputs)
     answers = []
-    with ranking_session(spec, lambda graph: _open(bundle, graph, plugin), spec.max_batch) as ranking:
+    with ranking_session(spec, opener, spec.max_batch) as ranking:
         for feed in feeds.feeds:
             for request in requests_of(feed, spec):
                 [result] = ranking.score([request])
@@ -205,10 +212,9 @@ def check_answers(
     """Equal to Python to the bit, with and without CUDA graphs; the same runs are measured."""
     for cuda_graphs in (16, 0):
         label = f"{bundle.name} {graph}, {'CUDA graphs' if cuda_graphs else 'no CUDA graphs'}"
-        with checks.check(f"{label}: equals Python to the bit, and float64 within the bound") as check:
-            folder = bundle.parent / f"{bundle.name}-{graph}-{cuda_graphs}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+        name = f"{label}: equals Python to the bit, and float64 within the bound"
+        with tempfile.TemporaryDirectory() as place, checks.check(name) as check:
+            folder = Path(place)
             words = [*words_of(bundle, graph), "--cuda-graphs", cuda_graphs, "--outputs", folder, "--json"]
             words += ["--csv", out / "rows.csv", "--iterations", ITERATIONS.get(graph, DEFAULT_ITERATIONS)]
             check.facts["command"] = " ".join(map(str, ["hstu_score", *words]))
@@ -263,14 +269,14 @@ def check_soak(checks: Checks, program: Program, bundle: Path, graph: str, reque
 
 
 def check_bundle(
-    checks: Checks, program: Program, bundle: Path, plugin: Path, out: Path, soak_requests: int, clock: Clock
+    checks: Checks, program: Program, bundle: Path, opener: Opener, out: Path, soak_requests: int, clock: Clock
 ) -> None:
     """All that must hold for one bundle."""
     manifest = json.loads((bundle / bundles.MANIFEST).read_text(encoding="utf-8"))
     for graph in (entry["name"] for entry in manifest["graphs"]):
         expected: Answers = []
         with checks.check(f"{bundle.name} {graph}: Python's session answers") as check:
-            expected = python_answers(bundle, graph, plugin)
+            expected = python_answers(bundle, graph, opener)
             check.facts["feeds"] = len(expected)
             check.passed = bool(expected)
         check_answers(checks, program, bundle, graph, expected, out, clock)
@@ -279,7 +285,7 @@ def check_bundle(
         main = RANKING
         answers: Answers = []
         with checks.check(f"{bundle.name}: Python's ranking session answers") as check:
-            answers = python_ranking_answers(bundle, plugin)
+            answers = python_ranking_answers(bundle, opener)
             check.facts["requests"] = len(answers)
             check.passed = bool(answers)
         check_answers(checks, program, bundle, main, answers, out, clock)
@@ -316,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bundle = served_bundle(source, engines[name], plugin, target, version, compute_capability())
             check.passed = True
         if check.passed:
-            check_bundle(checks, program, bundle, plugin, out, arguments.soak_requests, clock)
+            opener = functools.partial(_open, bundle, plugin)
+            check_bundle(checks, program, bundle, opener, out, arguments.soak_requests, clock)
         checks.write(results)
     return checks.write(results)
 

@@ -51,8 +51,14 @@ if [ -n "$(find "$unpacked/bench-end-to-end" -path '*/parts/*.json' -print -quit
     find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \; 2>/dev/null
     show end_to_end end-to-end
 fi
-if [ -n "$(find "$unpacked/cpp-loader" -name rows.csv -print -quit 2>/dev/null)" ]; then
-    "$python" "$bench/cpp_loader_table.py" --merge "$unpacked/cpp-loader"
+measured=0
+for step in cpp-loader cpp-loader-fused; do
+    if [ -n "$(find "$unpacked/$step" -name rows.csv -print -quit 2>/dev/null)" ]; then
+        "$python" "$bench/cpp_loader_table.py" --merge "$unpacked/$step"
+        measured=1
+    fi
+done
+if [ "$measured" -ne 0 ]; then
     while IFS= read -r document; do
         "$python" "$bench/cpp_loader_table.py" --into "$repository/$document" >/dev/null
     done < <(git -C "$repository" grep -l "<!-- cpp-loader benchmark: begin -->" -- '*.md')
@@ -60,7 +66,7 @@ fi
 if [ -n "$(find "$unpacked/bench-calibration" -name calibration.csv -print -quit 2>/dev/null)" ]; then
     "$python" "$bench/bench_calibration.py" --merge "$unpacked/bench-calibration/calibration.csv" --out "$bench/results/calibration.csv"
 fi
-steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json fused.json ranking.json ranking-soak.json cpp_loader.json triton.json
+steps=(conformance.jsonl kernels.json tensorrt85.json tensorrt85-accuracy.json rtx.json fused.json ranking.json ranking-soak.json cpp_loader.json cpp_loader_fused.json triton.json
     quantised-tensorrt-rtx.json quantised-tensorrt.json)
 for file in "${steps[@]}"; do
     if [ -n "$(find "$unpacked" -name "$file" -print -quit)" ]; then
