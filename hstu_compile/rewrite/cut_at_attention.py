@@ -121,9 +121,9 @@ class _Cut:
         self.norms = following_norms(self.proto)
         towers = tower_norms(self.proto)
         nodes = [each for node in self.proto.node for each in towers.get(node.output[0], (node,))]
-        for name, (norm, *widened) in towers.items():
+        for name, (made, *widened) in towers.items():
             if widened:
-                stored, dtype = norm.output[0], self.specs[norm.input[0]].dtype
+                stored, dtype = made.output[0], self.specs[made.input[0]].dtype
                 self.specs[stored] = dataclasses.replace(self.specs[name], name=stored, dtype=dtype)
         self.column_views = ColumnViews(nodes, self.norms, initializers, self.specs, self.outputs)
         rewritten = self.column_views.reading(sources)
@@ -131,7 +131,7 @@ class _Cut:
         self.nodes = [self._sized_by_input(node) for node in rewritten.nodes]
         self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.constants = initializers | {tensor.name: tensor for tensor in rewritten.constants}
-        in_towers = {norm.output[0] for norm, *_ in towers.values()}
+        in_towers = {made.output[0] for made, *_ in towers.values()}
         # Kernels with a segment in front of them.
         self.cuts = [i for i, n in enumerate(self.nodes) if is_attention(n) or not in_towers.isdisjoint(n.output)]
         # The norms right behind each of them, which is meant by its place.
