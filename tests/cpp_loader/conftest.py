@@ -132,10 +132,10 @@ def headers_rtx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return write_rtx_headers(folder, request.getfixturevalue("headers10"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=["plain", pytest.param("sanitized", marks=pytest.mark.slow)])
 def loader_rtx(request: pytest.FixtureRequest, headers_rtx: Path) -> Loader:
-    """For TensorRT-RTX, with the address and undefined-behaviour sanitizers; its bundles are in segments."""
-    return _loader(request.config, headers_rtx, (*toolchain.SANITIZE, "-O0"))
+    """For TensorRT-RTX, without and with the address and undefined-behaviour sanitizers; its bundles are in segments."""
+    return _loader(request.config, headers_rtx, (*(toolchain.SANITIZE if request.param == "sanitized" else ()), "-O0"))
 
 
 @pytest.fixture(scope="session")
