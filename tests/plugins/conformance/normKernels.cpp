@@ -15,14 +15,15 @@ namespace
 constexpr int32_t kFloat16 = 1;
 constexpr int64_t kWidth = 48;
 constexpr int64_t kRows = 301;
-unsigned char const kCode[] = {0, 1};
+unsigned char const kCode[] = {0, 1, 2};
 
 constexpr HstuNormImage image(int32_t aligned, unsigned char const* code)
 {
     return {90, 0, kFloat16, kFloat16, 64, aligned, 1, 1, 1, 16, 128, 0, "norm", code, 1};
 }
 
-HstuNormImage const kImages[] = {image(0, kCode), image(1, kCode + 1)};
+HstuNormImage const kImages[] = {image(0, kCode), image(1, kCode + 1),
+    {90, 0, kFloat16, kFloat16, 64, 1, 2, 0, 0, 16, 128, 0, "norm", kCode + 2, 1}};
 
 } // namespace
 
@@ -62,6 +63,18 @@ Call callOf(int64_t rows)
         tensor("scale", kHSTU_FLOAT32, {kWidth}, 0x2000), tensor("x", kHSTU_FLOAT16, {rows, kWidth}, 0x1000)};
     call.input("gate").rowStride = 4 * kWidth;
     call.output = tensor("out", kHSTU_FLOAT16, {rows, 3 * kWidth}, 0x100000);
+    return call;
+}
+
+//! The norm between a tower's products: x + shift times the sigmoid of its norm, contiguous.
+Call towerCallOf(int64_t rows)
+{
+    Call call;
+    call.attributes = {{"epsilon", 1e-5}, {"num_groups", 1}, {"activation", 2}, {"gate_silu", 0}, {"concat", 0},
+        {"input_type", 1}, {"output_type", 1}, {"has_shift", 1}, {"has_bias", 1}};
+    call.inputs = {tensor("x", kHSTU_FLOAT16, {rows, kWidth}, 0x1000), tensor("shift", kHSTU_FLOAT32, {kWidth}, 0x5000),
+        tensor("scale", kHSTU_FLOAT32, {kWidth}, 0x2000), tensor("bias", kHSTU_FLOAT32, {kWidth}, 0x3000)};
+    call.output = tensor("out", kHSTU_FLOAT16, {rows, kWidth}, 0x100000);
     return call;
 }
 
@@ -154,6 +167,7 @@ public:
     int run()
     {
         checkLaunches();
+        checkTowers();
         checkRefusals();
         hstuNormDestroy(nullptr);
         expect(mCalls.allocations == 0, "everything is freed");
@@ -176,10 +190,10 @@ private:
             "refused with '" + text + "', not '" + answer.error + "'");
     }
 
-    HstuNorm* made()
+    HstuNorm* made(Call const& call = callOf(-1))
     {
         HstuNorm* norm = nullptr;
-        Answer const answer = create(callOf(-1), norm);
+        Answer const answer = create(call, norm);
         expect(answer.status == 0, "create: " + answer.error);
         return norm;
     }
@@ -225,6 +239,14 @@ private:
             each->data = nullptr;
         }
         expect(enqueue(norm, empty).status == 0 && mCalls.launches.size() == before, "no rows, no launch");
+        hstuNormDestroy(norm);
+    }
+
+    void checkTowers()
+    {
+        HstuNorm* const norm = made(towerCallOf(-1));
+        std::vector<uint64_t> const addresses{0x1000, 0x5000, 0x2000, 0x3000, 0, 0x100000};
+        expect(launched(norm, towerCallOf(kRows), kCode + 2).addresses == addresses, "no gate");
         hstuNormDestroy(norm);
     }
 
