@@ -37,7 +37,7 @@ _LARGEST_GAP_US = 1e6 * PAUSE_SECONDS / 2
 _LONGEST_NAME = 160
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _KIND_OF = (
-    (ATTENTION, re.compile(r"hstu|attn|attention|fmha|flash", re.IGNORECASE)),
+    (ATTENTION, re.compile(r"hstu(?!_norm)|attn|attention|fmha|flash", re.IGNORECASE)),
     (COPY, re.compile(r"memcpy|memset|copy|transpose|permut|reformat|slice|concat|_cat|CatArray", re.IGNORECASE)),
     (PRODUCT, re.compile(r"gemm|nvjet|cublas|cutlass|matmul|xmma|wgmma|_mm_|_addmm|_bmm|splitk", re.IGNORECASE)),
 )
