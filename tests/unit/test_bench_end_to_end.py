@@ -612,7 +612,7 @@ def test_a_trace_without_kernels_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
-        ("hstu_norm", "other"),
+        ("hstu_norm", timeline.OTHER),
         ("void cutlass::device_kernel<flash::enable_sm90<HstuFwd>>", timeline.ATTENTION),
         ("nvjet_sm90_hsh_256x128", timeline.PRODUCT),
         ("sm90_xmma_gemm_f16f16", timeline.PRODUCT),
