@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import os
 import random
 import re
 import subprocess
@@ -394,3 +396,16 @@ def test_a_bundle_in_segments_is_inspected_without_a_gpu(loader_rtx: Loader, ret
     assert "graph retrieval, schedule model.schedule.json of 3 engines with kernels between them" in done.stdout
     content = json.loads(loader_rtx.run(retrieval, "--inspect", "--json", fakes=False).stdout)
     assert content["graphs"][0]["segments"] == [f"model.segment-{number}.engine" for number in range(3)]
+
+
+def test_the_real_library_is_started_and_its_words_are_shown(loader_rtx: Loader, retrieval: Path) -> None:
+    """Without a GPU it loads no engine; what comes before that, its version and its log among it, is real."""
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None:
+        pytest.skip("the library of TensorRT-RTX is not installed")
+    if "HSTU_TEST_TENSORRT_RTX_INCLUDE_DIR" not in os.environ:
+        pytest.skip("HSTU_TEST_TENSORRT_RTX_INCLUDE_DIR does not name the real library's headers")
+    library = Path(spec.origin).with_name(f"libtensorrt_rtx.so.{loader_rtx.version[0]}")
+    text = loader_rtx.refusal(ENGINE, retrieval, "--tensorrt-library", library)
+    assert f"TensorRT-RTX {'.'.join(map(str, loader_rtx.version))} cannot load model.segment-0.engine" in text
+    assert "Why: [ERROR] IRuntime::deserializeCudaEngine" in text

@@ -104,8 +104,10 @@ def write_stubs(path: Path, include_dir: Path) -> None:
         text += f"class {stub} : public {space}{interface}\n{{\npublic:\n"
         for declaration in re.findall(r"virtual ([^;{]*?\))( const)?\s*(noexcept)?\s*= 0;", body):
             signature = re.sub(r"//[^\n]*|\bTRT_NODISCARD\b", "", declaration[0])
-            name = re.search(r"(\w+)\(", signature)
+            name = re.search(r"(~?\w+)\(", signature)
             assert name is not None
+            if name[1].startswith("~"):
+                continue
             head = " ".join([*signature.split(), *declaration[1:], "override"])
             text += f'    {head} {{ apiv::unexpected("{name[1]}"); }}\n'
         text += "};\n" + ("} // namespace apiv\n" if space else "")
