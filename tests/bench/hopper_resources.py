@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def measure(cache_dir: Path | None, jobs: int | None, target: Path) -> int:
 
 
 def table_text(rows: Sequence[dict[str, str]]) -> str:
-    """Markdown: of the kernels of each head dim, with and without a cache, how many there are and the worst of each."""
+    """Markdown: of each head dim, with and without a cache, how many kernels were compiled, and what they take."""
     lines = [
         f"commit: {rows[0]['commit']}  ",
         f"nvcc: {rows[0]['nvcc']}  ",
@@ -124,13 +125,15 @@ def table_text(rows: Sequence[dict[str, str]]) -> str:
     groups: dict[tuple[int, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((int(row["block_dim"]), row["has_cache"]), []).append(row)
+    asked = Counter((variant.block_dim, str(variant.has_cache)) for variant in all_variants())
     for (dim, has_cache), found in sorted(groups.items()):
         faulty = sum(any(row[name] not in ("0", "False") for name in FAULTS) for row in found)
         shared = [int(row["shared_bytes"]) // 1024 for row in found]
         products = [int(row["warpgroup_products"]) for row in found]
         registers = sorted({row["registers"] for row in found})
         lines.append(
-            f"| {dim} | {'yes' if has_cache == 'True' else 'no'} | {len(found)} | {', '.join(registers)} "
+            f"| {dim} | {'yes' if has_cache == 'True' else 'no'} | {len(found)} of {asked[dim, has_cache]} "
+            f"| {', '.join(registers)} "
             f"| {min(shared)} to {max(shared)} | {faulty} | {min(products)} to {max(products)} HGMMA |"
         )
     return "\n".join(lines) + "\n"
