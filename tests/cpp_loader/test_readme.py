@@ -58,7 +58,7 @@ def test_exit_codes_are_those_of_the_program(loader10: Loader) -> None:
 def test_every_option_of_the_readme_exists(loader10: Loader) -> None:
     usage = loader10.run("--help").stdout
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", "\n".join([*commands(), *re.findall(r"`([^`]+)`", README)])))
-    ours = {option for option in named if option not in ("--backend", "--build")}
+    ours = {option for option in named if option not in ("--attention", "--backend", "--build")}
     assert ours, "the README names no option"
     assert [option for option in sorted(ours) if option not in usage and option != "--help"] == []
 
