@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,8 @@ class QuantizationSettings:
         table: name of the calibration table's file.
         data: files that it was made of, as it lists them.
         samples: requests that it was made of.
+        alternatives: plans by the other rules, in the order in which --mixed auto asks them if no mix by `observer` is
+            within the budget; empty unless the rule is left to it.
         sensitivity: how --mixed auto chose what stays in float16, as `SensitivityLadder.to_dict` has it, or None.
     """
 
@@ -41,6 +44,7 @@ class QuantizationSettings:
     table: str
     data: tuple[dict[str, Any], ...]
     samples: int
+    alternatives: Mapping[str, QuantizationPlan] = dataclasses.field(default_factory=dict, repr=False)
     sensitivity: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,6 +149,12 @@ def planned_quantization(
     smoothed = config.smooth_quant is not None
     observer = cast(Observer | None, config.observer)
     plan = plan_quantization(table, weights, config.quantization, observer, config.keep_fp16, config.smooth_quant)
+    others = OBSERVERS if config.mixed is not None and observer is None and not smoothed else ()
+    alternatives: dict[str, QuantizationPlan] = {
+        other: plan_quantization(table, weights, config.quantization, other, config.keep_fp16)
+        for other in others
+        if other != table.observer
+    }
     return QuantizationSettings(
         plan,
         "amax" if smoothed else observer or table.observer,
@@ -152,6 +162,7 @@ def planned_quantization(
         Path(config.calibration).name,
         tuple(dataclasses.asdict(data) for data in table.data),
         table.samples,
+        alternatives,
     )
 
 

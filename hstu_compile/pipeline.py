@@ -64,7 +64,7 @@ from hstu_compile.rewrite import Pass, RowSelection, apply_passes, export_passes
 from hstu_compile.runtime.schedule_file import schedule_text
 from hstu_compile.runtime.session import Session, open_session
 from hstu_compile.segment_engines import fused_from_onnx
-from hstu_compile.sensitivity import ShippedForm, climb_ladder
+from hstu_compile.sensitivity import ShippedForm, first_ladder
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.session_check import (
     PREDICTIONS,
@@ -345,9 +345,10 @@ def _mixed(
             yield _answer(session, _asked_output(plan))
 
     shipped = ShippedForm("onnxruntime", model, opened)
-    ladder = climb_ladder(models, settings.plan, requests, budget, build.listener.stage_progress, shipped)
+    plans = {settings.observer: settings.plan, **settings.alternatives}
+    rule, ladder = first_ladder(models, plans, requests, budget, build.listener.stage_progress, shipped)
     build.keep("02_sensitivity.json", json.dumps(ladder.to_dict(), indent=1))
-    chosen = dataclasses.replace(settings, plan=ladder.plan, sensitivity=ladder.to_dict())
+    chosen = dataclasses.replace(settings, plan=ladder.plan, observer=rule, sensitivity=ladder.to_dict())
     return dataclasses.replace(plan, quantization=chosen)
 
 
@@ -357,7 +358,8 @@ def _mix_in_words(plan: BuildPlan) -> str:
         return ""
     ladder = plan.quantization.sensitivity
     kept = ", ".join(ladder["kept"]) or "none"
-    return f"; {ladder['kind']} in {len(plan.quantization.plan.sites)} products, left out for quality: {kept}"
+    count, rule = len(plan.quantization.plan.sites), plan.quantization.observer
+    return f"; {ladder['kind']} by {rule} in {count} products, left out for quality: {kept}"
 
 
 def _quality(

@@ -232,6 +232,47 @@ def climb_ladder(
     )
 
 
+def first_ladder(
+    models: Mapping[str, HstuModel],
+    plans: Mapping[str, QuantizationPlan],
+    requests: LabelledRequests,
+    budget: float,
+    progress: Progress,
+    shipped: ShippedForm | None = None,
+) -> tuple[str, SensitivityLadder]:
+    """The first of several plans that some mix brings within the budget, and its ladder.
+
+    A rule for bounds may suit a model badly whatever is left out, and another one well with everything quantised.
+
+    Args:
+        models: see `climb_ladder`.
+        plans: by the name of the rule that bounds were taken by, in the order in which they are asked; at least one.
+        requests: labelled.
+        budget: see `climb_ladder`.
+        progress: see `climb_ladder`.
+        shipped: see `climb_ladder`.
+
+    Raises:
+        CalibrationError: HSTU-E832, if no plan has such a mix.
+    """
+    refusals: dict[str, CalibrationError] = {}
+    for rule, plan in plans.items():
+        try:
+            return rule, climb_ladder(models, plan, requests, budget, progress, shipped)
+        except CalibrationError as error:
+            refusals[rule] = error
+    first = next(iter(refusals.values()))
+    if len(refusals) == 1:
+        raise first
+    raise CalibrationError(
+        "HSTU-E832",
+        first.what,
+        "; ".join(f"by {rule}, {error.why}" for rule, error in refusals.items()),
+        "raise --budget, give more labelled requests, or build with --fp16 alone",
+        {"budget": budget, "rules": {rule: error.context for rule, error in refusals.items()}},
+    )
+
+
 def _site_effects(
     measurement: _Measurement, plan: QuantizationPlan, budget: float, progress: Progress
 ) -> list[SiteEffect]:

@@ -66,6 +66,20 @@ def test_mixed_auto_prints_the_ladder_and_its_end_is_what_is_built(workplace, mi
     assert mixed.stdout.splitlines()[-1].startswith(str(workplace / "mixed.hstu"))
 
 
+def test_the_rule_is_chosen_too_unless_it_is_given(workplace):
+    """The table's rule is amax, with which no mix of this model keeps a budget that another rule keeps."""
+    options = ("--int8", "--calib", workplace / "table.json", "--data", workplace / "labelled.npz", "--mixed", "auto")
+    budget = ("--budget", 0.0002)
+    given = build(workplace, "given.hstu", *options, *budget, "--observer", "amax")
+    assert given.exit_code == 7
+    assert "HSTU-E832" in given.stderr
+    done = build(workplace, "chosen.hstu", *options, *budget)
+    assert done.exit_code in (0, 6), done.stderr
+    quantization = json.loads((workplace / "chosen.hstu" / "manifest.json").read_text())["quantization"]
+    assert quantization["observer"] != "amax"
+    assert f"int8 by {quantization['observer']} in {len(quantization['sites'])} products" in done.stderr
+
+
 def test_the_report_shows_the_quality_of_every_form(workplace, mixed):
     report = json.loads((workplace / "mixed.hstu" / "report.json").read_text())
     metrics = report["metrics"]

@@ -16,7 +16,7 @@ from hstu_compile.labelled_requests import labelled_requests
 from hstu_compile.model.fake_quantization import fake_quantized, product_weights
 from hstu_compile.quality import answers_of, eager_answer, largest_change, quality_of, score_difference, worst_change
 from hstu_compile.quantized import QuantizationPlan, SiteScales, quantized_weight
-from hstu_compile.sensitivity import REASON, ShippedForm, climb_ladder
+from hstu_compile.sensitivity import REASON, ShippedForm, climb_ladder, first_ladder
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import ranking_model, small_config, small_model
 from tests.labelled_cases import ranking_arrays, retrieval_arrays
@@ -200,6 +200,22 @@ def test_a_step_beyond_the_budget_needs_no_graph(retrieval):
     shipped = ShippedForm("a runtime", models["fp16"], opened)
     ladder = climb_ladder(models, plan, requests, full.worst / 2, silent, shipped)
     assert [len(rung.quality) for rung in ladder.rungs] == [2] * (len(ladder.rungs) - 1) + [3]
+
+
+def test_another_rule_is_asked_where_no_mix_by_the_first_is_within_the_budget(retrieval):
+    models, requests, plan = retrieval
+    coarse, budget = plan_of(models["fp32"], dict.fromkeys(plan.sites, 8.0)), 0.001
+    rule, ladder = first_ladder(models, {"amax": coarse, "mse": plan, "entropy": coarse}, requests, budget, silent)
+    assert rule == "mse"
+    assert ladder == climb_ladder(models, plan, requests, budget, silent)
+    with pytest.raises(CalibrationError) as caught:
+        first_ladder(models, {"amax": coarse, "mse": coarse}, requests, budget, silent)
+    assert caught.value.code == "HSTU-E832"
+    assert "by amax, all of its" in caught.value.why
+    assert "by mse, all of its" in caught.value.why
+    with pytest.raises(CalibrationError) as caught:
+        first_ladder(models, {"amax": coarse}, requests, budget, silent)
+    assert "try another --observer" in caught.value.fix
 
 
 def test_ranking_models_are_judged_by_auc_and_ne(tmp_path):
