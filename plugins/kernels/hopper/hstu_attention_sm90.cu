@@ -1069,7 +1069,7 @@ struct Consumer
         {
             int32_t const group = thread / 32 * 2 + half;
             int32_t const block = group << shift >> kRowGroupsShift;
-            int32_t const slot = clusterRank() * groups + group % groups;
+            int32_t const slot = clusterRank() * groups + (group & (groups - 1));
             int32_t const stage = shared.exchangeStages[block];
             uint32_t const target = remoteAddress(&exchanged(stage)[slot * kPieces][lane], block);
 #pragma unroll
@@ -1087,27 +1087,48 @@ struct Consumer
         }
     }
 
-    //! Adds up what the blocks have sent, always in their order, and stores it. The warps take pieces in turn.
+    //! Adds up what the blocks have sent, always in their order, and stores it. A warp takes neighbouring pieces of a group.
+    template <int32_t kBlocks>
     __device__ __forceinline__ void addAndStore(Ending const& ending, int32_t round) const
     {
-        int32_t const groups = kRowGroups >> clusterShift();
-        ExchangePiece const* const pieces = exchanged(valueStage.index);
-        for (int32_t i = thread / 32; i < groups * kPieces; i += 4)
+        constexpr int32_t kGroups = kRowGroups / kBlocks;
+        constexpr int32_t kOfWarp = kGroups * kPieces / 4;
+        static_assert(kPieces % kOfWarp == 0, "all of one group");
+        int32_t const first = thread / 32 * kOfWarp;
+        ExchangePiece const* const pieces = exchanged(valueStage.index) + first;
+        int32_t const row = warpgroup * 64 + (clusterRank() * kGroups + first / kPieces) * 8 + lane / 4;
+        int32_t const firstColumn = 16 * (round * kPieces + first % kPieces);
+        Element* const out = rowOfOut(ending, row) + firstColumn;
+        int32_t const columns = row < ending.rows ? p.dv - firstColumn - pieceColumn() : 0;
+        // Beside 256 columns of sums there are no registers for more parts at a time.
+#pragma unroll (kDim <= 128 ? kOfWarp : 1)
+        for (int32_t i = 0; i < kOfWarp; ++i)
         {
             float4 total = pieces[i][lane];
 #pragma unroll
-            for (int32_t block = 1; block < kMostBlocks; ++block)
+            for (int32_t block = 1; block < kBlocks; ++block)
             {
-                if (block < clusterBlocks())
-                {
-                    float4 const part = pieces[block * groups * kPieces + i][lane];
-                    total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
-                }
+                float4 const part = pieces[block * kGroups * kPieces + i][lane];
+                total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
             }
-            int32_t const row = warpgroup * 64 + (clusterRank() * groups + i / kPieces) * 8 + lane / 4;
-            int32_t const column = 16 * (round * kPieces + i % kPieces);
-            bool const isStored = row < ending.rows && column + pieceColumn() < p.dv;
-            storePiece(rowOfOut(ending, row) + column, isStored, ending.scale, total);
+            storePiece(out + 16 * i, 16 * i < columns, ending.scale, total);
+        }
+    }
+
+    //! One form for each size of a cluster: with the number of blocks in a variable, the parts of two took as many
+    //! instructions as those of eight, one piece after the other.
+    __device__ __forceinline__ void addAndStore(Ending const& ending, int32_t round) const
+    {
+        switch (clusterBlocks())
+        {
+        case 2:
+            addAndStore<2>(ending, round);
+            break;
+        case 4:
+            addAndStore<4>(ending, round);
+            break;
+        default:
+            addAndStore<kMostBlocks>(ending, round);
         }
     }
 
