@@ -101,6 +101,8 @@ constexpr int32_t kRowGroups = 8; // of a warpgroup; two a warp
 constexpr int32_t kRowGroupsShift = 3;
 constexpr int32_t kRounds = 128 / kBlockN;
 constexpr int32_t kPieces = kDim / 16 / kRounds; // of 16 columns
+// Added up at a time. Beside 256 columns of sums, or an accurate SiLU, there are no registers for the parts of several.
+constexpr int32_t kPiecesAtOnce = kDim <= 128 && !kIsAccurate ? kPieces : 1;
 using ExchangePiece = float4[32]; // of a row group: a lane has four sums of one row
 static_assert(!kShares || (kWarpgroups == 2 && kStages > 1), "keys and values, and another stage for the next tile");
 static_assert(sizeof(ExchangePiece) * kRowGroups * kPieces == sizeof(Buffers::keys[0]), "a warpgroup's sums fill a buffer");
@@ -1100,8 +1102,7 @@ struct Consumer
         int32_t const firstColumn = 16 * (round * kPieces + first % kPieces);
         Element* const out = rowOfOut(ending, row) + firstColumn;
         int32_t const columns = row < ending.rows ? p.dv - firstColumn - pieceColumn() : 0;
-        // Beside 256 columns of sums there are no registers for more parts at a time.
-#pragma unroll (kDim <= 128 ? kOfWarp : 1)
+#pragma unroll (kPiecesAtOnce)
         for (int32_t i = 0; i < kOfWarp; ++i)
         {
             float4 total = pieces[i][lane];
@@ -1119,15 +1120,18 @@ struct Consumer
     //! instructions as those of eight, one piece after the other.
     __device__ __forceinline__ void addAndStore(Ending const& ending, int32_t round) const
     {
-        switch (clusterBlocks())
+        // Read anew: kept from the start it would be a register too many for the accurate SiLU.
+        int32_t const blocks = uniform(clusterBlocks());
+        if (blocks == 2)
         {
-        case 2:
             addAndStore<2>(ending, round);
-            break;
-        case 4:
+        }
+        else if (blocks == 4)
+        {
             addAndStore<4>(ending, round);
-            break;
-        default:
+        }
+        else
+        {
             addAndStore<kMostBlocks>(ending, round);
         }
     }
