@@ -105,7 +105,9 @@ constexpr int32_t kPieces = kDim / 16 / kRounds; // of 16 columns
 constexpr int32_t kPiecesAtOnce = kDim <= 128 && !kIsAccurate ? kPieces : 1;
 using ExchangePiece = float4[32]; // of a row group: a lane has four sums of one row
 static_assert(!kShares || (kWarpgroups == 2 && kStages > 1), "keys and values, and another stage for the next tile");
-static_assert(sizeof(ExchangePiece) * kRowGroups * kPieces == sizeof(Buffers::keys[0]), "a warpgroup's sums fill a buffer");
+// Those of its rows that fall to a block, of all blocks: always as many as a block has.
+constexpr int32_t kExchangedBytes = sizeof(ExchangePiece) * kRowGroups * kPieces;
+static_assert(kExchangedBytes == sizeof(Buffers::keys[0]), "a warpgroup's sums fill a buffer");
 
 struct Barriers
 {
@@ -178,8 +180,7 @@ __device__ __forceinline__ void initBarriers(Barriers& barriers)
         barrierInit(&barriers.exchangeReady, clusterBlocks());
         for (int32_t i = 0; i < kWarpgroups; ++i)
         {
-            // Of all blocks, those row groups that this one adds up: always as many as a block has.
-            barrierInit(&barriers.exchangeFull[i], kRowGroups);
+            barrierInit(&barriers.exchangeFull[i], 1); // and the bytes of the sums
         }
         barrierInit(&barriers.exchangeDone, kConsumerWarps);
     }
@@ -357,6 +358,10 @@ struct Producer
         // In place of the copies that would end these phases.
         barrierArrive(&shared.barriers.keysFull[stage.index]);
         barrierArrive(&shared.barriers.valuesFull[stage.index]);
+        for (int32_t warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup)
+        {
+            barrierArriveExpect(&shared.barriers.exchangeFull[warpgroup], kExchangedBytes);
+        }
         for (int32_t block = 0; block < clusterBlocks(); ++block)
         {
             remoteStore(remoteAddress(&shared.exchangeStages[clusterRank()], block), stage.index);
@@ -1023,6 +1028,10 @@ struct Consumer
     __device__ __forceinline__ void offerStageAgain() const
     {
         namedBarrierSync(kExchangeBarrier, 128 * kWarpgroups);
+        if (thread == 0)
+        {
+            barrierArriveExpect(&shared.barriers.exchangeFull[warpgroup], kExchangedBytes);
+        }
         if (warpgroup == 0 && thread < clusterBlocks())
         {
             remoteArrive(remoteAddress(&shared.barriers.exchangeReady, thread));
@@ -1074,18 +1083,13 @@ struct Consumer
             int32_t const slot = clusterRank() * groups + (group & (groups - 1));
             int32_t const stage = shared.exchangeStages[block];
             uint32_t const target = remoteAddress(&exchanged(stage)[slot * kPieces][lane], block);
+            uint32_t const full = remoteAddress(&shared.barriers.exchangeFull[warpgroup], block);
 #pragma unroll
             for (int32_t piece = 0; piece < kPieces; ++piece)
             {
                 float const* const pair = sums + 8 * (round * kPieces + piece) + 2 * half;
-                remoteStore(target + piece * sizeof(ExchangePiece), pair[0], pair[1], pair[4], pair[5]);
+                remoteStoreAsync(target + piece * sizeof(ExchangePiece), full, pair[0], pair[1], pair[4], pair[5]);
             }
-        }
-        __syncwarp();
-        if (lane < 2)
-        {
-            int32_t const block = (thread / 32 * 2 + lane) << shift >> kRowGroupsShift;
-            remoteArrive(remoteAddress(&shared.barriers.exchangeFull[warpgroup], block));
         }
     }
 
