@@ -47,6 +47,8 @@ class Fault(enum.Enum):
     OFFERED_BEFORE_LAST_EXCHANGE = enum.auto()
     #: The producer does not end the phases of the copies that it leaves out.
     PHASES_LEFT_OPEN = enum.auto()
+    #: Who offers a stage does not arrive for the bytes of the sums that will be put there.
+    SUMS_NOT_EXPECTED = enum.auto()
     #: A stage is given back for copies before the exchange in it.
     STAGE_RELEASED_BEFORE_EXCHANGE = enum.auto()
     #: Keys of which a warpgroup sees nothing are given back although their copy may not have begun.
@@ -248,7 +250,8 @@ class Block:
         self.exchange_barrier = NamedBarrier("exchange", p.warpgroups)
         self.exchange_ready = Barrier("exchangeReady", p.split)
         self.exchange_done = Barrier("exchangeDone", p.warpgroups)
-        self.exchange_full = [Barrier(f"exchangeFull[{i}]", p.split) for i in range(p.warpgroups)]
+        # In the kernel one arrival and the bytes of the sums, here those of each block as an arrival.
+        self.exchange_full = [Barrier(f"exchangeFull[{i}]", 1 + p.split) for i in range(p.warpgroups)]
         self.exchange_stages = [-1] * p.split
 
     def _describe(self, number: int, keys: int) -> Tile:
@@ -291,6 +294,10 @@ class Block:
             if Fault.PHASES_LEFT_OPEN not in self.faults:
                 self.keys[stage.index].full.arrive()
                 self.values[stage.index].full.arrive()
+            if Fault.SUMS_NOT_EXPECTED not in self.faults:
+                for barrier in self.exchange_full:
+                    yield PREEMPTED
+                    barrier.arrive()
             for block in self.cluster:
                 yield PREEMPTED
                 block.exchange_stages[self.rank] = stage.index
@@ -407,6 +414,8 @@ class Block:
             """Tell the cluster that the next round's sums may be put into the stage, once no warpgroup reads there."""
             if Fault.STAGE_OFFERED_AGAIN_EARLY not in self.faults:
                 yield self.exchange_barrier.sync()
+            yield PREEMPTED
+            self.exchange_full[warpgroup].arrive()
             if warpgroup == 0:
                 for block in self.cluster:
                     yield PREEMPTED

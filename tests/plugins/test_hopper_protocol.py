@@ -87,6 +87,7 @@ def test_queries_that_are_given_back_unread_are_found() -> None:
         (Fault.STAGE_OFFERED_EARLY, HazardError),
         (Fault.STAGE_RELEASED_BEFORE_EXCHANGE, HazardError),
         (Fault.PHASES_LEFT_OPEN, HazardError),
+        (Fault.SUMS_NOT_EXPECTED, DeadlockError),
     ],
 )
 def test_an_exchange_over_what_is_still_read_is_found(fault: Fault, failure: type[AssertionError], rounds: int) -> None:

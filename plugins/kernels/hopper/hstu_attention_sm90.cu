@@ -101,9 +101,13 @@ constexpr int32_t kRowGroups = 8; // of a warpgroup; two a warp
 constexpr int32_t kRowGroupsShift = 3;
 constexpr int32_t kRounds = 128 / kBlockN;
 constexpr int32_t kPieces = kDim / 16 / kRounds; // of 16 columns
+// Added up at a time. Beside 256 columns of sums, or an accurate SiLU, there are no registers for the parts of several.
+constexpr int32_t kPiecesAtOnce = kDim <= 128 && !kIsAccurate ? kPieces : 1;
 using ExchangePiece = float4[32]; // of a row group: a lane has four sums of one row
 static_assert(!kShares || (kWarpgroups == 2 && kStages > 1), "keys and values, and another stage for the next tile");
-static_assert(sizeof(ExchangePiece) * kRowGroups * kPieces == sizeof(Buffers::keys[0]), "a warpgroup's sums fill a buffer");
+// Those of its rows that fall to a block, of all blocks: always as many as a block has.
+constexpr int32_t kExchangedBytes = sizeof(ExchangePiece) * kRowGroups * kPieces;
+static_assert(kExchangedBytes == sizeof(Buffers::keys[0]), "a warpgroup's sums fill a buffer");
 
 struct Barriers
 {
@@ -176,8 +180,7 @@ __device__ __forceinline__ void initBarriers(Barriers& barriers)
         barrierInit(&barriers.exchangeReady, clusterBlocks());
         for (int32_t i = 0; i < kWarpgroups; ++i)
         {
-            // Of all blocks, those row groups that this one adds up: always as many as a block has.
-            barrierInit(&barriers.exchangeFull[i], kRowGroups);
+            barrierInit(&barriers.exchangeFull[i], 1); // and the bytes of the sums
         }
         barrierInit(&barriers.exchangeDone, kConsumerWarps);
     }
@@ -355,6 +358,10 @@ struct Producer
         // In place of the copies that would end these phases.
         barrierArrive(&shared.barriers.keysFull[stage.index]);
         barrierArrive(&shared.barriers.valuesFull[stage.index]);
+        for (int32_t warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup)
+        {
+            barrierArriveExpect(&shared.barriers.exchangeFull[warpgroup], kExchangedBytes);
+        }
         for (int32_t block = 0; block < clusterBlocks(); ++block)
         {
             remoteStore(remoteAddress(&shared.exchangeStages[clusterRank()], block), stage.index);
@@ -1021,6 +1028,10 @@ struct Consumer
     __device__ __forceinline__ void offerStageAgain() const
     {
         namedBarrierSync(kExchangeBarrier, 128 * kWarpgroups);
+        if (thread == 0)
+        {
+            barrierArriveExpect(&shared.barriers.exchangeFull[warpgroup], kExchangedBytes);
+        }
         if (warpgroup == 0 && thread < clusterBlocks())
         {
             remoteArrive(remoteAddress(&shared.barriers.exchangeReady, thread));
@@ -1069,74 +1080,111 @@ struct Consumer
         {
             int32_t const group = thread / 32 * 2 + half;
             int32_t const block = group << shift >> kRowGroupsShift;
-            int32_t const slot = clusterRank() * groups + group % groups;
+            int32_t const slot = clusterRank() * groups + (group & (groups - 1));
             int32_t const stage = shared.exchangeStages[block];
             uint32_t const target = remoteAddress(&exchanged(stage)[slot * kPieces][lane], block);
+            uint32_t const full = remoteAddress(&shared.barriers.exchangeFull[warpgroup], block);
 #pragma unroll
             for (int32_t piece = 0; piece < kPieces; ++piece)
             {
                 float const* const pair = sums + 8 * (round * kPieces + piece) + 2 * half;
-                remoteStore(target + piece * sizeof(ExchangePiece), pair[0], pair[1], pair[4], pair[5]);
+                remoteStoreAsync(target + piece * sizeof(ExchangePiece), full, pair[0], pair[1], pair[4], pair[5]);
             }
-        }
-        __syncwarp();
-        if (lane < 2)
-        {
-            int32_t const block = (thread / 32 * 2 + lane) << shift >> kRowGroupsShift;
-            remoteArrive(remoteAddress(&shared.barriers.exchangeFull[warpgroup], block));
         }
     }
 
-    //! Adds up what the blocks have sent, always in their order, and stores it. The warps take pieces in turn.
+    //! Adds up what the blocks have sent, always in their order, and stores it. A warp takes neighbouring pieces of a group.
+    template <int32_t kBlocks>
     __device__ __forceinline__ void addAndStore(Ending const& ending, int32_t round) const
     {
-        int32_t const groups = kRowGroups >> clusterShift();
-        ExchangePiece const* const pieces = exchanged(valueStage.index);
-        for (int32_t i = thread / 32; i < groups * kPieces; i += 4)
+        constexpr int32_t kGroups = kRowGroups / kBlocks;
+        constexpr int32_t kOfWarp = kGroups * kPieces / 4;
+        static_assert(kPieces % kOfWarp == 0, "all of one group");
+        int32_t const first = thread / 32 * kOfWarp;
+        ExchangePiece const* const pieces = exchanged(valueStage.index) + first;
+        int32_t const row = warpgroup * 64 + (clusterRank() * kGroups + first / kPieces) * 8 + lane / 4;
+        int32_t const firstColumn = 16 * (round * kPieces + first % kPieces);
+        Element* const out = rowOfOut(ending, row) + firstColumn;
+        int32_t const columns = row < ending.rows ? p.dv - firstColumn - pieceColumn() : 0;
+#pragma unroll (kPiecesAtOnce)
+        for (int32_t i = 0; i < kOfWarp; ++i)
         {
             float4 total = pieces[i][lane];
 #pragma unroll
-            for (int32_t block = 1; block < kMostBlocks; ++block)
+            for (int32_t block = 1; block < kBlocks; ++block)
             {
-                if (block < clusterBlocks())
-                {
-                    float4 const part = pieces[block * groups * kPieces + i][lane];
-                    total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
-                }
+                float4 const part = pieces[block * kGroups * kPieces + i][lane];
+                total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
             }
-            int32_t const row = warpgroup * 64 + (clusterRank() * groups + i / kPieces) * 8 + lane / 4;
-            storePiece(ending, row, 16 * (round * kPieces + i % kPieces), total);
+            storePiece(out + 16 * i, 16 * i < columns, ending.scale, total);
+        }
+    }
+
+    //! One form for each size of a cluster: with the number of blocks in a variable, the parts of two took as many
+    //! instructions as those of eight, one piece after the other.
+    __device__ __forceinline__ void addAndStore(Ending const& ending, int32_t round) const
+    {
+        // Read anew: kept from the start it would be a register too many for the accurate SiLU.
+        int32_t const blocks = uniform(clusterBlocks());
+        if (blocks == 2)
+        {
+            addAndStore<2>(ending, round);
+        }
+        else if (blocks == 4)
+        {
+            addAndStore<4>(ending, round);
+        }
+        else
+        {
+            addAndStore<kMostBlocks>(ending, round);
         }
     }
 
     //! Divides, rounds and writes this thread's part of two rows.
     __device__ __forceinline__ void store(Ending const& ending) const
     {
+        // One address and one test of the row for all its columns: made anew for each, with a branch around each store, they
+        // were 240 more instructions a tile at 128 columns and 500 at 256.
+        Element* const out = rowOfOut(ending, rowInTile);
+        int64_t const pitch = int64_t{p.heads} * p.dv;
 #pragma unroll
         for (int32_t half = 0; half < 2; ++half)
         {
+            bool const isRow = rowInTile + 8 * half < ending.rows;
 #pragma unroll
             for (int32_t i = 0; i < kDim / 2; i += 8)
             {
                 float const* const pair = sums + i + 2 * half;
-                storePiece(ending, rowInTile + 8 * half, 2 * i, make_float4(pair[0], pair[1], pair[4], pair[5]));
+                bool const isStored = isRow && 2 * i + pieceColumn() < p.dv;
+                storePiece(out + 8 * half * pitch + 2 * i, isStored, ending.scale,
+                    make_float4(pair[0], pair[1], pair[4], pair[5]));
             }
         }
     }
 
-    //! Writes two pairs of a row's sums, eight columns apart, of 16 columns of which each of four lanes has its own.
-    //! Neighbouring lanes exchange pairs, so that the four write 32 bytes in a row.
-    __device__ __forceinline__ void storePiece(Ending const& ending, int32_t row, int32_t firstColumn, float4 pairs) const
+    //! Of 16 columns, the first of the four that this thread writes.
+    __device__ __forceinline__ int32_t pieceColumn() const
+    {
+        return lane % 2 != 0 ? 8 + 2 * (lane % 4 - 1) : 2 * (lane % 4);
+    }
+
+    //! Where this thread's columns of a row begin in out.
+    __device__ __forceinline__ Element* rowOfOut(Ending const& ending, int32_t row) const
+    {
+        return static_cast<Element*>(p.out) + ((ending.queryRow + row) * int64_t{p.heads} + ending.head) * p.dv
+               + pieceColumn();
+    }
+
+    //! Divides, rounds and writes two pairs of a row's sums, eight columns apart, of 16 columns of which each of four lanes
+    //! has its own. Neighbouring lanes exchange pairs, so that the four write 32 bytes in a row.
+    __device__ __forceinline__ void storePiece(Element* out, bool isStored, float scale, float4 pairs) const
     {
         bool const isOdd = lane % 2 != 0;
-        uint32_t const left = packPair<Element>(pairs.x * ending.scale, pairs.y * ending.scale);
-        uint32_t const right = packPair<Element>(pairs.z * ending.scale, pairs.w * ending.scale);
+        uint32_t const left = packPair<Element>(pairs.x * scale, pairs.y * scale);
+        uint32_t const right = packPair<Element>(pairs.z * scale, pairs.w * scale);
         uint32_t const received = __shfl_xor_sync(0xFFFFFFFF, isOdd ? left : right, 1);
-        int32_t const column = firstColumn + (isOdd ? 8 + 2 * (lane % 4 - 1) : 2 * (lane % 4));
-        if (row < ending.rows && column < p.dv)
+        if (isStored)
         {
-            auto* const out = static_cast<Element*>(p.out)
-                              + ((ending.queryRow + row) * int64_t{p.heads} + ending.head) * p.dv + column;
             *reinterpret_cast<uint2*>(out) = isOdd ? make_uint2(received, right) : make_uint2(left, received);
         }
     }

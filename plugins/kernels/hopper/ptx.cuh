@@ -105,10 +105,14 @@ __device__ __forceinline__ void remoteStore(uint32_t address, int32_t value)
     asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void remoteStore(uint32_t address, float a, float b, float c, float d)
+//! Stores 16 bytes, and tells a barrier of the same block when they are there, which counts them like a copy's. Who sends
+//! does not wait for its stores to arrive, as it would have to before it arrives for them.
+__device__ __forceinline__ void remoteStoreAsync(uint32_t address, uint32_t barrier, float a, float b, float c, float d)
 {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d)
-                 : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address),
+        "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
+        : "memory");
 }
 
 //! Arrives at a barrier of a block of the cluster; what this thread has stored there is seen by who waits for it.
