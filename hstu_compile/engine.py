@@ -44,6 +44,8 @@ _MAX_MESSAGES = 50
 # Above this, protobuf cannot hold the model in one message, and weights go to a file beside it.
 _MAX_IN_MEMORY_BYTES = 2**31 - 2**20
 _POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY", "tacticDram": "TACTIC_DRAM"}
+# Input and output of a kernel of int8 operands, in the names of TensorRT 8.
+_EIGHT_BIT_KERNEL = re.compile(r"_i8(i8|i32|f16|f32)_")
 _PRECISIONS = {
     **{"Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32"},
     **{"Int8": "int8", "INT8": "int8", "FP8": "fp8", "Float8": "fp8"},
@@ -422,22 +424,9 @@ class _Build:
             return
         config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-        # With the FP16 flag the builder may compute any layer in half. What the graph has in float32 (LayerNorm,
-        # normalisation, counts) is there because half is not enough for it.
-        skipped = {trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2, trt.LayerType.IDENTITY}
         if self.is_quantized:
             config.set_flag(trt.BuilderFlag.INT8)
-            # Their types follow from the quantisation around them; the convolutions that are float32 in the file are
-            # those of quantised operands, and pinned to float32 they would be computed in it.
-            skipped |= {trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE, trt.LayerType.CONVOLUTION}
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-            if layer.type in skipped or any(output.is_shape_tensor for output in outputs):
-                continue
-            if outputs[0].dtype == trt.DataType.FLOAT:
-                layer.precision = trt.DataType.FLOAT
-                layer.set_output_type(0, trt.DataType.FLOAT)
+        pin_types(trt, network, is_quantized=self.is_quantized)
 
     def _set_compute_capabilities(self, config: Any) -> None:
         wanted = self.options.compute_capabilities
@@ -581,20 +570,57 @@ def _count(kinds: Sequence[str], eight_bit: int) -> dict[str, int]:
     return {"total": len(kinds), **{kind: kinds.count(kind) for kind in _KINDS}, "eight_bit_layers": eight_bit}
 
 
+def pin_types(trt: Any, network: Any, *, is_quantized: bool) -> None:
+    """Fix the types that TensorRT 8 may not choose, in a network of half precision that obeys them.
+
+    Args:
+        trt: the module.
+        network: as parsed.
+        is_quantized: whether the graph has quantised products.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    # With the FP16 flag the builder may compute any layer in half. What the graph has in float32 (LayerNorm,
+    # normalisation, counts) is there because half is not enough for it.
+    skipped = {trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2, trt.LayerType.IDENTITY}
+    if is_quantized:
+        # Their types follow from the quantisation around them; the convolutions that are float32 in the file are
+        # those of quantised operands, and pinned to float32 they would be computed in it.
+        skipped |= {trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE, trt.LayerType.CONVOLUTION}
+        # A Cast to half reads each of them. Told so, 8.5.3.1 makes an int8 kernel that scales its sums in float32 and
+        # writes half. Told nothing, it takes none of its kernels from int8 to another type ("All of the candidates
+        # were removed").
+        for layer in _eight_bit_layers(layers):
+            layer.set_output_type(0, trt.DataType.HALF)
+    for layer in layers:
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        if layer.type in skipped or any(output.is_shape_tensor for output in outputs):
+            continue
+        if outputs[0].dtype == trt.DataType.FLOAT:
+            layer.precision = trt.DataType.FLOAT
+            layer.set_output_type(0, trt.DataType.FLOAT)
+
+
+def _eight_bit_layers(layers: Sequence[Any]) -> list[Any]:
+    """Products and convolutions of a parsed network whose both operands are dequantised."""
+    dequantized = {layer.get_output(0).name for layer in layers if layer.type.name == "DEQUANTIZE"}
+    found = []
+    for layer in layers:
+        if layer.type.name in ("MATRIX_MULTIPLY", "CONVOLUTION"):
+            operands = [layer.get_input(i) for i in range(2)]
+            if all(each is not None and each.name in dequantized for each in operands):
+                found.append(layer)
+    return found
+
+
 def _network_layers(network: Any) -> dict[str, int]:
     """Layers of a parsed network by kind; in a strongly typed network these are the types that will run."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    kinds, dequantized, eight_bit = [], set(), 0
+    kinds = []
     for layer in layers:
         dtype = layer.get_output(0).dtype.name if layer.num_outputs else ""
         names = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
         kinds.append("plugin" if "PLUGIN" in layer.type.name else names.get(dtype, "other"))
-        if layer.type.name == "DEQUANTIZE":
-            dequantized.add(layer.get_output(0).name)
-        if layer.type.name in ("MATRIX_MULTIPLY", "CONVOLUTION"):
-            operands = [layer.get_input(i) for i in range(2)]
-            eight_bit += all(each is not None and each.name in dequantized for each in operands)
-    return _count(kinds, eight_bit)
+    return _count(kinds, len(_eight_bit_layers(layers)))
 
 
 def layer_kind(layer: dict[str, Any] | str, plugin_names: set[str]) -> str:
@@ -623,14 +649,16 @@ def _tensor_kind(tensor: dict[str, Any]) -> str:
 def computes_in_eight_bits(layer: dict[str, Any] | str) -> bool:
     """Whether a layer of the inspector's JSON reads operands of eight bits to compute with them.
 
-    Conversions and copies do not count, nor does what widens them again and nothing else.
+    Conversions and copies do not count, nor does what widens them again and nothing else. Of an engine with dynamic
+    shapes TensorRT 8 says no types; then the name of the kernel does, such as sm80_xmma_..._i8f16_i8i32_f32_...
     """
     if isinstance(layer, str):
         return False
     copies = ("reformat", "noop", "cast", "dequantize", "constant", "shuffle")
     if any(word in str(layer.get("LayerType", "")).lower() for word in copies):
         return False
-    return any(_tensor_kind(tensor) in ("int8", "fp8") for tensor in layer.get("Inputs", []))
+    by_type = any(_tensor_kind(tensor) in ("int8", "fp8") for tensor in layer.get("Inputs", []))
+    return by_type or _EIGHT_BIT_KERNEL.search(str(layer.get("TacticName", ""))) is not None
 
 
 def _inspected(
