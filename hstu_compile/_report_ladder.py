@@ -58,9 +58,9 @@ def ladder_section(ladder: Mapping[str, Any]) -> Html:
     said = (
         f"--mixed auto left {plural(len(kept), 'product')} in float16, measured on {_data(ladder)}. The budget limits "
         "the change against the float32 model, to the better or to the worse: absolute for HR@10 and NDCG@10, relative "
-        "for AUC and NE. A step is measured in both types and, where it is within the budget in both, in the graph that "
-        "ships; it must be within the budget in all three. Products are left out in the order in which that brings the "
-        "scores closest to those of the float32 model."
+        "for AUC and NE. A step is measured in both types and, where it is within the budget in both, in the graph "
+        "that ships; it must be within the budget in all three. Products are left out in the order in which that "
+        "brings the scores closest to those of the float32 model."
     )
     sites = simple_table(
         "What quantising does: relative root mean square difference of the scores, and change of the metrics",
