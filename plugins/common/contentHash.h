@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iomanip>
 #include <sstream>
 #include <string>
 
@@ -23,11 +24,11 @@ public:
         }
     }
 
-    //! \return the hash in hexadecimal.
+    //! \return the hash as sixteen hexadecimal digits.
     std::string text() const
     {
         std::ostringstream stream;
-        stream << std::hex << mValue;
+        stream << std::hex << std::setw(16) << std::setfill('0') << mValue;
         return stream.str();
     }
 
