@@ -50,7 +50,10 @@ def test_soak_with_threads_that_grow_and_shrink_the_same_users(users_in_cache: f
         assert_right(served, request, result)
     stats = served.session.stats()
     assert stats.requests == len(answers) > THREADS * 5
-    assert {result.cache for _, result in answers} > {"miss", "stale"}
+    outcomes = {result.cache for _, result in answers}
+    assert outcomes >= {"miss", "stale"}
+    # With room for one user, whether anybody comes back before another thread's user is a matter of timing.
+    assert users_in_cache == 1 or outcomes > {"miss", "stale"}
     assert stats.cache.used_bytes <= stats.cache.capacity_bytes
     served.session.clear()
     assert served.session.stats().cache.used_bytes == 0
