@@ -10,7 +10,6 @@ Exit 0 if every check passed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import sys
@@ -53,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     job, out = arguments.job.resolve(), arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        (out / "rows.csv").unlink()
+    (out / "rows.csv").unlink(missing_ok=True)
     clock, checks, results = Clock(arguments.budget), Checks("cpp_loader_fused"), out / "cpp_loader_fused.json"
     program = program_of(job, FUSED_BACKEND)
     checks.facts["job"] = json.loads((job / "job.json").read_text(encoding="utf-8"))

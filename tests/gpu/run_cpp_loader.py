@@ -11,7 +11,6 @@ Exit 0 if every check passed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -307,8 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     scratch = (arguments.scratch or out.with_name(f"{out.name}-bundles")).resolve()
     scratch.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        (out / "rows.csv").unlink()
+    (out / "rows.csv").unlink(missing_ok=True)
     clock, checks, results = Clock(arguments.budget), Checks("cpp_loader"), out / "cpp_loader.json"
     plugin = next((job / "plugin").glob("*.so"))
     program = program_of(job)
