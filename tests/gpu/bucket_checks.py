@@ -24,7 +24,7 @@ BUCKETS = Buckets(events=Ladder((32, 128, 512, 2048)), candidates=Ladder((3, 16,
 USERS = 300
 #: Full histories that the cache holds: fewer than there are users.
 CACHED_USERS = 8
-#: Of a call; one alone is as frequent as the others together.
+#: Of a call; most calls have one alone.
 MOST_AT_ONCE = 4
 #: Share of calls that are answered without the cache.
 PACKED_SHARE = 0.3
