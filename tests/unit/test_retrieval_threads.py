@@ -52,7 +52,7 @@ def test_soak_with_threads_that_grow_and_shrink_the_same_users(users_in_cache: f
     assert stats.requests == len(answers) > THREADS * 5
     outcomes = {result.cache for _, result in answers}
     assert outcomes >= {"miss", "stale"}
-    # With room for one user, whether anybody comes back before another thread's user is a matter of timing: so one does.
+    # With room for one user, whether anybody comes back before another thread's user is a matter of timing.
     assert users_in_cache == 1 or outcomes > {"miss", "stale"}
     back = [served.session.encode([asked(0, history_of(0), 20, 0)])[0] for _ in range(2)]
     assert back[1].cache == "hit"
