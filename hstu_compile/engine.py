@@ -29,6 +29,7 @@ from hstu_compile.artifacts import EngineArtifact, Precision, Profile
 from hstu_compile.environment import Backend
 from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.files import write_whole
+from hstu_compile.rewrite.float_epilogues import FloatEpilogues
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.narrow_adds import NarrowAdds
@@ -251,6 +252,7 @@ def _prepared(
         copy = onnx.inliner.inline_local_functions(copy)
         MergeDuplicates().call(copy)
         NarrowAdds().call(copy)
+        FloatEpilogues().call(copy)
         WidenAccumulators().call(copy)
         return copy
     # TensorRT 10.0 to 10.6 may prefer the local function to the plugin.

@@ -1,0 +1,77 @@
+"""Products of float16 by weights in the form that TensorRT-RTX has kernels for Hopper of."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from hstu_compile.rewrite._pass import Pass, PassResult
+
+_STANDARD = ("", "ai.onnx")
+
+
+class FloatEpilogues(Pass):
+    """A product of float16 by weights ends in an operator of float32: a row of zeros is added to its result.
+
+    TensorRT-RTX fuses what follows a product into its kernel and chooses the kernel by that. Where everything that
+    follows is float16, or nothing does, 1.6.1 takes one for compute capability 8.0 on an H100; where the last operator
+    is float32, one for 9.0, which is up to twice as fast (tests/bench/results/rtx_products.csv).
+
+    The zeros come behind an addition of float16 that alone reads the product, a bias or a residual, which stays as it
+    is, and are added between a Cast to float32 and one back. No number changes, but -0 becomes 0. TensorRT-RTX does
+    not fold them: they are an operand like any row.
+
+    Left alone: 1. products of quantised operands; 2. of anything but float16: that bfloat16 gains has not been shown;
+    3. products of two values that are computed. Runs after narrow_adds, which would take the Casts away, and before
+    widen_accumulators. Not to be called twice.
+    """
+
+    name = "float_epilogues"
+
+    def call(self, model: onnx.ModelProto) -> PassResult:
+        graph = model.graph
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        kinds |= {name: tensor.data_type for name, tensor in weights.items()}
+        readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        served = {value.name for value in graph.output}
+
+        widths: dict[str, int] = {}
+        for node in graph.node:
+            if node.op_type != "MatMul" or node.domain not in _STANDARD or node.input[1] not in weights:
+                continue
+            weight, end = weights[node.input[1]], node.output[0]
+            if any(kinds.get(name) != TensorProto.FLOAT16 for name in node.input) or len(weight.dims) != 2:
+                continue
+            behind = readers.get(end, [])
+            if len(behind) == 1 and end not in served and behind[0].op_type == "Add":
+                end = behind[0].output[0]
+            widths[end] = weight.dims[1]
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            if node.output and (width := widths.get(node.output[0])) is not None:
+                epilogue, zeros = _epilogue(node.output[0], width)
+                nodes[-1].output[0] = epilogue[0].input[0]
+                nodes += epilogue
+                graph.initializer.append(zeros)
+        if widths:
+            del graph.node[:]
+            graph.node.extend(nodes)
+        return PassResult({"products": len(widths)})
+
+
+def _epilogue(result: str, width: int) -> tuple[list[onnx.NodeProto], TensorProto]:
+    """Nodes that add zeros in float32 to what is `result` without them, and the zeros."""
+    half, wide, total, zeros = (f"{result}/epilogue/{each}" for each in ("half", "wide", "sum", "zeros"))
+    nodes = [
+        helper.make_node("Cast", [half], [wide], name=wide, to=TensorProto.FLOAT),
+        helper.make_node("Add", [wide, zeros], [total], name=total),
+        helper.make_node("Cast", [total], [result], name=f"{result}/epilogue", to=TensorProto.FLOAT16),
+    ]
+    return nodes, numpy_helper.from_array(np.zeros(width, np.float32), zeros)
