@@ -252,7 +252,8 @@ def _prepared(
         copy = onnx.inliner.inline_local_functions(copy)
         MergeDuplicates().call(copy)
         NarrowAdds().call(copy)
-        FloatEpilogues().call(copy)
+        if api.is_rtx:
+            FloatEpilogues().call(copy)
         WidenAccumulators().call(copy)
         return copy
     # TensorRT 10.0 to 10.6 may prefer the local function to the plugin.

@@ -9,6 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from hstu_compile.rewrite._pass import Pass, PassResult
 
 _STANDARD = ("", "ai.onnx")
+# What a result is called before the zeros are added.
+_HALF = "/epilogue/half"
 
 
 class FloatEpilogues(Pass):
@@ -23,18 +25,16 @@ class FloatEpilogues(Pass):
     not fold them: they are an operand like any row.
 
     Left alone: 1. products of quantised operands; 2. of anything but float16: that bfloat16 gains has not been shown;
-    3. products of two values that are computed. Runs after narrow_adds, which would take the Casts away, and before
-    widen_accumulators. Not to be called twice.
+    3. products of two values that are computed; 4. products that have the zeros, so a second call changes nothing.
+    Runs after narrow_adds, which would take the Casts away, and before widen_accumulators.
     """
 
     name = "float_epilogues"
 
     def call(self, model: onnx.ModelProto) -> PassResult:
         graph = model.graph
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
         weights = {tensor.name: tensor for tensor in graph.initializer}
-        kinds |= {name: tensor.data_type for name, tensor in weights.items()}
+        quantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
         readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
@@ -43,14 +43,17 @@ class FloatEpilogues(Pass):
 
         widths: dict[str, int] = {}
         for node in graph.node:
-            if node.op_type != "MatMul" or node.domain not in _STANDARD or node.input[1] not in weights:
+            is_plain = node.op_type == "MatMul" and node.domain in _STANDARD and quantized.isdisjoint(node.input)
+            if not is_plain or node.input[1] not in weights:
                 continue
             weight, end = weights[node.input[1]], node.output[0]
-            if any(kinds.get(name) != TensorProto.FLOAT16 for name in node.input) or len(weight.dims) != 2:
+            if weight.data_type != TensorProto.FLOAT16 or len(weight.dims) != 2:
                 continue
             behind = readers.get(end, [])
             if len(behind) == 1 and end not in served and behind[0].op_type == "Add":
                 end = behind[0].output[0]
+            if end.endswith(_HALF):
+                continue
             widths[end] = weight.dims[1]
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
@@ -68,7 +71,7 @@ class FloatEpilogues(Pass):
 
 def _epilogue(result: str, width: int) -> tuple[list[onnx.NodeProto], TensorProto]:
     """Nodes that add zeros in float32 to what is `result` without them, and the zeros."""
-    half, wide, total, zeros = (f"{result}/epilogue/{each}" for each in ("half", "wide", "sum", "zeros"))
+    half, wide, total, zeros = result + _HALF, *(f"{result}/epilogue/{each}" for each in ("wide", "sum", "zeros"))
     nodes = [
         helper.make_node("Cast", [half], [wide], name=wide, to=TensorProto.FLOAT),
         helper.make_node("Add", [wide, zeros], [total], name=total),

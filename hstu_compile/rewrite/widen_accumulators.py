@@ -27,7 +27,8 @@ class WidenAccumulators(Pass):
     def call(self, model: onnx.ModelProto) -> PassResult:
         graph = model.graph
         inferred = onnx.shape_inference.infer_shapes(model).graph
-        kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
+        values = (*inferred.value_info, *inferred.input, *inferred.output)
+        kinds = {value.name: value.type.tensor_type.elem_type for value in values}
         kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
         quantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
         # One Cast for each operand, whoever reads it.
@@ -36,7 +37,8 @@ class WidenAccumulators(Pass):
         products = 0
         for node in graph.node:
             is_plain = node.op_type == "MatMul" and node.domain in _STANDARD and quantized.isdisjoint(node.input)
-            if not is_plain or any(kinds.get(name) != TensorProto.FLOAT16 for name in node.input):
+            # Operands are of one type; what a segment's Gather makes may have none that can be inferred.
+            if not is_plain or all(kinds.get(name) != TensorProto.FLOAT16 for name in node.input):
                 nodes.append(node)
                 continue
             for name in node.input:
