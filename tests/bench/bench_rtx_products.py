@@ -1,6 +1,8 @@
 """One float16 product by weights in TensorRT-RTX, written in several ways, beside cuBLAS: time, error and kernels.
 
-  bench_rtx_products.py --out CSV [--build-only]        (beside TensorRT-RTX and torch; needs a GPU but to build)
+  bench_rtx_products.py --out CSV                       (on a GPU, beside TensorRT-RTX and torch)
+  bench_rtx_products.py --build-only                    (anywhere: whether TensorRT-RTX builds every form)
+  bench_rtx_products.py --table [--into FILE.md]        (the Markdown table of the results, also between FILE's marks)
 
 The products are those of the ranking model of the end-to-end benchmark: [rows, 512] by [512, 2048] with a bias,
 [rows, 1536] by [1536, 512] with a residual, and two of its towers, which nothing follows. What `form` says:
@@ -30,10 +32,12 @@ from onnx import TensorProto, helper, numpy_helper
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY)]
 
-from bench_plugin import commit_of, gpu_name, status_of, today, write_rows  # noqa: E402
+from bench_plugin import commit_of, gpu_name, put_between, read_rows, status_of, today, write_rows  # noqa: E402
 
 from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402
 
+RESULTS = Path(__file__).parent / "results" / "rtx_products.csv"
+BEGIN, END = "<!-- products benchmark: begin -->", "<!-- products benchmark: end -->"
 FORMS = ("half", "exported", "wide", "first", "last")
 CUBLAS = "cublas"
 BIAS, RESIDUAL, NOTHING = "bias", "residual", ""
@@ -229,11 +233,59 @@ def rows_of(api: Any, plans: dict[tuple[tuple[int, int, str], str], bytes | str]
     return found
 
 
+def capability_of(kernels: str) -> str:
+    """What the product's kernel is made for, by its name; "" where the name does not say."""
+    return next((word for word in ("sm90", "sm80") if word in kernels), "")
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """A line for each product and number of rows: ms, TFLOP/s and the kernel's capability of every form."""
+    facts = {name: ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("gpu", "version", "commit", "date")}
+    forms = (CUBLAS, *FORMS)
+    lines = [f"{name}: {value}  " for name, value in facts.items()]
+    lines += ["", "| product | rows |" + "".join(f" {form} |" for form in forms), "|---|---|" + "---|" * len(forms)]
+    found = {(row["depth"], row["width"], row["rows"], row["form"]): row for row in rows}
+    for depth, width, follows in PRODUCTS:
+        for count in ROWS:
+            cells = []
+            for form in forms:
+                row = found[str(depth), str(width), str(count), form]
+                if row["status"] != "ok":
+                    cells.append(row["status"])
+                    continue
+                capability = capability_of(row["kernels"])
+                cells.append(f"{float(row['median_ms']):.4f} ({float(row['tflops']):.0f}, {capability})")
+            name = f"{depth} x {width}" + (f", {follows}" if follows else "")
+            lines.append(f"| {name} | {count:,} |" + "".join(f" {cell} |" for cell in cells))
+    lines += ["", "Error, the largest of all rows:", ""]
+    lines += ["| product |" + "".join(f" {form} |" for form in forms), "|---|" + "---|" * len(forms)]
+    for depth, width, follows in PRODUCTS:
+        errors = [
+            max(
+                float(row["err"])
+                for row in rows
+                if (row["depth"], row["width"], row["form"]) == (str(depth), str(width), form)
+            )
+            for form in forms
+        ]
+        name = f"{depth} x {width}" + (f", {follows}" if follows else "")
+        lines.append(f"| {name} |" + "".join(f" {error:.1e} |" for error in errors))
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="CSV")
     parser.add_argument("--build-only", action="store_true", help="needs no GPU")
+    parser.add_argument("--table", action="store_true", help=f"print {RESULTS.name} as Markdown")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="also put the table between this file's marks")
     arguments = parser.parse_args(argv)
+    if arguments.table:
+        text = table_of(read_rows(RESULTS))
+        if arguments.into is not None:
+            put_between(arguments.into, BEGIN, END, text)
+        print(text, end="")
+        return 0
     if arguments.out is None and not arguments.build_only:
         print("bench_rtx_products.py measures on a GPU, with --out")
         return 0
