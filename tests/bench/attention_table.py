@@ -91,7 +91,7 @@ def shortfalls(case: Case, cases: Mapping[str, Found]) -> list[str] | None:
     wanted = [(least, got, unit) for least, got, unit in asked if least]
     if any(got is None for _, got, _ in wanted):
         return None
-    return [f"{got:.3g} of {least:g}{unit}" for least, got, unit in wanted if got is not None and got < least]
+    return [f"{got:.4g} of {least:g}{unit}" for least, got, unit in wanted if got is not None and got < least]
 
 
 def _cell(row: Row | None) -> str:
