@@ -239,6 +239,12 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "Shape options are written as in trtexec: --minShapes name:1x2,name2:3, with min <= opt <= max in every "
         "dimension.",
     ),
+    "HSTU-E406": ErrorCode(
+        "The kernels cannot be traced",
+        "`hstu-compile profile` records kernels by torch.profiler, which sees all that runs on the GPU in its process. "
+        "That needs torch with CUDA for the installed driver, and the right to read the GPU's counters. With "
+        "--no-timeline the latencies alone are measured, without torch.",
+    ),
     "HSTU-E501": ErrorCode(
         "The plugin library cannot be built",
         "CMake, g++, the TensorRT headers or the CUDA headers are missing, or the compiler failed; its output follows.",
@@ -316,7 +322,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E801": ErrorCode(
         "The output exists",
-        "hstu-compile never overwrites a bundle unless --force is given, and never anything that is not a bundle.",
+        "hstu-compile never overwrites what it wrote, such as a bundle, unless --force is given, and never anything "
+        "that it did not write.",
     ),
     "HSTU-E802": ErrorCode(
         "The output cannot be written",

@@ -19,6 +19,7 @@ LEVELS: dict[str, int] = {
     "compare": 1,
     "op_schema": 1,
     "quantized": 1,
+    "kernel_timeline": 1,
     "_report_html": 1,
     "model": 1,
     "plugins": 1,

@@ -190,7 +190,8 @@ class Bench:
     def row(self, run: Any, operands: dict[str, Any], product: tuple[int, int, str]) -> Row:
         """Time, error and kernels of a call."""
         from end_to_end_clock import timed
-        from end_to_end_timeline import timeline_rows, traced
+
+        from hstu_compile.kernel_timeline import timeline_rows, traced
 
         depth, width, follows = product
         torch, x = self._torch, operands["x"]

@@ -19,7 +19,8 @@ if str(Path(__file__).parent) not in sys.path:
 
 from attention_table import milliseconds, rows_by_case
 from bench_plugin import put_between, read_rows
-from end_to_end_timeline import SPAN
+
+from hstu_compile.kernel_timeline import SPAN
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DIMS, LENGTHS = (64, 128, 256), (1024, 2048, 4096, 8192)

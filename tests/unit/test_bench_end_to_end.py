@@ -20,9 +20,11 @@ import torch
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
+from hstu_compile.kernel_timeline import calls_of, device_events, timeline_rows
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from tests.fake_cuda import FakeCuda
 from tests.fused_fakes import fused_session
+from tests.kernel_traces import call_at, trace_of
 from tests.segmented_cases import ranking_case, rounding_what_kernels_make
 from tests.tolerances import RMS
 
@@ -563,73 +565,11 @@ def test_the_whole_program_runs_on_a_cpu(tmp_path: Path) -> None:
 # Timelines.
 
 
-def event(name: str, start: float, duration: float, category: str = "kernel") -> Row:
-    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
-
-
-def trace_of(*calls: list[Row]) -> Row:
-    host = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 5.0}
-    return {"traceEvents": [host, *(each for call in calls for each in call)]}
-
-
-def call_at(start: float, slower: float = 0.0) -> list[Row]:
-    return [
-        event("nvjet_hsh_128x256", start, 10.0 + slower),
-        event("hstu_attention_sm90", start + 14.0 + slower, 20.0),
-        event("nvjet_hsh_128x256", start + 34.0 + slower, 10.0),
-        # On another stream, at the same time.
-        event("triton_poi_fused_silu", start + 40.0 + slower, 6.0),
-    ]
-
-
-def test_a_timeline_has_every_kernel_once_and_the_gaps() -> None:
-    cut_off = call_at(500_000.0)[:2]
-    trace = trace_of(call_at(0.0), call_at(100_000.0, slower=3.0), call_at(200_000.0), cut_off)
-    calls = timeline.calls_of(timeline.device_events(trace))
-    assert [len(call) for call in calls] == [4, 4, 4, 2]
-    found = {row["kernel"]: row for row in timeline.timeline_rows(calls)}
-    assert list(found) == [
-        "nvjet_hsh_128x256",
-        "hstu_attention_sm90",
-        "triton_poi_fused_silu",
-        timeline.GAPS,
-        timeline.SPAN,
-    ]
-    assert found["nvjet_hsh_128x256"]["launches"] == 2
-    assert found["nvjet_hsh_128x256"]["us"] == 20.0
-    assert found["hstu_attention_sm90"]["kind"] == timeline.ATTENTION
-    assert found[timeline.SPAN]["us"] == 46.0
-    # 10 to 14; the overlap of the last two is counted once.
-    assert found[timeline.GAPS]["us"] == 4.0
-    assert found[timeline.GAPS]["share"] == pytest.approx(4 / 46)
-
-
-def test_a_trace_without_kernels_is_refused() -> None:
-    with pytest.raises(ValueError, match="no kernels"):
-        list(timeline.timeline_rows(timeline.calls_of(timeline.device_events(trace_of()))))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("hstu_norm", timeline.OTHER),
-        ("void cutlass::device_kernel<flash::enable_sm90<HstuFwd>>", timeline.ATTENTION),
-        ("nvjet_sm90_hsh_256x128", timeline.PRODUCT),
-        ("sm90_xmma_gemm_f16f16", timeline.PRODUCT),
-        ("Memcpy DtoD (Device -> Device)", timeline.COPY),
-        ("at::native::CatArrayBatchedCopy", timeline.COPY),
-        ("triton_red_fused_native_layer_norm_3", timeline.OTHER),
-    ],
-)
-def test_kernels_are_told_apart_by_their_names(kernel: str, kind: str) -> None:
-    assert timeline.kind_of(kernel) == kind
-
-
 def test_a_backends_timeline_replaces_its_own_rows(tmp_path: Path) -> None:
-    calls = timeline.calls_of(timeline.device_events(trace_of(call_at(0.0), call_at(100_000.0))))
+    calls = calls_of(device_events(trace_of(call_at(0.0), call_at(100_000.0))))
     for _ in range(2):
         for backend in ("eager_graph", "ours_rtx_fused_graph"):
-            timeline.save_timeline(tmp_path, "a_case", backend, list(timeline.timeline_rows(calls)))
+            timeline.save_timeline(tmp_path, "a_case", backend, list(timeline_rows(calls)))
     found = bench_plugin.read_rows(timeline.timeline_path(tmp_path, "a_case"))
     assert len(found) == 10
     lines = list(timeline.timeline_lines(found, longest=1))
@@ -699,8 +639,8 @@ def test_what_was_not_measured_meets_no_bar() -> None:
 def test_tables_and_plots_are_made_of_the_csv_and_the_timelines(tmp_path: Path) -> None:
     source, document, drawing = tmp_path / "rows.csv", tmp_path / "page.md", tmp_path / "plot.svg"
     bench_plugin.write_rows(source, rows.COLUMNS, synthetic_rows())
-    calls = timeline.calls_of(timeline.device_events(trace_of(call_at(0.0), call_at(100_000.0))))
-    timeline.save_timeline(tmp_path, "bf16_B1_n1024_m256", "eager_graph", list(timeline.timeline_rows(calls)))
+    calls = calls_of(device_events(trace_of(call_at(0.0), call_at(100_000.0))))
+    timeline.save_timeline(tmp_path, "bf16_B1_n1024_m256", "eager_graph", list(timeline_rows(calls)))
     document.write_text(f"before\n{table.BEGIN}\noutdated rows\n{table.END}\nafter\n")
     assert table.main(["--csv", str(source), "--into", str(document), "--svg", str(drawing)]) == 0
     text = document.read_text()
