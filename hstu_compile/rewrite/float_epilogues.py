@@ -20,8 +20,8 @@ class FloatEpilogues(Pass):
     follows is float16, or nothing does, 1.6.1 takes one for compute capability 8.0 on an H100; where the last operator
     is float32, one for 9.0, which is up to twice as fast (tests/bench/results/rtx_products.csv).
 
-    The zeros come behind an addition of float16 that alone reads the product, a bias or a residual, which stays as it
-    is, and are added between a Cast to float32 and one back. No number changes, but -0 becomes 0. TensorRT-RTX does
+    The zeros come behind additions of float16 that alone read the product, a bias and a residual, which stay as they
+    are, and are added between a Cast to float32 and one back. No number changes, but -0 becomes 0. TensorRT-RTX does
     not fold them: they are an operand like any row.
 
     Left alone: 1. products of quantised operands; 2. of anything but float16: that bfloat16 gains has not been shown;
@@ -49,8 +49,7 @@ class FloatEpilogues(Pass):
             weight, end = weights[node.input[1]], node.output[0]
             if weight.data_type != TensorProto.FLOAT16 or len(weight.dims) != 2:
                 continue
-            behind = readers.get(end, [])
-            if len(behind) == 1 and end not in served and behind[0].op_type == "Add":
+            while end not in served and len(behind := readers.get(end, [])) == 1 and behind[0].op_type == "Add":
                 end = behind[0].output[0]
             if end.endswith(_HALF):
                 continue

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from hstu_compile.rewrite._half_sums import HALVES, STANDARD, cast_type, narrowed, rebuild
 from hstu_compile.rewrite._pass import Pass, PassResult
-
-_STANDARD = ("", "ai.onnx")
-_HALVES: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 
 
 class NarrowAdds(Pass):
@@ -50,64 +43,28 @@ class NarrowAdds(Pass):
         def half_of(name: str, half: int) -> str | None:
             """The value of a half type that has the numbers of a float32 one."""
             if name in constants:
-                return _narrowed(constants, name, half)
+                return narrowed(constants, name, half)
             node = producers.get(name)
-            if node is None or node.op_type != "Cast" or node.domain not in _STANDARD:
+            if node is None or node.op_type != "Cast" or node.domain not in STANDARD:
                 return None
             source = str(node.input[0])
             return source if kinds.get(source) == half else None
 
-        replaced: dict[str, onnx.NodeProto] = {}
+        replaced: dict[str, tuple[onnx.NodeProto, ...]] = {}
         for node in graph.node:
-            if node.op_type != "Cast" or node.domain not in _STANDARD or _to(node) not in _HALVES:
+            if node.op_type != "Cast" or node.domain not in STANDARD or cast_type(node) not in HALVES:
                 continue
             add = producers.get(node.input[0])
             if add is None or add.op_type != "Add" or readers[add.output[0]] != 1:
                 continue
             if any(kinds.get(name) != TensorProto.FLOAT for name in add.input):
                 continue
-            terms = [half for name in add.input if (half := half_of(name, _to(node))) is not None]
+            terms = [half for name in add.input if (half := half_of(name, cast_type(node))) is not None]
             if len(terms) != len(add.input) or all(name in given for name in add.input):
                 continue
-            replaced[node.output[0]] = helper.make_node("Add", terms, node.output, name=add.name)
+            replaced[node.output[0]] = (helper.make_node("Add", terms, node.output, name=add.name),)
         if replaced:
-            used = {name for add in replaced.values() for name in add.input}
+            used = {name for adds in replaced.values() for add in adds for name in add.input}
             graph.initializer.extend(constants[name] for name in sorted(used - given) if name in constants)
-            _rebuild(graph, replaced)
+            rebuild(graph, replaced)
         return PassResult({"adds": len(replaced)})
-
-
-def _to(node: onnx.NodeProto) -> int:
-    return int(next(a.i for a in node.attribute if a.name == "to"))
-
-
-def _narrowed(constants: dict[str, TensorProto], name: str, half: int) -> str | None:
-    """Name of the same numbers in a half type, added to the constants; None where the type lacks one of them."""
-    array: NDArray[Any] = numpy_helper.to_array(constants[name])
-    if array.dtype != np.float32:
-        return None
-    with np.errstate(over="ignore"):
-        numbers = array.astype(helper.tensor_dtype_to_np_dtype(half))
-    if not np.array_equal(numbers.astype(np.float32), array):
-        return None
-    narrow = f"{name}/{_HALVES[half]}"
-    constants[narrow] = numpy_helper.from_array(numbers, narrow)
-    return narrow
-
-
-def _rebuild(graph: onnx.GraphProto, replaced: Mapping[str, onnx.NodeProto]) -> None:
-    """Put the sums in place of their last Casts, and drop the Casts and additions that nobody reads any more."""
-    needed = {value.name for value in graph.output}
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):
-        made = replaced.get(node.output[0], node) if node.output else node
-        unread = made.op_type in ("Cast", "Add") and needed.isdisjoint(made.output)
-        if not unread:
-            kept.append(onnx.NodeProto.FromString(made.SerializeToString()))
-            needed.update(made.input)
-    written = {name for node in kept for name in node.output}
-    infos = [info for info in graph.value_info if info.name in written]
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    del graph.value_info[:]
-    graph.value_info.extend(infos)
