@@ -230,6 +230,19 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineKernel:
+    """A kernel that an engine launches.
+
+    Attributes:
+        name: what the backend calls it.
+        kind: product, copy (it moves or converts data and computes nothing) or other.
+    """
+
+    name: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineArtifact:
     """Stage 4: a serialised engine and the facts about it.
 
@@ -242,6 +255,7 @@ class EngineArtifact:
         layers: counts by kind as the engine inspector shows them, where the backend shows them.
         messages: warnings of the builder.
         seconds: build time.
+        kernels: what a pass launches, in order; None where the backend does not tell.
     """
 
     plan: bytes = dataclasses.field(repr=False)
@@ -252,6 +266,7 @@ class EngineArtifact:
     layers: dict[str, int]
     messages: tuple[str, ...]
     seconds: float
+    kernels: tuple[EngineKernel, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hstu_compile.graph_facts import graph_facts
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.op_schema import attention_contract
+from hstu_compile.plan_kernels import joined_kernels
 from hstu_compile.plugin_library import KernelsLibrary, PluginLibrary
 from hstu_compile.polygraphy_files import PolygraphyCheck
 from hstu_compile.quality import QualityTable
@@ -187,6 +188,7 @@ def _engine_dict(built: BuiltGraph) -> dict[str, Any] | None:
         engines[0],
         profiles=(built.fused.profile,),
         layers=dict(layers),
+        kernels=joined_kernels(engines),
         messages=tuple(dict.fromkeys(line for engine in engines for line in engine.messages)),
         seconds=sum(engine.seconds for engine in engines),
     )

@@ -25,14 +25,16 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto
 
-from hstu_compile.artifacts import EngineArtifact, Precision, Profile
+from hstu_compile.artifacts import EngineArtifact, EngineKernel, Precision, Profile
 from hstu_compile.environment import Backend
 from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.files import write_whole
+from hstu_compile.plan_kernels import kernels_of_layers, kernels_of_plan
 from hstu_compile.rewrite.float_epilogues import FloatEpilogues
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.narrow_adds import NarrowAdds
+from hstu_compile.rewrite.narrow_residuals import NarrowResiduals
 from hstu_compile.rewrite.widen_accumulators import WidenAccumulators
 from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api, tf32_override_off
 from hstu_compile.trt_options import EngineOptions
@@ -154,7 +156,7 @@ def engine_from_onnx(
         build = _Build(api, log, proto, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
-            layers, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
+            layers, kernels, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
     if products:
         layers["quantized_products"] = len(products)
         if layers["eight_bit_layers"] < len(products):
@@ -183,6 +185,7 @@ def engine_from_onnx(
         layers=layers,
         messages=tuple((notes + log.warnings)[:_MAX_MESSAGES]),
         seconds=time.perf_counter() - started,
+        kernels=kernels,
     )
 
 
@@ -253,6 +256,7 @@ def _prepared(
         MergeDuplicates().call(copy)
         NarrowAdds().call(copy)
         if api.is_rtx:
+            NarrowResiduals().call(copy)
             FloatEpilogues().call(copy)
         WidenAccumulators().call(copy)
         return copy
@@ -671,8 +675,9 @@ def _inspected(
     options: EngineOptions,
     network_layers: dict[str, int],
     plugin_names: set[str],
-) -> tuple[dict[str, int], list[str]]:
-    """Layer counts of the engine, and notes on where they come from. Writes --exportLayerInfo."""
+) -> tuple[dict[str, int], tuple[EngineKernel, ...] | None, list[str]]:
+    """Layer counts of the engine, its kernels, and notes on where they come from. Writes --exportLayerInfo."""
+    named = kernels_of_plan(plan) if api.is_rtx else None
     engine = _loaded_engine(api, plan)
     if engine is None:
         if options.export_layer_info is not None or not api.is_rtx:
@@ -682,14 +687,15 @@ def _inspected(
                 log.tail(),
                 "leave --exportLayerInfo out, or build on a machine with a GPU",
             )
-        return network_layers, ["the engine cannot be loaded here; layers are those of the parsed network"]
+        return network_layers, named, ["the engine cannot be loaded here; layers are those of the parsed network"]
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(api.trt.LayerInformationFormat.JSON)
     if options.export_layer_info is not None:
         write_whole(options.export_layer_info, text.encode())
     entries = json.loads(text).get("Layers", [])
     kinds = [layer_kind(entry, plugin_names) for entry in entries]
-    return _count(kinds, sum(map(computes_in_eight_bits, entries))), []
+    kernels = named if api.is_rtx else kernels_of_layers(entries)
+    return _count(kinds, sum(map(computes_in_eight_bits, entries))), kernels, []
 
 
 def _loaded_engine(api: TensorRtApi, plan: bytes) -> Any:

@@ -21,6 +21,7 @@ from hstu_compile.files import write_whole
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.graph_limits import read_limits
 from hstu_compile.op_schema import attention_contract
+from hstu_compile.plan_kernels import joined_kernels, kernel_facts
 from hstu_compile.profiles import check_counts, graph_profiles
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.runtime.open_fused import FUSED_BACKEND
@@ -133,7 +134,8 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
     """Build the engine, or those of the segments, and write each file whole or not at all.
 
     Returns:
-        Facts about the engine: output, backend, version, bytes, seconds, layers, compute_capabilities, messages; with
+        Facts about the engine: output, backend, version, bytes, seconds, layers, kernels (None where the backend does
+        not tell what it launches, and which of that only copies), compute_capabilities, messages; with
         attention fused `output` is the schedule, and `engines` are the segments' files.
 
     Raises:
@@ -168,6 +170,7 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
         "bytes": len(engine.plan),
         "seconds": engine.seconds,
         "layers": engine.layers,
+        "kernels": kernel_facts(engine.kernels),
         "compute_capabilities": list(engine.compute_capabilities),
         "messages": list(engine.messages),
     }
@@ -209,6 +212,7 @@ def _run_fused_stage(request: EngineRequest) -> dict[str, Any]:
         "bytes": sum(len(engine.plan) for engine in engines),
         "seconds": sum(engine.seconds for engine in engines),
         "layers": dict(layers),
+        "kernels": kernel_facts(joined_kernels(engines)),
         "compute_capabilities": list(engines[0].compute_capabilities),
         "messages": [line for engine in engines for line in engine.messages],
     }

@@ -9,6 +9,7 @@ from typing import Any
 from hstu_compile.artifacts import Profile
 from hstu_compile.bundle import BundleFiles, read_bundle
 from hstu_compile.errors import CheckpointError
+from hstu_compile.plan_kernels import kernel_facts, kernels_of_plan
 from hstu_compile.runtime.schedule_facts import schedule_facts
 from hstu_compile.runtime.schedule_file import schedule_from_text
 
@@ -81,13 +82,22 @@ def _fused_facts(files: BundleFiles) -> dict[str, Any] | None:
             continue
         schedule = schedule_from_text(graph.schedule.read_text(encoding="utf-8"), graph.schedule.name)
         (profile,) = (Profile(**each) for each in entry["profiles"])
-        segments = [{"engine": each.name, "bytes": each.stat().st_size} for each in graph.engines]
+        segments = [_segment_facts(each) for each in graph.engines]
         found[entry["name"]] = {
             "schedule": graph.schedule.name,
             "segments": segments,
             **schedule_facts(schedule, profile),
         }
     return {"kernels": files.manifest["kernels"], "graphs": found} if found else None
+
+
+def _segment_facts(engine: Path) -> dict[str, Any]:
+    """Size of a segment's engine, and what it launches; None where its plan does not tell."""
+    return {
+        "engine": engine.name,
+        "bytes": engine.stat().st_size,
+        "kernels": kernel_facts(kernels_of_plan(engine.read_bytes())),
+    }
 
 
 def render_inspection(facts: Mapping[str, Any]) -> str:
