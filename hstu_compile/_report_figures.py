@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from hstu_compile._report_html import Html, element, joined
+from hstu_compile._report_html import Html, element, svg
 from hstu_compile._report_text import mebibytes, number, one_line, plural, scientific
 
 # --- pipeline ---------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def pipeline_figure(report: Mapping[str, Any]) -> Html:
         parts.append(element("g", element("title", "; ".join((box.title, *box.facts, time))), rect, *texts))
     width = 2 + len(boxes) * _BOX_WIDTH + (len(boxes) - 1) * _BOX_GAP
     description = "; ".join(f"{box.title}: {', '.join(box.facts)}" for box in boxes)
-    return _svg("pipeline", "From the checkpoint to the bundle", description, width, height, "pipeline", parts)
+    return svg("pipeline", "From the checkpoint to the bundle", description, width, height, "pipeline", parts)
 
 
 def _pipeline_boxes(report: Mapping[str, Any]) -> list[_Box]:
@@ -308,8 +308,8 @@ def _layer_error_figure(index: int, run: Mapping[str, Any], scale: _Scale) -> Ht
         f"{scientific(_worst(errors))}; of eager in the same precision: {scientific(_worst(eager))}."
     )
     headline = f"Error of each layer, {name}"
-    svg = _svg(f"layers-{index}", headline, description, _PLOT_WIDTH, _PLOT_HEIGHT, "plot", parts)
-    return element("figure", element("figcaption", name), svg)
+    picture = svg(f"layers-{index}", headline, description, _PLOT_WIDTH, _PLOT_HEIGHT, "plot", parts)
+    return element("figure", element("figcaption", name), picture)
 
 
 def _axes(layers: Sequence[Mapping[str, Any]], xs: Sequence[float], scale: _Scale) -> list[Html]:
@@ -396,18 +396,3 @@ def _worst(values: Iterable[float]) -> float | None:
     """The largest value; a NaN is larger than any."""
     listed = list(values)
     return max(listed, key=lambda value: math.inf if math.isnan(value) else value) if listed else None
-
-
-def _svg(
-    ident: str, title: str, description: str, width: float, height: float, class_: str, parts: Sequence[Html]
-) -> Html:
-    return element(
-        "svg",
-        element("title", title, id=f"{ident}-title"),
-        element("desc", description, id=f"{ident}-desc"),
-        joined(parts),
-        class_=class_,
-        role="img",
-        aria_labelledby=f"{ident}-title {ident}-desc",
-        viewBox=f"0 0 {width:g} {height:g}",
-    )

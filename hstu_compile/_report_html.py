@@ -1,4 +1,4 @@
-"""HTML that is escaped unless it says otherwise, and the one kind of table that the report uses. Level 1."""
+"""HTML that is escaped unless it says otherwise, and the report's tables and frames of pictures. Level 1."""
 
 from __future__ import annotations
 
@@ -114,6 +114,32 @@ def simple_table(
 ) -> Html:
     """A table without headings inside."""
     return table(caption, columns, [Group(None, rows)], class_)
+
+
+def svg(
+    ident: str, title: str, description: str, width: float, height: float, class_: str, parts: Sequence[Html]
+) -> Html:
+    """A picture with a title and a description, which follows the page's schemes through its class.
+
+    Args:
+        ident: of the picture, alone on its page.
+        title: what it shows.
+        description: what it says, in words.
+        width: of the view box.
+        height: likewise.
+        class_: of the picture.
+        parts: markup inside.
+    """
+    return element(
+        "svg",
+        element("title", title, id=f"{ident}-title"),
+        element("desc", description, id=f"{ident}-desc"),
+        joined(parts),
+        class_=class_,
+        role="img",
+        aria_labelledby=f"{ident}-title {ident}-desc",
+        viewBox=f"0 0 {width:g} {height:g}",
+    )
 
 
 def _cell(cell: object, column: Column, *, first: bool) -> Html:

@@ -6,11 +6,11 @@ All are made from the dict that manifest and report hold as the quantisation's `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from hstu_compile._report_html import Column, Html, code, element, joined, simple_table
-from hstu_compile._report_text import one_line, plural, scientific
+from hstu_compile._report_html import Column, Html, code, element, joined, simple_table, svg
+from hstu_compile._report_text import aligned, one_line, plural, scientific
 
 _WIDTH, _LABELS, _RIGHT = 640, 210, 70
 _BAR, _PITCH, _TOP = 13, 22, 26
@@ -44,9 +44,9 @@ def ladder_table(ladder: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{ladder['kind']}, {_data(ladder)}",
-            *_aligned([header, *sites]),
+            *aligned([header, *sites]),
             "",
-            *_aligned([("step", "type", *names, "change", f"of {ladder['budget']:g}"), reference, *steps]),
+            *aligned([("step", "type", *names, "change", f"of {ladder['budget']:g}"), reference, *steps]),
         ]
     )
 
@@ -123,16 +123,8 @@ def _figure(ladder: Mapping[str, Any]) -> Html:
     parts.append(element("path", class_="line bound", d=f"M{x} {_TOP - 6}V{bottom}"))
     parts.append(element("text", f"budget {budget:g}", class_="tick", text_anchor="middle", x=x, y=_TOP - 11))
     described = "; ".join(f"{_step(rung)}: {rung['worst']:.4g}" for rung in rungs)
-    return element(
-        "svg",
-        element("title", "Largest change of a metric at each step of the ladder", id="ladder-title"),
-        element("desc", f"{described}; budget {budget:g}", id="ladder-desc"),
-        joined(parts),
-        class_="plot",
-        role="img",
-        aria_labelledby="ladder-title ladder-desc",
-        viewBox=f"0 0 {_WIDTH} {bottom + 6}",
-    )
+    title = "Largest change of a metric at each step of the ladder"
+    return svg("ladder", title, f"{described}; budget {budget:g}", _WIDTH, bottom + 6, "plot", parts)
 
 
 def _step(rung: Mapping[str, Any]) -> str:
@@ -142,14 +134,3 @@ def _step(rung: Mapping[str, Any]) -> str:
 def _data(ladder: Mapping[str, Any]) -> str:
     data = ladder["data"]
     return f"{plural(data['requests'], 'request')} of {one_line(data['file'])} with a budget of {ladder['budget']:g}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -142,3 +142,19 @@ def plural(count: int, noun: str) -> str:
     """
     suffix = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{number(count)} {noun}{suffix}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in columns: the first flush left, the others flush right.
+
+    >>> aligned([("step", "ms"), ("a", "1.5")])
+    ['step   ms', 'a     1.5']
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
