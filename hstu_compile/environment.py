@@ -101,6 +101,23 @@ def gpu_visible() -> bool:
         return False
 
 
+def gpu_name() -> str | None:
+    """Name of the first GPU that the CUDA driver shows to this process, the one that sessions use; None without one."""
+    import ctypes
+
+    name, device = ctypes.create_string_buffer(256), ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        found = (
+            driver.cuInit(0) == 0
+            and driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+            and driver.cuDeviceGetName(name, len(name), device) == 0
+        )
+    except (OSError, AttributeError):
+        return None
+    return name.value.decode("utf-8", errors="replace") if found else None
+
+
 def choose_backend(
     requested: str,
     *,

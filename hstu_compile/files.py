@@ -1,10 +1,12 @@
-"""Write files whole or not at all. Level 1."""
+"""Write files and folders whole or not at all. Level 1."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +47,57 @@ def write_whole(path: Path, content: bytes) -> None:
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path, marker: str, force: bool) -> None:
+    """Refuse, before any work, a folder that must not be replaced.
+
+    Args:
+        path: where it is to be.
+        marker: name of the file by which a folder is known to be of the same kind.
+        force: whether one of the same kind may be replaced.
+
+    Raises:
+        BundleError: HSTU-E801 if something is there that `force` does not cover.
+    """
+    if not path.is_symlink() and not path.exists():
+        return
+    if path.is_symlink() or not (path / marker).is_file():
+        why = f"it has no {marker}, so hstu-compile did not write it"
+        raise BundleError("HSTU-E801", f"{path} exists", why, "choose another -o DIR")
+    if not force:
+        raise BundleError("HSTU-E801", f"{path} exists", "it would be overwritten", "pass --force, or another -o DIR")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, marker: str, force: bool) -> Iterator[Path]:
+    """A folder that becomes `path` when the block ends, and is removed if it fails; what was there stays until then.
+
+    Args:
+        path: where it is to be; its parent exists or is made.
+        marker: see `check_new_folder`; the block writes it.
+        force: likewise.
+
+    Raises:
+        BundleError: HSTU-E801 if something is there that `force` does not cover, E802 if the folder cannot be written.
+    """
+    path = path.absolute()
+    check_new_folder(path, marker, force)
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    replaced = folder.with_suffix(".old")
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+            yield folder
+            if path.exists():
+                os.rename(path, replaced)
+            os.rename(folder, path)
+        finally:
+            if replaced.exists() and not path.exists():
+                os.rename(replaced, path)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from hstu_compile.environment import choose_backend, collect_environment, import_backend, render_environment
+from hstu_compile.environment import choose_backend, collect_environment, gpu_name, import_backend, render_environment
 from hstu_compile.errors import EngineError
 
 
@@ -94,3 +95,22 @@ def test_only_the_standard_library_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("device", "name"), [(0, "A GPU"), (101, None)])
+def test_the_gpu_that_sessions_use_has_a_name(monkeypatch: pytest.MonkeyPatch, device: int, name: str | None) -> None:
+    def write(text: ctypes.Array[ctypes.c_char], size: int, ordinal: object) -> int:
+        text.value = b"A GPU"[:size]
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGet=lambda *_: device, cuDeviceGetName=write)
+    monkeypatch.setattr(ctypes, "CDLL", lambda library: driver)
+    assert gpu_name() == name
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(library: str) -> None:
+        raise OSError(f"{library}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert gpu_name() is None
