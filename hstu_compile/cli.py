@@ -545,6 +545,41 @@ def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) 
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
+@click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder of the profile (default: BUNDLE + .profile).")
+@click.option(
+    "--runtime", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="(default: what the bundle's engines are of)"
+)
+@click.option("--calls", type=click.IntRange(min=1), default=50, show_default=True, help="Measured, of each request.")
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=None,
+    help="Also measure replays of CUDA graphs (default: where the runtime records them).",
+)
+@click.option(
+    "--timeline/--no-timeline", default=True, show_default=True, help="Trace the kernels; needs torch with CUDA."
+)
+@click.option("--force", is_flag=True, help="Replace an existing profile.")
+@_JSON
+def profile(bundle: Path, as_json: bool, **settings: Any) -> int:
+    """Measure BUNDLE on this GPU: latencies, and a timeline of kernels.
+
+    Of each graph the typical and the largest stored request run. DIR gets profile.json and the bundle's report with the
+    sections Timings and Kernels; the bundle is not changed.
+    """
+    from hstu_compile import bundle_profile
+    from hstu_compile._report_kernels import profile_table
+
+    request = bundle_profile.ProfileRequest(bundle, **settings)
+    found = bundle_profile.profile_bundle(request, _Console(False, 1).stage_progress)
+    for each in found["passes"]:
+        for text in each["warnings"]:
+            click.echo(f"warning: {each['graph']}, {each['request']}, {each['way']}: {text}", err=True)
+    _print_json(found) if as_json else click.echo(f"{profile_table(found)}\n{request.folder}")
+    return 0
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
 @click.option("-o", "--output", required=True, type=_PATH, metavar="DIR", help="Model repository; others in it stay.")
 @click.option(
     "--backend",

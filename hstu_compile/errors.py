@@ -242,8 +242,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "HSTU-E406": ErrorCode(
         "The kernels cannot be traced",
         "`hstu-compile profile` records kernels by torch.profiler, which sees all that runs on the GPU in its process. "
-        "That needs torch with CUDA for the installed driver, and the right to read the GPU's counters. With "
-        "--no-timeline the latencies alone are measured, without torch.",
+        "That needs torch with CUDA for the installed driver, and no other profiler in the process. With --no-timeline "
+        "the latencies alone are measured, without torch.",
     ),
     "HSTU-E501": ErrorCode(
         "The plugin library cannot be built",

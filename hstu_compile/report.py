@@ -16,6 +16,7 @@ from typing import Any
 from hstu_compile._report_figures import layer_bounds, layer_error_figures, pipeline_figure
 from hstu_compile._report_fused import fused_section
 from hstu_compile._report_html import Column, Group, Html, code, element, joined, note, simple_table, status_mark, table
+from hstu_compile._report_kernels import kernels_section
 from hstu_compile._report_quantization import quantization_section
 from hstu_compile._report_text import (
     NOT_APPLICABLE,
@@ -90,15 +91,12 @@ def render_report(report: Mapping[str, Any]) -> str:
         ("metrics", "Ranking metrics", _metrics(report["metrics"])),
         *_quantization(report),
         ("timings", "Timings", _timings(report["timings"] or ())),
+        *_kernels(report),
         ("graph", "Graphs and precision", _graphs(report["graphs"] or ())),
         ("passes", "Graph passes", _passes(report["graphs"] or ())),
         ("engine", "Engines and profiles", _engines(report)),
         ("configuration", "Checkpoint and configuration", _checkpoint(report["checkpoint"])),
-        (
-            "environment",
-            "Environment",
-            _settings("Where the bundle was built", report["environment"], "No environment was recorded."),
-        ),
+        ("environment", "Environment", _environment(report)),
         ("files", "Files", _files(report["files"] or ())),
         ("commands", "Commands", _commands(report["commands"] or ())),
     ]
@@ -548,6 +546,21 @@ def _timings(timings: Sequence[Mapping[str, Any]]) -> Html:
         for item in timings
     ]
     return simple_table("Latency of one batch", columns, rows)
+
+
+def _kernels(report: Mapping[str, Any]) -> list[tuple[str, str, Html]]:
+    """The section, in reports of profiles."""
+    found = report.get("profile")
+    return [("kernels", "Kernels", kernels_section(found))] if found is not None else []
+
+
+def _environment(report: Mapping[str, Any]) -> Html:
+    built = _settings("Where the bundle was built", report["environment"], "No environment was recorded.")
+    found = report.get("profile")
+    if found is None:
+        return built
+    profiled = _settings("Where it was profiled", found["environment"], "No environment was recorded.")
+    return element("div", built, profiled, class_="columns")
 
 
 def _graphs(graphs: Sequence[Mapping[str, Any]]) -> Html:

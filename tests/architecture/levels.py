@@ -36,6 +36,7 @@ LEVELS: dict[str, int] = {
     "_report_quantization": 2,
     "_report_fused": 2,
     "_report_ladder": 2,
+    "_report_kernels": 2,
     "calibration": 2,
     "served": 2,
     # The stages.
@@ -62,10 +63,12 @@ LEVELS: dict[str, int] = {
     "build_plan": 4,
     "m_falcon_check": 4,
     "incremental_check": 4,
+    "session_timing": 4,
     # The order of the stages.
     "engine_stage": 5,
     "plugin_stage": 5,
     "inspection": 5,
+    "bundle_profile": 5,
     "recheck": 5,
     "calibrate": 5,
     "ranking_bundle": 5,

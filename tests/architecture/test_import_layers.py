@@ -133,10 +133,10 @@ sys.meta_path.insert(0, Blocker())
 """
 TRAINING = ("torch", "onnxscript", "tensorrt", "tensorrt_rtx", "triton", "onnxruntime")
 SERVING = (
-    "bundle", "cli", "doctor", "engine", "engine_stage", "environment", "graph_plugin", "inspection", "plugin_library",
-    "plugin_stage", "polygraphy_files", "ranking_bundle", "recheck", "report", "retrieval_bundle", "runtime",
-    "runtime.kv_cache", "runtime.onnxruntime_session", "runtime.ranking", "runtime.request", "runtime.retrieval",
-    "runtime.session", "runtime.tensorrt_session", "serving.answering", "serving.checking",
+    "bundle", "bundle_profile", "cli", "doctor", "engine", "engine_stage", "environment", "graph_plugin", "inspection",
+    "plugin_library", "plugin_stage", "polygraphy_files", "ranking_bundle", "recheck", "report", "retrieval_bundle",
+    "runtime", "runtime.kv_cache", "runtime.onnxruntime_session", "runtime.ranking", "runtime.request",
+    "runtime.retrieval", "runtime.session", "runtime.tensorrt_session", "serving.answering", "serving.checking",
     "serving.repository", "session_check",
 )  # fmt: skip
 
