@@ -16,7 +16,7 @@ import onnx
 import pytest
 
 from hstu_compile import bundle as bundles
-from hstu_compile import load_bundle, open_ranking_session, pipeline, recheck
+from hstu_compile import bundle_profile, load_bundle, open_ranking_session, pipeline, recheck
 from hstu_compile.artifacts import OnnxGraph, SegmentedGraph
 from hstu_compile.build_plan import plan_build
 from hstu_compile.config import BuildConfig
@@ -297,6 +297,24 @@ def test_verify_runs_the_engines_where_they_can_run(fused: BuiltFused, on_fakes:
     assert [run.status for run in runs] == ["PASS"] * 3
     assert runs[2].runtime.endswith("with fake kernels")
     assert [check.error for check in runs[2].tensors] == [check.error for check in runs[1].tensors]
+
+
+def test_a_profile_measures_replays_of_whole_passes(
+    fused: BuiltFused, on_fakes: Callable[[Path], None], cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_fakes(fused.path)
+    monkeypatch.setattr(bundle_profile, "gpu_name", lambda: "a fake")
+    out = tmp_path / "profile"
+    done = hstu_compile("profile", fused.path, "-o", out, "--calls", 4, "--no-timeline", "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    passes = json.loads(done.stdout)["passes"]
+    assert [(each["way"], each["request"]) for each in passes] == [
+        (way, request) for way in ("plain", "replayed") for request in ("mixed lengths", "most sequences")
+    ]
+    assert all(each["session"].endswith("with fake kernels") for each in passes)
+    assert all(each["latency"]["calls"] == 4 and each["reason"] is None for each in passes)
+    # Two requests, each compared once, then launched in warm-up and in every call that is measured.
+    assert cuda.launches >= 2 * (3 + 4)
 
 
 def test_engines_of_another_graph_are_refused(fused: BuiltFused, on_fakes: Callable[[Path], None]) -> None:
