@@ -19,7 +19,8 @@ The rule of what runs where:
 6. A size that is also that of a graph input's axis is read there, since an input is everywhere.
 7. q, k and v that are columns of a tensor are not made: the tensor crosses, attentions read its columns where they lie,
    and a segment that needs others (the gate of a norm that is not by case 8) slices them itself, as by case 3. Only
-   if no more bytes cross than without; they may live longer.
+   if no more bytes cross than without, or the tensor is what a product ends in: its kernel writes it whole anyway, and
+   slices would be kernels that copy. They may live longer, and where keys and values are outputs, more crosses.
 8. A norm of an attention's output (`following_norms` says which) is no segment's: its kernel runs right behind the
    attention. It reads the attention's output itself, which then lives until there, and its gate by case 7 or, where
    the gate is no column, as a tensor that crosses.
@@ -71,6 +72,10 @@ _SIZE_OPERATORS = VIEWS | {
 }
 
 
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
+_EPILOGUES = frozenset({"Add", "Cast", "Mul", "Sigmoid"})
+
+
 @dataclasses.dataclass
 class _Placement:
     """Where each node of a graph runs.
@@ -99,7 +104,11 @@ def segmented_from_onnx(graph: OnnxGraph) -> SegmentedGraph:
     if not (sources := [source for source in plain.column_views.sources if plain.can_cross(source)]):
         return plain.result()
     viewed = _Cut(graph, sources)
-    paying = {source for source in sources if viewed.row_bytes(source) <= plain.row_bytes(source)}
+    paying = {
+        source
+        for source in sources
+        if plain.ends_a_product(source) or viewed.row_bytes(source) <= plain.row_bytes(source)
+    }
     return _Cut(graph, paying).result()
 
 
@@ -185,6 +194,23 @@ class _Cut:
         except RewriteError:
             return False
         return True
+
+    def ends_a_product(self, source: str) -> bool:
+        """Whether a value is a product, or made of one and of constants by operators that its kernel takes in."""
+        products, wanted, seen = 0, [source], {source}
+        while wanted:
+            name = wanted.pop()
+            if name in self.constants:
+                continue
+            node = self.nodes[self.producer[name]] if name in self.producer else None
+            if node is None or node.op_type not in _PRODUCTS | _EPILOGUES:
+                return False
+            if node.op_type in _PRODUCTS:
+                products += 1
+                continue
+            wanted += [each for each in node.input if each and each not in seen]
+            seen.update(node.input)
+        return products == 1
 
     def row_bytes(self, source: str) -> int:
         """Bytes per row that cross, of a tensor [rows, width] and of what is its columns."""
