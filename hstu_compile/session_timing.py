@@ -98,13 +98,12 @@ def time_request(session: Session, feed: Feed, way: Way, num_calls: int, trace: 
         replays = _replays(session)
         latency = _latency(session, feed, num_calls)
         replays = _replays(session) - replays
-        is_wanted = replays == (num_calls if way == "replayed" else 0)
-        timeline = None if trace is None or not is_wanted else _timeline(session, feed, trace)
     said = tuple(dict.fromkeys(str(each.message) for each in caught))
-    if is_wanted:
-        return RequestTiming(way, session.name, latency, timeline, warnings=said)
-    reason = f"{replays} of {num_calls} calls were replays of a CUDA graph"
-    return RequestTiming(way, session.name, reason="; ".join((reason, *said)), warnings=said)
+    if replays != (num_calls if way == "replayed" else 0):
+        reason = f"{replays} of {num_calls} calls were replays of a CUDA graph"
+        return RequestTiming(way, session.name, reason="; ".join((reason, *said)), warnings=said)
+    timeline = None if trace is None else _timeline(session, feed, trace)
+    return RequestTiming(way, session.name, latency, timeline, warnings=said)
 
 
 def _warm_up(session: Session, feed: Feed) -> None:

@@ -379,3 +379,15 @@ def test_a_damaged_bundle_is_refused(small: Path, machine: Machine) -> None:
     assert "model.engine has another sha256" in error.why
     assert refusal(profile(small / "absent")).code == "HSTU-E803"
     assert machine.opened == []
+
+
+def test_a_report_of_another_version_is_refused_before_anything_is_measured(small: Path, machine: Machine) -> None:
+    content = (small / "report.json").read_bytes().replace(b'"schema": 2', b'"schema": 1')
+    (small / "report.json").write_bytes(content)
+    manifest = json.loads((small / "manifest.json").read_text())
+    manifest["files"]["report.json"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (small / "manifest.json").write_text(json.dumps(manifest))
+    error = refusal(profile(small))
+    assert error.code == "HSTU-E803"
+    assert "report schema is 1" in error.why
+    assert machine.opened == []
