@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -657,7 +658,23 @@ def _engine(graph: Mapping[str, Any]) -> Html:
         else note("The builder gave no warnings.")
     )
     segments = fused_section(name, graph["fused"]) if graph.get("fused") else Html("")
-    return joined((heading, size, segments, facts, said))
+    return joined((heading, size, segments, facts, _launched(name, engine.get("kernels")), said))
+
+
+def _launched(name: str, kernels: Sequence[Mapping[str, str]] | None) -> Html:
+    """The kernels that a pass launches, each name once, and how many of them only copy."""
+    if kernels is None:
+        return note("The backend does not tell which kernels a pass launches.")
+    launches = Counter((kernel["name"], kernel["kind"]) for kernel in kernels)
+    kinds = Counter(kernel["kind"] for kernel in kernels)
+    line = (
+        f"A pass launches {plural(len(kernels), 'kernel')} of the backend's: {plural(kinds['product'], 'product')}, "
+        f"{number(kinds['copy'])} that only copy or convert, {plural(kinds['other'], 'other')}."
+    )
+    columns = (Column("kernel"), Column("kind"), Column("launches", numeric=True))
+    rows = [(code(kernel), kind, number(count)) for (kernel, kind), count in launches.items()]
+    shown = simple_table(f"Kernels of {name}, in the order of their first launch", columns, rows)
+    return joined((element("p", line), element("details", element("summary", f"Kernels of {name}"), shown)))
 
 
 def _profiles(name: str, profiles: Sequence[Mapping[str, Any]]) -> Html:

@@ -575,6 +575,23 @@ def test_graphs_on_one_runtime_are_not_several_runtimes() -> None:
     assert "All 6 comparisons in 2 runtimes are within their bounds." in Page(render_report(report)).text
 
 
+def test_the_kernels_of_an_engine_are_counted_and_listed() -> None:
+    report = passing()
+    assert "The backend does not tell which kernels a pass launches." in Page(render_report(report)).text
+    names = {"<b>Fc & Add</b>": "product", "Slic": "copy", "Mean": "other"}
+    launched = [*names, "Slic", "Slic", "<b>Fc & Add</b>"]
+    report["graphs"][0]["engine"]["kernels"] = [{"name": name, "kind": names[name]} for name in launched]
+    page = render_report(report)
+    said = "A pass launches 6 kernels of the backend's: 2 products, 3 that only copy or convert, 1 other."
+    assert said in Page(page).text
+    rows = re.findall(r"<tr><th[^>]*><code>([^<]*)</code></th><td[^>]*>(\w+)</td><td[^>]*>(\d+)</td></tr>", page)
+    assert [(html.unescape(name), kind, int(count)) for name, kind, count in rows] == [
+        ("<b>Fc & Add</b>", "product", 2),
+        ("Slic", "copy", 3),
+        ("Mean", "other", 1),
+    ]
+
+
 def test_a_graph_without_an_engine_among_others_is_said() -> None:
     report = several()
     report["graphs"][1]["engine"] = None
