@@ -49,6 +49,8 @@ _MAX_IN_MEMORY_BYTES = 2**31 - 2**20
 _POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY", "tacticDram": "TACTIC_DRAM"}
 # Input and output of a kernel of int8 operands, in the names of TensorRT 8.
 _EIGHT_BIT_KERNEL = re.compile(r"_i8(i8|i32|f16|f32)_")
+# Operands of float32, which may be multiplied as TF32: sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n.
+_FLOAT32_KERNEL = re.compile(r"_f32f32_(tf32|f32)")
 _PRECISIONS = {
     **{"Half": "fp16", "FP16": "fp16", "BFloat16": "bf16", "BF16": "bf16", "Float": "fp32", "FP32": "fp32"},
     **{"Int8": "int8", "INT8": "int8", "FP8": "fp8", "Float8": "fp8"},
@@ -156,7 +158,9 @@ def engine_from_onnx(
         build = _Build(api, log, proto, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
-            layers, kernels, notes = _inspected(api, log, plan, options, network_layers, {node.name for node in wanted})
+            layers, kernels, notes = _inspected(
+                api, log, plan, options, network_layers, {node.name for node in wanted}, is_half=precision != "fp32"
+            )
     if products:
         layers["quantized_products"] = len(products)
         if layers["eight_bit_layers"] < len(products):
@@ -668,6 +672,15 @@ def computes_in_eight_bits(layer: dict[str, Any] | str) -> bool:
     return by_type or _EIGHT_BIT_KERNEL.search(str(layer.get("TacticName", ""))) is not None
 
 
+def computes_in_float32(layer: dict[str, Any] | str) -> bool:
+    """Whether a product or convolution of the inspector's JSON has a kernel with float32 operands, by its name."""
+    if isinstance(layer, str):
+        return False
+    kind = str(layer.get("LayerType", "")).lower()
+    is_product = any(word in kind for word in ("conv", "gemm", "matrixmultiply"))
+    return is_product and _FLOAT32_KERNEL.search(str(layer.get("TacticName", ""))) is not None
+
+
 def _inspected(
     api: TensorRtApi,
     log: LogCapture,
@@ -675,6 +688,8 @@ def _inspected(
     options: EngineOptions,
     network_layers: dict[str, int],
     plugin_names: set[str],
+    *,
+    is_half: bool,
 ) -> tuple[dict[str, int], tuple[EngineKernel, ...] | None, list[str]]:
     """Layer counts of the engine, its kernels, and notes on where they come from. Writes --exportLayerInfo."""
     named = kernels_of_plan(plan) if api.is_rtx else None
@@ -695,7 +710,9 @@ def _inspected(
     entries = json.loads(text).get("Layers", [])
     kinds = [layer_kind(entry, plugin_names) for entry in entries]
     kernels = named if api.is_rtx else kernels_of_layers(entries)
-    return _count(kinds, sum(map(computes_in_eight_bits, entries))), kernels, []
+    widened = sum(map(computes_in_float32, entries)) if is_half else 0
+    notes = [f"{widened} products of this half-precision graph are computed by float32 or TF32 kernels"]
+    return _count(kinds, sum(map(computes_in_eight_bits, entries))), kernels, notes if widened else []
 
 
 def _loaded_engine(api: TensorRtApi, plan: bytes) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hstu_compile.engine import computes_in_eight_bits, pin_types
+from hstu_compile.engine import computes_in_eight_bits, computes_in_float32, pin_types
 
 Kind = enum.Enum(
     "Kind",
@@ -87,3 +87,20 @@ def test_the_kernel_says_what_the_inspector_of_dynamic_shapes_does_not(kind: str
     tensor = {"Format/Datatype": "N/A due to dynamic shapes"}
     entry = {"LayerType": kind, "Inputs": [tensor], "Outputs": [tensor], "TacticName": tactic}
     assert computes_in_eight_bits(entry) is expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "tactic", "expected"),
+    [
+        ("CaskGemmConvolution", "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x16_stage4", True),
+        ("CaskGemmConvolution", "sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize64x64x16_stage6", True),
+        ("CaskConvolution", "sm70_xmma_gemm_as_conv1x1_f32f32_f32_f32_tn_n_simt_small_batch_bias_relu", True),
+        ("CaskGemmConvolution", "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x32_stage4", False),
+        ("CaskConvolution", "sm90_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x64x64", False),
+        ("CaskConvolution", "sm80_xmma_fprop_implicit_gemm_interleaved_i8f32_i8i32_f32_nchw_vect_c_32kcrs", False),
+        ("Reformat", "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n", False),
+    ],
+)
+def test_a_kernels_name_says_that_a_product_reads_float32(kind: str, tactic: str, expected: bool) -> None:
+    assert computes_in_float32({"LayerType": kind, "TacticName": tactic}) is expected
+    assert not computes_in_float32("a name only")
