@@ -2,6 +2,7 @@
 # Every check and measurement that needs a GPU, as steps that run unattended. None stops at another's failure.
 #
 # Usage: job.sh JOB OUT STEP...      (JOB: what prepare_job.py made; results: one OUT/STEP.tar.gz per step, summary.txt)
+# Ended by SIGTERM (timeout -k 15 LIMIT job.sh ...), it ends the step that runs, packs what that has left, and stops.
 # Steps: kernels conformance trt85 rtx        correctness; `checks` runs these four at the same time
 #        ranking                              packed, prefill and score engines, M-FALCON and the KV cache over them
 #        fused                                bundles in segments: their RTX engines with our kernels between them
@@ -325,9 +326,17 @@ profile-end-to-end() {
 run_step() {
     local step=$1 folder=$work/$1 started=$SECONDS code
     mkdir -p "$folder"
-    # From the scratch folder: in the repository, its own folders would be imported instead of the library.
-    (cd "$folder" && "$step" "$folder") >"$folder/log.txt" 2>&1
+    # From the scratch folder: in the repository, its own folders would be imported instead of the library. In a process
+    # group of its own: who ends this script ends the step, and what it has measured by then is packed all the same.
+    set -m
+    (cd "$folder" && "$step" "$folder") >"$folder/log.txt" 2>&1 &
+    local group=$!
+    set +m
+    # shellcheck disable=SC2064
+    trap "stopped=1; kill -TERM -- -$group" TERM INT
+    wait "$group"
     code=$?
+    [ -n "$stopped" ] && wait "$group" 2>/dev/null
     printf '{"step": "%s", "exit_code": %d, "commit": "%s", "gpu": "%s", "date": "%s"}\n' "$step" "$code" \
         "$HSTU_COMMIT" "$gpu" "$(date -u +%F)" >"$folder/run.json"
     # Engines stay for later steps, and are too large to bring back; so are the graphs that they were built from, and
@@ -343,7 +352,10 @@ run_step() {
 }
 
 failed=0
+# Set when somebody has ended this script: no further step is begun.
+stopped=
 for step in "$@"; do
+    [ -z "$stopped" ] || break
     case $step in
         checks)
             pids=()
