@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hstu_compile.artifacts import EngineArtifact, EngineKernel
@@ -102,6 +104,16 @@ def test_no_engine_of_segments_launches_a_copy(name: str) -> None:
         assert set(facts["copies"]) <= ({"__myl_Repl"} if engine is engines[-1] and name == "retrieval" else set()), (
             facts
         )
+
+
+@RTX
+@pytest.mark.parametrize("name", ["packed", "prefill", "score"])
+def test_every_product_of_a_float16_ranking_graph_adds_up_in_float32(name: str) -> None:
+    """Also one whose rows are gathered by indices whose type the graph does not tell."""
+    plans = [engine.plan for engine in engines_of(ranking_case(name, "fp16"), max_candidates=8)]
+    found = [kind for plan in plans for kind in re.findall(rb"accumulation_type=(\d)", plan)]
+    assert len(found) > 6
+    assert set(found) == {b"2"}
 
 
 @RTX
