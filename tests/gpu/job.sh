@@ -18,6 +18,7 @@
 #        bench-attention                      tests/bench/bench_attention.py; alone on the GPU
 #        bench-end-to-end                     tests/bench/bench_end_to_end.py in both Pythons; alone on the GPU
 #        profile-end-to-end                   its timelines, on what bench-end-to-end left in WORK
+#        bench-products                       tests/bench/bench_rtx_products.py; alone on the GPU
 #        quantised-rtx quantised-trt85        int8 and fp8 engines against their references
 #        bench-calibration                    tests/bench/bench_calibration.py; alone on the GPU
 # Environment:
@@ -323,6 +324,8 @@ profile-end-to-end() {
     return $status
 }
 
+bench-products() { in_rtx timeout 280 "$python" "$library/tests/bench/bench_rtx_products.py" --out "$1/rtx_products.csv"; }
+
 run_step() {
     local step=$1 folder=$work/$1 started=$SECONDS code
     mkdir -p "$folder"
@@ -364,7 +367,7 @@ for step in "$@"; do
             ;;
         kernels | conformance | trt85 | trt85-accuracy | rtx | fused | timing | ranking | ranking-soak | cpp-loader | cpp-loader-fused | triton | bench-plugin | \
             bench-rtx | bench-torch | bench-native | bench-attention | bench-m-falcon-peers | bench-m-falcon-engines | \
-            bench-end-to-end | profile-end-to-end | quantised-rtx | quantised-trt85 | bench-calibration) run_step "$step" || failed=$((failed + 1)) ;;
+            bench-end-to-end | profile-end-to-end | bench-products | quantised-rtx | quantised-trt85 | bench-calibration) run_step "$step" || failed=$((failed + 1)) ;;
         *) echo "job.sh: there is no step $step" | tee -a "$summary"; failed=$((failed + 1)) ;;
     esac
 done

@@ -51,6 +51,11 @@ if [ -n "$(find "$unpacked/bench-end-to-end" -path '*/parts/*.json' -print -quit
     find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \; 2>/dev/null
     show end_to_end end-to-end
 fi
+products=$unpacked/bench-products/rtx_products.csv
+if [ -e "$products" ]; then
+    cp "$products" "$bench/results/"
+    "$python" "$bench/bench_rtx_products.py" --table --into "$repository/docs/end-to-end.md" >/dev/null
+fi
 measured=0
 for step in cpp-loader cpp-loader-fused; do
     if [ -n "$(find "$unpacked/$step" -name rows.csv -print -quit 2>/dev/null)" ]; then
