@@ -23,7 +23,10 @@ _PREFIX = "__myl_"
 # name ends in Etc.
 _OPERATOR = re.compile(r"[A-Z][a-z]*")
 _MOVES = frozenset({"Cast", "Resh", "Move", "Conc", "Slic", "Tran", "Repl", "Copy"})
-_PRODUCTS = frozenset({"Fc", "Conv", "Matm", "Gemm"})
+_PRODUCTS = frozenset({"Fc", "Conv"})
+# What TensorRT's inspector calls layers that launch nothing, and layers that only move or convert.
+_NOTHING = frozenset({"noop", "constant", "shapehosttodevice"})
+_COPIES = frozenset({"reformat", "cast", "slice", "shuffle"})
 
 
 def kernels_of_plan(plan: bytes) -> tuple[EngineKernel, ...] | None:
@@ -53,15 +56,18 @@ def _kernel(statement: str, name: str) -> EngineKernel:
 
 
 def kernels_of_layers(layers: Sequence[Mapping[str, Any] | str]) -> tuple[EngineKernel, ...] | None:
-    """What an engine of TensorRT launches, from the layers of the inspector's JSON. None where only names are known."""
+    """What an engine of TensorRT launches, from the layers of the inspector's JSON. None where only names are known.
+
+    A region that Myelin compiles is one layer there, and one kernel here, however many it launches.
+    """
     found = []
     for layer in layers:
         if isinstance(layer, str):
             return None
         kind, name = str(layer.get("LayerType", "")).lower(), str(layer.get("Name", ""))
-        if kind in ("noop", "constant"):
+        if kind in _NOTHING:
             continue
-        if kind == "reformat" or name.startswith("Reformatting CopyNode"):
+        if kind in _COPIES:
             found.append(EngineKernel(name, "copy"))
         else:
             is_product = any(word in kind for word in ("conv", "gemm", "matrixmultiply", "matmul"))

@@ -66,11 +66,20 @@ def test_kernels_of_the_inspectors_layers() -> None:
         {"Name": "conv + PWN(sum)", "LayerType": "CaskConvolution"},
         {"Name": "attention", "LayerType": "PluginV2"},
         {"Name": "shape", "LayerType": "NoOp"},
+        {"Name": "[ShapeHostToDeviceCopy 0]", "LayerType": "ShapeHostToDevice"},
+        {"Name": "weights", "LayerType": "Constant"},
+        {"Name": "Reformatting CopyNode that moves nothing", "LayerType": "NoOp"},
+        {"Name": "{ForeignNode[tables...sum]}", "LayerType": "Myelin"},
+        {"Name": "node__to_copy_14", "LayerType": "Cast"},
+        {"Name": "product", "LayerType": "CaskGemmConvolution"},
     ]
     assert kernels_of_layers(layers) == (
         EngineKernel(layers[0]["Name"], "copy"),
         EngineKernel("conv + PWN(sum)", "product"),
         EngineKernel("attention", "other"),
+        EngineKernel("{ForeignNode[tables...sum]}", "other"),
+        EngineKernel("node__to_copy_14", "copy"),
+        EngineKernel("product", "product"),
     )
     assert kernels_of_layers([*layers, "a name only"]) is None
     assert kernels_of_layers([]) is None
