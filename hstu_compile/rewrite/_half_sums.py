@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -12,6 +12,35 @@ from onnx import TensorProto, helper, numpy_helper
 
 STANDARD = ("", "ai.onnx")
 HALVES: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+
+
+class GraphValues(NamedTuple):
+    """What is known of a graph's values, by name.
+
+    Attributes:
+        constants: the initializers; a pass may add some that are not the graph's yet.
+        kinds: element types, as far as they follow from the graph.
+        producers: the node that makes it.
+        readers: how many nodes read it; being an output of the graph counts as one.
+    """
+
+    constants: dict[str, TensorProto]
+    kinds: dict[str, int]
+    producers: dict[str, onnx.NodeProto]
+    readers: dict[str, int]
+
+
+def values_of(model: onnx.ModelProto) -> GraphValues:
+    """The values of a model's graph."""
+    graph = model.graph
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    readers: dict[str, int] = {value.name: 1 for value in graph.output}
+    for name in (name for node in graph.node for name in node.input):
+        readers[name] = readers.get(name, 0) + 1
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    return GraphValues(constants, kinds, {name: node for node in graph.node for name in node.output}, readers)
 
 
 def cast_type(node: onnx.NodeProto) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from hstu_compile.rewrite._half_sums import HALVES, STANDARD, cast_type, narrowed, rebuild
+from hstu_compile.rewrite._half_sums import HALVES, STANDARD, cast_type, narrowed, rebuild, values_of
 from hstu_compile.rewrite._pass import Pass, PassResult
 
 
@@ -30,15 +30,8 @@ class NarrowAdds(Pass):
 
     def call(self, model: onnx.ModelProto) -> PassResult:
         graph = model.graph
-        constants = {tensor.name: tensor for tensor in graph.initializer}
+        constants, kinds, producers, readers = values_of(model)
         given = set(constants)
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
-        kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-        producers = {name: node for node in graph.node for name in node.output}
-        readers: dict[str, int] = {value.name: 1 for value in graph.output}
-        for name in (name for node in graph.node for name in node.input):
-            readers[name] = readers.get(name, 0) + 1
 
         def half_of(name: str, half: int) -> str | None:
             """The value of a half type that has the numbers of a float32 one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from hstu_compile.rewrite._half_sums import STANDARD, cast_type, narrowed, rebuild
+from hstu_compile.rewrite._half_sums import STANDARD, cast_type, narrowed, rebuild, values_of
 from hstu_compile.rewrite._pass import Pass, PassResult
 
 
@@ -26,14 +26,8 @@ class NarrowResiduals(Pass):
 
     def call(self, model: onnx.ModelProto) -> PassResult:
         graph = model.graph
-        constants = {tensor.name: tensor for tensor in graph.initializer}
+        constants, kinds, producers, readers = values_of(model)
         given = set(constants)
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        kinds = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
-        producers = {name: node for node in graph.node for name in node.output}
-        readers: dict[str, int] = {value.name: 1 for value in graph.output}
-        for name in (name for node in graph.node for name in node.input):
-            readers[name] = readers.get(name, 0) + 1
 
         def made_by(name: str, op_type: str) -> onnx.NodeProto | None:
             node = producers.get(name)
