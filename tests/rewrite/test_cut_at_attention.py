@@ -244,6 +244,16 @@ def test_no_attention_has_its_queries_keys_and_values_copied_but_where_keys_and_
             assert outputs.issuperset((call.inputs["k"], call.inputs["v"]))
 
 
+def test_a_projection_ends_a_product_and_what_is_summed_or_gathered_does_not() -> None:
+    cut = _Cut(ranking_case("prefill", "fp16").whole)
+    (projection,) = (source for source in cut.column_views.sources if cut.can_cross(source))
+    assert cut.ends_a_product(projection)
+    nodes = {node.op_type: node.output[0] for node in cut.nodes}
+    assert cut.ends_a_product(nodes["MatMul"])
+    for name in ("layer_0", nodes["Gather"], nodes["Concat"], nodes["HstuNorm"], cut.graph.inputs[0].name):
+        assert not cut.ends_a_product(name), name
+
+
 def test_reading_columns_in_place_leaves_the_bytes_that_cross_as_they_are() -> None:
     for case, before, after in (
         (retrieval_case("retrieval", "fp16"), (23, 1496), (18, 1496)),
