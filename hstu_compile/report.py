@@ -669,7 +669,8 @@ def _launched(name: str, kernels: Sequence[Mapping[str, str]] | None) -> Html:
     kinds = Counter(kernel["kind"] for kernel in kernels)
     line = (
         f"A pass launches {plural(len(kernels), 'kernel')} of the backend's at least: "
-        f"{plural(kinds['product'], 'product')}, {number(kinds['copy'])} that only copy or convert, {plural(kinds['other'], 'other')}."
+        f"{plural(kinds['product'], 'product')}, {number(kinds['copy'])} that only copy or convert, "
+        f"{plural(kinds['other'], 'other')}."
     )
     columns = (Column("kernel"), Column("kind"), Column("launches", numeric=True))
     rows = [(code(kernel), kind, number(count)) for (kernel, kind), count in launches.items()]
