@@ -18,7 +18,8 @@ class FloatEpilogues(Pass):
 
     TensorRT-RTX fuses what follows a product into its kernel and chooses the kernel by that. Where everything that
     follows is float16, or nothing does, 1.6.1 takes one for compute capability 8.0 on an H100; where the last operator
-    is float32, one for 9.0, which is up to twice as fast (tests/bench/results/rtx_products.csv).
+    is float32, one for 9.0, which is up to twice as fast (tests/bench/results/rtx_products.csv). Other GPUs were not
+    tried.
 
     The zeros come behind additions of float16 that alone read the product, a bias and a residual, which stay as they
     are, and are added between a Cast to float32 and one back. No number changes, but -0 becomes 0. TensorRT-RTX does
