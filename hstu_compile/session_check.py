@@ -201,14 +201,17 @@ def _ranking(reference: Reference, index: int, outputs: Outputs) -> dict[str, fl
     items, users = reference.item_vectors, outputs["user_embeddings"]
     assert items is not None
     expected = reference.exact[index]["user_embeddings"]
-    if users.shape != expected.shape or not np.isfinite(users).all() or not expected.any():
+    if users.shape != expected.shape or not np.isfinite(users).all():
         return None
-    exact = reference.exact[index]["user_embeddings"] @ items.T
-    actual = outputs["user_embeddings"].astype(np.float64) @ items.T
+    exact, actual = expected @ items.T, users.astype(np.float64) @ items.T
+    # Where all items score the same there is no order: of an empty history, and in a vocabulary of one item.
+    rows = np.flatnonzero(np.ptp(exact, axis=1) > 0)
+    if not rows.size:
+        return None
     top = min(_TOP, items.shape[0])
     best = [np.argsort(-scores, axis=1, kind="stable")[:, :top] + 1 for scores in (exact, actual)]
-    rows = np.flatnonzero(np.any(exact != 0, axis=1))
-    taus = [kendall_tau(exact[row], actual[row]) for row in rows[:4]]
+    # Answers without an order agree with none.
+    taus = [kendall_tau(exact[row], actual[row]) if np.ptp(actual[row]) > 0 else 0.0 for row in rows[:4]]
     return {
         "top10_overlap": top_k_overlap(best[0][rows], best[1][rows], top),
         "kendall_tau": float(statistics.fmean(taus)),

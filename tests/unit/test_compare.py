@@ -265,6 +265,7 @@ def test_right_answers_pass() -> None:
         {"user_embeddings": USERS[:1]},
         {"user_embeddings": np.hstack([USERS, USERS])},
         {"user_embeddings": USERS * np.nan},
+        {"user_embeddings": np.zeros_like(USERS)},
         {"layer_0": USERS},
         {"layer_0": np.full_like(USERS, np.inf)},
         {"top_items": np.array([[3, 9], [1, 3]], np.int32)},
@@ -280,6 +281,15 @@ def test_wrong_answers_of_any_shape_fail_and_never_crash(changes: dict[str, np.n
     report = report_of([(REF, [result, check()])], "fp32")
     assert report.status == "FAIL"
     assert report.worst_error > report.worst_bound or report.worst_where.startswith("top_items")
+
+
+@pytest.mark.parametrize("items", [ITEMS[:1], ITEMS[[0, 0]]], ids=["one item", "equal items"])
+def test_a_vocabulary_that_has_no_order_is_checked_without_agreement(items: np.ndarray) -> None:
+    reference = dataclasses.replace(REF, item_vectors=items)
+    answers = {name: array.astype(np.float32) for name, array in EXACT.items()}
+    result = check_session(AnsweringSession(answers), "model.onnx", reference, "fp32", lambda *_: None)
+    assert result.status == "PASS"
+    assert result.ranking is None
 
 
 def test_absent_runtime_is_reported_with_its_reason() -> None:
