@@ -30,15 +30,19 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file; one that was there stays as it was until the new one is complete.
+    """Write a file; one that was there stays as it was until the new one is complete. A link to a file stays a link.
 
     Raises:
-        BundleError: HSTU-E802, with the system's message.
+        BundleError: HSTU-E802, with the system's message, or if something is there that is no regular file: renaming
+            would put a file in the place of a device or a pipe.
     """
     temporary: str | None = None
     with writing_to(path):
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "something is there that is not a regular file")
+        path = Path(os.path.realpath(path))
         try:
-            descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
             os.chmod(temporary, 0o666 & ~_umask())
