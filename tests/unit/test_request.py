@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +166,41 @@ def unreadable(tmp_path: Path, kind: str) -> Path:
     elif kind == "truncated":
         np.savez(path, **legal())
         path.write_bytes(path.read_bytes()[:100])
+    elif kind in CLAIMED_SHAPES:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<i4", "fortran_order": False, "shape": CLAIMED_SHAPES[kind]}
+        )
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("item_ids.npy", header.getvalue())
+    elif kind != "missing":
+        np.savez_compressed(path, **legal())
+        content = bytearray(path.read_bytes())
+        local = content.index(b"PK\x03\x04")
+        data = local + 30 + content[local + 26] + content[local + 28]
+        central = content.index(b"PK\x01\x02")
+        # A flag, a method, a version of the archive's directory, and the bits that start the compressed data.
+        place, value = {
+            "encrypted": (central + 8, content[central + 8] | 1),
+            "unknown compression": (central + 10, 99),
+            "newer zip": (central + 6, 200),
+            "damaged stream": (data, 0xFF),
+        }[kind]
+        content[place] = value
+        path.write_bytes(content)
     return path
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "empty", "pickle", "objects", "npy", "truncated"])
+CLAIMED_SHAPES = {"larger than memory": (10**14,), "larger than an integer": (10**25,)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("missing", "text", "empty", "pickle", "objects", "npy", "truncated", *CLAIMED_SHAPES),
+        *("encrypted", "unknown compression", "newer zip", "damaged stream"),
+    ],
+)
 def test_a_file_that_is_not_plain_arrays_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(RequestError, match="cannot be read as feeds") as caught:
         feeds_from_npz(unreadable(tmp_path, kind))
