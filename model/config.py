@@ -104,7 +104,8 @@ class LayerConfig:
         uvqk_bias: the uvqk projection has a bias.
         input_norm: apply LN before the projection (genrec does not).
         input_norm_affine: that LN has weight and bias.
-        output_norm: LN over all heads together, or per head with one weight per head ("group").
+        output_norm: LN over all heads together, or per head with one weight per head ("group"). Both are the
+            same of a single head: LN with one weight per column.
         output_norm_affine: that LN has weight and bias.
         norm_eps: epsilon of both.
         output_concat: "gated" u * n; "u_norm_gated" [u, n, u * n]; "u_attn_gated" [u, a, u * n] (a raw, n = norm(a)).

@@ -111,6 +111,11 @@ def _slice_of(key: str, index: int, count: int) -> SourceTensor:
     return SourceTensor(key, lambda tensor: tensor[index], lambda shape: (count, *shape))
 
 
+def _spread(key: str, width: int) -> SourceTensor:
+    """The one number that a group norm of a single head has, for each of its columns: ours is a layer norm then."""
+    return SourceTensor(key, lambda tensor: tensor.expand(width), lambda shape: (1,))
+
+
 def _mlp_sources(ours: str, theirs: str, *, final_norm: bool) -> dict[str, SourceTensor]:
     """The four modules of one of the original's nn.Sequential MLPs."""
     sources = {
@@ -553,14 +558,19 @@ class _DlrmV3(Dialect):
         if config.postprocessor == "timestamp_layer_norm":
             sources["time_combiner.weight"] = _transposed(POSTPROCESSOR_KEY + "_time_feature_combiner.weight")
             sources["time_combiner.bias"] = SourceTensor(POSTPROCESSOR_KEY + "_time_feature_combiner.bias")
+        attention = config.layer.attention
+        is_spread = config.layer.output_norm == "group" and attention.num_heads == 1
         for index in range(config.num_layers):
             ours, theirs = f"layers.{index}.", LAYER_KEY.format(index)
             sources[ours + "uvqk_weight"] = SourceTensor(theirs + "_uvqk_weight")
             sources[ours + "uvqk_bias"] = SourceTensor(theirs + "_uvqk_beta")
             sources[ours + "output_weight"] = SourceTensor(theirs + "_output_weight")
-            for ours_norm, theirs_norm in (("input_norm", "_input_norm"), ("output_norm", "_output_norm")):
-                for part in ("weight", "bias"):
-                    sources[f"{ours}{ours_norm}.{part}"] = SourceTensor(f"{theirs}{theirs_norm}_{part}")
+            for part in ("weight", "bias"):
+                sources[f"{ours}input_norm.{part}"] = SourceTensor(f"{theirs}_input_norm_{part}")
+                key = f"{theirs}_output_norm_{part}"
+                sources[f"{ours}output_norm.{part}"] = (
+                    _spread(key, attention.linear_dim) if is_spread else SourceTensor(key)
+                )
         return sources
 
 

@@ -37,6 +37,7 @@ FORMS = {
     "four-heads-three-layers": DlrmForm(num_heads=4, attention_dim=4, linear_dim=4, num_layers=3),
     "group-norm": DlrmForm(group_norm=True),
     "group-norm-dqk-above-dv": DlrmForm(group_norm=True, num_heads=3, attention_dim=9, linear_dim=4),
+    "group-norm-of-one-head": DlrmForm(group_norm=True, num_heads=1),
     "dqk-equals-dv": DlrmForm(attention_dim=8, linear_dim=8),
     "no-context": DlrmForm(contextual=()),
     "context-without-least-history": DlrmForm(contextual=(("user_id", 1, 0),)),
