@@ -280,13 +280,28 @@ class KvCache:
                 self._queue.append(ticket)
             return None
         known = None if base is None else self._pinned(base, "hit")
-        if slot is not None:
-            self._drop(slot)
+        try:
+            if slot is not None:
+                self._drop(slot)
+            new = self._made(want)
+        except BaseException:
+            if known is not None:
+                self._let_go(known)
+            raise
+        return self._pinned(new, "miss" if slot is None else "stale" if known is None else "extended", known)
+
+    def _made(self, want: KvWant) -> _Slot:
+        """A new slot, in the index and not yet pinned."""
         region = self._make_room(want.rows)
-        new = _Slot(want, region, self._store.tensors(region, want.rows))
+        try:
+            new = _Slot(want, region, self._store.tensors(region, want.rows))
+        except BaseException:
+            # Nobody else knows of the region: it would be lost to the budget.
+            self._store.free(region)
+            raise
         self._index[want.key] = new
         self._slots.add(new)
-        return self._pinned(new, "miss" if slot is None else "stale" if known is None else "extended", known)
+        return new
 
     def _pinned(self, slot: _Slot, outcome: Outcome, base: KvEntry | None = None) -> KvEntry:
         slot.pins += 1

@@ -431,6 +431,25 @@ def test_an_error_while_filling_frees_the_memory_and_forgets_the_entry() -> None
     assert outcomes(cache, want(1), want(2)) == ["miss", "hit"]
 
 
+@pytest.mark.parametrize("rows", [10, 25, 60])
+def test_an_error_while_memory_is_divided_loses_none_of_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Of a hit beside it, of an absent user, and of one whose shorter entry is held as a base meanwhile."""
+    pool, cache = small_cache(20)
+    assert outcomes(cache, growing("ann", 8, b"a"), want("ben")) == ["miss", "miss"]
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "tensor", fail)
+        for call in ([growing("ann", rows, b"a")], [want("ben"), growing("ann", rows, b"a")], [want("eve", rows)]):
+            with pytest.raises(MemoryError):
+                cache.checkout(call, VERSION)
+    assert outcomes(cache, want("ben"), growing("ann", 8, b"a")) == ["hit", "miss"]
+    cache.clear()
+    assert cache.stats.used_bytes == cache.stats.entries == pool.used_bytes == 0
+
+
 def test_a_published_entry_survives_its_lease_and_an_invalidated_one_lives_as_long_as_its_lease() -> None:
     pool, cache = small_cache(12)
     with cache.checkout([want(1)], VERSION) as lease:
