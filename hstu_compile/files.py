@@ -1,17 +1,21 @@
-"""Write files and folders whole or not at all. Level 1."""
+"""Write files and folders whole or not at all, and digest them. Level 1."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from hstu_compile.errors import BundleError
+
+_BLOCK = 1 << 20
 
 
 @contextlib.contextmanager
@@ -29,8 +33,11 @@ def writing_to(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file; one that was there stays as it was until the new one is complete. A link to a file stays a link.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the block ends, and is removed if it fails.
+
+    What was there stays until then. A link to a file stays a link.
 
     Raises:
         BundleError: HSTU-E802, with the system's message, or if something is there that is no regular file: renaming
@@ -44,13 +51,19 @@ def write_whole(path: Path, content: bytes) -> None:
         try:
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+                yield file
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
             temporary = None
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file by `whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def check_new_folder(path: Path, marker: str, force: bool) -> None:
@@ -102,6 +115,23 @@ def new_folder(path: Path, marker: str, force: bool) -> Iterator[Path]:
                 os.rename(replaced, path)
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sha256_of(file: BinaryIO, offset: int = 0, length: int | None = None) -> str:
+    """Hexadecimal sha256 of an open file's bytes, a mebibyte in memory at a time.
+
+    Args:
+        file: open for reading.
+        offset: of the first byte.
+        length: how many; None reads to the end, which also ends what is shorter than asked for.
+    """
+    digest = hashlib.sha256()
+    file.seek(offset)
+    left = length
+    while block := file.read(_BLOCK if left is None else min(left, _BLOCK)):
+        digest.update(block)
+        left = None if left is None else left - len(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

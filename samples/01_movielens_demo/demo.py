@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hstu_compile import load_bundle
+from hstu_compile import load_bundle, save_checkpoint
 from hstu_compile.checkpoint import model_from_spec, spec_from_checkpoint
 from hstu_compile.errors import EXIT_VERIFICATION
 from hstu_compile.metrics import RankMetrics, rank_metrics, target_ranks, top_k_overlap
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"MovieLens-100K: {histories.num_users} users, {histories.item_ids.shape[0]} events", flush=True)
     checkpoint, bundle = arguments.output / "checkpoint.pt", arguments.output / "bundle"
-    train.save_checkpoint(train.train_from_arguments(arguments, histories), checkpoint)
+    save_checkpoint(train.train_from_arguments(arguments, histories), checkpoint)
     status = build_bundle(checkpoint, bundle)
     if status not in (0, EXIT_VERIFICATION):
         return status

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hstu_compile.model import AttentionConfig, HstuLayer, LayerConfig, RetrievalConfig, RetrievalModel
-from hstu_compile.model.families import HstuModel
+from hstu_compile import AttentionConfig, LayerConfig, RetrievalConfig, save_checkpoint
+from hstu_compile.model import HstuLayer, RetrievalModel
 
 import prepare_data
 
-CHECKPOINT_FORMAT = "hstu-compile/1"
 DEFAULT_CHECKPOINT = prepare_data.REPOSITORY / "build" / "demo" / "checkpoint.pt"
 
 EMBEDDING_DIM = 50
@@ -207,24 +204,6 @@ def train(
                 bar.set_postfix(epoch=f"{epoch + 1}/{recipe.epochs}", loss=f"{loss:.4f}", refresh=False)
                 bar.update()
     return model.eval(), loss
-
-
-def save_checkpoint(model: HstuModel, path: Path) -> None:
-    """Write weights and configuration in one step: the file is whole or it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        checkpoint = {
-            "format": CHECKPOINT_FORMAT,
-            "config": model.config.to_dict(),
-            "state_dict": model.state_dict(),
-        }
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def positive_int(text: str) -> int:

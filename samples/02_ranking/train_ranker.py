@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hstu_compile.model import AttentionConfig, LayerConfig
+from hstu_compile import AttentionConfig, LayerConfig, save_checkpoint
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import (
     ContextualFeature,
@@ -29,7 +29,7 @@ from hstu_compile.model.ranking_config import (
 
 import ranking_data
 from ranking_data import prepare_data
-from train import positive_int, save_checkpoint
+from train import positive_int
 
 DEFAULT_OUTPUT = prepare_data.REPOSITORY / "build" / "demo-ranking"
 CHECKPOINT_NAME = "checkpoint.pt"

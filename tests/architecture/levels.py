@@ -26,6 +26,7 @@ LEVELS: dict[str, int] = {
     # What the stages exchange, and what several of them need.
     "artifacts": 2,
     "metrics": 2,
+    "native_checkpoint": 2,
     "npz": 2,
     "profiles": 2,
     "plan_kernels": 2,
