@@ -1,6 +1,7 @@
 """What each Hopper kernel takes of an SM, as the assembler says: registers, spilled bytes, shared memory, threads.
 
   hopper_resources.py [--csv FILE] [--cache DIR] [--jobs N]     (needs nvcc, no GPU; about 45 minutes of one core)
+  hopper_resources.py --only block_dim=256 --only shares=False  (those kernels alone; the CSV keeps the rows of others)
   hopper_resources.py --table [--csv FILE] [--into FILE]        (counts and worst values, from the CSV)
 
 is_serialized: the assembler's remark that products wait for each other. warpgroup_products, warp_products: `HGMMA` and
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -91,13 +93,31 @@ def products_of(image: HopperImage, nvdisasm: Path) -> dict[str, int]:
     }
 
 
-def measure(cache_dir: Path | None, jobs: int | None, target: Path) -> int:
-    """Compile every kernel and write its row; 1 if one of them has a fault."""
+def chosen(variants: Sequence[HopperVariant], only: Sequence[str]) -> list[HopperVariant]:
+    """Those whose fields have the values of `only`, each FIELD=VALUE as the CSV spells it.
+
+    Raises:
+        SystemExit: there is no such field, or no kernel has the values.
+    """
+    wanted = dict(each.partition("=")[::2] for each in only)
+    fields = [field.name for field in dataclasses.fields(HopperVariant)]
+    for name in wanted:
+        if name not in fields:
+            raise SystemExit(f"--only {name}: a kernel has no such field. Fix: one of {', '.join(fields)}")
+    found = [each for each in variants if all(str(getattr(each, name)) == text for name, text in wanted.items())]
+    if not found:
+        raise SystemExit(f"no kernel has {', '.join(only)}. Fix: values as in {RESULTS.name}, such as shares=False")
+    return found
+
+
+def measure(cache_dir: Path | None, jobs: int | None, target: Path, only: Sequence[str]) -> int:
+    """Compile kernels and write their rows; 1 if one of them has a fault."""
+    variants = chosen(all_variants(), only)
 
     def show(done: int, total: int) -> None:
         print(f"\r{done}/{total} kernels", end="", file=sys.stderr, flush=True)
 
-    images = compile_hopper(all_variants(), cache_dir, jobs=jobs, progress=show)
+    images = compile_hopper(variants, cache_dir, jobs=jobs, progress=show)
     print(file=sys.stderr)
     nvdisasm = disassembler()
     release = f"{images[0].release[0]}.{images[0].release[1]}"
@@ -105,7 +125,7 @@ def measure(cache_dir: Path | None, jobs: int | None, target: Path) -> int:
         {**row, **products_of(image, nvdisasm), "nvcc": release, "commit": commit_of()}
         for image, row in zip(images, resource_report(images), strict=True)
     ]
-    write_rows(target, tuple(rows[0]), rows)
+    write_rows(target, tuple(rows[0]), merged(target, rows) if only else rows)
     faulty = [row for row in rows if any(row[name] for name in FAULTS) or not row["warpgroup_products"]]
     print(f"{target}: {len(rows)} kernels, {len(faulty)} with a fault")
     for row in faulty:
@@ -113,10 +133,21 @@ def measure(cache_dir: Path | None, jobs: int | None, target: Path) -> int:
     return int(bool(faulty))
 
 
+def merged(target: Path, measured: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """The file's rows, those that were measured in place of their kernels' old ones, in the order of all kernels."""
+    fields = [field.name for field in dataclasses.fields(HopperVariant)]
+    with target.open(encoding="utf-8", newline="") as file:
+        old: list[dict[str, object]] = [{**row} for row in csv.DictReader(file)]
+    known = {tuple(str(row[name]) for name in fields): row for row in (*old, *measured)}
+    keys = (tuple(str(getattr(variant, name)) for name in fields) for variant in all_variants())
+    return [known[key] for key in keys if key in known]
+
+
 def table_text(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: of each head dim, with and without a cache, how many kernels were compiled, and what they take."""
+    commits = Counter(row["commit"] for row in rows).most_common()
     lines = [
-        f"commit: {rows[0]['commit']}  ",
+        f"commit: {', '.join(f'{commit} ({count} kernels)' for commit, count in commits)}  ",
         f"nvcc: {rows[0]['nvcc']}  ",
         "",
         "| head dim | cache | kernels | registers at launch | shared KiB | spill, stack or are serialized | products |",
@@ -144,11 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, metavar="DIR")
     parser.add_argument("--jobs", type=int, help="compilers at a time; one per usable core")
+    parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE", help="kernels with these values")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--into", type=Path, metavar="FILE", help="also put the table between this file's marks")
     arguments = parser.parse_args(argv)
     if not arguments.table:
-        return measure(arguments.cache, arguments.jobs, arguments.csv)
+        return measure(arguments.cache, arguments.jobs, arguments.csv, arguments.only)
     with arguments.csv.open(encoding="utf-8", newline="") as file:
         text = table_text(list(csv.DictReader(file)))
     if arguments.into is not None:
