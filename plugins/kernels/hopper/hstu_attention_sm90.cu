@@ -71,6 +71,10 @@ static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= kFirstReg
 constexpr int32_t kHeldSteps = HSTU_HELD_STEPS;
 // Their buffer is free for the next tile's as soon as they have been taken.
 constexpr bool kHoldsQueries = kHeldSteps * kDepth == kDim;
+// Where in its buffer a thread finds them is the same for every tile. The one kernel below would keep these places over all
+// products by spilling ten registers; it computes them anew for each tile, which takes four instructions and spills nothing.
+constexpr bool kFindsQueriesAnew =
+    kDim == 256 && !kPlainCausal && !kShares && !kPosBias && !kTimeBias && !kIsAccurate && !kHasCache;
 // The next tile's queries are copied while this one is multiplied; with 256 columns there is no room for both.
 constexpr int32_t kQueryBuffers = kDim <= 128 && !kShares && !kHoldsQueries ? 2 : 1;
 // Warpgroups take turns, so that one multiplies while another computes SiLU: a turn ends when products have been issued, or
@@ -588,13 +592,19 @@ struct Consumer
     __device__ __forceinline__ void awaitQueries()
     {
         barrierWait(&shared.barriers.queriesFull[query.index], query.phase);
+        int32_t laneOfTile = lane;
+        if constexpr (kFindsQueriesAnew)
+        {
+            // For all the compiler knows, another value than that of the tile before.
+            asm volatile("" : "+r"(laneOfTile));
+        }
 #pragma unroll
         for (int32_t step = 0; step < kHeldSteps; ++step)
         {
             // Four 8 x 8 matrices: rows 0-7 and 8-15 of the first eight columns, then of the second. The copy engine has
             // swapped the 16-byte pieces of a row by its number.
-            int32_t const row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
-            int32_t const piece = step * kDepth % kSlab / 8 + lane / 16;
+            int32_t const row = warpgroup * 64 + thread / 32 * 16 + laneOfTile % 16;
+            int32_t const piece = step * kDepth % kSlab / 8 + laneOfTile / 16;
             loadMatrices(queries[step],
                 &shared.buffers.queries[query.index][step * kDepth / kSlab][row][(piece ^ row % 8) * 8]);
         }
