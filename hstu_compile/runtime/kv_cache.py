@@ -173,7 +173,9 @@ class KvCache:
         self._store, self.model_version = store, model_version
         # Least recently asked for first.
         self._index: collections.OrderedDict[Hashable, _Slot] = collections.OrderedDict()
-        self._slots: set[_Slot] = set()
+        # Those that leases hold: few beside the whole cache, and all that a search for room has to go around.
+        self._held: set[_Slot] = set()
+        self._entries = self._used_bytes = 0
         self._holders: set[int] = set()
         self._queue: collections.deque[object] = collections.deque()
         self._changed = threading.Condition()
@@ -300,11 +302,13 @@ class KvCache:
             self._store.free(region)
             raise
         self._index[want.key] = new
-        self._slots.add(new)
+        self._entries += 1
+        self._used_bytes += region.nbytes
         return new
 
     def _pinned(self, slot: _Slot, outcome: Outcome, base: KvEntry | None = None) -> KvEntry:
         slot.pins += 1
+        self._held.add(slot)
         return KvEntry(slot, outcome, base)
 
     def _let_go(self, entry: KvEntry) -> None:
@@ -317,8 +321,7 @@ class KvCache:
         end = 0
         for start, stop in sorted(
             (slot.region.offset, slot.region.offset + slot.region.nbytes)
-            for slot in self._slots
-            if slot.pins or slot is beside
+            for slot in (self._held if beside is None else {*self._held, beside})
         ):
             if start - end >= size:
                 return True
@@ -342,6 +345,8 @@ class KvCache:
 
     def _unpin(self, slot: _Slot) -> None:
         slot.pins -= 1
+        if not slot.pins:
+            self._held.remove(slot)
         if slot.indexed and not slot.ready:
             self._drop(slot)
         else:
@@ -349,7 +354,8 @@ class KvCache:
 
     def _free_if_unused(self, slot: _Slot) -> None:
         if not slot.indexed and not slot.pins:
-            self._slots.remove(slot)
+            self._entries -= 1
+            self._used_bytes -= slot.region.nbytes
             self._store.free(slot.region)
 
     def _leave_queue(self, ticket: object) -> None:
@@ -404,8 +410,8 @@ class KvCache:
                 misses=self._counts["miss"],
                 stale=self._counts["stale"],
                 evictions=self._counts["eviction"],
-                entries=len(self._slots),
-                used_bytes=sum(slot.region.nbytes for slot in self._slots),
+                entries=self._entries,
+                used_bytes=self._used_bytes,
                 capacity_bytes=self._store.capacity_bytes,
                 extended=self._counts["extended"],
             )

@@ -21,7 +21,7 @@ from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvWant
 from hstu_compile.runtime.kv_layout import KvLayout
 from hstu_compile.runtime.kv_store import KvBlocks, KvRows, whole_rows
-from hstu_compile.runtime.resident import DevicePool, HostPool, MemoryPool
+from hstu_compile.runtime.resident import DevicePool, HostPool, MemoryPool, Region, ResidentTensor
 from tests.fake_cuda import FakeCuda
 
 # Blocks of 1 to 3 units of 256 bytes: an entry takes 4 units (up to 25 rows) to 10 (up to 60 rows).
@@ -415,6 +415,49 @@ def test_nothing_is_evicted_for_what_still_would_not_fit() -> None:
         assert [entry.key for entry in lease] == [2]
     assert cache.stats.evictions == 0
     assert outcomes(cache, want(1)) == ["hit"]
+
+
+class _CountedRegion(Region):
+    """Counts how often it is looked at, in all."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        _CountedRegion.looks += name in ("offset", "nbytes")
+        return super().__getattribute__(name)
+
+
+class _CountedStore(KvBlocks):
+    """Of entries whose places lie in counted regions."""
+
+    def __init__(self, pool: MemoryPool) -> None:
+        super().__init__(pool, LAYOUT)
+        self._real: dict[Region, Region] = {}
+
+    def allocate(self, rows: int) -> Region | None:
+        if (region := super().allocate(rows)) is None:
+            return None
+        counted = _CountedRegion(region.offset, region.nbytes)
+        self._real[counted] = region
+        return counted
+
+    def free(self, region: Region) -> None:
+        super().free(self._real.pop(region))
+
+    def tensors(self, region: Region, rows: int) -> dict[str, ResidentTensor]:
+        return super().tensors(self._real[region], rows)
+
+
+def test_a_miss_does_not_look_at_every_entry_of_a_large_cache() -> None:
+    looks = []
+    for users in (10, 300):
+        cache = KvCache(_CountedStore(HostPool(users * 4 * UNIT)), VERSION)
+        outcomes(cache, *(want(user) for user in range(users)))
+        before = _CountedRegion.looks
+        assert outcomes(cache, want("new"), want(users - 1)) == ["miss", "hit"]
+        assert cache.stats.evictions == 1
+        looks.append(_CountedRegion.looks - before)
+    assert looks[0] == looks[1] > 0
 
 
 def test_an_error_while_filling_frees_the_memory_and_forgets_the_entry() -> None:
