@@ -36,6 +36,7 @@ _NEVER = {
 ON_REQUEST = "--keep-fp16"
 _NO_ROWS = "calibration saw none of its activations"
 _TOO_LARGE = "its sums can reach {:,.0f}, and float16 ends at {:,.0f}"
+_NO_SCALE = "no float16 scale covers its activations up to {:.3g} and its weights up to {:.3g}"
 _ALL_ZERO = "its activations were all zero in calibration, so nothing says how large they get"
 
 # Powers of two that an activation's columns are divided by lie within 2**-8 and 2**8: with more, columns that were
@@ -95,8 +96,13 @@ def plan_quantization(
         if smooth_alpha is not None:
             smoothing = smoothing_factors(np.array(statistics.channel_amax), weight.matrix, smooth_alpha)
             bound = float((np.array(statistics.channel_amax) / smoothing).max())
-        quantized = quantized_weight(weight.matrix, kind, smoothing)
-        input_scale = float(usable_scales(np.array(bound), kind))
+        try:
+            with np.errstate(over="ignore"):  # weights beyond float16: the model that is cast to it says which
+                quantized = quantized_weight(weight.matrix, kind, smoothing)
+            input_scale = float(usable_scales(np.array(bound), kind))
+        except ValueError:
+            kept[name] = _NO_SCALE.format(bound, np.abs(weight.matrix).max())
+            continue
         largest = quantized.largest_sum(input_scale)
         if largest > LARGEST_HALF:
             kept[name] = _TOO_LARGE.format(largest, LARGEST_HALF)

@@ -61,6 +61,19 @@ def test_products_that_are_kept_on_request_say_so() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize(("activation", "weight"), [(4e8, 1.0), (1.0, 7e4)], ids=["activations", "weights"])
+def test_a_product_without_a_float16_scale_stays_with_the_reason(kind: Any, activation: float, weight: float) -> None:
+    name = "layers.0.uvqk"
+    sites = {**table("amax").sites, name: SiteStatistics.of(name, np.full((8, 4), activation, np.float32), 3)}
+    made = CalibrationTable("0" * 64, "native", {}, "amax", (), sites)
+    large = ProductWeight("w", np.full((4, 3), weight, np.float32))
+    plan = plan_quantization(made, {**WEIGHTS, name: large}, kind)
+    assert list(plan.sites) == ["item_mlp.hidden"]
+    shown = f"activations up to {activation:.3g} and its weights up to {weight:.3g}"
+    assert plan.kept[name] == f"no float16 scale covers its {shown}"
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("is_beyond", [False, True])
 def test_a_product_whose_sums_could_leave_float16_stays_with_the_reason(kind: Any, is_beyond: bool) -> None:
     name, size = "item_mlp.hidden", 256
