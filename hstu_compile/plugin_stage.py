@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hstu_compile.engine_stage import load_onnx
+from hstu_compile.errors import UsageError
 from hstu_compile.files import writing_to
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.plugin_library import (
@@ -17,6 +19,7 @@ from hstu_compile.plugin_library import (
     build_plugin_library,
     installed_tensorrt_version,
 )
+from hstu_compile.plugins.kernels.variants import ARCHS
 
 
 def run_plugin_stage(
@@ -41,15 +44,30 @@ def run_plugin_stage(
         content_hash.
 
     Raises:
+        UsageError: HSTU-E901, for an architecture without kernels, or a version that is no number.
         PluginError: HSTU-E501 or E502.
         BundleError: HSTU-E802, if `output` cannot be written.
     """
+    archs = tuple(int(capability.replace(".", "")) for capability in capabilities)
+    if unknown := [each for each, arch in zip(capabilities, archs, strict=True) if arch not in ARCHS]:
+        raise UsageError(
+            "HSTU-E901",
+            f"--arch {unknown[0]} cannot be used",
+            f"there are kernels for {', '.join(f'{arch // 10}.{arch % 10}' for arch in ARCHS)}",
+            "pass one of them, or leave --arch out for all",
+        )
+    if tensorrt_version is not None and not re.fullmatch(r"\d{1,4}(\.\d{1,4}){0,3}", tensorrt_version, re.ASCII):
+        raise UsageError(
+            "HSTU-E901",
+            f"--tensorrt-version {tensorrt_version} cannot be used",
+            "it is not a version",
+            "write it as 8.5.3, or leave it out for the installed TensorRT",
+        )
     request = (
         plugin_request_of([load_onnx(model) for model in models], tensorrt_version or installed_tensorrt_version())
         if models
         else PluginBuildRequest(runtime_version=tensorrt_version)
     )
-    archs = tuple(int(capability.replace(".", "")) for capability in capabilities)
     library = build_plugin_library(dataclasses.replace(request, archs=archs, hopper=hopper))
     libraries = [path for path in (library.self_registering, library.version_compatible) if path is not None]
     if output is not None:

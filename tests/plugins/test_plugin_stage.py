@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from hstu_compile import plugin_stage
+from hstu_compile.__main__ import main
 from hstu_compile.cli import cli
 from hstu_compile.plugin_library import HopperKernels, PluginBuildRequest, PluginLibrary
 from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, hopper_variants_for
@@ -102,3 +103,18 @@ def test_the_command_says_on_the_screen_which_hopper_kernels_are_inside(monkeypa
     facts = json.loads(CliRunner().invoke(cli, ["plugin", "build", "--hopper", "require", "--json"]).stdout)
     assert facts["hopper"] == {"variants": [], "nvcc": None, "note": note, "summary": summary}
     assert [request.hopper for request in asked] == ["auto", "require"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        (["--arch", "8.0", "--arch", "99.9"], "--arch 99.9"),
+        (["--tensorrt-version", "abc"], "it is not a version"),
+        (["--tensorrt-version", "9" * 5000], "it is not a version"),
+    ],
+)
+def test_a_wrong_architecture_or_version_is_an_option_that_is_wrong(
+    arguments: list[str], seen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugin", "build", *arguments]) == 2
+    assert seen in capsys.readouterr().err
