@@ -66,8 +66,16 @@ def _missing(package: str) -> UsageError:
     )
 
 
-def _interrupted() -> int:
-    click.echo("interrupted; nothing was left behind", err=True)
+def _print_error(arguments: list[str], **fields: Any) -> None:
+    """The error of an ending that has no code, as JSON where that was asked for."""
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": {"code": None, **fields}}, indent=1))
+
+
+def _interrupted(arguments: list[str]) -> int:
+    what = "interrupted; nothing was left behind"
+    _print_error(arguments, stage="interrupted", what=what, exit_code=EXIT_INTERRUPTED)
+    click.echo(what, err=True)
     return EXIT_INTERRUPTED
 
 
@@ -76,10 +84,12 @@ def _failed(error: Exception, arguments: list[str]) -> int:
     if isinstance(error, HstuCompileError):
         return _refuse(error, arguments)
     if isinstance(error, click.ClickException):
+        _print_error(arguments, stage="usage", what=error.format_message(), exit_code=EXIT_USAGE)
         error.show()
         return EXIT_USAGE
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _EXTRAS:
         return _refuse(_missing(package), arguments)
+    _print_error(arguments, stage="internal", what=f"{type(error).__name__}: {error}", exit_code=EXIT_INTERNAL)
     traceback.print_exception(error)
     click.echo("This is a bug in hstu-compile; please report it with the output of `hstu-compile env`.", err=True)
     return EXIT_INTERNAL
@@ -98,12 +108,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             outcome = cli.main(args=arguments, prog_name="hstu-compile", standalone_mode=False)
         except (KeyboardInterrupt, click.Abort):
-            return _interrupted()
+            return _interrupted(arguments)
         except BrokenPipeError:
             return 0
         except Exception as error:
             # Native code turns an interrupt into an error of its own, such as ImportError: initialization failed.
-            return _interrupted() if interrupts.received else _failed(error, arguments)
+            return _interrupted(arguments) if interrupts.received else _failed(error, arguments)
     return outcome if isinstance(outcome, int) else 0
 
 

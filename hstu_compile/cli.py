@@ -98,7 +98,8 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
     if value is None:
         return None
     name, _, number = value.partition("=")
-    if name != wanted or not number.isdecimal():
+    # Nine digits: any count, and no text that int() refuses for its length.
+    if name != wanted or not number.isdecimal() or len(number) > 9:
         raise UsageError(
             "HSTU-E901",
             f"{option} {value} cannot be used",

@@ -66,6 +66,7 @@ def test_explain_lists_and_explains_every_code(capsys: pytest.CaptureFixture[str
         (["build", "x.pt", "--fp16", "--bf16", "--fp32"], 2, "--fp32 and --fp16 and --bf16"),
         (["build"], 2, "CHECKPOINT"),
         (["build", "x.pt", "--backend", "magic"], 2, "magic"),
+        (["build", "x.pt", "--m-falcon", "micro-batch=" + "9" * 5000], 2, "HSTU-E901"),
         (["build", "x.pt", "--no-such-option"], 2, "--no-such-option"),
         (["no-such-command"], 2, "no-such-command"),
         (["inspect", "absent.pt"], 3, "HSTU-E101"),
@@ -142,6 +143,35 @@ def test_interrupt_that_native_code_turned_into_another_error_is_still_an_interr
     assert main([]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was left behind\n"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        (["build", "x.pt", "--max-batch", "many"], "'many' is not a valid integer"),
+        (["build"], "CHECKPOINT"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_an_option_that_click_refuses_is_json_too(
+    arguments: list[str], seen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["stage"], error["exit_code"]) == ("usage", 2)
+    assert seen in error["what"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ZeroDivisionError("ours"), 70)])
+def test_an_interrupt_and_a_bug_are_json_too(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.cli, "main", ends)
+    assert main(["env", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == code
 
 
 def test_inspect_checkpoint_as_json_and_as_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
