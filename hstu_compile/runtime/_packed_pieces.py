@@ -72,6 +72,7 @@ def _cannot_split(request: CheckedRequest, spec: RankingSpec, why: str) -> Reque
         "HSTU-E704",
         f"the {request.num_candidates} candidates of user {request.user!r} do not fit one packed pass",
         f"at most {spec.max_candidates} fit, and a split would change the scores: {why}",
-        "use `score`, which splits exactly, or rebuild with more --max-candidates",
+        "score with a cache that holds the user, which splits exactly (a bundle built with --m-falcon, and enough "
+        "kv_budget_bytes), or rebuild with more --max-candidates",
         {"user": request.user, "num_candidates": request.num_candidates, "max_candidates": spec.max_candidates},
     )
