@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.errors import BundleError, RequestError, UsageError
+from hstu_compile.runtime._calls_in_flight import CallsInFlight
 from hstu_compile.runtime._packed_pieces import packed_passes
 from hstu_compile.runtime._ranking_feeds import (
     among_all_rows,
@@ -169,6 +170,7 @@ class RankingSession:
         self._limits = self._score_limits = PassLimits(spec.micro_batch, spec.max_batch, staging_rows)
         self._counts: collections.Counter[str] = collections.Counter()
         self._counting, self._staging_lock = threading.Lock(), threading.Lock()
+        self._calls = CallsInFlight()
         self._pools: list[MemoryPool] = []
         self._all_rows: KvRows | None = None
         if score is None:
@@ -222,11 +224,16 @@ class RankingSession:
             RequestError: HSTU-E701 to E705 with every fault of every request, before anything is run; E707 for a user
                 that the budget cannot hold.
             UsageError: HSTU-E901 if the model was built without --m-falcon and `cache` is asked for.
+            RuntimeError: if the session is closed.
         """
         if not cache:
             return self.score_packed(requests)
         if self._score is None:
             raise _lacks_m_falcon("score with the cache")
+        with self._calls:
+            return self._score_cached(requests)
+
+    def _score_cached(self, requests: Sequence[RankingRequest]) -> list[RankingResult]:
         checked = checked_requests(requests, self.spec, self.policy)
         answers = _Answers(checked, len(self.spec.tasks))
         without_cache = []
@@ -263,12 +270,14 @@ class RankingSession:
         Raises:
             RequestError: as `score`; HSTU-E704 also where no split gives the same answer: with `scaling` "batch", whose
                 divisor counts the candidates of a pass.
+            RuntimeError: if the session is closed.
         """
-        checked = checked_requests(requests, self.spec, self.policy)
-        answers = _Answers(checked, len(self.spec.tasks))
-        self._run_packed([index for index, request in enumerate(checked) if request.num_candidates], answers)
-        self._count(requests=len(checked))
-        return answers.results()
+        with self._calls:
+            checked = checked_requests(requests, self.spec, self.policy)
+            answers = _Answers(checked, len(self.spec.tasks))
+            self._run_packed([index for index, request in enumerate(checked) if request.num_candidates], answers)
+            self._count(requests=len(checked))
+            return answers.results()
 
     def append(self, user: str | int, history: Arrays) -> None:
         """Extend a user's cached history by new events; refused by every cache rule so far.
@@ -331,7 +340,15 @@ class RankingSession:
         return sum((stats for stats in each if stats is not None), GraphStats())
 
     def close(self) -> None:
-        """Free the memory and the three sessions, when no thread is scoring any more. A second call does nothing."""
+        """Refuse further calls, wait for those that are scoring, and free the memory and the three sessions.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: if this thread is scoring, as a signal's handler may be.
+        """
+        if not self._calls.close():
+            return
         self._close_pools()
         for session in (self._packed, self._prefill, self._score):
             if session is not None:

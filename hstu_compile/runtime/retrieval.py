@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from numpy.typing import NDArray
 
 from hstu_compile.errors import BundleError, UsageError
+from hstu_compile.runtime._calls_in_flight import CallsInFlight
 from hstu_compile.runtime._resident_io import Copies
 from hstu_compile.runtime._retrieval_feeds import (
     KnownBeginning,
@@ -179,6 +180,7 @@ class RetrievalSession:
         self._counts: collections.Counter[str] = collections.Counter()
         self._whole: collections.Counter[str] = collections.Counter()
         self._counting, self._staging_lock = threading.Lock(), threading.Lock()
+        self._calls = CallsInFlight()
         with contextlib.ExitStack() as opened:
             self._pool = opened.enter_context(append.memory_pool(kv_budget_bytes))
             sizes = [self._layout.entry_bytes(rows) for rows in (self._staged_rows, self._new_rows)]
@@ -209,7 +211,12 @@ class RetrievalSession:
         Raises:
             RequestError: HSTU-E701 to E705 with every fault of every request, before anything is run; E707 for a user
                 that the budget cannot hold.
+            RuntimeError: if the session is closed.
         """
+        with self._calls:
+            return self._encode(requests, cache)
+
+    def _encode(self, requests: Sequence[RetrievalRequest], cache: bool) -> list[RetrievalResult]:
         checked = checked_histories(requests, self.spec, self._truncation)
         answers: list[RetrievalResult | None] = [None] * len(checked)
         waiting: list[_Pending] = []
@@ -276,7 +283,15 @@ class RetrievalSession:
         return sum((stats for stats in each if stats is not None), GraphStats())
 
     def close(self) -> None:
-        """Free the memory and the three sessions, when no thread is encoding any more. A second call does nothing."""
+        """Refuse further calls, wait for those that are encoding, and free the memory and the three sessions.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: if this thread is encoding, as a signal's handler may be.
+        """
+        if not self._calls.close():
+            return
         self._memory.close()
         for session in (self._retrieval, self._prefill, self._append):
             session.close()

@@ -708,5 +708,6 @@ class TestConstruction:
         session.close()
         session.close()
         assert all(graph.closed for graph in graphs.values())
-        with pytest.raises(RuntimeError, match="closed"):
-            session.score([request_of(SPEC, 0, 5, 3)])
+        for options in ({}, {"cache": False}):
+            with pytest.raises(RuntimeError, match="the session is closed"):
+                session.score([request_of(SPEC, 0, 5, 3)], **options)

@@ -6,7 +6,9 @@ import concurrent.futures
 import dataclasses
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -166,3 +168,54 @@ def test_calls_of_several_users_in_any_order_do_not_lock_one_another_out() -> No
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         for future in [pool.submit(score, thread) for thread in range(THREADS)]:
             future.result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("graphs", "cache_rows"),
+    [(None, None), (GraphStats(), None), (None, 10_000)],
+    ids=["in-place", "staged", "whole-cache"],
+)
+def test_closing_waits_for_a_pass_that_reads_the_memory(graphs: GraphStats | None, cache_rows: int | None) -> None:
+    served = Served(spec_of(), cache_rows=cache_rows, graph_stats=graphs)
+    request, score = request_of(spec_of(), "ann", 9, 3), served.graphs["score"]
+    running, go_on, run = threading.Event(), threading.Event(), score.run
+
+    def held(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        running.set()
+        assert go_on.wait(20)
+        assert not score.closed
+        served.session._staging.allocate(0)  # raises if it is closed
+        return run(feeds)
+
+    score.run = held  # type: ignore[method-assign]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        scoring = pool.submit(served.one, request)
+        assert running.wait(20)
+        closing = [pool.submit(served.session.close) for _ in range(2)]
+        while not served.session._calls._closed:
+            time.sleep(0.001)
+        with pytest.raises(RuntimeError, match="the session is closed"):
+            served.one(request)
+        assert not any(each.done() for each in closing)
+        go_on.set()
+        assert_same(scoring.result(20), expected(spec_of(), request))
+        for each in closing:
+            each.result(20)
+    assert score.closed
+
+
+def test_a_session_cannot_be_closed_from_inside_a_call() -> None:
+    """As a signal's handler would: it would wait for itself."""
+    served = Served(spec_of())
+    request, score = request_of(spec_of(), "ann", 9, 3), served.graphs["score"]
+    run = score.run
+
+    def closing(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        with pytest.raises(RuntimeError, match="this thread is in a call of the session"):
+            served.session.close()
+        return run(feeds)
+
+    score.run = closing  # type: ignore[method-assign]
+    assert_same(served.one(request), expected(spec_of(), request))
+    served.session.close()
+    assert score.closed

@@ -375,7 +375,7 @@ def test_closing_frees_the_memory_and_the_graphs() -> None:
     served.session.close()
     assert all(graph.closed for graph in served.graphs.values())
     assert served.session.runtime == "eager retrieval"
-    with pytest.raises(RuntimeError, match="the pool is closed"):
+    with pytest.raises(RuntimeError, match="the session is closed"):
         served.one(asked("ann", history_of(0), 5))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,3 +100,28 @@ def test_threads_that_ask_for_the_same_longer_history_encode_its_events_once() -
     assert sorted(served.calls("append")) == [(1, 1)] * (THREADS - 1) + [(4, 1)]
     for result in results:
         assert_right(served, request, result)
+
+
+def test_closing_waits_for_a_history_that_is_being_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served()
+    prefill, request = served.graphs["prefill"], asked("ann", history_of(5), 9)
+    running, go_on, run = threading.Event(), threading.Event(), prefill.run_resident
+
+    def held(*args: Any, **options: Any) -> Any:
+        running.set()
+        assert go_on.wait(20)
+        served.session._staging.allocate(0)  # raises if it is closed
+        return run(*args, **options)
+
+    monkeypatch.setattr(prefill, "run_resident", held)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        encoding = pool.submit(served.one, request)
+        assert running.wait(20)
+        closing = pool.submit(served.session.close)
+        while not served.session._calls._closed:
+            time.sleep(0.001)
+        assert not closing.done()
+        go_on.set()
+        assert encoding.result(20).cache == "miss"
+        closing.result(20)
+    assert prefill.closed
