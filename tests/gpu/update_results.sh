@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Puts what a GPU run brought back into the repository: results/*.json here, ../bench/results/{plugin,m_falcon,attention,cpp_loader,calibration}.csv,
-# the plots of M-FALCON and attention, both tables of plugins/README.md, and the M-FALCON, attention and C++ loader tables where a document has
-# their marks. What the run lacks stays as it is.
+# the plots of M-FALCON and attention, both tables of plugins/README.md, the M-FALCON, attention and C++ loader tables where a document has
+# their marks, and the few times that README shows. What the run lacks stays as it is.
 #
 # Usage: update_results.sh RUN        (RUN: folder with job.sh's STEP.tar.gz files, at any depth)
 set -euo pipefail
@@ -79,4 +79,7 @@ for file in "${steps[@]}"; do
         break
     fi
 done
-git -C "$repository" status --short -- tests/gpu/results tests/bench/results plugins/README.md
+if grep -qs '<!-- headlines: begin -->' "$repository/README.md"; then
+    "$python" "$bench/headline_table.py" --into "$repository/README.md" >/dev/null
+fi
+git -C "$repository" status --short -- tests/gpu/results tests/bench/results plugins/README.md README.md
