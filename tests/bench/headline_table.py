@@ -2,8 +2,8 @@
 
   headline_table.py [--into README.md]
 
-Every time is a median on the GPU; above a speed-up of 1, ours is faster. Where rows are missing, the line says so. Standard
-library and NumPy alone.
+Every time is a median on the GPU; above a speed-up of 1, ours is faster. Where rows are missing, the line says so.
+Standard library and NumPy alone.
 """
 
 from __future__ import annotations
