@@ -9,6 +9,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 _Config = TypeVar("_Config")
 
+# Largest id, offset and length: int32 inputs.
+MAX_LENGTH = (1 << 31) - 1
+# Widest row and most heads: far beyond any model, and no product of sizes overflows.
+MAX_WIDTH = 1 << 16
+# Buckets are found by comparing with a list of thresholds that is made when a model is.
+MAX_TIME_BUCKETS = 1 << 20
+# Factors and epsilons are float32 in the graphs.
+MAX_FLOAT = 3.4028234663852886e38
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with the message unless the condition holds."""
@@ -28,9 +37,14 @@ def require_choices(config: Any) -> None:
             require(
                 isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; it must be an integer"
             )
+            owner = f" of {config.name}" if hasattr(config, "name") else ""
+            require(value <= MAX_LENGTH, f"{name}{owner} is {value}; it must be at most {MAX_LENGTH}")
         elif hint is float:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(is_number and math.isfinite(value), f"{name} is {value!r}; it must be a finite number")
+            require(
+                is_number and math.isfinite(value) and abs(value) <= MAX_FLOAT,
+                f"{name} is {value!r}; it must be a finite number, at most {MAX_FLOAT:.4g}",
+            )
 
 
 def from_mapping(

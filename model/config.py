@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from hstu_compile.model._validation import from_mapping, require, require_choices
+from hstu_compile.model._validation import MAX_TIME_BUCKETS, MAX_WIDTH, from_mapping, require, require_choices
 
 SiluScope = Literal["uvqk", "u", "none"]
 TimeBias = Literal["none", "next", "own"]
@@ -65,6 +65,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         require_choices(self)
         require(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
+        require(self.num_heads <= MAX_WIDTH, f"num_heads is {self.num_heads}; it must be at most {MAX_WIDTH}")
         for name in ("attention_dim", "linear_dim"):
             value = getattr(self, name)
             require(1 <= value <= MAX_HEAD_DIM, f"{name} is {value}; allowed: 1 to {MAX_HEAD_DIM}")
@@ -77,6 +78,10 @@ class AttentionConfig:
                 f"max_seq_len {self.max_seq_len} exceeds pos_table_len {self.pos_table_len}: "
                 "positions beyond the table have no bias",
             )
+        require(
+            self.num_time_buckets <= MAX_TIME_BUCKETS,
+            f"num_time_buckets is {self.num_time_buckets}; it must be at most {MAX_TIME_BUCKETS}",
+        )
         has_time = self.time_bias != "none"
         require(
             (self.num_time_buckets > 0) == has_time,
@@ -129,6 +134,9 @@ class LayerConfig:
     def __post_init__(self) -> None:
         require_choices(self)
         require(self.embedding_dim >= 1, f"embedding_dim is {self.embedding_dim}; it must be at least 1")
+        require(
+            self.embedding_dim <= MAX_WIDTH, f"embedding_dim is {self.embedding_dim}; it must be at most {MAX_WIDTH}"
+        )
         require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be greater than 0")
         if not self.output_projection:
             width = self.attention.num_heads * self.attention.linear_dim
@@ -178,6 +186,7 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require(isinstance(self.dialect, str), f"dialect is {self.dialect!r}; it must be a string")
         require(self.num_items >= 1, f"num_items is {self.num_items}; it must be at least 1")
         require(self.num_layers >= 1, f"num_layers is {self.num_layers}; it must be at least 1")
         require(self.postprocessor_eps > 0, f"postprocessor_eps is {self.postprocessor_eps}; it must be > 0")

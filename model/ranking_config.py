@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from hstu_compile.graph_names import is_reserved
-from hstu_compile.model._validation import from_mapping, require, require_choices
+from hstu_compile.model._validation import MAX_TIME_BUCKETS, MAX_WIDTH, from_mapping, require, require_choices
 from hstu_compile.model.config import LayerConfig
 
 TaskKind = Literal["binary", "regression"]
@@ -21,24 +21,15 @@ CacheRule = Literal["request"]
 
 # Bits of an action bitmask: int32 inputs.
 MAX_ACTION_BITS = 30
-# Largest id, offset and length: int32 inputs.
-MAX_LENGTH = (1 << 31) - 1
-# Widest row and most heads: far beyond any model, and no product of sizes overflows.
-MAX_WIDTH = 1 << 16
-# Buckets are found by comparing with a list of thresholds that is made when a model is.
-MAX_TIME_BUCKETS = 1 << 20
 
 
 def _require_fields(config: Any) -> None:
-    """Check the fields whose annotation tells their type, names and sizes among them."""
+    """Check the fields whose annotation tells their type, names among them."""
     require_choices(config)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type == "str":
             require(isinstance(value, str), f"{field.name} is {value!r}; it must be a string")
-        elif field.type == "int":
-            owner = f" of {config.name}" if hasattr(config, "name") else ""
-            require(value <= MAX_LENGTH, f"{field.name}{owner} is {value}; it must be at most {MAX_LENGTH}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +190,6 @@ class RankingConfig:
             ("action_embedding_dim", self.action_embedding_dim, MAX_WIDTH),
             ("hidden_dim", self.hidden_dim, MAX_WIDTH),
             ("tower_hidden_dim", self.tower_hidden_dim, MAX_WIDTH),
-            ("embedding_dim", self.layer.embedding_dim, MAX_WIDTH),
-            ("num_heads", self.layer.attention.num_heads, MAX_WIDTH),
         ):
             require(value <= most, f"{name} is {value}; it must be at most {most}")
         require(len(self.sequence_features) >= 1, "sequence_features is empty; an event needs an id")

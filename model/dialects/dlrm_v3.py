@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hstu_compile.model._validation import MAX_LENGTH
 from hstu_compile.model.config import AttentionConfig, LayerConfig
 from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, SourceTensor
 from hstu_compile.model.dialects._user_config import UserConfig
 from hstu_compile.model.families import ModelConfig
 from hstu_compile.model.ranking_config import (
-    MAX_LENGTH,
     ContextualFeature,
     EmbeddingTable,
     ItemFeature,

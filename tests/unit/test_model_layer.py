@@ -172,7 +172,10 @@ def test_norms_of_half_types_are_computed_in_float32(dtype: torch.dtype) -> None
     ("field", "value", "message"),
     [
         ("embedding_dim", 0, "embedding_dim is 0"),
+        ("embedding_dim", 70_000, "embedding_dim is 70000; it must be at most 65536"),
+        ("embedding_dim", 10**30, "embedding_dim is 10+; it must be at most 2147483647"),
         ("norm_eps", -1.0, "norm_eps is -1.0"),
+        ("norm_eps", 1e308, "norm_eps is 1e.308; it must be a finite number, at most"),
         ("silu_scope", "v", "silu_scope is 'v'"),
         ("uvqk_bias", 1, "uvqk_bias is 1"),
         ("output_projection", False, "without an output projection"),
@@ -187,6 +190,9 @@ def test_layer_configuration_names_the_field_and_the_value(field: str, value: An
     ("field", "value", "message"),
     [
         ("num_heads", 0, "num_heads is 0"),
+        ("num_heads", 70_000, "num_heads is 70000; it must be at most 65536"),
+        ("max_attn_len", 10**30, "max_attn_len is 10+; it must be at most 2147483647"),
+        ("num_time_buckets", 1 << 21, "num_time_buckets is 2097152; it must be at most 1048576"),
         ("attention_dim", 257, "attention_dim is 257; allowed: 1 to 256"),
         ("linear_dim", 0, "linear_dim is 0"),
         ("alpha", float("inf"), "alpha is inf"),
