@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ _EPOCH = 1_704_067_200
 _MAX_SPAN = 2**31 - 7 * 86400 - _EPOCH
 # Gaps between events from one second to a year: every reachable time bucket is used.
 _LOG10_GAP_RANGE = (0.0, 7.5)
+# Pairs of a row and a sequence in one batch: the model compares every row with the end of every sequence, in 9 bytes.
+_MAX_OWNER_PAIRS = 1 << 26
 
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -82,6 +85,11 @@ def stratified_lengths(count: int, longest: int, seed: int) -> list[int]:
     return [int(length) for length in rng.permutation(lengths)]
 
 
+def most_sequences(rows: int) -> int:
+    """Sequences of so many rows each that fit into a batch here, however many the profile allows."""
+    return max(1, math.isqrt(_MAX_OWNER_PAIRS // rows))
+
+
 def retrieval_batches(
     config: RetrievalConfig,
     max_batch: int,
@@ -106,9 +114,9 @@ def retrieval_batches(
     longest = longest if max_rows is None else min(longest, max_rows)
     affordable = max(1, max_scores // (heads * longest * longest))
     short = min(longest, 8)
-    most = affordable
+    affordable, most = min(affordable, most_sequences(longest)), min(affordable, most_sequences(short))
     if max_rows is not None:
-        affordable, most = min(affordable, max_rows // longest), min(affordable, max_rows // short)
+        affordable, most = min(affordable, max_rows // longest), min(most, max_rows // short)
     mixed = stratified_lengths(max(1, min(opt_batch, affordable) - 1), longest, seed)
     many = stratified_lengths(min(max_batch, most), short, seed + 1)
     with_empty = [*mixed[:1], 0, *mixed[1:]] if max_batch > 1 else mixed

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_compile.calibration.batches import RequestBatch, event_times, stratified_lengths
+from hstu_compile.calibration.batches import RequestBatch, event_times, most_sequences, stratified_lengths
 from hstu_compile.model.ranking import (
     CACHE_OFFSETS,
     CANDIDATE_OFFSETS,
@@ -95,7 +95,7 @@ def ranking_batches(
     candidates = min(config.max_candidates, max(1, affordable // 4))
     longest = min(config.max_history_len, max(1, affordable - candidates))
     width = config.contextual_len + longest + candidates
-    users = max(1, min(max_scores // (heads * width * width), max_rows // width))
+    users = max(1, min(max_scores // (heads * width * width), max_rows // width, most_sequences(width)))
     mixed = stratified_lengths(max(1, min(opt_batch, users) - 2), longest, seed)
     counts = stratified_lengths(len(mixed), candidates, seed + 1)
     if max_batch > 2:

@@ -71,6 +71,14 @@ def test_a_profile_of_one_sequence_gets_batches_of_one_sequence() -> None:
     assert max(int(batch.lengths.max()) for batch in batches) == 20
 
 
+def test_a_profile_of_millions_of_sequences_does_not_take_the_memory_of_them() -> None:
+    config = small_config(attention={"num_heads": 1})
+    batches = retrieval_batches(config, max_batch=1 << 31, opt_batch=1 << 28, max_scores=1 << 24)
+    # The model compares every row with the end of every sequence.
+    assert max(len(batch.lengths) * int(batch.lengths.sum()) for batch in batches) <= 1 << 26
+    assert len(batches[-1].lengths) > 2000
+
+
 def test_batches_shrink_to_what_is_affordable_and_none_is_left_out() -> None:
     config = small_config()
     scores = config.layer.attention.num_heads * config.max_seq_len**2

@@ -142,6 +142,17 @@ def test_a_profile_of_one_user_gets_batches_of_one_user() -> None:
     assert max(int(batch.lengths.max()) for batch in batches) == 48
 
 
+def test_a_profile_of_millions_of_users_does_not_take_the_memory_of_them() -> None:
+    config = CONFIGS["everything"].with_limits(2, 1)
+    batches = ranking_batches(config, max_batch=1 << 31, opt_batch=1 << 28, max_scores=1 << 30)
+    rows = [len(b.arrays["item_query_time"]) + int(b.lengths.sum()) for b in batches]
+    # The model compares every row with the end of every user's rows.
+    pairs = [
+        len(b.lengths) * (more + config.contextual_len * len(b.lengths)) for b, more in zip(batches, rows, strict=True)
+    ]
+    assert max(pairs) <= 1 << 26
+
+
 def scores_of(arrays: dict[str, Any], context: int, heads: int) -> int:
     """Elements of one padded tensor of attention scores."""
     events, candidates = np.diff(arrays["seq_offsets"]), np.diff(arrays["candidate_offsets"])
