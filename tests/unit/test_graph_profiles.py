@@ -141,8 +141,9 @@ def test_an_axis_that_nothing_explains_is_named(axis: str, sizes: ProfileSizes |
 def test_more_rows_than_int32_offsets_count_are_refused() -> None:
     ProfileSizes(1 << 10, (1 << 20), max_candidates=(1 << 20), contextual_len=1)
     for sizes in ({"max_candidates": 1 << 31}, {"contextual_len": 1 << 21}):
-        with pytest.raises(EngineError, match="which int32 offsets cannot count"):
+        with pytest.raises(EngineError, match="which int32 offsets cannot count") as caught:
             ProfileSizes(1 << 10, 1 << 20, **sizes)
+        assert "lower --max-batch or --max-seq-len" in caught.value.fix
 
 
 # --- Limits inside a graph --------------------------------------------------------------------------------------------
