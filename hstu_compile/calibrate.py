@@ -31,7 +31,7 @@ from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.calibration.table import CalibrationData, CalibrationTable, recorded_config
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.errors import CalibrationError, UsageError
-from hstu_compile.files import writing_to
+from hstu_compile.files import check_not_input, writing_to
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.product import product_sites, product_sizes
 from hstu_compile.runtime.request import feeds_from_npz
@@ -87,6 +87,7 @@ class CalibrationRequest:
                 "neither --data nor --merge is given",
                 "pass recorded requests with --data FILE.npz, or tables with --merge FILE.json",
             )
+        check_not_input(self.output, (self.checkpoint, *self.data, *([self.config_file] if self.config_file else [])))
         if self.samples < FEWEST_REQUESTS or self.seed < 0:
             raise UsageError(
                 "HSTU-E901",

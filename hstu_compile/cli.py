@@ -17,6 +17,7 @@ import click
 import hstu_compile
 from hstu_compile.config import DEFAULT_BUDGET, BuildConfig
 from hstu_compile.errors import ERROR_CODES, EXIT_BUILD, EXIT_INTERRUPTED, EXIT_VERIFICATION, UsageError
+from hstu_compile.files import check_not_input
 from hstu_compile.trt_options import EngineOptions, parse_compute_capabilities, trt_options, trtexec_command
 
 if TYPE_CHECKING:
@@ -392,6 +393,7 @@ def engine(
         profiles = engine_stage.profiles_of(request)
         click.echo(trtexec_command(model, engine_options, profiles, engine_path=request.output))
         return 0
+    check_not_input(request.output, [model])
     facts = engine_stage.run_engine_stage(request)
     if as_json:
         _print_json(facts)
@@ -532,6 +534,7 @@ def run(bundle: Path, inputs: Path, outputs: Path, runtime: str, as_json: bool) 
     from hstu_compile.npz import save_npz
     from hstu_compile.runtime.request import feeds_from_npz
 
+    check_not_input(outputs, (bundle, inputs))
     with load_bundle(bundle, runtime) as loaded:
         answers = loaded.run(feeds_from_npz(inputs))
     save_npz(outputs, answers)

@@ -9,11 +9,11 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from hstu_compile.errors import BundleError
+from hstu_compile.errors import BundleError, UsageError
 
 _BLOCK = 1 << 20
 
@@ -66,6 +66,24 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def check_not_input(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse, before any work, an output that is what the command reads, or lies inside a folder that it reads.
+
+    Raises:
+        UsageError: HSTU-E901.
+    """
+    real = Path(os.path.realpath(output))
+    for each in inputs:
+        read = Path(os.path.realpath(each))
+        if real == read or (read.is_dir() and read in real.parents):
+            raise UsageError(
+                "HSTU-E901",
+                f"{output} is not written",
+                f"the command reads {each}, and would change it",
+                "choose another file for the output",
+            )
+
+
 def check_new_folder(path: Path, marker: str, force: bool) -> None:
     """Refuse, before any work, a folder that must not be replaced.
 
@@ -107,6 +125,8 @@ def new_folder(path: Path, marker: str, force: bool) -> Iterator[Path]:
         try:
             folder.mkdir()
             yield folder
+            # Once more: somebody else may have made it since.
+            check_new_folder(path, marker, force)
             if path.exists():
                 os.rename(path, replaced)
             os.rename(folder, path)

@@ -376,6 +376,18 @@ def test_the_command_refuses_what_it_cannot_use(
     assert not Path("table.json").exists()
 
 
+@pytest.mark.parametrize("output", ["ckpt.pt", "feeds.npz", "config.json"])
+def test_a_table_does_not_overwrite_what_it_is_made_of(
+    retrieval: Retrieval, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(retrieval.folder)
+    before = Path(output).read_bytes()
+    exit_code, _, err = command("ckpt.pt", "--config", "config.json", "--data", "feeds.npz", "-o", output)
+    assert exit_code == 2
+    assert f"{output} is not written" in err
+    assert Path(output).read_bytes() == before
+
+
 def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = many_batches(tmp_path)
     counted = 0
