@@ -40,11 +40,9 @@ from tests.cpp_loader.fake_bundle import (
     write_manifest,
 )
 from tests.cpp_loader.fake_fused import attentions_of, edit_schedule, main_width, write_fused_bundle
+from tests.cpp_loader.program_facts import BUNDLE, ENGINE, QUICK, REQUEST, USAGE, stored
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import Arrays, FakeEngine, fake_tensorrt
-
-USAGE, ENGINE, DIFFERENT, REQUEST, BUNDLE, NO_GPU = 2, 5, 6, 7, 8, 9
-QUICK = ("--iterations", "0")
 
 
 @pytest.fixture
@@ -55,11 +53,6 @@ def retrieval(loader_rtx: Loader, tmp_path: Path) -> Path:
 @pytest.fixture
 def ranking(loader_rtx: Loader, tmp_path: Path) -> Path:
     return loader_rtx.bundle(tmp_path, "ranking")
-
-
-def stored(path: Path) -> dict[str, Any]:
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
 
 
 @pytest.mark.parametrize("graphs", [0, 2, 16])

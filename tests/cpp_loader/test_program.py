@@ -25,9 +25,7 @@ from tests.cpp_loader.fake_bundle import (
     retrieval_feeds,
     write_manifest,
 )
-
-USAGE, ENGINE, DIFFERENT, REQUEST, BUNDLE, NO_GPU, GROWTH = 2, 5, 6, 7, 8, 9, 10
-QUICK = ("--iterations", "0")
+from tests.cpp_loader.program_facts import BUNDLE, DIFFERENT, ENGINE, GROWTH, NO_GPU, QUICK, REQUEST, USAGE, stored
 
 
 @pytest.fixture
@@ -38,11 +36,6 @@ def retrieval(loader: Loader, tmp_path: Path) -> Path:
 @pytest.fixture
 def ranking(loader: Loader, tmp_path: Path) -> Path:
     return loader.bundle(tmp_path, "ranking")
-
-
-def stored(path: Path) -> dict[str, Any]:
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
 
 
 @pytest.mark.parametrize("graphs", [0, 2, 16])
