@@ -34,12 +34,16 @@ class CheckpointSpec:
     """Stage 1: a checkpoint, understood.
 
     Attributes:
-        path: the file.
-        sha256: of the file.
+        path: the file or folder.
+        sha256: of the file. Of a folder in shards, of a text with one line for each thing that was read, sorted: for
+            each chunk of a tensor its key, first element, sizes and the sha256 of its bytes in the shard, for each
+            other value its key and that sha256, for the file non_sparse.ckpt its name and sha256. What was not read,
+            such as tables that stay outside and the state of an optimizer, is not covered; where nothing was read but
+            non_sparse.ckpt, it is that file's.
         dialect: family name.
         config: the model's configuration.
         state_dict: float32 weights under our parameter names.
-        ignored_keys: keys of the file that inference does not need.
+        ignored_keys: names of the checkpoint's tensors that inference does not need.
     """
 
     path: Path

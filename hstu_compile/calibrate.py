@@ -54,7 +54,7 @@ class CalibrationRequest:
     """What `hstu-compile calibrate` is asked.
 
     Attributes:
-        checkpoint: file that torch.save wrote.
+        checkpoint: file that torch.save wrote, or a folder of shards.
         output: the table's file; replaced when the new one is complete.
         data: .npz files of recorded requests; may be empty where tables are merged.
         merge: tables of the same checkpoint whose statistics are added.

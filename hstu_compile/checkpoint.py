@@ -1,18 +1,13 @@
-"""Stage 1: a .pt file to a `CheckpointSpec`. Level 3.
+"""Stage 1: a .pt file or a folder of shards to a `CheckpointSpec`. Level 3.
 
 Input: a path, an optional configuration, an optional dialect. Output: configuration and weights under our names.
-The file is untrusted: it is read with weights_only, and nothing in it is executed.
+The files are untrusted: tensors are read with weights_only, an index as data, and nothing in them is executed.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +16,12 @@ import torch
 from torch import Tensor
 
 from hstu_compile.artifacts import CheckpointSpec
+from hstu_compile.checkpoint_source import CheckpointSource, open_checkpoint
 from hstu_compile.errors import CheckpointError, HstuCompileError, UnsupportedModelError
 from hstu_compile.model.dialects import DIALECTS, Dialect, DialectError
 from hstu_compile.model.families import HstuModel, ModelConfig, model_from_config
 
-NATIVE_FORMAT = "hstu-compile/1"
-_STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
 _MAX_LISTED = 40
-_PICKLE_PROTOCOL = b"\x80"
-_REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 _FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _PROBLEM_CODES = {
@@ -65,91 +57,6 @@ def config_from_file(path: Path) -> dict[str, Any]:
             'write it as {"num_heads": 1, ...}',
         )
     return values
-
-
-def _load(path: Path) -> Any:
-    if path.is_dir():
-        raise CheckpointError("HSTU-E101", f"cannot read {path}", "it is a folder", "pass the .pt file inside it")
-    if not path.is_file():
-        raise CheckpointError("HSTU-E101", f"cannot read {path}", "there is no such file", "check the path")
-    if path.stat().st_size == 0:
-        raise CheckpointError("HSTU-E101", f"cannot read {path}", "the file is empty (0 bytes)", "copy it again")
-    try:
-        with warnings.catch_warnings():
-            # What torch notes about pickle protocols is part of the refusal or of no interest.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise CheckpointError(
-            "HSTU-E101", f"cannot read {path}", error.strerror or str(error), "check the file's permissions"
-        ) from error
-    except Exception as error:  # A damaged file makes the unpickler fail in whatever operation the damage leads to.
-        text = str(error)
-        if (refused := _REFUSED_GLOBAL.search(text)) and (_is_pickle_or_zip(path) or "is blocked" in text):
-            raise CheckpointError(
-                "HSTU-E102",
-                f"{path} is refused: loading it could run code",
-                f"the file names {refused[1]}; only tensors and plain containers are read",
-                "save tensors only: torch.save({'model_state_dict': model.state_dict()}, path)",
-            ) from error
-        raise CheckpointError(
-            "HSTU-E101",
-            f"{path} is truncated or not a PyTorch checkpoint",
-            _reason(error),
-            "copy the file again, and check that torch.load(path, weights_only=True) reads it",
-        ) from error
-
-
-def _is_pickle_or_zip(path: Path) -> bool:
-    """Whether torch.save can have written the file: a text file may hold what reads as the name of a function."""
-    with path.open("rb") as file:
-        return file.read(1) == _PICKLE_PROTOCOL or zipfile.is_zipfile(path)
-
-
-def _reason(error: Exception) -> str:
-    """The unpickler's own reason, without its advice to load the file unsafely."""
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return "it is not a pickle of tensors and plain containers"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _state_dict_of(path: Path, loaded: Any) -> dict[str, Tensor]:
-    candidates = [loaded]
-    if isinstance(loaded, Mapping):
-        candidates += [loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)]
-    for candidate in reversed(candidates):
-        if isinstance(candidate, Mapping) and candidate and all(isinstance(v, Tensor) for v in candidate.values()):
-            return _named_tensors(path, candidate)
-    seen = ", ".join(map(repr, list(loaded)[:10])) if isinstance(loaded, Mapping) else type(loaded).__name__
-    raise CheckpointError(
-        "HSTU-E103",
-        f"{path} holds no state_dict",
-        f"found {seen or 'an empty dict'}; looked for tensors at the top and under {', '.join(_STATE_DICT_KEYS)}",
-        "save it as torch.save({'model_state_dict': model.state_dict()}, path)",
-    )
-
-
-def _named_tensors(path: Path, tensors: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = _without_wrappers(str(key))
-        if name in named:
-            raise CheckpointError(
-                "HSTU-E105",
-                f"{path} holds {name} twice",
-                f"{key} is the same parameter once the prefixes of wrappers are removed",
-                "save the state_dict of one model",
-            )
-        named[name] = tensor
-    return named
-
-
-def _without_wrappers(key: str) -> str:
-    """Strip what DistributedDataParallel and torch.compile put before every name."""
-    while (stripped := key.removeprefix("module.").removeprefix("_orig_mod.")) != key:
-        key = stripped
-    return key
 
 
 def _dialect(path: Path, keys: list[str], wanted: str | None) -> Dialect:
@@ -190,11 +97,11 @@ def _listed(names: list[str], others: list[str]) -> str:
     return ", ".join(lines)
 
 
-def _renamed(path: Path, dialect: Dialect, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    sources = dialect.sources(config)
-    wanted = {source.key for source in sources.values()}
-    missing = sorted(wanted - set(tensors))
-    unexpected = sorted(key for key in set(tensors) - wanted if not dialect.is_ignored(key))
+def _renamed(path: Path, dialect: Dialect, config: ModelConfig, source: CheckpointSource) -> dict[str, Tensor]:
+    shapes, sources = source.shapes, dialect.sources(config)
+    wanted = {each.key for each in sources.values()}
+    missing = sorted(wanted - set(shapes))
+    unexpected = sorted(key for key in set(shapes) - wanted if not dialect.is_ignored(key))
     if missing or unexpected:
         why = []
         if missing:
@@ -208,16 +115,16 @@ def _renamed(path: Path, dialect: Dialect, config: ModelConfig, tensors: dict[st
             "pass the whole model's state_dict and its configuration",
             {"missing": missing, "unexpected": unexpected},
         )
-    _check_storage(path, [(key, tensors[key]) for key in sorted(wanted)])
-    _check_constants(path, tensors, dialect.constants(config))
+    constants = dialect.constants(config)
+    _check_constants(path, source.read(sorted(set(constants) & set(shapes))), constants)
     # Shapes alone: a table of a hundred million rows is not drawn at random to be thrown away.
     with torch.device("meta"):
         expected = model_from_config(config).state_dict()
     wrong = []
-    for name, source in sources.items():
-        seen, needed = tuple(tensors[source.key].shape), source.source_shape(tuple(expected[name].shape))
+    for name, each in sources.items():
+        seen, needed = shapes[each.key], each.source_shape(tuple(expected[name].shape))
         if seen != needed:
-            wrong.append(f"{source.key} is {list(seen)}, the configuration needs {list(needed)}")
+            wrong.append(f"{each.key} is {list(seen)}, the configuration needs {list(needed)}")
     if wrong:
         raise CheckpointError(
             "HSTU-E106",
@@ -225,9 +132,10 @@ def _renamed(path: Path, dialect: Dialect, config: ModelConfig, tensors: dict[st
             "; ".join(wrong),
             "pass the configuration of this checkpoint with --config",
         )
+    tensors = source.read(sorted(wanted))
+    _check_storage(path, sorted(tensors.items()))
     state = {
-        name: source.convert(tensors[source.key].detach()).to(torch.float32, copy=True)
-        for name, source in sources.items()
+        name: each.convert(tensors[each.key].detach()).to(torch.float32, copy=True) for name, each in sources.items()
     }
     bad = [f"{sources[name].key} ({_bad_values(t)})" for name, t in state.items() if not bool(torch.isfinite(t).all())]
     if bad:
@@ -243,9 +151,9 @@ def _renamed(path: Path, dialect: Dialect, config: ModelConfig, tensors: dict[st
 def _check_constants(path: Path, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
     """Refuse a file whose buffers are not what the family's code has, or what the configuration says."""
     wrong = [
-        f"{key} is {tensors[key].tolist()}, expected {expected.tolist()}"
+        f"{key} is {_shown(tensors[key])}, expected {expected.tolist()}"
         for key, expected in constants.items()
-        if key in tensors and not torch.equal(tensors[key].to(expected.dtype), expected)
+        if key in tensors and not _equal(tensors[key], expected)
     ]
     if wrong:
         raise CheckpointError(
@@ -254,6 +162,15 @@ def _check_constants(path: Path, tensors: Mapping[str, Tensor], constants: Mappi
             "; ".join(wrong),
             "pass the configuration of this checkpoint with --config",
         )
+
+
+def _equal(tensor: Tensor, expected: Tensor) -> bool:
+    # The shape first: a buffer that claims a billion elements is not converted.
+    return tensor.shape == expected.shape and torch.equal(tensor.to(expected.dtype), expected)
+
+
+def _shown(tensor: Tensor) -> str:
+    return str(tensor.tolist()) if tensor.numel() <= _MAX_LISTED else f"of shape {list(tensor.shape)}"
 
 
 def _check_storage(path: Path, tensors: list[tuple[str, Tensor]]) -> None:
@@ -297,10 +214,12 @@ def spec_from_checkpoint(
     """Read a checkpoint.
 
     Args:
-        path: file that torch.save wrote: a state_dict, or a dict holding one.
+        path: file that torch.save wrote: a state_dict, or a dict holding one; or a folder that
+            torch.distributed.checkpoint or Meta's DLRMv3 training wrote.
         config: the training configuration, in the family's own names; needed where shapes do not tell.
         dialect: family name; None detects it from the parameter names.
-        external_embeddings: leave the tables out of the model; its inputs are embedding rows.
+        external_embeddings: leave the tables out of the model; its inputs are embedding rows. The tables of a folder
+            are then not read.
 
     Returns:
         Configuration and float32 weights under our names.
@@ -309,25 +228,25 @@ def spec_from_checkpoint(
         CheckpointError: HSTU-E101 to E109, by what is wrong.
         UnsupportedModelError: HSTU-E110, for a model of a kind that is not compiled.
     """
-    loaded = _load(path)
-    tensors = _state_dict_of(path, loaded)
-    family = _dialect(path, list(tensors), dialect)
-    if config is None and isinstance(loaded, Mapping) and isinstance(loaded.get("config"), Mapping):
-        config = loaded["config"]
+    source = open_checkpoint(path, external_embeddings=external_embeddings)
+    shapes = source.shapes
+    family = _dialect(path, list(shapes), dialect)
+    if config is None:
+        config = source.config()
     try:
         if external_embeddings:
             config = family.with_external_embeddings(config)
-        parsed = family.config({key: tuple(value.shape) for key, value in tensors.items()}, config)
+        parsed = family.config(shapes, config)
     except DialectError as error:
         raise _refusal(path, error) from error
-    state = _renamed(path, family, parsed, tensors)
+    state = _renamed(path, family, parsed, source)
     return CheckpointSpec(
-        path=path,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        path=path if path.name else path.absolute(),
+        sha256=source.sha256(),
         dialect=family.name,
         config=parsed,
         state_dict=state,
-        ignored_keys=tuple(sorted(set(tensors) - {source.key for source in family.sources(parsed).values()})),
+        ignored_keys=tuple(sorted(set(shapes) - {each.key for each in family.sources(parsed).values()})),
     )
 
 

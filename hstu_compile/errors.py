@@ -144,19 +144,23 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "The checkpoint cannot be read",
         "The file is missing, empty, truncated, or not something torch.save wrote. hstu-compile reads checkpoints with "
         "weights_only=True. Check that the file was copied whole and that torch.load(path, weights_only=True) "
-        "reads it.",
+        "reads it. A folder is read if torch.distributed.checkpoint wrote it (.metadata and *.distcp), or Meta's "
+        "DLRMv3 training (non_sparse.ckpt and the folder sparse): every chunk of every tensor that the model needs "
+        "must lie in its file, once. What the writer compressed or changed otherwise is not read.",
     ),
     "HSTU-E102": ErrorCode(
         "The checkpoint wants to run code",
         "The pickle in the file names a class or function outside the few that tensors need. Loading it could execute "
         "arbitrary code, so it is refused. Save only tensors and plain containers: torch.save({'model_state_dict': "
-        "model.state_dict()}, path).",
+        "model.state_dict()}, path). The .metadata of a folder is a pickle as well, which "
+        "torch.distributed.checkpoint loads as it is; hstu-compile reads it as data, and refuses what names anything "
+        "but torch.distributed.checkpoint's own records.",
     ),
     "HSTU-E103": ErrorCode(
         "No state_dict in the checkpoint",
-        "The file loads, but holds no mapping from names to tensors. Accepted: a bare state_dict, or a dict that "
-        "has one "
-        "under model_state_dict, state_dict or model.",
+        "The checkpoint loads, but holds no mapping from names to tensors. Accepted: a bare state_dict, or a dict that "
+        "has one under model_state_dict, state_dict or model; in a folder of shards these may lie deeper. The folder "
+        "sparse of Meta's DLRMv3 training holds tables alone: pass the folder above it.",
     ),
     "HSTU-E104": ErrorCode(
         "Unknown checkpoint family",
@@ -169,7 +173,9 @@ ERROR_CODES: dict[str, ErrorCode] = {
         "the model: "
         "a weight that is silently dropped or left at its initial value gives a model that runs and recommends "
         "wrongly. "
-        "All names are listed, with the nearest name offered.",
+        "All names are listed, with the nearest name offered. In Meta's DLRMv3 training non_sparse.ckpt names the "
+        "tensors that are in the folder sparse; both must be of one step. With --embeddings external no tables are "
+        "needed.",
     ),
     "HSTU-E106": ErrorCode(
         "Shapes contradict the configuration",
