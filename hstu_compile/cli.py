@@ -242,6 +242,9 @@ def build(
 ) -> int:
     """Compile CHECKPOINT to a verified bundle.
 
+    CHECKPOINT is a FILE that torch.save wrote, or a FOLDER that torch.distributed.checkpoint or Meta's DLRMv3 training
+    wrote.
+
     The bundle holds the ONNX graph, the engine, reference outputs and a report.
 
     Exits with 6 when the artifact differs from the eager model by more than the bound; the bundle is written all the
@@ -445,6 +448,8 @@ def calibrate(
 ) -> int:
     """Record how large CHECKPOINT's activations get on real requests.
 
+    CHECKPOINT is a FILE or FOLDER, as for `build`.
+
     The table is what `build --int8` and `build --fp8` take their scales from.
     """
     from hstu_compile import calibrate as stage
@@ -470,12 +475,19 @@ def calibrate(
 @click.argument("path", metavar="CKPT|BUNDLE", type=_PATH)
 @click.option("--config", "config_file", type=_PATH, help="JSON configuration of the training run.")
 @click.option("--dialect", help="Checkpoint family (default: detected).")
+@click.option(
+    "--embeddings",
+    type=click.Choice(["inside", "external"]),
+    default="inside",
+    show_default=True,
+    help="External leaves a ranking checkpoint's tables out: they are not read.",
+)
 @_JSON
-def inspect(path: Path, config_file: Path | None, dialect: str | None, as_json: bool) -> int:
-    """Say what a checkpoint or a bundle holds."""
+def inspect(path: Path, config_file: Path | None, dialect: str | None, embeddings: str, as_json: bool) -> int:
+    """Say what a checkpoint (a FILE, or a FOLDER of shards) or a bundle holds."""
     from hstu_compile import inspection
 
-    facts = inspection.inspect_path(path, config_file, dialect)
+    facts = inspection.inspect_path(path, config_file, dialect, external_embeddings=embeddings == "external")
     _print_json(facts) if as_json else click.echo(inspection.render_inspection(facts))
     return 0
 

@@ -25,8 +25,8 @@ class BuildConfig:
     """Options of one build.
 
     Attributes:
-        checkpoint: the .pt file.
-        output: bundle folder; None puts `<checkpoint stem>.hstu` in the working directory.
+        checkpoint: the .pt file, or a folder of shards.
+        output: bundle folder; None puts `<checkpoint's stem>.hstu` in the working directory.
         precision: type of weights and activations in the graph.
         config_file: JSON configuration of the training run, where the checkpoint does not say.
         dialect: checkpoint family; None detects it.
@@ -100,7 +100,7 @@ class BuildConfig:
     @property
     def bundle_path(self) -> Path:
         """Where the bundle goes."""
-        return self.output if self.output is not None else Path(f"{self.checkpoint.stem}.hstu")
+        return self.output if self.output is not None else Path(f"{self.checkpoint.absolute().stem}.hstu")
 
     @property
     def quality_budget(self) -> float | None:

@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from hstu_compile.artifacts import Profile
-from hstu_compile.bundle import BundleFiles, read_bundle
+from hstu_compile.bundle import BundleFiles, is_bundle, read_bundle
 from hstu_compile.errors import CheckpointError
 from hstu_compile.plan_kernels import kernel_facts, kernels_of_plan
 from hstu_compile.runtime.schedule_facts import schedule_facts
 from hstu_compile.runtime.schedule_file import schedule_from_text
+from hstu_compile.shard_index import is_checkpoint_folder
 
 
-def inspect_path(path: Path, config_file: Path | None = None, dialect: str | None = None) -> dict[str, Any]:
-    """Facts about a bundle (folder) or a checkpoint (file).
+def inspect_path(
+    path: Path, config_file: Path | None = None, dialect: str | None = None, *, external_embeddings: bool = False
+) -> dict[str, Any]:
+    """Facts about a bundle or a checkpoint.
 
     Args:
-        path: either one.
+        path: either one. A folder with a manifest is a bundle, whatever else is in it.
         config_file: training configuration, for checkpoints.
         dialect: checkpoint family, for checkpoints.
+        external_embeddings: leave the tables of a ranking checkpoint out, which need not be there then.
 
     Returns:
         `kind` is bundle or checkpoint; a bundle has `inputs` and `outputs` as lists of name, dtype, shape.
@@ -28,7 +32,7 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
     Raises:
         BundleError, CheckpointError: if it is neither, or damaged.
     """
-    if path.is_dir():
+    if path.is_dir() and (is_bundle(path) or not is_checkpoint_folder(path)):
         files = read_bundle(path)
         manifest = files.manifest
         keys = (
@@ -60,7 +64,7 @@ def inspect_path(path: Path, config_file: Path | None = None, dialect: str | Non
     if not path.exists():
         raise CheckpointError("HSTU-E101", f"cannot read {path}", "there is no such file or folder", "check the path")
     config = config_from_file(config_file) if config_file is not None else None
-    spec = spec_from_checkpoint(path, config, dialect)
+    spec = spec_from_checkpoint(path, config, dialect, external_embeddings=external_embeddings)
     return {
         "kind": "checkpoint",
         "path": str(path),
