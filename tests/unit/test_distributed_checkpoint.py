@@ -617,7 +617,7 @@ def test_damaged_folders_end_in_a_documented_error(tmp_path: Path) -> None:
     originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     rng = random.Random(5)
     refused = 0
-    for number in range(200):
+    for number in range(120):
         path = rng.choice([folder / ".metadata", *originals])
         content = bytearray(originals[path])
         for _ in range(rng.randint(0, 4)):
@@ -632,7 +632,7 @@ def test_damaged_folders_end_in_a_documented_error(tmp_path: Path) -> None:
         else:
             assert all(bool(torch.isfinite(tensor).all()) for tensor in spec.state_dict.values())
         path.write_bytes(originals[path])
-    assert refused > 80
+    assert refused > 50
     assert spec_from_checkpoint(folder, {"num_heads": 1}).dialect == "research"
 
 
