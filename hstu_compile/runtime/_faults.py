@@ -51,6 +51,13 @@ def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.int64) if array.size == 0 and array.dtype.kind in "fiu" else array
 
 
+def indices(mask: NDArray[np.bool_]) -> str:
+    """The first few indices at which the mask is set."""
+    hits = np.flatnonzero(mask)
+    more = f" and {hits.size - MOST_NAMED} more" if hits.size > MOST_NAMED else ""
+    return f"at index {', '.join(map(str, hits[:MOST_NAMED]))}{more}"
+
+
 def where(mask: NDArray[np.bool_], values: NDArray[Any]) -> str:
     """The first few indices at which the mask is set, with their values."""
     hits = np.flatnonzero(mask)

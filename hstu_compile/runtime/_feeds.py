@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,23 @@ from numpy.typing import NDArray
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import RequestError
 from hstu_compile.runtime._bfloat16 import bits_of_values
+
+_limits = functools.cache(np.iinfo)
+
+
+def array_of(given: object) -> NDArray[Any] | str:
+    """What was given as an array, or why it is none, as the end of a sentence.
+
+    >>> array_of([1, 2]), array_of([[1], [2, 3]])[:24]
+    (array([1, 2]), 'cannot be read as an arr')
+    """
+    if np.ma.is_masked(given):
+        # np.asarray would take what lies under the mask for values.
+        return "has masked values, and a model has no absent ones"
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists, and tensors that are not plain host memory
+        return f"cannot be read as an array: {error}"
 
 
 def converted(array: NDArray[Any], dtype: str) -> NDArray[Any] | None:
@@ -26,11 +44,12 @@ def converted(array: NDArray[Any], dtype: str) -> NDArray[Any] | None:
     wanted = np.dtype(dtype)
     if array.dtype == wanted:
         return array
-    if not np.issubdtype(array.dtype, np.integer) or not np.issubdtype(wanted, np.integer):
+    if array.dtype.kind not in "iu" or wanted.kind not in "iu":
         return None
-    limits = np.iinfo(wanted)
-    if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
-        return None
+    if array.size and not np.can_cast(array.dtype, wanted):
+        limits = _limits(wanted)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            return None
     return array.astype(wanted)
 
 
@@ -47,7 +66,10 @@ def matched_feeds(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec
     for name, spec in expected.items():
         if name not in feeds:
             continue
-        array = np.asarray(feeds[name])
+        array = array_of(feeds[name])
+        if isinstance(array, str):
+            problems.append(f"{name} {array}")
+            continue
         if array.ndim != len(spec.shape):
             problems.append(f"{name} has rank {array.ndim}, not {len(spec.shape)}")
             continue

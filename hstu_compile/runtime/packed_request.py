@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.runtime._faults import Faults, check_offsets, whole_numbers
 from hstu_compile.runtime._feeds import converted
+from hstu_compile.runtime._typed_values import array_or_fault
 from hstu_compile.runtime.ranking_request import RankingPolicy, RankingRequest, checked_requests
 from hstu_compile.runtime.ranking_spec import RankingSpec
 
@@ -44,7 +45,11 @@ def check_packed_request(feeds: Mapping[str, NDArray[Any]], spec: RankingSpec) -
     for name in feeds:
         if name not in names:
             faults.add("HSTU-E701", f"{name!r} is not an input of this model")
-    arrays = {name: np.asarray(feeds[name]) for name in names if name in feeds}
+    arrays = {}
+    for name in (name for name in names if name in feeds):
+        array = array_or_fault(name, feeds[name], lambda text: faults.add("HSTU-E701", text))
+        if array is not None:
+            arrays[name] = array
     for name in (name for name in _OFFSETS if name in arrays):
         cast = converted(whole_numbers(arrays[name]), "int32") if arrays[name].ndim == 1 else None
         if cast is None:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.errors import UsageError
-from hstu_compile.runtime._faults import Faults, where, whole_numbers
-from hstu_compile.runtime._feeds import converted
+from hstu_compile.runtime._faults import Faults, where
+from hstu_compile.runtime._typed_values import array_or_fault, integers, too_far_apart
 from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, RankingSpec
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -154,6 +154,9 @@ class _Check:
     def _add(self, code: str, text: str) -> None:
         self._faults.add(code, f"{self._place}: {text}")
 
+    def _add_malformed(self, text: str) -> None:
+        self._add("HSTU-E701", text)
+
     def result(self) -> CheckedRequest:
         request, spec = self._request, self._spec
         if isinstance(request.user, bool) or not isinstance(request.user, str | numbers.Integral):
@@ -189,6 +192,9 @@ class _Check:
         self, part: str, given: Arrays, names: Sequence[str], features: Sequence[IdFeature]
     ) -> dict[str, NDArray[Any]]:
         """The arrays that have the right rank and type, as new ones."""
+        if not hasattr(given, "keys"):
+            self._add("HSTU-E701", f"{part} is a {type(given).__name__}, not a mapping of features to values")
+            return {}
         for name in given:
             if name not in names:
                 self._add("HSTU-E701", f"{name!r} is not a feature of the model's {part}")
@@ -198,26 +204,19 @@ class _Check:
         for name in names:
             if name not in given:
                 self._add("HSTU-E701", f"{name} is missing in {part}")
-            elif name in external:
-                rows = self._rows(name, np.asarray(given[name]), external[name])
-                arrays |= {} if rows is None else {name: rows}
+                continue
+            if name in external:
+                values = self._rows(name, given[name], external[name])
             else:
-                values = self._integers(name, np.asarray(given[name]), "int64" if name in times else "int32")
-                arrays |= {} if values is None else {name: values}
+                values = integers(name, given[name], "int64" if name in times else "int32", self._add_malformed)
+            if values is not None:
+                arrays[name] = values
         return arrays
 
-    def _integers(self, name: str, array: NDArray[Any], dtype: str) -> NDArray[Any] | None:
-        if array.ndim != 1:
-            self._add("HSTU-E701", f"{name} has rank {array.ndim}, shape {list(array.shape)}; it must have rank 1")
+    def _rows(self, name: str, given: object, width: int) -> NDArray[Any] | None:
+        dtype, array = self._spec.row_dtype, array_or_fault(name, given, self._add_malformed)
+        if array is None:
             return None
-        cast = converted(whole_numbers(array), dtype)
-        if cast is None:
-            span = f" with values {array.min()}..{array.max()}" if array.size and array.dtype.kind in "iuf" else ""
-            self._add("HSTU-E701", f"{name} is {array.dtype}{span}; {dtype} cannot hold it unchanged")
-        return None if cast is None else np.array(cast)
-
-    def _rows(self, name: str, array: NDArray[Any], width: int) -> NDArray[Any] | None:
-        dtype = self._spec.row_dtype
         if array.ndim != 2 or array.shape[1] != width:
             self._add("HSTU-E701", f"{name} has shape {list(array.shape)}; its embedding rows are [n, {width}]")
         elif not np.can_cast(array.dtype, dtype) or array.dtype.kind != "f":
@@ -263,7 +262,10 @@ class _Check:
             context[slot.name] = np.concatenate([array, np.full(missing, -1, array.dtype)])
 
     def _check_times(self, history: NDArray[Any] | None, candidates: NDArray[Any] | None) -> None:
-        """History ascending, and no candidate asked for before its last event."""
+        """History ascending, no candidate asked for before its last event, and differences that int64 holds."""
+        times = [array for array in (history, candidates) if array is not None and array.size]
+        if times and (why := too_far_apart(min(t.min() for t in times), max(t.max() for t in times))):
+            self._add("HSTU-E705", why)
         if history is None or not history.size:
             return
         backwards = np.flatnonzero(history[1:] < history[:-1])

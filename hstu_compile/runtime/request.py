@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hstu_compile.errors import RequestError
-from hstu_compile.runtime._faults import MOST_NAMED, Faults, check_offsets, where, whole_numbers
-from hstu_compile.runtime._feeds import converted
+from hstu_compile.runtime._faults import MOST_NAMED, Faults, check_offsets, where
+from hstu_compile.runtime._typed_values import integers, too_far_apart
 
 _DTYPES = {
     "item_ids": "int32",
@@ -96,27 +96,10 @@ def _typed(feeds: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: F
     for name in names:
         if name not in feeds:
             continue
-        array = np.asarray(feeds[name])
-        if array.ndim != 1:
-            problems.add("HSTU-E701", f"{name} has rank {array.ndim}, shape {list(array.shape)}; it must have rank 1")
-            continue
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            problems.add("HSTU-E701", f"{name} holds NaN or infinity {_where(~np.isfinite(array))}")
-            continue
-        cast = converted(whole_numbers(array), _DTYPES[name])
-        if cast is None:
-            shown = f" with values {array.min()}..{array.max()}" if array.size and array.dtype.kind in "iuf" else ""
-            problems.add("HSTU-E701", f"{name} is {array.dtype}{shown}; {_DTYPES[name]} cannot hold it unchanged")
-            continue
-        arrays[name] = np.array(cast)
+        array = integers(name, feeds[name], _DTYPES[name], lambda text: problems.add("HSTU-E701", text))
+        if array is not None:
+            arrays[name] = array
     return arrays
-
-
-def _where(mask: NDArray[np.bool_]) -> str:
-    """The first few indices at which the mask is set."""
-    hits = np.flatnonzero(mask)
-    more = f" and {hits.size - MOST_NAMED} more" if hits.size > MOST_NAMED else ""
-    return f"at index {', '.join(map(str, hits[:MOST_NAMED]))}{more}"
 
 
 def _check_vocabulary(arrays: Mapping[str, NDArray[Any]], limits: RequestLimits, problems: Faults) -> None:
@@ -164,6 +147,11 @@ def _check_times(arrays: Mapping[str, NDArray[Any]], problems: Faults) -> None:
     for sequence in early[:MOST_NAMED]:
         end = times[offsets[sequence + 1] - 1]
         problems.add("HSTU-E705", f"sequence {sequence} is asked at {asked[sequence]}, before its last event at {end}")
+    first, late = times[offsets[filled]], asked[filled]
+    # Unsigned, so that the difference of any two is right; where the request is the earlier one, that is said above.
+    wide = (late.astype(np.uint64) - first.astype(np.uint64) >= 1 << 63) & (late >= first)
+    for row in np.flatnonzero(wide)[:MOST_NAMED]:
+        problems.add("HSTU-E705", f"sequence {filled[row]}: {too_far_apart(first[row], late[row])}")
 
 
 def feeds_from_npz(path: Path) -> dict[str, NDArray[Any]]:

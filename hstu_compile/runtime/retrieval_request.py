@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hstu_compile.runtime._faults import Faults, where, whole_numbers
-from hstu_compile.runtime._feeds import converted
+from hstu_compile.runtime._faults import Faults, where
+from hstu_compile.runtime._typed_values import integers, too_far_apart
 from hstu_compile.runtime.retrieval_spec import RetrievalSpec
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -150,13 +150,16 @@ class _Check:
             user=request.user,
             events={name: array[truncated:] for name, array in events.items()},
             num_events=num_events - truncated,
-            request_timestamp=asked,
+            request_timestamp=asked or 0,
             truncated=truncated,
         )
 
     def _typed(self) -> dict[str, NDArray[Any]]:
         """The features that have the right rank and type, as new arrays."""
         given, names = self._request.events, self._spec.event_names
+        if not hasattr(given, "keys"):
+            self._add("HSTU-E701", f"events is a {type(given).__name__}, not a mapping of features to values")
+            return {}
         for name in given:
             if name not in names:
                 self._add("HSTU-E701", f"{name!r} is not a feature of this model's events")
@@ -165,34 +168,32 @@ class _Check:
             if name not in given:
                 self._add("HSTU-E701", f"{name} is missing")
                 continue
-            array = np.asarray(given[name])
-            if array.ndim != 1:
-                self._add("HSTU-E701", f"{name} has rank {array.ndim}, shape {list(array.shape)}; it must have rank 1")
-                continue
-            cast = converted(whole_numbers(array), _DTYPES[name])
-            if cast is None:
-                span = f" with values {array.min()}..{array.max()}" if array.size and array.dtype.kind in "iuf" else ""
-                self._add("HSTU-E701", f"{name} is {array.dtype}{span}; {_DTYPES[name]} cannot hold it unchanged")
-                continue
-            arrays[name] = np.array(cast)
+            array = integers(name, given[name], _DTYPES[name], lambda text: self._add("HSTU-E701", text))
+            if array is not None:
+                arrays[name] = array
         return arrays
 
-    def _asked(self) -> int:
+    def _asked(self) -> int | None:
+        """When; None if that is no time, which says nothing of the events' times."""
         given: object = self._request.request_timestamp
         if isinstance(given, bool) or not isinstance(given, numbers.Integral):
             self._add("HSTU-E701", f"request_timestamp is a {type(given).__name__}, not an int")
-            return 0
+            return None
         time = int(given)
         if not -(2**63) <= time < 2**63:
             self._add("HSTU-E701", f"request_timestamp is {time}; int64 cannot hold it")
-            return 0
+            return None
         return time
 
-    def _check_times(self, times: NDArray[Any], asked: int) -> None:
+    def _check_times(self, times: NDArray[Any], asked: int | None) -> None:
         backwards = np.flatnonzero(times[1:] < times[:-1])
         if backwards.size:
             first = int(backwards[0])
             more = f", and at {backwards.size - 1} more" if backwards.size > 1 else ""
             self._add("HSTU-E705", f"time goes back at event {first + 1}: {times[first]} then {times[first + 1]}{more}")
-        if times.size and asked < times[-1]:
+        if not times.size or asked is None:
+            return
+        if asked < times[-1]:
             self._add("HSTU-E705", f"it is asked at {asked}, before its last event at {times[-1]}")
+        elif why := too_far_apart(times[0], asked):
+            self._add("HSTU-E705", why)

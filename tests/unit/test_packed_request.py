@@ -71,6 +71,7 @@ def test_users_without_history_or_candidates_are_legal() -> None:
     ("changes", "code", "text"),
     [
         ({"time": None}, "HSTU-E701", "time is missing"),
+        ({"time": [[10], [20, 30], [5]]}, "HSTU-E701", "time cannot be read as an array"),
         ({"label": [1, 0, 1]}, "HSTU-E701", "'label' is not an input"),
         ({"time": [10, 20, 30]}, "HSTU-E701", "events have different lengths: item 4, time 3"),
         ({"user": [3, 4, 5]}, "HSTU-E701", "2 users need 4 values"),

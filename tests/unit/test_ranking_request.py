@@ -166,6 +166,28 @@ class TestFaults:
             ("HSTU-E701", r"genre has rank 2, shape \[5, 1\]", changed("history", genre=np.zeros((5, 1), int))),
             ("HSTU-E701", "genre is float64 with values 0.5", changed("history", genre=np.full(5, 0.5))),
             ("HSTU-E701", "genre is bool", changed("history", genre=np.zeros(5, bool))),
+            ("HSTU-E701", "genre cannot be read as an array", changed("history", genre=[[1], [2, 3]])),
+            ("HSTU-E701", "genre has masked values", changed("history", genre=np.ma.masked_less([0, 1, 2, 3, 4], 2))),
+            ("HSTU-E701", "genre holds NaN or infinity at index 1", changed("history", genre=[1, np.nan, 2, 3, 4])),
+            (
+                "HSTU-E701",
+                r"action_timestamp is timedelta64\[s\]",
+                changed("history", action_timestamp=np.arange(5).astype("m8[s]")),
+            ),
+            ("HSTU-E701", "context is a NoneType, not a mapping", replaced(legal(), context=None)),
+            (
+                "HSTU-E705",
+                "times from -9223372036854775808 to [0-9]+ are further apart",
+                changed("history", action_timestamp=[-(2**63), 1, 2, 3, 4]),
+            ),
+            (
+                "HSTU-E705",
+                "times from -2 to 9223372036854775807 are further apart",
+                replaced(
+                    request_of(SPEC, "ann", 0, 2),
+                    candidates={"item_movie_id": [0, 0], "item_query_time": [2**63 - 1, -2]},
+                ),
+            ),
             ("HSTU-E701", "int32 cannot hold it", changed("history", item_weights=np.full(5, 2**40))),
             ("HSTU-E701", "different lengths: movie_id 5, genre 4", changed("history", genre=[0] * 4)),
             ("HSTU-E701", "different lengths: item_movie_id 3", changed("candidates", item_movie_id=[0] * 3)),
@@ -206,6 +228,8 @@ class TestFaults:
             (np.zeros(2, np.int32), r"shape \[2\]"),
             (np.zeros((2, 3), np.float64), "movie_id is float64; float32"),
             (np.zeros((2, 3), np.int8), "movie_id is int8; float32"),
+            ([[1.0, 2.0], [1.0]], "movie_id cannot be read as an array"),
+            (np.ma.masked_less(np.zeros((2, 3), np.float32), 1), "movie_id has masked values"),
             (np.array([[0, 0, 0], [0, np.nan, 0]], np.float32), "NaN or infinity in row 1"),
         ],
     )

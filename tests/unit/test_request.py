@@ -82,6 +82,13 @@ def test_an_id_outside_the_vocabulary_is_named(index: int, value: int) -> None:
         ("HSTU-E701", "ratings is missing", {"ratings": None}),
         ("HSTU-E701", "'colour' is not an input", {"colour": np.zeros(1)}),
         ("HSTU-E701", r"item_ids has rank 2, shape \[1, 5\]", {"item_ids": np.ones((1, 5), np.int32)}),
+        ("HSTU-E701", "item_ids cannot be read as an array", {"item_ids": [[1], [2, 3]]}),
+        ("HSTU-E701", "item_ids has masked values", {"item_ids": np.ma.masked_less([1, 2, 3, 4, 5], 2)}),
+        (
+            "HSTU-E705",
+            "sequence 2: times from -9223372036854775808 to 50 are further apart",
+            {"timestamps": np.array([-(2**63), 20, 30, -(2**63), 6]), "request_timestamps": np.array([-5, 0, 50])},
+        ),
         ("HSTU-E701", "item_ids is float64", {"item_ids": np.ones(5)}),
         ("HSTU-E701", r"values 1\.\.1099511627776; int32", {"item_ids": np.array([1, 2, 3, 4, 2**40])}),
         ("HSTU-E701", "timestamps holds NaN or infinity at index 2", {"timestamps": np.array([1, 2, np.nan, 3, 4])}),

@@ -267,6 +267,8 @@ def test_bfloat16_inputs_take_float32_that_bfloat16_holds() -> None:
         for refused in (keys + np.float32(2**-12), keys.astype(np.float64), np.full(keys.shape, 0x3FC0, np.uint16)):
             with pytest.raises(RequestError, match=r"k_0 is .*bfloat16 cannot hold it unchanged"):
                 session.run({**feeds, "k_0": refused})
+        with pytest.raises(RequestError, match="k_0 cannot be read as an array"):
+            session.run({**feeds, "k_0": [[1.0], [2.0, 3.0]]})  # type: ignore[dict-item]
 
 
 def test_an_engine_that_fails_has_let_go_of_the_callers_memory() -> None:

@@ -391,10 +391,15 @@ REFUSED: list[tuple[str, RetrievalRequest, str]] = [
     ("HSTU-E701", dataclasses.replace(GOOD, user=True), "user is a bool, not a str or an int"),
     ("HSTU-E701", dataclasses.replace(GOOD, request_timestamp=1.5), "request_timestamp is a float, not an int"),  # type: ignore[arg-type]
     ("HSTU-E701", dataclasses.replace(GOOD, request_timestamp=2**63), "int64 cannot hold it"),
+    ("HSTU-E701", edited(GOOD, item_ids=[[1], [2, 3]]), "item_ids cannot be read as an array"),
+    ("HSTU-E701", edited(GOOD, item_ids=np.ma.masked_less([1, 2, 3, 4, 5], 2)), "item_ids has masked values"),
+    ("HSTU-E701", edited(GOOD, timestamps=np.arange(5).astype("m8[s]")), "timestamps is timedelta64[s]"),
+    ("HSTU-E701", dataclasses.replace(GOOD, events=None), "events is a NoneType, not a mapping"),  # type: ignore[arg-type]
     ("HSTU-E703", edited(GOOD, item_ids=[1, 41, 2, 3, -1]), "item_ids outside 0..40 at index 1 (41), 4 (-1)"),
     ("HSTU-E704", asked("ann", history_of(17, 21), 21), "21 events; at most 20 fit"),
     ("HSTU-E705", edited(GOOD, timestamps=[5, 4, 6, 7, 6]), "time goes back at event 1: 5 then 4, and at 1 more"),
     ("HSTU-E705", dataclasses.replace(GOOD, request_timestamp=3), "it is asked at 3, before its last event at"),
+    ("HSTU-E705", edited(GOOD, timestamps=[-(2**63), 1, 2, 3, 4]), "times from -9223372036854775808 to "),
 ]
 
 
@@ -418,8 +423,8 @@ def test_ratings_outside_their_table_are_refused() -> None:
 def test_every_fault_of_every_request_is_named() -> None:
     with pytest.raises(RequestError) as caught:
         Served().session.encode([each for _, each, _ in REFUSED])
-    assert caught.value.what == "the request has 14 faults"
-    assert len(caught.value.context["problems"]) == 14
+    assert caught.value.what == f"the request has {len(REFUSED)} faults"
+    assert len(caught.value.context["problems"]) == len(REFUSED)
 
 
 @pytest.mark.parametrize(
