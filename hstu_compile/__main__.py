@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import signal
 import sys
@@ -11,7 +13,14 @@ from typing import Any
 
 import click
 
-from hstu_compile.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_USAGE, HstuCompileError, UsageError
+from hstu_compile.errors import (
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    BundleError,
+    HstuCompileError,
+    UsageError,
+)
 
 # Packages outside the base installation, and the extra that brings them; anything else that is missing is our bug.
 _EXTRAS = {
@@ -50,8 +59,7 @@ class _Interrupts:
 
 
 def _refuse(error: HstuCompileError, arguments: list[str]) -> int:
-    if "--json" in arguments:
-        click.echo(json.dumps({"error": error.to_dict()}, indent=1))
+    _print_error(arguments, **error.to_dict())
     click.echo(str(error), err=True)
     return error.exit_code
 
@@ -66,10 +74,17 @@ def _missing(package: str) -> UsageError:
     )
 
 
+def _full(error: OSError) -> BundleError:
+    where = error.filename if error.filename is not None else "the output"
+    return BundleError("HSTU-E802", f"cannot write {where}", error.strerror or str(error), "free some disk space")
+
+
 def _print_error(arguments: list[str], **fields: Any) -> None:
-    """The error of an ending that has no code, as JSON where that was asked for."""
+    """An error as JSON where that was asked for; the endings that have no code have none here."""
     if "--json" in arguments:
-        click.echo(json.dumps({"error": {"code": None, **fields}}, indent=1))
+        # Standard output may be what is full.
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"error": {"code": None, **fields}}, indent=1))
 
 
 def _interrupted(arguments: list[str]) -> int:
@@ -89,6 +104,8 @@ def _failed(error: Exception, arguments: list[str]) -> int:
         return EXIT_USAGE
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in _EXTRAS:
         return _refuse(_missing(package), arguments)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return _refuse(_full(error), arguments)
     _print_error(arguments, stage="internal", what=f"{type(error).__name__}: {error}", exit_code=EXIT_INTERNAL)
     traceback.print_exception(error)
     click.echo("This is a bug in hstu-compile; please report it with the output of `hstu-compile env`.", err=True)
@@ -109,7 +126,9 @@ def main(argv: list[str] | None = None) -> int:
             outcome = cli.main(args=arguments, prog_name="hstu-compile", standalone_mode=False)
         except (KeyboardInterrupt, click.Abort):
             return _interrupted(arguments)
-        except BrokenPipeError:
+        except (BrokenPipeError, SystemExit):
+            # The reader of standard output, such as head, has gone: click makes a SystemExit of that, and of nothing
+            # else while it does not stand alone.
             return 0
         except Exception as error:
             # Native code turns an interrupt into an error of its own, such as ImportError: initialization failed.

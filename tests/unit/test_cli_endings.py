@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -172,6 +173,28 @@ def test_an_interrupt_and_a_bug_are_json_too(
     monkeypatch.setattr(cli.cli, "main", ends)
     assert main(["env", "--json"]) == code
     assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == code
+
+
+def test_a_reader_that_has_gone_is_no_failure() -> None:
+    """`hstu-compile explain | head -1` exited with 1, which stands for nothing."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "hstu_compile", "explain"], stdout=pipe, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", [["explain"], ["env", "--json"]])
+def test_a_full_standard_output_is_not_called_a_bug(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hstu_compile", *arguments], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 8
+    assert b"HSTU-E802" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_inspect_checkpoint_as_json_and_as_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
