@@ -71,7 +71,6 @@ def test_users_without_history_or_candidates_are_legal() -> None:
     ("changes", "code", "text"),
     [
         ({"time": None}, "HSTU-E701", "time is missing"),
-        ({"time": [[10], [20, 30], [5]]}, "HSTU-E701", "time cannot be read as an array"),
         ({"label": [1, 0, 1]}, "HSTU-E701", "'label' is not an input"),
         ({"time": [10, 20, 30]}, "HSTU-E701", "events have different lengths: item 4, time 3"),
         ({"user": [3, 4, 5]}, "HSTU-E701", "2 users need 4 values"),
@@ -90,6 +89,12 @@ def test_faults_are_named(changes: dict[str, Any], code: str, text: str) -> None
     with pytest.raises(RequestError, match=text) as caught:
         check_packed_request(batch(**changes), SPEC)
     assert caught.value.code == code
+
+
+def test_a_ragged_list_is_a_fault_like_any_other() -> None:
+    feeds = {**batch(), "time": [[10], [20, 30], [5]], "label": np.zeros(3)}
+    with pytest.raises(RequestError, match="'label' is not an input of this model; time cannot be read as an array"):
+        check_packed_request(feeds, SPEC)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
