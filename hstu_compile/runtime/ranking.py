@@ -31,6 +31,7 @@ from hstu_compile.runtime._ranking_feeds import (
     validity_of,
 )
 from hstu_compile.runtime._resident_io import Copies
+from hstu_compile.runtime._session_arguments import check_choice, checked_budget, checked_staging
 from hstu_compile.runtime.bucketed_session import BucketStats, bucket_stats, has_buckets, resident_rows
 from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvStats, KvWant
@@ -156,7 +157,18 @@ class RankingSession:
         policy: RankingPolicy | None = None,
         over_budget: OverBudget = "refuse",
     ) -> None:
-        _check_arguments(prefill, score, kv_budget_bytes, staging_rows, over_budget)
+        if (prefill is None) != (score is None):
+            raise UsageError(
+                "HSTU-E901",
+                "prefill and score go together",
+                "only one of the two graphs was given",
+                "give both, or neither",
+            )
+        check_choice("over_budget", over_budget, get_args(OverBudget))
+        if score is not None:
+            kv_budget_bytes = checked_budget(kv_budget_bytes, type(self).__name__)
+        staging_rows = checked_staging(staging_rows)
+        _check_policy(policy)
         for role, session in (("packed", packed), ("prefill", prefill), ("score", score)):
             if session is not None:
                 _check_inputs(role, session, spec)
@@ -625,32 +637,14 @@ def _check_inputs(role: str, session: Session, spec: RankingSpec) -> None:
         )
 
 
-def _check_arguments(
-    prefill: Session | None,
-    score: Session | None,
-    kv_budget_bytes: int,
-    staging_rows: int | None,
-    over_budget: str,
-) -> None:
-    def refuse(what: str, why: str, fix: str) -> None:
-        raise UsageError("HSTU-E901", what, why, fix)
-
-    if (prefill is None) != (score is None):
-        refuse("prefill and score go together", "only one of the two graphs was given", "give both, or neither")
-    if over_budget not in get_args(OverBudget):
-        refuse(
-            f"there is no over_budget choice {over_budget!r}",
-            f"it is not one of {', '.join(get_args(OverBudget))}",
-            "choose one of these",
+def _check_policy(policy: object) -> None:
+    if policy is not None and not isinstance(policy, RankingPolicy):
+        raise UsageError(
+            "HSTU-E901",
+            "the policy is no RankingPolicy",
+            f"{policy!r} is a {type(policy).__name__}",
+            "pass RankingPolicy(truncation='keep_last'), for instance",
         )
-    if score is not None and kv_budget_bytes <= 0:
-        refuse(
-            "the KV cache has no memory",
-            f"kv_budget_bytes is {kv_budget_bytes}",
-            "give it the bytes of the users that are to be kept; RankingSession.entry_bytes tells a user's",
-        )
-    if staging_rows is not None and staging_rows < 0:
-        refuse("the staging memory cannot be negative", f"staging_rows is {staging_rows}", "pass 0 or more")
 
 
 def _lacks_m_falcon(what: str) -> UsageError:

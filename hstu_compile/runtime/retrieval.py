@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
-from hstu_compile.errors import BundleError, UsageError
+from hstu_compile.errors import BundleError
 from hstu_compile.runtime._calls_in_flight import CallsInFlight
 from hstu_compile.runtime._resident_io import Copies
 from hstu_compile.runtime._retrieval_feeds import (
@@ -26,6 +26,7 @@ from hstu_compile.runtime._retrieval_feeds import (
     input_names,
     validity_of,
 )
+from hstu_compile.runtime._session_arguments import check_choice, checked_budget, checked_staging
 from hstu_compile.runtime.bucketed_session import BucketStats, bucket_stats, has_buckets, resident_rows
 from hstu_compile.runtime.graph_cache import GraphStats
 from hstu_compile.runtime.kv_cache import KvCache, KvEntry, KvLease, KvStats, KvWant
@@ -164,7 +165,10 @@ class RetrievalSession:
         truncation: Truncation = "refuse",
         over_budget: OverBudget = "refuse",
     ) -> None:
-        _check_arguments(kv_budget_bytes, staging_rows, truncation, over_budget)
+        check_choice("truncation", truncation, get_args(Truncation))
+        check_choice("over_budget", over_budget, get_args(OverBudget))
+        kv_budget_bytes = checked_budget(kv_budget_bytes, type(self).__name__)
+        staging_rows = checked_staging(staging_rows)
         for role, session in (("retrieval", retrieval), ("prefill", prefill), ("append", append)):
             _check_inputs(role, session, spec)
         self.spec = spec
@@ -470,27 +474,4 @@ def _check_inputs(role: str, session: Session, spec: RetrievalSpec) -> None:
             "; ".join(problems),
             "build the bundle again",
             {"lacking": lacking, "extra": extra},
-        )
-
-
-def _check_arguments(kv_budget_bytes: int, staging_rows: int | None, truncation: str, over_budget: str) -> None:
-    choices = (("truncation", truncation, get_args(Truncation)), ("over_budget", over_budget, get_args(OverBudget)))
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise UsageError(
-                "HSTU-E901",
-                f"there is no {name} choice {value!r}",
-                f"it is not one of {', '.join(allowed)}",
-                "choose one of these",
-            )
-    if kv_budget_bytes <= 0:
-        raise UsageError(
-            "HSTU-E901",
-            "the KV cache has no memory",
-            f"kv_budget_bytes is {kv_budget_bytes}",
-            "give it the bytes of the users that are to be kept; RetrievalSession.entry_bytes tells a user's",
-        )
-    if staging_rows is not None and staging_rows < 0:
-        raise UsageError(
-            "HSTU-E901", "the staging memory cannot be negative", f"staging_rows is {staging_rows}", "pass 0 or more"
         )

@@ -676,6 +676,10 @@ class TestConstruction:
             ({"kv_budget_bytes": 0}, "kv_budget_bytes is 0"),
             ({"over_budget": "ignore"}, "over_budget choice 'ignore'"),
             ({"staging_rows": -1}, "staging_rows is -1"),
+            ({"kv_budget_bytes": 2e9}, r"2000000000.0 is a float(?s:.*)write int\(2000000000.0\)"),
+            ({"kv_budget_bytes": True}, "True is a bool"),
+            ({"staging_rows": "30"}, "'30' is a str"),
+            ({"policy": "keep_last"}, "'keep_last' is a str(?s:.*)pass RankingPolicy"),
         ],
     )
     def test_arguments_that_do_not_go_together(self, arguments: dict[str, Any], match: str) -> None:

@@ -431,6 +431,8 @@ def test_every_fault_of_every_request_is_named() -> None:
     ("options", "text"),
     [
         ({"kv_budget_bytes": 0}, "the KV cache has no memory"),
+        ({"kv_budget_bytes": 2e9}, "kv_budget_bytes is not a whole number"),
+        ({"staging_rows": 1.5}, "staging_rows is not a whole number"),
         ({"staging_rows": -1}, "the staging memory cannot be negative"),
         ({"truncation": "keep_first"}, "there is no truncation choice 'keep_first'"),
         ({"over_budget": "packed"}, "there is no over_budget choice 'packed'"),
