@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hstu_compile.errors import EngineError
 from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._cuda import CudaDriver
 from hstu_compile.runtime._free_list import ALIGNMENT, FreeList, aligned
@@ -316,13 +317,25 @@ class HostPool(_Pool):
 
     Args:
         capacity_bytes: budget; the arena is allocated at once.
+
+    Raises:
+        EngineError: HSTU-E404 if the machine has not that much.
     """
 
     _kind = HostTensor
 
     def __init__(self, capacity_bytes: int) -> None:
         super().__init__(capacity_bytes)
-        unaligned = np.empty(self.capacity_bytes + ALIGNMENT, np.uint8)
+        try:
+            unaligned = np.empty(self.capacity_bytes + ALIGNMENT, np.uint8)
+        except (MemoryError, ValueError) as error:  # the latter beyond what NumPy can count
+            raise EngineError(
+                "HSTU-E404",
+                f"the machine has no {self.capacity_bytes} bytes of memory",
+                str(error),
+                "make the budget smaller (a cache's is kv_budget_bytes), or free memory",
+                {"capacity_bytes": self.capacity_bytes},
+            ) from error
         skip = -unaligned.ctypes.data % ALIGNMENT
         self._arena: NDArray[np.uint8] | None = unaligned[skip : skip + self.capacity_bytes]
 

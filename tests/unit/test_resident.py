@@ -197,6 +197,12 @@ def test_a_budget_that_the_device_lacks_is_refused() -> None:
     assert cuda.contexts == cuda.depth == 0
 
 
+def test_a_budget_that_the_machine_lacks_is_refused() -> None:
+    with pytest.raises(EngineError, match="the machine has no 1152921504606846976 bytes of memory") as caught:
+        HostPool(2**60)
+    assert caught.value.code == "HSTU-E404"
+
+
 def test_an_empty_pool_holds_nothing(make_pool: MakePool) -> None:
     with make_pool(255) as pool:
         assert pool.capacity_bytes == 0
