@@ -259,13 +259,14 @@ class RankingSession:
                 continue
             want = KvWant(request.user, rows, validity_of(request, self.spec))
             groups.setdefault(want, _Group(want)).add(index, request)
+        # First: a split that gives no answer is refused before anything is run.
+        self._run_packed(without_cache, answers)
         waiting = list(groups.values())
         while waiting:
             with self._cache.checkout([group.want for group in waiting], self.spec.model_version) as lease:
                 leased, waiting = waiting[: len(lease)], waiting[len(lease) :]
                 self._encode(leased, lease)
                 self._score_leased(leased, lease, answers)
-        self._run_packed(without_cache, answers)
         self._count(requests=len(checked))
         return answers.results()
 

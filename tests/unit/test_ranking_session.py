@@ -706,6 +706,17 @@ class TestConstruction:
             )
         assert graph.closed
 
+    def test_candidates_that_no_split_answers_are_refused_before_anything_is_run(self) -> None:
+        """Also where only one of the users is scored without the cache."""
+        spec = spec_of(scaling="batch")
+        served = Served(spec, users_in_cache=0.5, over_budget="packed")
+        call = [request_of(spec, "short", 2, 3), request_of(spec, "long", 12, spec.max_candidates + 1)]
+        with pytest.raises(RequestError, match="do not fit one packed pass") as caught:
+            served.session.score(call)
+        assert caught.value.code == "HSTU-E704"
+        assert [served.calls(role) for role in ("packed", "prefill", "score")] == [[], [], []]
+        assert served.session.stats().cache.misses == 0
+
     def test_close_frees_the_pools_and_the_sessions(self) -> None:
         graphs = self.graphs()
         session = RankingSession(SPEC, **graphs, kv_budget_bytes=10_000)
