@@ -461,7 +461,7 @@ struct Consumer
     Shared& shared;
     int32_t const warpgroup; // 0 for the first that multiplies
     int32_t const thread;    // in the warpgroup
-    int32_t const lane;
+    int32_t lane; // never changes
     int32_t const rowInTile; // of this thread's first row; the other is 8 further
     float const halfAlpha;
     uint32_t const queriesUnit; // this warpgroup's rows
@@ -592,19 +592,18 @@ struct Consumer
     __device__ __forceinline__ void awaitQueries()
     {
         barrierWait(&shared.barriers.queriesFull[query.index], query.phase);
-        int32_t laneOfTile = lane;
         if constexpr (kFindsQueriesAnew)
         {
-            // For all the compiler knows, another value than that of the tile before.
-            asm volatile("" : "+r"(laneOfTile));
+            // For all the compiler knows, another value than for the tile before.
+            asm volatile("" : "+r"(lane));
         }
 #pragma unroll
         for (int32_t step = 0; step < kHeldSteps; ++step)
         {
             // Four 8 x 8 matrices: rows 0-7 and 8-15 of the first eight columns, then of the second. The copy engine has
             // swapped the 16-byte pieces of a row by its number.
-            int32_t const row = warpgroup * 64 + thread / 32 * 16 + laneOfTile % 16;
-            int32_t const piece = step * kDepth % kSlab / 8 + laneOfTile / 16;
+            int32_t const row = warpgroup * 64 + thread / 32 * 16 + lane % 16;
+            int32_t const piece = step * kDepth % kSlab / 8 + lane / 16;
             loadMatrices(queries[step],
                 &shared.buffers.queries[query.index][step * kDepth / kSlab][row][(piece ^ row % 8) * 8]);
         }
