@@ -98,7 +98,8 @@ def labelled_requests(path: Path, config: ModelConfig, most_users: int = LARGEST
             "HSTU-E831",
             f"{path} is not a file of labelled requests to this {config.dialect} model",
             "; ".join(faults),
-            f"store the arrays {', '.join([*layout.features, *layout.jagged, name])} by numpy.savez",
+            f"store the arrays {', '.join([*layout.features, *layout.jagged, name])} by numpy.savez, of no more events "
+            "and candidates than --max-seq-len and --max-candidates let the build take",
             {"file": str(path), "faults": faults},
         )
     feeds = layout.typed(arrays)

@@ -132,7 +132,7 @@ def test_a_budget_that_no_mix_keeps_leaves_nothing(workplace):
         (("--fp16", "--mixed", "auto", "--data", "labelled.npz"), "nothing is quantised without --int8 or --fp8"),
         (("--data", "labelled.npz", "--budget", "nan"), "--budget nan cannot be used"),
         (("--data", "labelled.npz", "--budget", "-0.1"), "--budget -0.1 cannot be used"),
-        (("--data", "earlier.npz", "--max-seq-len", "5"), "the model takes at most 5"),
+        (("--data", "earlier.npz", "--max-seq-len", "5"), "than --max-seq-len and --max-candidates let the build take"),
     ],
 )
 def test_options_that_cannot_be_used(workplace, options, message):
