@@ -586,7 +586,7 @@ def _polygraphy_arguments(
             users = [exact["user_embeddings"] for exact in reference.exact]
             scale = max(float((u * u).sum(axis=1).max(initial=0.0)) ** 0.5 for u in users)
             assert reference.item_vectors is not None
-            scale *= float((reference.item_vectors**2).sum(axis=1).max()) ** 0.5
+            scale *= reference.item_vectors.longest
             bound = bounds["user_embeddings"] + reference.eager_error["user_embeddings"]
         else:
             scale = max(_largest_row(name, exact) for exact in reference.exact)

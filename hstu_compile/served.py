@@ -113,14 +113,12 @@ def _consumed_rows(consumed: Consumed, feeds: Mapping[str, NDArray[Any]], num_ro
 class _Recommender(nn.Module):
     """What the graphs of a retrieval model have in common: user embeddings and, on request, the best unseen items."""
 
-    item_vectors: Tensor
+    item_vectors: Tensor | None
 
-    def __init__(self, model: RetrievalModel, top_k: int, names: tuple[str, ...]) -> None:
+    def __init__(self, model: RetrievalModel, top_k: int, names: tuple[str, ...], items: Tensor | None) -> None:
         super().__init__()
         self.model, self.top_k, self.names = model, top_k, names
-        if top_k:
-            # Normalised once here: in the graph it would be work per request on the whole table.
-            self.register_buffer("item_vectors", model.item_vectors().clone())
+        self.register_buffer("item_vectors", items)
 
     def answers(self, last_activation: Tensor, seq_offsets: Tensor, seen: Tensor, seen_offsets: Tensor) -> list[Tensor]:
         """The outputs for rows of the last layer; `seen` are the items of the histories, [S] int32."""
@@ -153,8 +151,10 @@ class _RetrievalPrefill(_Recommender):
 class _Append(_Recommender):
     """The answers, keys and values of the new rows, then their residual stream."""
 
-    def __init__(self, model: RetrievalModel, top_k: int, names: tuple[str, ...], max_new: int) -> None:
-        super().__init__(model, top_k, names)
+    def __init__(
+        self, model: RetrievalModel, top_k: int, names: tuple[str, ...], items: Tensor | None, max_new: int
+    ) -> None:
+        super().__init__(model, top_k, names, items)
         self.max_new = max_new
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -228,17 +228,32 @@ def _offsets(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def retrieval_graph(model: RetrievalModel, top_k: int = 0) -> ServedGraph:
+def ranked_items(model: RetrievalModel, top_k: int) -> Tensor | None:
+    """What the graphs of a model rank: its item vectors, normalised once and not for each request.
+
+    None without a ranking, and of a float64 model, which is never a graph: it makes them again for each request, some
+    rows at a time.
+    """
+    if not top_k or model.dtype == torch.float64:
+        return None
+    items, table = model.item_vectors(), model.item_embedding.weight
+    # A graph's constant of its own, even where these are the table's rows as they are.
+    return items.clone() if items.untyped_storage().data_ptr() == table.untyped_storage().data_ptr() else items
+
+
+def retrieval_graph(model: RetrievalModel, top_k: int = 0, items: Tensor | None = None) -> ServedGraph:
     """The graph of a retrieval model.
 
     Args:
         model: in evaluation mode, cast to the precision of the graph.
         top_k: also output the K best unseen items; 0 leaves them out.
+        items: what `ranked_items` gives, so that several graphs share it; None makes it.
     """
+    items = ranked_items(model, top_k) if items is None else items
     inputs = _retrieval_inputs(model, "L", _HISTORY_LENGTHS)
     return ServedGraph(
         name="retrieval",
-        module=_Retrieval(model, top_k, _names(inputs)).eval(),
+        module=_Retrieval(model, top_k, _names(inputs), items).eval(),
         inputs=tuple(inputs),
         outputs=_recommended(top_k),
         taps=_layer_taps(model.config.num_layers + 1),
@@ -247,12 +262,13 @@ def retrieval_graph(model: RetrievalModel, top_k: int = 0) -> ServedGraph:
     )
 
 
-def retrieval_prefill_graph(model: RetrievalModel, top_k: int = 0) -> ServedGraph:
+def retrieval_prefill_graph(model: RetrievalModel, top_k: int = 0, items: Tensor | None = None) -> ServedGraph:
     """Histories to the answers of `retrieval_graph`, and to the keys and values that `append_graph` reads."""
+    items = ranked_items(model, top_k) if items is None else items
     inputs, layers = _retrieval_inputs(model, "L", _HISTORY_LENGTHS), model.config.num_layers
     return ServedGraph(
         name="prefill",
-        module=_RetrievalPrefill(model, top_k, _names(inputs)).eval(),
+        module=_RetrievalPrefill(model, top_k, _names(inputs), items).eval(),
         inputs=tuple(inputs),
         outputs=(*_recommended(top_k), *_cached_names(layers)),
         taps=_layer_taps(layers + 1),
@@ -261,8 +277,9 @@ def retrieval_prefill_graph(model: RetrievalModel, top_k: int = 0) -> ServedGrap
     )
 
 
-def append_graph(model: RetrievalModel, max_append: int, top_k: int = 0) -> ServedGraph:
+def append_graph(model: RetrievalModel, max_append: int, top_k: int = 0, items: Tensor | None = None) -> ServedGraph:
     """The last events of histories, at most `max_append` new ones each and the one before them, against cached rows."""
+    items = ranked_items(model, top_k) if items is None else items
     config, layers = model.config, model.config.num_layers
     inputs = _retrieval_inputs(model, "A", _CANDIDATE_COUNTS)
     inputs.append(GraphInput(CACHE_OFFSETS, "B_plus_1", _offsets(_HISTORY_LENGTHS)))
@@ -274,7 +291,7 @@ def append_graph(model: RetrievalModel, max_append: int, top_k: int = 0) -> Serv
     inputs += _cache_inputs(config.layer.attention, layers, cached, model.dtype)
     return ServedGraph(
         name="append",
-        module=_Append(model, top_k, _names(inputs), min(max_append + 1, config.max_seq_len)).eval(),
+        module=_Append(model, top_k, _names(inputs), items, min(max_append + 1, config.max_seq_len)).eval(),
         inputs=tuple(inputs),
         outputs=(*_recommended(top_k), *(f"new_{name}" for name in _cached_names(layers))),
         taps=_layer_taps(layers + 1),
@@ -443,12 +460,13 @@ def served_graphs(
         max_append: of a retrieval model: most new events of one history in a pass; None leaves prefill and append out.
     """
     if isinstance(model, RetrievalModel):
+        items = ranked_items(model, top_k)
         if max_append is None:
-            return (retrieval_graph(model, top_k),)
+            return (retrieval_graph(model, top_k, items),)
         return (
-            retrieval_graph(model, top_k),
-            retrieval_prefill_graph(model, top_k),
-            append_graph(model, max_append, top_k),
+            retrieval_graph(model, top_k, items),
+            retrieval_prefill_graph(model, top_k, items),
+            append_graph(model, max_append, top_k, items),
         )
     if micro_batch is None:
         return (packed_graph(model),)

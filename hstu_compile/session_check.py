@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -44,6 +44,31 @@ _TIMING_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
+class ItemVectors:
+    """What user embeddings are ranked by, in float64, some rows at a time: all of them would be twice the item table.
+
+    Attributes:
+        count: V.
+        longest: largest length of a vector.
+        parts: gives the vectors anew, [n, D] each, V rows in all.
+    """
+
+    count: int
+    longest: float
+    parts: Callable[[], Iterable[Array]] = dataclasses.field(repr=False)
+
+    @classmethod
+    def of(cls, parts: Callable[[], Iterable[Array]]) -> ItemVectors:
+        """Look through the vectors once."""
+        sizes = [(len(part), float(np.linalg.norm(part, axis=1).max(initial=0.0))) for part in parts()]
+        return cls(sum(count for count, _ in sizes), max((longest for _, longest in sizes), default=0.0), parts)
+
+    def scores(self, users: Array) -> Array:
+        """[B, V] float64: users [B, D] times every vector."""
+        return np.concatenate([users @ part.T for part in self.parts()], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Reference:
     """What the eager model answers, per feed.
 
@@ -54,7 +79,7 @@ class Reference:
         exact: float64 outputs.
         eager: outputs of the eager model in the build's precision.
         eager_error: largest row error of each eager tensor over all feeds.
-        item_vectors: [V, D] float64 -- to rank with; None where only stored outputs are compared.
+        item_vectors: to rank with; None where only stored outputs are compared.
         eager_whole_error: `whole_error` of each eager tensor of a quantised model; None where nothing is quantised.
     """
 
@@ -64,7 +89,7 @@ class Reference:
     exact: tuple[Outputs, ...] = dataclasses.field(repr=False)
     eager: tuple[Outputs, ...] = dataclasses.field(repr=False)
     eager_error: dict[str, float]
-    item_vectors: Array | None = dataclasses.field(repr=False)
+    item_vectors: ItemVectors | None = dataclasses.field(repr=False)
     eager_whole_error: dict[str, float] | None = None
 
 
@@ -176,11 +201,11 @@ def _check_top_items(reference: Reference, index: int, outputs: Outputs, bound: 
     feed, items = reference.feeds[index], reference.item_vectors
     assert items is not None
     users = reference.exact[index]["user_embeddings"]
-    scores = users @ items.T
+    scores = items.scores(users)
     # |<du, item>| <= |du| * |item|, and the user embedding's own bound limits |du| to bound * |u|.
-    reach = np.linalg.norm(users, axis=1).max(initial=0.0) * np.linalg.norm(items, axis=1).max()
+    reach = np.linalg.norm(users, axis=1).max(initial=0.0) * items.longest
     tolerance = float(bound * reach)
-    seen = _seen(feed, items.shape[0])
+    seen = _seen(feed, items.count)
     problem = top_items_problem(outputs["top_items"], outputs["top_scores"], scores, seen, tolerance)
     worst = _worst_score_gap(outputs["top_items"], outputs["top_scores"], scores)
     relative = worst / reach if reach else 0.0
@@ -203,12 +228,12 @@ def _ranking(reference: Reference, index: int, outputs: Outputs) -> dict[str, fl
     expected = reference.exact[index]["user_embeddings"]
     if users.shape != expected.shape or not np.isfinite(users).all():
         return None
-    exact, actual = expected @ items.T, users.astype(np.float64) @ items.T
+    exact, actual = items.scores(expected), items.scores(users.astype(np.float64))
     # Where all items score the same there is no order: of an empty history, and in a vocabulary of one item.
     rows = np.flatnonzero(np.ptp(exact, axis=1) > 0)
     if not rows.size:
         return None
-    top = min(_TOP, items.shape[0])
+    top = min(_TOP, items.count)
     best = [np.argsort(-scores, axis=1, kind="stable")[:, :top] + 1 for scores in (exact, actual)]
     # Answers without an order agree with none.
     taus = [kendall_tau(exact[row], actual[row]) if np.ptp(actual[row]) > 0 else 0.0 for row in rows[:4]]

@@ -28,13 +28,12 @@ from hstu_compile.artifacts import (
 from hstu_compile.calibration.append_batches import append_arrays
 from hstu_compile.calibration.batches import RequestBatch
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays, single_user_arrays
-from hstu_compile.checkpoint import model_from_spec
 from hstu_compile.compare import whole_error
 from hstu_compile.config import Limits
 from hstu_compile.errors import VerifyError
 from hstu_compile.export import TORCH_DTYPES
 from hstu_compile.model.fake_quantization import fake_quantized
-from hstu_compile.model.families import HstuModel
+from hstu_compile.model.families import HstuModel, model_from_state
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.model.retrieval import RetrievalModel
@@ -49,6 +48,7 @@ from hstu_compile.session_check import (
     PREDICTIONS,
     SEGMENTS,
     SESSION,
+    ItemVectors,
     Outputs,
     Progress,
     Reference,
@@ -183,15 +183,16 @@ def references_from_spec(
         prune: the last tap of the shipped graphs holds only the rows that are read.
         quantization: what of the graphs is quantised.
     """
-    exact_model = model_from_spec(spec, torch.float64)
-    eager_model = model_from_spec(spec, TORCH_DTYPES[precision])
+    # No copies of the weights where their type is the same: the tables among them are larger than all else here.
+    exact_model = model_from_state(spec.config, spec.state_dict, torch.float64)
+    eager_model = model_from_state(spec.config, spec.state_dict, TORCH_DTYPES[precision])
     exact_graphs, eager_graphs = (
         served_graphs(model, limits.top_k, limits.micro_batch, limits.max_append)
         for model in (exact_model, eager_model)
     )
     # The cache is read in the type of the graph. NumPy has no bfloat16: its numbers come as float32.
     cache_dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
-    items = exact_model.item_vectors().numpy() if isinstance(exact_model, RetrievalModel) else None
+    items = _item_vectors(exact_model) if isinstance(exact_model, RetrievalModel) else None
     references: list[Reference] = []
     cached: list[Outputs] = []
     session, cost = None, {}
@@ -245,6 +246,10 @@ def references_from_spec(
     elif cached:
         session = _incremental_reference(references[0])
     return References(tuple(references), session, cost)
+
+
+def _item_vectors(model: RetrievalModel) -> ItemVectors:
+    return ItemVectors.of(lambda: (part.numpy() for part in model.item_parts()))
 
 
 def _rounded(

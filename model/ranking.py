@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_compile.model.attention import compute_dtype
+from hstu_compile.model.casting import cast_weights, rows_in, table_type
 from hstu_compile.model.jagged import sequence_index
 from hstu_compile.model.layer import CachedRows, HstuLayer, JaggedBatch, KeyValue, Norm
 from hstu_compile.model.mlp import NORM_EPS, Affine, SwishNormMlp
@@ -130,8 +131,13 @@ class RankingModel(nn.Module):
         self.head = SwishNormMlp(width, config.tower_hidden_dim, len(config.tasks), final_norm=False)
 
     def cast(self, dtype: torch.dtype) -> RankingModel:
-        """Cast weights and activations to `dtype` in place."""
-        return self.to(dtype)
+        """Cast weights and activations to `dtype` in place.
+
+        In float64 the tables stay in the type that they have, and their rows are widened when they are looked up.
+        """
+        types = {id(table): table_type(table, dtype) for table in self.tables.parameters()}
+        cast_weights(self, lambda tensor: types.get(id(tensor), dtype))
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,8 +150,7 @@ class RankingModel(nn.Module):
             return values.to(self.dtype)
         embedding = self.tables[self.table_index[table]]
         assert isinstance(embedding, nn.Embedding)
-        rows: Tensor = embedding(values.clamp(0, embedding.num_embeddings - 1))
-        return rows
+        return rows_in(embedding(values.clamp(0, embedding.num_embeddings - 1)), self.dtype)
 
     def action_rows(self, actions: Tensor) -> Tensor:
         """[U] int32 bitmasks -> [U + 1, D] in `compute_dtype`: the history's actions, then that of every candidate.

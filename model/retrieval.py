@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hstu_compile.model.attention import compute_dtype
+from hstu_compile.model.casting import cast_weights, rows_in, table_type
 from hstu_compile.model.config import RetrievalConfig
 from hstu_compile.model.jagged import JoinedRows, joined_rows, sequence_index, with_zero_row
 from hstu_compile.model.layer import CachedRows, HstuLayer, JaggedBatch, KeyValue
@@ -21,6 +22,9 @@ SECONDS_PER_HOUR = 3600
 
 # Score of a slot for which no unseen item is left. Finite, so that outputs can be compared as numbers.
 NO_ITEM_SCORE = float(torch.finfo(torch.float32).min)
+
+# Item vectors that are made at a time where nothing keeps them: 128 MiB of 256 float64 each.
+_ITEMS_AT_ONCE = 1 << 16
 
 
 class TopItems(NamedTuple):
@@ -46,8 +50,10 @@ class EncodedRows(NamedTuple):
 
 def hour_of_day_table(embedding_dim: int) -> Tensor:
     """[24, embedding_dim] float32: [sin(h * theta) | cos(h * theta)], theta_i = 10000 ** (-2i / embedding_dim)."""
-    half = torch.arange(embedding_dim // 2, dtype=torch.float64)
-    angle = torch.arange(HOURS_PER_DAY, dtype=torch.float64)[:, None] * 10000.0 ** (-2.0 * half / embedding_dim)
+    # On the CPU whatever the default device is: of a model on the device meta only the parameters are to come.
+    half = torch.arange(embedding_dim // 2, dtype=torch.float64, device="cpu")
+    hours = torch.arange(HOURS_PER_DAY, dtype=torch.float64, device="cpu")
+    angle = hours[:, None] * 10000.0 ** (-2.0 * half / embedding_dim)
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
@@ -96,19 +102,17 @@ class RetrievalModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and activations."""
-        return self.item_embedding.weight.dtype
+        return cast(HstuLayer, self.layers[0]).uvqk_weight.dtype
 
     def cast(self, dtype: torch.dtype) -> RetrievalModel:
-        """Cast weights and activations to `dtype` in place; bias tables stay at least float32."""
-        tables = {
-            table: table.detach().to(compute_dtype(dtype), copy=True)
-            for layer in cast(Iterable[HstuLayer], self.layers)
-            for table in (layer.pos_table, layer.ts_table)
-            if table is not None
-        }
-        self.to(dtype)
-        for table, exact in tables.items():
-            table.data = exact
+        """Cast weights and activations to `dtype` in place; bias tables stay at least float32.
+
+        In float64 the item table stays in the type that it has, and its rows are widened when they are looked up.
+        """
+        layers = cast(Iterable[HstuLayer], self.layers)
+        types = {id(table): compute_dtype(dtype) for layer in layers for table in (layer.pos_table, layer.ts_table)}
+        types[id(self.item_embedding.weight)] = table_type(self.item_embedding.weight, dtype)
+        cast_weights(self, lambda tensor: types.get(id(tensor), dtype))
         return self
 
     def embed(
@@ -124,7 +128,7 @@ class RetrievalModel(nn.Module):
             dropout: probability, for training.
         """
         ids = item_ids.clamp(0, self.config.num_items)
-        features: Tensor = self.item_embedding(ids)
+        features = rows_in(self.item_embedding(ids), self.dtype)
         if self.rating_embedding is not None:
             if ratings is None:
                 raise ValueError("this model was trained with ratings; ratings [L] are missing")
@@ -168,13 +172,23 @@ class RetrievalModel(nn.Module):
             return wide / norm.clamp(min=eps)
         return F.layer_norm(wide, (wide.shape[-1],), None, None, eps)
 
-    def item_vectors(self) -> Tensor:
-        """[V, item_embedding_dim] float32 (float64 stays): vectors of items 1..V as the dot product sees them."""
-        items = self.item_embedding.weight[1:]
-        items = items.to(compute_dtype(items.dtype))
+    def item_vectors(self, first: int = 0, count: int | None = None) -> Tensor:
+        """[V, item_embedding_dim] float32 (float64 stays): vectors of items 1..V as the dot product sees them.
+
+        Args:
+            first: row to begin with.
+            count: rows to make, where there are that many; None makes all.
+        """
+        items = self.item_embedding.weight[1:][first : None if count is None else first + count]
+        items = items.to(compute_dtype(self.dtype))
         if self.config.item_l2_norm:
             items = items / torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp(min=1e-6)
         return items
+
+    def item_parts(self) -> Iterator[Tensor]:
+        """The item vectors, some rows at a time: all of them together would be a second table."""
+        for first in range(0, self.config.num_items, _ITEMS_AT_ONCE):
+            yield self.item_vectors(first, _ITEMS_AT_ONCE)
 
     def layer_activations(
         self,
@@ -291,18 +305,20 @@ class RetrievalModel(nn.Module):
         return self.user_embeddings(activations[-1], seq_offsets)
 
     def top_items(
-        self, user_embeddings: Tensor, item_vectors: Tensor, item_ids: Tensor, seq_offsets: Tensor, top_k: int
+        self, user_embeddings: Tensor, item_vectors: Tensor | None, item_ids: Tensor, seq_offsets: Tensor, top_k: int
     ) -> TopItems:
         """Best items by dot product among those not in the history.
 
         Args:
             user_embeddings: [B, D] from `forward`.
-            item_vectors: [V, D] from the method of that name.
+            item_vectors: [V, D] from the method of that name; None makes them again, some rows at a time.
             item_ids: [L] int32 histories.
             seq_offsets: [B + 1] int32.
             top_k: K, 1..num_items.
         """
-        scores = user_embeddings @ item_vectors.T
+        parts = self.item_parts() if item_vectors is None else [item_vectors]
+        found = [user_embeddings @ part.T for part in parts]
+        scores = found[0] if len(found) == 1 else torch.cat(found, dim=1)
         owner = sequence_index(seq_offsets, item_ids.shape[0])
         # Padding (id 0) and rows behind the last sequence mark column 0, which stands for no item.
         inside = torch.arange(item_ids.shape[0], device=owner.device) < seq_offsets[-1]

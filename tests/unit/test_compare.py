@@ -19,7 +19,15 @@ from hstu_compile.compare import (
     top_items_problem,
 )
 from hstu_compile.errors import EngineError, VerifyError
-from hstu_compile.session_check import Reference, RuntimeCheck, check_session, guarded_check, report_of, tensor_error
+from hstu_compile.session_check import (
+    ItemVectors,
+    Reference,
+    RuntimeCheck,
+    check_session,
+    guarded_check,
+    report_of,
+    tensor_error,
+)
 
 PRECISIONS = tuple(EAGER_FLOOR)
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -240,7 +248,13 @@ LIST = {
 }
 EXACT = {"user_embeddings": USERS, "layer_0": USERS * 3}
 REF = Reference(
-    "retrieval", "user_embeddings", (FEED,), (EXACT,), (EXACT,), {"user_embeddings": 0.0, "layer_0": 0.0}, ITEMS
+    "retrieval",
+    "user_embeddings",
+    (FEED,),
+    (EXACT,),
+    (EXACT,),
+    {"user_embeddings": 0.0, "layer_0": 0.0},
+    ItemVectors.of(lambda: [ITEMS]),
 )
 
 
@@ -285,7 +299,7 @@ def test_wrong_answers_of_any_shape_fail_and_never_crash(changes: dict[str, np.n
 
 @pytest.mark.parametrize("items", [ITEMS[:1], ITEMS[[0, 0]]], ids=["one item", "equal items"])
 def test_a_vocabulary_that_has_no_order_is_checked_without_agreement(items: np.ndarray) -> None:
-    reference = dataclasses.replace(REF, item_vectors=items)
+    reference = dataclasses.replace(REF, item_vectors=ItemVectors.of(lambda: [items]))
     answers = {name: array.astype(np.float32) for name, array in EXACT.items()}
     result = check_session(AnsweringSession(answers), "model.onnx", reference, "fp32", lambda *_: None)
     assert result.status == "PASS"

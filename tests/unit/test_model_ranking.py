@@ -451,9 +451,22 @@ def test_portions_in_half_precision_are_the_packed_forward_to_rounding(dtype: to
 
 def test_float64_model_is_float64_throughout() -> None:
     model = MODELS["all"]
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {types.pop(name) for name in list(types) if name.startswith("tables.")} == {torch.float32}
+    assert set(types.values()) == {model.dtype} == {torch.float64}
     output = packed(model, FORMS["all"], draw_requests(FORMS["all"], [(4, 2)]))
     assert {output.preds.dtype, output.logits.dtype, output.activations[0].dtype} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_float64_answers_are_those_of_tables_in_float64(name: str) -> None:
+    form = FORMS[name]
+    kept, copied = model_of(form), model_of(form, torch.float32).double()
+    assert {table.dtype for table in copied.tables.parameters()} == {torch.float64}
+    requests = draw_requests(form, [(4, 2), (0, 3), (7, 0)])
+    ours, theirs = packed(kept, form, requests), packed(copied, form, requests)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert all(map(torch.equal, ours.activations, theirs.activations))
 
 
 def test_constants_are_no_weights_and_belong_to_one_model() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hstu_compile.compare import error_bound, row_error
-from hstu_compile.model import RetrievalConfig, RetrievalModel
+from hstu_compile.model import RetrievalConfig, RetrievalModel, retrieval
 from hstu_compile.model.dialects import RESEARCH
+from hstu_compile.model.families import model_from_state
 from hstu_compile.model.retrieval import hour_of_day_table, next_timestamps
 from tests import tolerances
 from tests.research_reference import (
@@ -212,10 +213,61 @@ def test_half_models_keep_tables_thresholds_and_answers_in_their_types(dtype: to
     assert 0 < error < 64 * float(torch.finfo(dtype).eps)
 
 
-def test_float64_model_is_float64_throughout() -> None:
-    model = model_of(FORM, torch.float64)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+def test_float64_model_computes_in_float64_and_copies_no_item_table() -> None:
+    single = model_of(FORM)
+    address = single.item_embedding.weight.data_ptr()
+    model = single.cast(torch.float64)
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert types.pop("item_embedding.weight") == torch.float32
+    assert model.item_embedding.weight.data_ptr() == address
+    assert set(types.values()) == {torch.float64}
+    assert model.dtype == model.item_vectors().dtype == torch.float64
     assert run(model, draw_histories(FORM, [4])).dtype == torch.float64
+
+
+def test_float64_answers_are_those_of_a_table_in_float64() -> None:
+    kept, copied = model_of(FORM, torch.float64), model_of(FORM).double()
+    inputs = jagged_inputs(draw_histories(FORM, [5, 0, 23]), True)
+    for ours, theirs in zip(kept.layer_activations(**inputs), copied.layer_activations(**inputs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(kept(**inputs), copied(**inputs))
+    assert torch.equal(kept.item_vectors(), copied.item_vectors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_models_hold_the_item_table_in_their_type(dtype: torch.dtype) -> None:
+    model = model_of(FORM, dtype)
+    assert model.item_embedding.weight.dtype == model.dtype == dtype
+
+
+def test_items_ranked_some_rows_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(FORM, torch.float64)
+    inputs = jagged_inputs(draw_histories(FORM, [5, 23]), True)
+    users, asked = model(**inputs), (inputs["item_ids"], inputs["seq_offsets"], 7)
+    whole = model.top_items(users, model.item_vectors(), *asked)
+    for rows in (1, 7, FORM.num_items, FORM.num_items + 1):
+        monkeypatch.setattr(retrieval, "_ITEMS_AT_ONCE", rows)
+        assert torch.equal(torch.cat(list(model.item_parts())), model.item_vectors())
+        parts = model.top_items(users, None, *asked)
+        assert torch.equal(parts.ids, whole.ids)
+        assert torch.allclose(parts.scores, whole.scores, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("hours", [False, True])
+def test_a_model_of_given_weights_is_the_one_that_was_filled_with_them(dtype: torch.dtype, hours: bool) -> None:
+    form = dataclasses.replace(FORM, hour_encoding="additive" if hours else "none")
+    single, expected = model_of(form), model_of(form, dtype)
+    state = single.state_dict()
+    model = model_from_state(single.config, state, dtype)
+    assert not model.training
+    assert {name: (t.dtype, t.is_contiguous()) for name, t in model.state_dict().items()} == {
+        name: (t.dtype, True) for name, t in expected.state_dict().items()
+    }
+    inputs = jagged_inputs(draw_histories(form, [5, 23]), True)
+    assert torch.equal(model(**inputs), expected(**inputs))
+    shared = model.item_embedding.weight.data_ptr() == state["item_embedding.weight"].data_ptr()
+    assert shared == (dtype != torch.float16)
 
 
 # --- Top items --------------------------------------------------------------------------------------------------------
