@@ -83,6 +83,7 @@ class OnnxGraph:
         inputs: graph inputs in order.
         outputs: graph outputs in order.
         passes: records of the passes that ran.
+        folder: where the files are that `model` names for its large tables (`table_files`); None where it names none.
     """
 
     name: str
@@ -91,6 +92,7 @@ class OnnxGraph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     passes: tuple[PassRecord, ...] = ()
+    folder: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hstu_compile
@@ -26,6 +26,7 @@ from hstu_compile.runtime.ranking_spec import ContextualFeature, IdFeature, Rank
 from hstu_compile.runtime.retrieval_spec import RetrievalSpec
 from hstu_compile.runtime.schedule_facts import schedule_facts
 from hstu_compile.session_check import Reference, VerifyReport
+from hstu_compile.table_files import table_names
 from hstu_compile.verify import BuiltGraph
 
 _KV_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -60,6 +61,7 @@ class BuildOutcome:
         quantization_cost: what the quantisation itself changes in each output; None where it was not measured.
         quality: on labelled requests; None where there were none.
         kernels: library of the kernels between the engines of graphs that were cut; None for any other build.
+        tables: sha256 of each file that large tables of the graphs are in.
     """
 
     plan: BuildPlan
@@ -71,6 +73,7 @@ class BuildOutcome:
     quantization_cost: dict[str, float] | None = None
     quality: QualityTable | None = None
     kernels: KernelsLibrary | None = None
+    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -167,6 +170,7 @@ def _graph_dict(built: BuiltGraph) -> dict[str, Any]:
         "name": graph.name,
         "file": built.onnx_file,
         "bytes": graph.model.ByteSize(),
+        "tables": list(table_names(graph.model)),
         **graph_facts(graph.model),
         "inputs": [dataclasses.asdict(i) for i in graph.inputs],
         "outputs": [dataclasses.asdict(o) for o in graph.outputs],
@@ -256,6 +260,7 @@ def _graph_entry(outcome: GraphOutcome) -> dict[str, Any]:
     return {
         "name": built.graph.name,
         "onnx": built.onnx_file,
+        "tables": list(table_names(built.graph.model)),
         "engine": built.engine_file if built.engine is not None else None,
         "fused": None
         if built.fused is None
@@ -303,6 +308,9 @@ def _model_version(outcome: BuildOutcome) -> str:
     model = hashlib.sha256()
     for graph in outcome.graphs:
         model.update(graph.built.graph.model.SerializeToString(deterministic=True))
+    # A graph says of these tables no more than the name of the file.
+    for name, sha256 in sorted(outcome.tables.items()):
+        model.update(f"{name} {sha256}\n".encode())
     return model.hexdigest()
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import json
 import os
 import secrets
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError, UsageError
-from hstu_compile.files import writing_to
+from hstu_compile.files import sha256_of, writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
 from hstu_compile.runtime.bucketed_session import BucketedSession
 from hstu_compile.runtime.ladder import Buckets
@@ -139,6 +138,7 @@ class BundleWriter:
         self._path, self._force = path.absolute(), force
         self._folder: Path | None = None
         self._created: list[Path] = []
+        self._digests: dict[str, tuple[tuple[int, int], str]] = {}
         self._committed = False
 
     def __enter__(self) -> BundleWriter:
@@ -197,14 +197,29 @@ class BundleWriter:
         with self.writing() as folder:
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
+    def vouch(self, sha256: Mapping[str, str]) -> None:
+        """Take the digests of files that were just written into the folder: gigabytes are not read again for them."""
+        for name, digest in sha256.items():
+            self._digests[name] = _stamp(self.folder / name), digest
+
     def files(self) -> dict[str, dict[str, Any]]:
         """Size and sha256 of every file so far."""
+        for file in self.folder.iterdir():
+            stamp, _ = self._digests.get(file.name, (None, ""))
+            if stamp != _stamp(file):
+                self._digests[file.name] = _stamp(file), file_sha256(file)
         return {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(self.folder.iterdir())
+            file.name: {"bytes": file.stat().st_size, "sha256": self._digests[file.name][1]}
+            for file in sorted(self.folder.iterdir())
         }
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
-        """Write the manifest and move the folder into place."""
+        """Write the manifest and move the folder into place.
+
+        Raises:
+            BundleError: HSTU-E801 if something came there since, that must not be replaced; E802 if it cannot be moved.
+        """
+        check_destination(self._path, self._force)
         content = {"format_version": FORMAT_VERSION, **manifest, "files": self.files()}
         self.add(MANIFEST, json.dumps(content, indent=1) + "\n")
         with self.writing() as folder:
@@ -216,12 +231,16 @@ class BundleWriter:
         return self._path
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file is written again: its size and time."""
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +307,11 @@ class BundleFiles:
         )
         return inputs, outputs
 
+    def table_files(self, graph: str) -> tuple[str, ...]:
+        """Names of the files that a graph's large tables are in; none of a graph that holds them itself."""
+        entries = {entry["name"]: entry.get("tables", ()) for entry in self.manifest["graphs"]}
+        return tuple(entries[graph])
+
     def fused_graph(self, graph: str) -> FusedFiles | None:
         """The files of a graph that was cut at its attentions; None for any other graph."""
         entries = {entry["name"]: entry.get("fused") for entry in self.manifest["graphs"]}
@@ -351,7 +375,7 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
                 problems.append(f"{name} is not a plain file name")
             elif not (path / name).is_file():
                 problems.append(f"{name} is missing")
-            elif _sha256(path / name) != sha256:
+            elif file_sha256(path / name) != sha256:
                 problems.append(f"{name} has another sha256 than the manifest records")
         if problems:
             raise BundleError("HSTU-E803", f"{path} is damaged", "; ".join(problems), "build the bundle again")

@@ -13,7 +13,6 @@ import ctypes
 import json
 import re
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.narrow_adds import NarrowAdds
 from hstu_compile.rewrite.narrow_residuals import NarrowResiduals
 from hstu_compile.rewrite.widen_accumulators import WidenAccumulators
+from hstu_compile.table_files import is_external, read_model, table_names, tensor_bytes
 from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api, tf32_override_off
 from hstu_compile.trt_options import EngineOptions
 
@@ -44,8 +44,6 @@ Progress = Callable[[str, float], None]
 
 _STANDARD = ("", "ai.onnx")
 _MAX_MESSAGES = 50
-# Above this, protobuf cannot hold the model in one message, and weights go to a file beside it.
-_MAX_IN_MEMORY_BYTES = 2**31 - 2**20
 _POOLS = {"workspace": "WORKSPACE", "tacticSharedMem": "TACTIC_SHARED_MEMORY", "tacticDram": "TACTIC_DRAM"}
 # Input and output of a kernel of int8 operands, in the names of TensorRT 8.
 _EIGHT_BIT_KERNEL = re.compile(r"_i8(i8|i32|f16|f32)_")
@@ -100,6 +98,7 @@ def engine_from_onnx(
     options: EngineOptions | None = None,
     on_progress: Progress | None = None,
     part_of: Precision | None = None,
+    folder: Path | None = None,
 ) -> EngineArtifact:
     """Build an engine.
 
@@ -115,6 +114,7 @@ def engine_from_onnx(
         on_progress: called while TensorRT >= 10 builds.
         part_of: precision of the graph that this one is a segment of, for TensorRT-RTX: the segment is built like the
             others, whatever its own weights are, and so that a pass can be recorded together with other work.
+        folder: where the files of the large tables are that a graph in memory names; a file's are beside it.
 
     Returns:
         The engine. `layers` counts, as the inspector shows them: total, plugin, and fp32, fp16, bf16, int8, fp8, other
@@ -148,6 +148,7 @@ def engine_from_onnx(
         )
     started = time.perf_counter()
     proto = _loaded(model)
+    folder = model.parent if isinstance(model, Path) else folder
     precision = part_of or graph_precision(proto)
     wanted = plugin_nodes(proto) if plugin_library is not None else []
     products = quantized_products(proto)
@@ -155,7 +156,7 @@ def engine_from_onnx(
         _require_fp8(options)
     with api.capture() as log:
         proto = _prepared(proto, api, precision, plugin_library, options)
-        build = _Build(api, log, proto, precision, options, on_progress)
+        build = _Build(api, log, proto, folder, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
             layers, kernels, notes = _inspected(
@@ -212,7 +213,7 @@ def _loaded(model: Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     try:
-        return onnx.load(str(model))
+        return read_model(model)
     except Exception as error:  # protobuf raises its own types, which differ between versions
         raise EngineError(
             "HSTU-E402",
@@ -310,11 +311,12 @@ class _Build:
         api: TensorRtApi,
         log: LogCapture,
         proto: onnx.ModelProto,
+        folder: Path | None,
         precision: Precision,
         options: EngineOptions,
         on_progress: Progress | None,
     ) -> None:
-        self.api, self.trt, self.log = api, api.trt, log
+        self.api, self.trt, self.log, self.folder = api, api.trt, log, folder
         self.proto, self.precision, self.options, self.on_progress = proto, precision, options, on_progress
         self.is_quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
 
@@ -349,22 +351,26 @@ class _Build:
                 "HSTU-E402",
                 f"{self.api.backend} {self.api.version} could not build the engine",
                 self.log.tail(),
-                "read the messages above; a smaller --max-batch or --max-seq-len needs less GPU memory",
+                "read the messages above; a smaller --max-batch or --max-seq-len needs less GPU memory"
+                + self._way_out(),
             )
         if cache is not None and self.options.timing_cache is not None:
             write_whole(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
         return bytes(plan), _network_layers(network)
 
+    def _way_out(self) -> str:
+        """What else helps where the graph has large tables: an engine holds them."""
+        nbytes = sum(tensor_bytes(tensor) for tensor in self.proto.graph.initializer if is_external(tensor))
+        if not nbytes:
+            return ""
+        return f"; its tables are {nbytes} bytes, and `build --embeddings external` leaves those of a ranking model out"
+
     def _parse(self, parser: Any, network: Any) -> None:
-        if self.proto.ByteSize() < _MAX_IN_MEMORY_BYTES:
-            parsed = parser.parse(self.proto.SerializeToString())
-        else:
-            with tempfile.TemporaryDirectory(prefix="hstu-compile-") as folder:
-                path = str(Path(folder) / "model.onnx")
-                copy = onnx.ModelProto()
-                copy.CopyFrom(self.proto)
-                onnx.save_model(copy, path, save_as_external_data=True, location="weights.bin")
-                parsed = parser.parse_from_file(path)
+        beside: tuple[str, ...] = ()
+        if self.folder is not None and table_names(self.proto):
+            # Tells the parser where the files of the tables are; nothing of that name is read.
+            beside = (str(self.folder.absolute() / "model.onnx"),)
+        parsed = parser.parse(self.proto.SerializeToString(), *beside)
         if parsed and network.num_layers > 0:
             return
         problems = [self._parser_error(parser.get_error(i)) for i in range(parser.num_errors)]

@@ -27,6 +27,7 @@ from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.runtime.open_fused import FUSED_BACKEND
 from hstu_compile.runtime.schedule_file import fused_files, schedule_text
 from hstu_compile.segment_engines import engines_from_segments
+from hstu_compile.table_files import read_model
 from hstu_compile.trt_options import EngineOptions
 
 
@@ -58,13 +59,13 @@ class EngineRequest:
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
+    """Read an ONNX file; its large tables stay in the files beside it.
 
     Raises:
-        EngineError: HSTU-E402, if it is not one.
+        EngineError: HSTU-E402, if it is not one, or a file that it names is not in its folder.
     """
     try:
-        return onnx.load(path)
+        return read_model(path)
     except Exception as error:  # protobuf raises its own undocumented types on damaged files
         raise EngineError(
             "HSTU-E402",
@@ -158,7 +159,12 @@ def run_engine_stage(request: EngineRequest) -> dict[str, Any]:
         )
     plugin = request.options.plugins[0] if request.options.plugins else None
     engine = engine_from_onnx(
-        model, backend=choice.name, profiles=profiles, plugin_library=plugin, options=request.options
+        model,
+        backend=choice.name,
+        profiles=profiles,
+        plugin_library=plugin,
+        options=request.options,
+        folder=request.model.parent,
     )
     write_whole(request.output, engine.plan)
     return {
@@ -190,7 +196,12 @@ def _run_fused_stage(request: EngineRequest) -> dict[str, Any]:
     graph = model.graph
     cut = segmented_from_onnx(
         OnnxGraph(
-            request.output.stem, model, graph_precision(model), tensor_specs(graph.input), tensor_specs(graph.output)
+            request.output.stem,
+            model,
+            graph_precision(model),
+            tensor_specs(graph.input),
+            tensor_specs(graph.output),
+            folder=request.model.parent,
         )
     )
     engines = engines_from_segments(cut, profile, request.options)

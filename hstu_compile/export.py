@@ -2,6 +2,7 @@
 
 Input: a `ServedGraph` in its final precision. Output: an `OnnxGraph` (opset 20, IR 10) whose intermediate values
 `layer_0` .. `layer_n` are the residual stream, so that any runtime can be compared with the eager model layer by layer.
+Large tables leave the graph here, before there is an ONNX message that would have to hold them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import logging
 import warnings
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnxscript import values as onnxscript_values
 
 from hstu_compile.artifacts import OnnxGraph, Precision
-from hstu_compile.errors import ExportError
+from hstu_compile.errors import ExportError, HstuCompileError
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
 from hstu_compile.plugins.kernels.hopper.variants import silu_code
 from hstu_compile.served import ServedGraph
+from hstu_compile.table_files import MESSAGE_BYTES, TableFiles, is_large_table, table_names
 
 OPSET = 20
 
@@ -119,18 +124,58 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph:
+def _move_tables(model: ir.Model, tables: TableFiles) -> None:
+    """Put large tables into files, and their names in the tables' place."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if is_large_table(tensor.nbytes, [(use.node.op_type, use.idx) for use in value.uses()]):
+            file, shape = tables.add(name, _numbers(tensor)), ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(
+                file, None, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=tables.folder
+            )
+
+
+def _numbers(tensor: ir.TensorProtocol) -> memoryview:
+    """A tensor's bytes where they lie; only of one that does not lie row by row are they copied."""
+    raw = tensor.raw
+    array: NDArray[Any]
+    if isinstance(raw, torch.Tensor):
+        array = raw.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    else:
+        array = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return array.data
+
+
+def _require_one_message(name: str, model: ir.Model) -> None:
+    """Refuse a graph that no ONNX message can hold, before one is made of it."""
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    inside = sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, ir.ExternalTensor))
+    if inside > MESSAGE_BYTES:
+        raise ExportError(
+            "HSTU-E201",
+            f"the graph {name} is too large for one ONNX file",
+            f"its weights without the large tables are {inside} bytes, and one file holds {MESSAGE_BYTES}",
+            "build with --fp16 or --bf16, which halve them",
+            {"bytes": inside},
+        )
+
+
+def exported_from_served(served: ServedGraph, precision: Precision, tables: TableFiles | None = None) -> OnnxGraph:
     """Trace one graph of a model.
 
     Args:
         served: its module is in evaluation mode and already cast to `precision`.
         precision: its type.
+        tables: takes the large tables; None leaves them in the graph.
 
     Returns:
         The graph as exported, taps still among its outputs.
 
     Raises:
-        ExportError: HSTU-E201, with the exporter's message.
+        ExportError: HSTU-E201, with the exporter's message, or if the graph without its tables is too large.
+        BundleError: HSTU-E802, if a table's file cannot be written.
     """
     register_onnx_schema()
     try:
@@ -149,7 +194,12 @@ def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph
                 verbose=False,
             )
             assert program is not None
+            if tables is not None:
+                _move_tables(program.model, tables)
+            _require_one_message(served.name, program.model)
             proto = program.model_proto
+    except HstuCompileError:
+        raise
     except Exception as error:
         raise ExportError(
             "HSTU-E201",
@@ -163,4 +213,5 @@ def exported_from_served(served: ServedGraph, precision: Precision) -> OnnxGraph
         precision=precision,
         inputs=tensor_specs(proto.graph.input),
         outputs=tensor_specs(proto.graph.output),
+        folder=tables.folder if tables is not None and table_names(proto) else None,
     )

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from hstu_compile.artifacts import TensorSpec
+from hstu_compile.table_files import tensor_bytes
 
 _NAMES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
@@ -39,7 +40,7 @@ def graph_facts(model: onnx.ModelProto) -> dict[str, Any]:
             precision[f"{node.op_type} {kind}"] += 1
     return {
         "nodes": len(graph.node),
-        "initializers_bytes": sum(_nbytes(tensor) for tensor in graph.initializer),
+        "initializers_bytes": sum(map(tensor_bytes, graph.initializer)),
         "operators": dict(sorted(Counter(node.op_type for node in graph.node).items())),
         "precision_counts": dict(sorted(precision.items())),
     }
@@ -49,13 +50,6 @@ def _dequantized(graph: onnx.GraphProto, types: Mapping[str, int]) -> dict[str, 
     """Values that DequantizeLinear makes, and the type of what it makes them of: what a runtime multiplies."""
     known = {**types, **{tensor.name: tensor.data_type for tensor in graph.initializer}}
     return {node.output[0]: known.get(node.input[0], 0) for node in graph.node if node.op_type == "DequantizeLinear"}
-
-
-def _nbytes(tensor: onnx.TensorProto) -> int:
-    size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    for dim in tensor.dims:
-        size *= dim
-    return int(size)
 
 
 def tensor_specs(values: Any) -> tuple[TensorSpec, ...]:

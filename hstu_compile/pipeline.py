@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import onnx
 from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
@@ -76,6 +75,7 @@ from hstu_compile.session_check import (
     VerifyReport,
     report_of,
 )
+from hstu_compile.table_files import TableFiles, copy_tables
 from hstu_compile.trt_options import EngineOptions
 from hstu_compile.verify import BuiltGraph, References, open_built, references_from_spec, verify_artifacts
 
@@ -134,8 +134,9 @@ class BuildResult:
 class _Build:
     """One run of the pipeline: keeps the stage reports and the intermediate files."""
 
-    def __init__(self, config: BuildConfig, listener: Listener) -> None:
-        self.config, self.listener = config, listener
+    def __init__(self, config: BuildConfig, listener: Listener, writer: bundles.BundleWriter) -> None:
+        self.config, self.listener, self.writer = config, listener, writer
+        self.tables = TableFiles(writer.folder)
         self.stages: list[StageReport] = []
 
     @contextlib.contextmanager
@@ -150,7 +151,7 @@ class _Build:
         self.stages.append(report)
         self.listener.stage_finished(index, report)
 
-    def keep(self, name: str, content: bytes | str | onnx.ModelProto) -> None:
+    def keep(self, name: str, content: str | OnnxGraph) -> None:
         """Write an intermediate artifact, if the user wants them."""
         folder = self.config.keep_intermediates
         if folder is None:
@@ -158,15 +159,17 @@ class _Build:
         path = folder / name
         with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, onnx.ModelProto):
-                onnx.save(content, path)
+            if isinstance(content, OnnxGraph):
+                path.write_bytes(content.model.SerializeToString())
             else:
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
+                path.write_text(content, encoding="utf-8")
+        if isinstance(content, OnnxGraph) and content.folder is not None:
+            copy_tables(content.model, content.folder, path.parent)
 
     def rewritten(self, graph: OnnxGraph, served: ServedGraph, plan: BuildPlan, folder: str) -> OnnxGraph:
         """Apply every export pass, keeping each step, and note the graph's limits in it."""
         for number, graph in enumerate(apply_passes(graph, _passes(served, plan)), start=1):  # noqa: B020
-            self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph.model)
+            self.keep(f"{folder}/{number:02d}_{graph.passes[-1].name}.onnx", graph)
         write_limits(graph.model, plan.graph_limits(served.name))
         return dataclasses.replace(
             graph, inputs=tensor_specs(graph.model.graph.input), outputs=tensor_specs(graph.model.graph.output)
@@ -210,10 +213,14 @@ def compile_checkpoint(
     Raises:
         HstuCompileError: by stage; nothing is left at the destination then.
     """
-    build = _Build(config, listener or SilentListener())
-    options = options or EngineOptions()
-    bundles.check_destination(config.bundle_path.absolute(), config.force)
+    # From the start: large tables are written once, right into the folder that becomes the bundle.
+    with bundles.BundleWriter(config.bundle_path, config.force) as writer:
+        return _compiled(_Build(config, listener or SilentListener(), writer), options or EngineOptions())
 
+
+def _compiled(build: _Build, options: EngineOptions) -> BuildResult:
+    """All stages, in order."""
+    config = build.config
     with build.stage("checkpoint") as summarise:
         plan = plan_build(config)
         spec, limits = plan.spec, plan.limits
@@ -229,8 +236,8 @@ def compile_checkpoint(
         graphs = []
         for number, each in enumerate(served):
             build.listener.stage_progress(each.name, number, len(served))
-            graphs.append(exported_from_served(each, config.precision))
-            build.keep(_intermediate("02_exported", each, served) + ".onnx", graphs[-1].model)
+            graphs.append(exported_from_served(each, config.precision, build.tables))
+            build.keep(_intermediate("02_exported", each, served) + ".onnx", graphs[-1])
         build.listener.stage_progress("exported", len(served), len(served))
         summarise(
             "; ".join(
@@ -335,13 +342,13 @@ def _mixed(
     if config.mixed is None or settings is None or requests is None or budget is None:
         return plan
     models: dict[str, HstuModel] = {"fp32": model_from_spec(plan.spec), config.precision: model}
-    exported = exported_from_served(served, config.precision)
+    exported = exported_from_served(served, config.precision, build.tables)
 
     @contextlib.contextmanager
     def opened(candidate: QuantizationPlan) -> Iterator[Answer]:
         mix = dataclasses.replace(plan, quantization=dataclasses.replace(settings, plan=candidate))
         *_, graph = apply_passes(exported, _passes(served, mix))
-        with open_session("onnxruntime", onnx=graph.model) as session:
+        with open_session("onnxruntime", onnx=graph.model, folder=graph.folder) as session:
             yield _answer(session, _asked_output(plan))
 
     shipped = ShippedForm("onnxruntime", model, opened)
@@ -567,6 +574,7 @@ def _engine(
         on_progress=lambda phase, fraction: listener.stage_progress(
             f"{graph.name} {phase}", round(100 * fraction), 100
         ),
+        folder=graph.folder,
     )
 
 
@@ -623,38 +631,40 @@ def _write_bundle(
     quality: QualityTable | None,
 ) -> BuildResult:
     config = build.config
-    session = references.session if references is not None else None
-    with bundles.BundleWriter(config.bundle_path, config.force) as writer:
-        for graph in graphs:
-            built = graph.built
-            writer.add(built.onnx_file, built.graph.model.SerializeToString(deterministic=True))
-            if built.engine is not None:
-                writer.add(built.engine_file, built.engine.plan)
-            if built.fused is not None:
-                for name, engine in zip(built.fused.engine_files, built.fused.engines, strict=True):
-                    writer.add(name, engine.plan)
-                writer.add(built.fused.schedule_file, schedule_text(built.fused.cut))
-        if kernels is not None:
-            writer.add(kernels.path.name, kernels.path.read_bytes())
-        if plugin is not None:
-            for library in filter(None, (plugin.self_registering, plugin.version_compatible)):
-                writer.add(library.name, library.read_bytes())
-        if verification is not None:
-            graphs = [
-                dataclasses.replace(graph, polygraphy=_write_reference(writer, graph, graph_runs))
-                for graph, graph_runs in zip(graphs, runs, strict=True)
-            ]
-        if session is not None:
-            with writer.writing() as folder:
-                save_outputs(folder / bundles.reference_files(SESSION).exact, "eager-float64", session.exact)
-        stages = [dataclasses.asdict(stage) for stage in build.stages]
-        cost = references.quantization_cost if references is not None else None
-        outcome = BuildOutcome(plan, tuple(graphs), plugin, verification, stages, session, cost, quality, kernels)
-        report = build_report(outcome, config.bundle_path.name)
-        report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
-        writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")
-        writer.add(bundles.REPORT_HTML, render_report(report))
-        path = writer.commit(build_manifest(outcome, report))
+    session, writer = references.session if references is not None else None, build.writer
+    writer.vouch(build.tables.sha256)
+    for graph in graphs:
+        built = graph.built
+        writer.add(built.onnx_file, built.graph.model.SerializeToString(deterministic=True))
+        if built.engine is not None:
+            writer.add(built.engine_file, built.engine.plan)
+        if built.fused is not None:
+            for name, engine in zip(built.fused.engine_files, built.fused.engines, strict=True):
+                writer.add(name, engine.plan)
+            writer.add(built.fused.schedule_file, schedule_text(built.fused.cut))
+    if kernels is not None:
+        writer.add(kernels.path.name, kernels.path.read_bytes())
+    if plugin is not None:
+        for library in filter(None, (plugin.self_registering, plugin.version_compatible)):
+            writer.add(library.name, library.read_bytes())
+    if verification is not None:
+        graphs = [
+            dataclasses.replace(graph, polygraphy=_write_reference(writer, graph, graph_runs))
+            for graph, graph_runs in zip(graphs, runs, strict=True)
+        ]
+    if session is not None:
+        with writer.writing() as folder:
+            save_outputs(folder / bundles.reference_files(SESSION).exact, "eager-float64", session.exact)
+    stages = [dataclasses.asdict(stage) for stage in build.stages]
+    cost = references.quantization_cost if references is not None else None
+    outcome = BuildOutcome(
+        plan, tuple(graphs), plugin, verification, stages, session, cost, quality, kernels, build.tables.sha256
+    )
+    report = build_report(outcome, config.bundle_path.name)
+    report["files"] = [{"name": name, **facts} for name, facts in writer.files().items()]
+    writer.add(bundles.REPORT_JSON, json.dumps(report, indent=1) + "\n")
+    writer.add(bundles.REPORT_HTML, render_report(report))
+    path = writer.commit(build_manifest(outcome, report))
     return BuildResult(
         path,
         outcome.status,
@@ -684,7 +694,7 @@ def _write_reference(
         # compares what it answered on the copy that it can run.
         stored = graph.precision == "bf16" or runnable is not graph.model
         if stored:
-            with open_session("onnxruntime", onnx=runnable) as session:
+            with open_session("onnxruntime", onnx=runnable, folder=graph.folder) as session:
                 save_outputs(
                     folder / files.onnxruntime,
                     "onnxruntime",

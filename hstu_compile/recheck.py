@@ -33,6 +33,7 @@ from hstu_compile.session_check import (
     guarded_check,
     report_of,
 )
+from hstu_compile.table_files import read_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +154,10 @@ def _check_session_of(
 def _open(files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, feeds: Sequence[Feed]) -> Session:
     if runtime not in ("onnxruntime", SEGMENTS):
         return bundles.open_graph(files, graph["name"], runtime)
-    whole = onnx.load(files.path / graph["onnx"])
+    whole = read_model(files.path / graph["onnx"])
     runnable = affordable(whole, [feed.arrays for feed in feeds], files.contextual_len)
     if runtime == "onnxruntime":
-        return open_session(runtime, onnx=runnable)
+        return open_session(runtime, onnx=runnable, folder=files.path)
     stored = files.path / graph["fused"]["schedule"]
     if schedule_text(segmented_from_onnx(_graph_of(files, graph, whole))) != stored.read_text(encoding="utf-8"):
         raise EngineError(
@@ -171,7 +172,8 @@ def _open(files: bundles.BundleFiles, graph: Mapping[str, Any], runtime: str, fe
 def _graph_of(files: bundles.BundleFiles, graph: Mapping[str, Any], model: onnx.ModelProto) -> OnnxGraph:
     """A stored graph as the build had it."""
     inputs, outputs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
-    return OnnxGraph(graph["name"], model, files.manifest["precision"]["requested"], inputs, outputs)
+    precision = files.manifest["precision"]["requested"]
+    return OnnxGraph(graph["name"], model, precision, inputs, outputs, folder=files.path)
 
 
 def _artifact(graph: Mapping[str, Any], runtime: str) -> str:

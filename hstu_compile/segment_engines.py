@@ -85,6 +85,7 @@ def engines_from_segments(
                 options=options,
                 on_progress=report,
                 part_of=graph.precision,
+                folder=segment.folder,
             )
         )
     return tuple(engines)

@@ -341,7 +341,7 @@ def open_built(
         taps: intermediate values to give as well; ONNX Runtime only.
     """
     if runtime == "onnxruntime":
-        return open_session(runtime, onnx=built.affordable(feeds), taps=taps)
+        return open_session(runtime, onnx=built.affordable(feeds), taps=taps, folder=built.graph.folder)
     allow_tf32 = built.graph.precision != "fp32"
     if (fused := built.fused) is not None:
         plans = [engine.plan for engine in fused.engines]

@@ -11,6 +11,7 @@ import onnx
 
 from hstu_compile.artifacts import OnnxGraph, PassRecord
 from hstu_compile.errors import InternalError, RewriteError
+from hstu_compile.table_files import checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def apply_passes(graph: OnnxGraph, passes: Sequence[Pass]) -> Iterable[OnnxGraph
         result = step.call(model)
         step.ensures(model, result)
         try:
-            onnx.checker.check_model(model)
+            onnx.checker.check_model(checkable(model))
         except onnx.checker.ValidationError as error:
             before = ", ".join(record.name for record in records) or "none"
             raise InternalError(

@@ -45,6 +45,7 @@ from hstu_compile.op_schema import is_attention, node_attributes
 from hstu_compile.rewrite._column_views import ColumnViews, named_inputs
 from hstu_compile.rewrite.following_norms import VIEWS, following_norms
 from hstu_compile.rewrite.tower_norms import tower_norms
+from hstu_compile.table_files import tensor_bytes
 
 # Constants from this size on are in one segment only, if possible.
 _LARGE_BYTES = 1 << 20
@@ -276,7 +277,7 @@ class _Cut:
         readers: dict[str, list[int]] = {}
         for i in placement.segments:
             for name in dict.fromkeys(self.nodes[i].input):
-                if name in self.constants and self.constants[name].ByteSize() >= _LARGE_BYTES:
+                if name in self.constants and tensor_bytes(self.constants[name]) >= _LARGE_BYTES:
                     readers.setdefault(name, []).append(i)
         pinned: dict[int, int] = {}
         for group in readers.values():
@@ -304,7 +305,7 @@ class _Cut:
 
     def _is_size(self, name: str, sizes: set[int], reader: onnx.NodeProto) -> bool:
         if name in self.constants:
-            return bool(self.constants[name].ByteSize() < _LARGE_BYTES)
+            return tensor_bytes(self.constants[name]) < _LARGE_BYTES
         return bool(reader.op_type in ("Shape", "Size") or self.producer.get(name) in sizes)
 
     def _is_view(self, node: onnx.NodeProto, sizes: set[int]) -> bool:
@@ -377,7 +378,7 @@ class _Cut:
         del model.functions[:]
         model.functions.extend(kept)
         inputs, outputs = tensor_specs(model.graph.input), tensor_specs(model.graph.output)
-        return OnnxGraph(name, model, self.graph.precision, inputs, outputs, self.graph.passes)
+        return OnnxGraph(name, model, self.graph.precision, inputs, outputs, self.graph.passes, self.graph.folder)
 
     def _info(self, name: str) -> onnx.ValueInfoProto:
         spec = self._spec(name)

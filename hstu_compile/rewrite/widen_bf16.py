@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.errors import RewriteError
 from hstu_compile.rewrite._pass import Pass, PassResult
+from hstu_compile.table_files import is_external
 
 # These move values without computing new ones: rounding their result again would change nothing.
 _MOVES = frozenset(
@@ -51,7 +52,8 @@ class WidenBf16(Pass):
 
     Cases: 1. a bfloat16 constant: the same numbers in float32; 2. an operator that computes in bfloat16: float32, then
     Cast to bfloat16 and back; 3. an operator that only moves values: float32; 4. Cast to bfloat16 (and CastLike): Cast
-    to bfloat16 and back; 5. bfloat16 graph inputs and outputs become float32; 6. no bfloat16: nothing, byte for byte.
+    to bfloat16 and back; 5. bfloat16 graph inputs and outputs become float32; 6. no bfloat16: nothing, byte for byte;
+    7. a table in a file stays there, in bfloat16: what is looked up in it is widened, as ONNX Runtime has that Gather.
     Local functions are inlined first, as their bodies have no types of their own.
     """
 
@@ -68,10 +70,11 @@ class WidenBf16(Pass):
         typed = [*inferred.value_info, *inferred.input, *inferred.output]
         kinds = {value.name: value.type.tensor_type.elem_type for value in typed}
         kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-        constants = sum(_widen_tensor(tensor) for tensor in graph.initializer)
+        tables = {tensor.name for tensor in graph.initializer if is_external(tensor)}
+        constants = sum(_widen_tensor(tensor) for tensor in graph.initializer if tensor.name not in tables)
         nodes: list[onnx.NodeProto] = []
         rounded = 0
-        done = _rounding_casts(graph)
+        done = _rounding_casts(graph, tables)
         for node in graph.node:
             untyped = [name for name in node.output if name and kinds.get(name, 0) == 0]
             if untyped and any(kinds.get(name) == TensorProto.BFLOAT16 for name in node.input):
@@ -81,14 +84,15 @@ class WidenBf16(Pass):
                     f"{node.op_type} {node.name} reads bfloat16, and shape inference does not tell what it writes",
                     "export the graph again with hstu-compile, which writes the types down",
                 )
-            added = [node] if node.output and node.output[0] in done else _widened(node, kinds)
+            added = [node] if node.output and node.output[0] in done else _widened(node, kinds, tables)
             rounded += len(added) > 1
             nodes += added
         del graph.node[:]
         graph.node.extend(nodes)
         values = 0
+        narrow = done | tables
         for value in [*graph.input, *graph.output, *graph.value_info]:
-            if value.type.tensor_type.elem_type == TensorProto.BFLOAT16 and value.name not in done:
+            if value.type.tensor_type.elem_type == TensorProto.BFLOAT16 and value.name not in narrow:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
                 values += 1
         return PassResult({"constants": constants, "rounded": rounded, "values": values})
@@ -111,8 +115,8 @@ def _makes_bf16(node: onnx.NodeProto) -> bool:
     return any(a.name in kinds and kinds[a.name](a) == TensorProto.BFLOAT16 for a in node.attribute)
 
 
-def _rounding_casts(graph: onnx.GraphProto) -> set[str]:
-    """Outputs of Casts to bfloat16 that nothing reads but a Cast to float32: roundings already, from an earlier run."""
+def _rounding_casts(graph: onnx.GraphProto, tables: set[str]) -> set[str]:
+    """What an earlier run left in bfloat16, for nothing but a Cast to float32: roundings, and rows of tables."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -125,7 +129,7 @@ def _rounding_casts(graph: onnx.GraphProto) -> set[str]:
     return {
         node.output[0]
         for node in graph.node
-        if casts_to(node, TensorProto.BFLOAT16)
+        if (casts_to(node, TensorProto.BFLOAT16) or not tables.isdisjoint(node.input))
         and node.output[0] not in outputs
         and all(casts_to(reader, TensorProto.FLOAT) for reader in readers.get(node.output[0], []))
     }
@@ -140,12 +144,16 @@ def _widen_tensor(tensor: TensorProto) -> bool:
     return True
 
 
-def _widened(node: onnx.NodeProto, kinds: dict[str, int]) -> list[onnx.NodeProto]:
+def _widened(node: onnx.NodeProto, kinds: dict[str, int], tables: set[str]) -> list[onnx.NodeProto]:
     """The node on float32, followed by the rounding of each of its bfloat16 outputs."""
     for attribute in node.attribute:
         if attribute.name == "value":
             _widen_tensor(attribute.t)
     narrow = [i for i, name in enumerate(node.output) if kinds.get(name) == TensorProto.BFLOAT16]
+    if narrow and not tables.isdisjoint(node.input):
+        name, rows = node.output[0], f"{node.output[0]}_bf16"
+        node.output[0] = rows
+        return [node, helper.make_node("Cast", [rows], [name], name=f"{name}_widened", to=TensorProto.FLOAT)]
     moves = node.op_type in _MOVES or node.op_type in ("Constant", "ConstantOfShape")
     if not narrow or (moves and node.domain in _STANDARD):
         return [node]

@@ -16,6 +16,7 @@ from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
 from hstu_compile.runtime._host_session import HostSession
+from hstu_compile.table_files import read_model
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -27,6 +28,7 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _ERRORS_ONLY = 3
+_TABLES_FOLDER = "session.model_external_initializers_file_folder_path"
 #: 1.23.2 gives wrong predictions for ranking graphs, far beyond the bound; those up to 1.31 were not looked at.
 _OLDEST = (1, 31)
 
@@ -46,12 +48,20 @@ class OnnxRuntimeSession(HostSession):
         model: graph or file.
         taps: intermediate values to return besides the graph's outputs.
         use_gpu: use the CUDA provider, and nothing else.
+        folder: where the files of the large tables are that a graph in memory names; a file's are beside it.
 
     Raises:
         EngineError: HSTU-E401 if ONNX Runtime or the provider is absent or too old, E404 if it cannot load the graph.
     """
 
-    def __init__(self, model: Path | onnx.ModelProto, *, taps: Sequence[str] = (), use_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path | onnx.ModelProto,
+        *,
+        taps: Sequence[str] = (),
+        use_gpu: bool = False,
+        folder: Path | None = None,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -74,6 +84,10 @@ class OnnxRuntimeSession(HostSession):
         options = onnxruntime.SessionOptions()
         options.use_deterministic_compute = True
         options.log_severity_level = _ERRORS_ONLY
+        folder = model.parent if isinstance(model, Path) else folder
+        if folder is not None:
+            # ONNX Runtime maps the files into memory, and refuses what lies outside of the folder.
+            options.add_session_config_entry(_TABLES_FOLDER, str(folder.absolute()))
         try:
             prepared, bfloat16_names, widened = _prepared(model, taps)
             self._session: Any = onnxruntime.InferenceSession(prepared, options, providers=[provider])
@@ -147,7 +161,7 @@ def _require_version(version: str) -> None:
 def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes, frozenset[str], bool]:
     """A copy with taps as outputs and bfloat16 widened; what was bfloat16 at its ends; whether anything in it was."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(onnx.load(str(model)) if isinstance(model, Path) else model)
+    copy.CopyFrom(read_model(model) if isinstance(model, Path) else model)
     present = {value.name for value in copy.graph.output}
     produced = {name for node in copy.graph.node for name in node.output}
     if absent := [name for name in taps if name not in produced | present]:

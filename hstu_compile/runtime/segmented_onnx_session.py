@@ -46,7 +46,8 @@ class SegmentedOnnxSession(HostSession):
                     session = OnnxRuntimeSession(kernel_model(graph, graph.calls[step.index]))
                 else:
                     wanted = [name for name, segment in where.items() if segment == step.index]
-                    session = OnnxRuntimeSession(graph.segments[step.index].model, taps=wanted)
+                    segment = graph.segments[step.index]
+                    session = OnnxRuntimeSession(segment.model, taps=wanted, folder=segment.folder)
                 self._steps.append(opened.enter_context(session))
             self._opened = opened.pop_all()
         self.name = f"{max((step.name for step in self._steps), key=len)}, in segments"

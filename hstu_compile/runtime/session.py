@@ -116,6 +116,7 @@ def open_session(
     use_gpu: bool = False,
     allow_tf32: bool = True,
     cuda_graphs: int = 0,
+    folder: Path | None = None,
 ) -> Session:
     """Load a model.
 
@@ -130,6 +131,7 @@ def open_session(
             only; see `tf32_override_off`).
         cuda_graphs: most CUDA graphs that are kept (tensorrt only; see `TensorRtSession`). None by default: who runs
             each shape once or twice, as a verification does, would pay for graphs and never launch one.
+        folder: where the files of a graph's large tables are, if `onnx` is no file: its own folder otherwise.
 
     Raises:
         EngineError: HSTU-E401 if the runtime is absent or has no GPU; E404 if the model cannot be loaded.
@@ -148,7 +150,7 @@ def open_session(
             raise _lacks(runtime, "a graph (model.onnx)")
         from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 
-        return OnnxRuntimeSession(onnx, taps=taps, use_gpu=use_gpu)
+        return OnnxRuntimeSession(onnx, taps=taps, use_gpu=use_gpu, folder=folder)
     if runtime not in RUNTIMES:
         raise EngineError(
             "HSTU-E401",

@@ -30,7 +30,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 import hstu_compile
-from hstu_compile.bundle import ENGINE_FILE, MANIFEST, ONNX_FILE, BundleFiles, read_bundle
+from hstu_compile.bundle import ENGINE_FILE, MANIFEST, ONNX_FILE, BundleFiles, file_sha256, read_bundle
 from hstu_compile.errors import UsageError
 from hstu_compile.files import write_whole
 from hstu_compile.plugin_library import SELF_REGISTERING
@@ -254,7 +254,8 @@ def _write_check(folder: Path, files: BundleFiles) -> None:
 
 
 def _write_tensorrt_model(folder: Path, files: BundleFiles) -> None:
-    shutil.copy2(files.path / ONNX_FILE, folder / ONNX_FILE)
+    for name in (ONNX_FILE, *files.table_files(files.manifest["graphs"][0]["name"])):
+        shutil.copy2(files.path / name, folder / name)
     if _has_tensorrt_engine(files):
         shutil.copy2(files.path / ENGINE_FILE, folder / _VERSION / PLAN_FILE)
     if files.plugin_library is not None:
@@ -317,7 +318,7 @@ def _write_checksums(folder: Path) -> None:
     names = sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != CONFIG
     )
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

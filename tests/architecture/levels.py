@@ -35,6 +35,7 @@ LEVELS: dict[str, int] = {
     "plan_kernels": 2,
     "tensorrt_api": 2,
     "trt_options": 2,
+    "table_files": 2,
     "plugin_library": 2,
     "_report_figures": 2,
     "_report_quantization": 2,

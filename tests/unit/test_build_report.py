@@ -238,6 +238,14 @@ def test_another_weight_in_any_graph_is_another_model() -> None:
     assert len({version, *others}) == 4
 
 
+def test_another_row_in_a_table_of_a_file_is_another_model() -> None:
+    outcome = outcome_of(*GRAPHS)
+    digests = [{}, {"t.bin": "ab" * 32}, {"t.bin": "cd" * 32}, {"u.bin": "ab" * 32}]
+    versions = {spec_of(dataclasses.replace(outcome, tables=each)).model_version for each in digests}
+    assert len(versions) == 4
+    assert spec_of(outcome).model_version in versions
+
+
 def test_a_retrieval_build_has_no_ranking_entry() -> None:
     outcome = outcome_of("packed")
     retrieval = dataclasses.replace(outcome.plan.spec, config=small_config(num_layers=1))
