@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from torch import Tensor
 from hstu_compile.artifacts import CheckpointSpec
 from hstu_compile.checkpoint_source import CheckpointSource, open_checkpoint
 from hstu_compile.errors import CheckpointError, HstuCompileError, UnsupportedModelError
-from hstu_compile.model.dialects import DIALECTS, Dialect, DialectError
+from hstu_compile.model.dialects import DIALECTS, NATIVE, NATIVE_FORMAT, Dialect, DialectError
 from hstu_compile.model.families import HstuModel, ModelConfig, model_from_config
 
 _MAX_LISTED = 40
+# Whatever the version behind it.
+_OUR_FORMATS = NATIVE_FORMAT.partition("/")[0] + "/"
 _FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _PROBLEM_CODES = {
@@ -37,10 +41,21 @@ def config_from_file(path: Path) -> dict[str, Any]:
     """Parse a configuration file.
 
     Raises:
-        CheckpointError: if it is not a JSON object (HSTU-E109).
+        CheckpointError: if it is not a JSON object, or one of its objects has a key twice (HSTU-E109).
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise CheckpointError(
+                "HSTU-E109",
+                f"{path} is ambiguous",
+                f"one object has {', '.join(map(repr, twice))} more than once",
+                "leave one of them",
+            )
+        return dict(pairs)
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise CheckpointError(
             "HSTU-E109", f"cannot read the configuration {path}", str(error), "pass an existing JSON file"
@@ -79,6 +94,22 @@ def _dialect(path: Path, keys: list[str], wanted: str | None) -> Dialect:
         f"its parameters are named {', '.join(sorted(keys)[:6])}, ...; known families: {names}",
         "see the table of supported models in README",
     )
+
+
+def _check_format(path: Path, source: CheckpointSource) -> None:
+    """Refuse a file of ours that says to be in a format of another version; one that does not say is read."""
+    is_native = NATIVE.matches(source.shapes)
+    # Of a folder it would have to be read, and in another family's it may be anything.
+    found = source.format() if is_native else source.file_format
+    is_ours = is_native or (isinstance(found, str) and found.startswith(_OUR_FORMATS))
+    if is_ours and found is not None and (not isinstance(found, str) or found != NATIVE_FORMAT):
+        raise CheckpointError(
+            "HSTU-E104",
+            f"{path} is in an unknown format",
+            f"its 'format' is {reprlib.repr(found)}; known: {NATIVE_FORMAT!r}",
+            "read it with the version of hstu-compile that wrote it, or a newer one; a file that you wrote yourself as "
+            f"docs/native-checkpoints.md says has {NATIVE_FORMAT!r} there",
+        )
 
 
 def _refusal(path: Path, error: DialectError) -> HstuCompileError:
@@ -230,6 +261,7 @@ def spec_from_checkpoint(
     """
     source = open_checkpoint(path, external_embeddings=external_embeddings)
     shapes = source.shapes
+    _check_format(path, source)
     family = _dialect(path, list(shapes), dialect)
     if config is None:
         config = source.config()

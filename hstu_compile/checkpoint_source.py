@@ -22,7 +22,7 @@ from hstu_compile.shard_index import INDEX, NON_SPARSE, SPARSE, is_checkpoint_fo
 STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
 # In the files of Meta's DLRMv3 training.
 _DENSE_KEY, _SPARSE_NAMES_KEY, _SPARSE_KEY = "dense_dict", "sparse_tensor_keys", "sparse_dict"
-_CONFIG_KEY = "config"
+_CONFIG_KEY, _FORMAT_KEY = "config", "format"
 # "optimizer", "optim", "optimizer_state_dict": what lies under them has the model's names as well.
 _OPTIMIZER = "optim"
 _MAX_DEPTH = 32
@@ -42,6 +42,7 @@ class CheckpointSource:
         folder: the folder of shards, if there is one.
         sharded: names of the tensors in shards, to the folder's keys.
         file_config: the configuration in the file, if there is one.
+        file_format: what the file says of its own format, if it does.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class CheckpointSource:
     folder: ShardFolder | None = None
     sharded: dict[str, str] = dataclasses.field(default_factory=dict)
     file_config: Mapping[str, Any] | None = None
+    file_format: Any = None
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -67,6 +69,16 @@ class CheckpointSource:
         """
         found = self.file_config if self.folder is None else _config_in(self.folder)
         return found if isinstance(found, Mapping) else None
+
+    def format(self) -> Any:
+        """What the checkpoint carries under "format", which may be anything; None without it.
+
+        Raises:
+            CheckpointError: HSTU-E101, E102 if it cannot be read.
+        """
+        if self.folder is None or self.folder.index.objects.get(_FORMAT_KEY) is None:
+            return self.file_format
+        return self.folder.object(_FORMAT_KEY)
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Tensors by name, in their own types.
@@ -129,7 +141,8 @@ def _file_source(path: Path, external_embeddings: bool) -> CheckpointSource:
                 {"missing": lacking, "unexpected": []},
             )
         return CheckpointSource(path, path, dense, file_config=config)
-    return CheckpointSource(path, path, _state_dict_of(path, loaded), file_config=config)
+    file_format = loaded.get(_FORMAT_KEY) if isinstance(loaded, Mapping) else None
+    return CheckpointSource(path, path, _state_dict_of(path, loaded), file_config=config, file_format=file_format)
 
 
 def _load(path: Path) -> Any:

@@ -164,8 +164,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "HSTU-E104": ErrorCode(
         "Unknown checkpoint family",
-        "No family recognises the parameter names. See the table of supported models in README; --dialect NAME skips "
-        "detection.",
+        "No family recognises the parameter names, or the file says to be in a format of hstu-compile that this "
+        "version does not know. See the table of supported models in README; --dialect NAME skips detection.",
     ),
     "HSTU-E105": ErrorCode(
         "Missing or unexpected parameters",

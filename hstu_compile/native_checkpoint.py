@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from hstu_compile.files import whole_file, writing_to
+from hstu_compile.model.dialects import NATIVE_FORMAT
 from hstu_compile.model.families import HstuModel
-
-NATIVE_FORMAT = "hstu-compile/1"
 
 
 def save_checkpoint(model: HstuModel, path: Path | str) -> None:

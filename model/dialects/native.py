@@ -12,6 +12,9 @@ from hstu_compile.model.dialects._base import Dialect, DialectError, Shapes, Sou
 from hstu_compile.model.families import ModelConfig, model_from_config
 from hstu_compile.model.ranking_config import RankingConfig
 
+#: What a native file says under "format"; a reader knows these files by it and by their tensors' names.
+NATIVE_FORMAT = "hstu-compile/1"
+
 
 class _Native(Dialect):
     name = "native"
@@ -25,7 +28,7 @@ class _Native(Dialect):
             raise DialectError(
                 "config",
                 "a native checkpoint carries its configuration under 'config', and this one does not",
-                "save it as {'format': 'hstu-compile/1', 'config': config.to_dict(), 'state_dict': ...} "
+                f"save it as {{'format': {NATIVE_FORMAT!r}, 'config': config.to_dict(), 'state_dict': ...}} "
                 "or pass that configuration with --config",
             )
         try:

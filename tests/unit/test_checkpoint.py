@@ -446,6 +446,23 @@ def test_configuration_file_that_is_absent_or_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('{"num_heads": 1, "num_heads": 2}', "'num_heads'"),
+        ('{"layer": {"alpha": 1, "beta": 2, "alpha": 1}}', "'alpha'"),
+    ],
+)
+def test_configuration_key_that_is_there_twice_is_not_decided_by_the_last(
+    tmp_path: Path, content: str, key: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=rf"HSTU-E109[\s\S]*{key} more than once") as caught:
+        config_from_file(path)
+    assert str(path) in caught.value.what
+
+
+@pytest.mark.parametrize(
     ("field", "value", "seen"),
     [
         ("num_heads", "2", "'2'"),
@@ -511,6 +528,31 @@ def _native_config(form: ResearchForm) -> Any:
 
     shapes = {key: tuple(tensor.shape) for key, tensor in research_state_dict(form).items()}
     return dataclasses.replace(RESEARCH.config(shapes, form.user_config()), dialect="native")
+
+
+@pytest.mark.parametrize("found", ["hstu-compile/2", "hstu-compile/", "other/1", 1, "x" * 500, torch.ones(2)])
+def test_own_format_of_a_version_that_is_not_known_is_not_read_as_the_first(tmp_path: Path, found: Any) -> None:
+    path = saved(tmp_path, {**native_content(), "format": found})
+    with pytest.raises(CheckpointError, match=r"HSTU-E104[\s\S]*known: 'hstu-compile/1'") as caught:
+        spec_from_checkpoint(path)
+    assert repr(found)[:12] in caught.value.why
+    assert len(caught.value.why) < 120
+
+
+def test_own_format_of_a_later_version_with_other_names_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"format": "hstu-compile/2", "state_dict": {"tokens": torch.ones(2)}})
+    refusal(path, "HSTU-E104", "'hstu-compile/2'", "'hstu-compile/1'")
+
+
+def test_own_format_may_be_left_out(tmp_path: Path) -> None:
+    content = native_content()
+    del content["format"]
+    assert spec_from_checkpoint(saved(tmp_path, content)).dialect == "native"
+
+
+def test_format_of_another_familys_file_is_its_own_matter(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"format": "theirs/7", "model_state_dict": research_state_dict(FORM)})
+    assert spec_from_checkpoint(path, FORM.user_config()).dialect == "research"
 
 
 def test_own_format_carries_its_configuration(tmp_path: Path) -> None:

@@ -170,6 +170,12 @@ def test_own_format_carries_its_configuration_in_shards_as_well(tmp_path: Path, 
     assert given.sha256 != spec.sha256
 
 
+def test_own_format_in_shards_of_a_version_that_is_not_known(tmp_path: Path, native_content: dict[str, Any]) -> None:
+    folder = dcp_save(tmp_path / "ckpt", {**native_content, "format": "hstu-compile/2"})
+    with pytest.raises(CheckpointError, match=r"(?s)HSTU-E104.*'hstu-compile/2'; known: 'hstu-compile/1'"):
+        spec_from_checkpoint(folder)
+
+
 def test_own_format_in_shards_without_its_configuration(tmp_path: Path, native_content: dict[str, Any]) -> None:
     folder = dcp_save(tmp_path / "ckpt", {"state_dict": native_content["state_dict"]})
     with pytest.raises(CheckpointError, match=r"(?s)HSTU-E109.*--config"):
