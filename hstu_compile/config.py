@@ -36,11 +36,12 @@ class BuildConfig:
         max_seq_len: longest history in events; None is the model's own limit.
         opt_seq_len: typical history; None is half of max_seq_len.
         top_k: also output the K best unseen items; 0 leaves them out. Retrieval models only.
-        max_candidates: most candidates of a user in one packed forward; None is the model's own limit.
+        max_candidates: most candidates of a user in one packed forward; None is the model's own limit. Ranking models
+            only.
         micro_batch: candidates of one scoring pass; builds the graphs prefill and score. None builds packed alone.
+            Ranking models only.
         max_append: most new events of one cached history in a pass; builds the graphs prefill and append. None builds
-            retrieval alone.
-            Ranking models only, as is max_candidates.
+            retrieval alone. Retrieval models only.
         embeddings: inside, ids are inputs and tables are weights; external, inputs are embedding rows.
         attention: who computes it; "fused" needs the backend tensorrt-rtx, and "auto" takes that backend then.
         attention_silu: error that the attention kernels' SiLU may have; see the operator's contract.
