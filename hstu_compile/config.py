@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +17,44 @@ BackendRequest = Literal["auto", "tensorrt", "tensorrt-rtx", "onnx"]
 Attention = Literal["auto", "fused"]
 
 
+class _PathField:
+    """A path that is given as text or any os.PathLike, and kept as a Path."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Path:
+        if instance is None:
+            # Here dataclasses asks for the default, and there is none.
+            raise AttributeError(self._name)
+        path: Path = vars(instance)[self._name]
+        return path
+
+    def __set__(self, instance: object, value: str | os.PathLike[str]) -> None:
+        vars(instance)[self._name] = Path(value)
+
+
+class _OptionalPathField:
+    """The same, or None, which is the default."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Path | None:
+        path: Path | None = None if instance is None else vars(instance)[self._name]
+        return path
+
+    def __set__(self, instance: object, value: str | os.PathLike[str] | None) -> None:
+        vars(instance)[self._name] = None if value is None else Path(value)
+
+
 #: Of `--mixed auto` where nothing else is asked for.
 DEFAULT_BUDGET = 0.002
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """Options of one build.
+    """Options of one build. Paths are given as text or any os.PathLike, and are Paths then.
 
     Attributes:
         checkpoint: the .pt file, or a folder of shards.
@@ -65,10 +97,10 @@ class BuildConfig:
         seed: of the verification batches.
     """
 
-    checkpoint: Path
-    output: Path | None = None
+    checkpoint: _PathField = _PathField()
+    output: _OptionalPathField = _OptionalPathField()
     precision: Precision = "fp32"
-    config_file: Path | None = None
+    config_file: _OptionalPathField = _OptionalPathField()
     dialect: str | None = None
     backend: BackendRequest = "auto"
     max_batch: int = 64
@@ -85,16 +117,16 @@ class BuildConfig:
     prune: bool | None = None
     fuse_norms: bool = True
     quantization: Quantization | None = None
-    calibration: Path | None = None
+    calibration: _OptionalPathField = _OptionalPathField()
     observer: str | None = None
     smooth_quant: float | None = None
     keep_fp16: tuple[str, ...] = ()
-    labelled_data: Path | None = None
+    labelled_data: _OptionalPathField = _OptionalPathField()
     mixed: Literal["auto"] | None = None
     budget: float | None = None
     plugin: bool | None = None
     verify: bool = True
-    keep_intermediates: Path | None = None
+    keep_intermediates: _OptionalPathField = _OptionalPathField()
     force: bool = False
     seed: int = 0
 

@@ -5,6 +5,7 @@ The format is for models that were trained elsewhere: docs/native-checkpoints.md
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from hstu_compile.model.dialects import NATIVE_FORMAT
 from hstu_compile.model.families import HstuModel
 
 
-def save_checkpoint(model: HstuModel, path: Path | str) -> None:
+def save_checkpoint(model: HstuModel, path: str | os.PathLike[str]) -> None:
     """Write weights and configuration to one file that `hstu-compile build` reads without further options.
 
     The file is whole or it is not there; one that was there is replaced. Missing folders above it are made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from hstu_compile.bundle import model_files, open_graph, read_bundle
@@ -20,14 +21,14 @@ CUDA_GRAPHS = 16
 
 
 def open_ranking_session(
-    path: str | Path,
+    path: str | os.PathLike[str],
     runtime: str = "onnxruntime",
     *,
     kv_budget_bytes: int = 0,
     staging_rows: int | None = None,
     policy: RankingPolicy | None = None,
     over_budget: OverBudget = "refuse",
-    plugin_library: Path | None = None,
+    plugin_library: str | os.PathLike[str] | None = None,
     use_gpu: bool = False,
     cuda_graphs: int | None = None,
     graph_budget_bytes: int | None = None,
@@ -70,10 +71,11 @@ def open_ranking_session(
     if cuda_graphs is None:
         records = runtime == "tensorrt" or (runtime == FUSED_BACKEND and files.fused_graph("packed") is not None)
         cuda_graphs = CUDA_GRAPHS if records else 0
+    library = Path(plugin_library) if plugin_library is not None else None
     with contextlib.ExitStack() as opened:
         graphs = {
             graph: opened.enter_context(
-                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes, buckets)
+                open_graph(files, graph, runtime, library, use_gpu, cuda_graphs, graph_budget_bytes, buckets)
             )
             for graph in _GRAPHS
             if graph == "packed" or model_files(graph)[0] in files.manifest["files"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from hstu_compile.bundle import open_graph, read_bundle
@@ -15,14 +16,14 @@ _GRAPHS = ("retrieval", "prefill", "append")
 
 
 def open_retrieval_session(
-    path: str | Path,
+    path: str | os.PathLike[str],
     runtime: str = "onnxruntime",
     *,
     kv_budget_bytes: int,
     staging_rows: int | None = None,
     truncation: Truncation = "refuse",
     over_budget: OverBudget = "refuse",
-    plugin_library: Path | None = None,
+    plugin_library: str | os.PathLike[str] | None = None,
     use_gpu: bool = False,
     cuda_graphs: int = 0,
     graph_budget_bytes: int | None = None,
@@ -61,10 +62,11 @@ def open_retrieval_session(
             "its manifest has no retrieval entry",
             "build a retrieval model with --incremental max-append=N; hstu_compile.load_bundle runs this one as it is",
         )
+    library = Path(plugin_library) if plugin_library is not None else None
     with contextlib.ExitStack() as opened:
         graphs = [
             opened.enter_context(
-                open_graph(files, graph, runtime, plugin_library, use_gpu, cuda_graphs, graph_budget_bytes, buckets)
+                open_graph(files, graph, runtime, library, use_gpu, cuda_graphs, graph_budget_bytes, buckets)
             )
             for graph in _GRAPHS
         ]
