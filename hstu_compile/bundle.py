@@ -307,11 +307,6 @@ class BundleFiles:
         )
         return inputs, outputs
 
-    def table_files(self, graph: str) -> tuple[str, ...]:
-        """Names of the files that a graph's large tables are in; none of a graph that holds them itself."""
-        entries = {entry["name"]: entry.get("tables", ()) for entry in self.manifest["graphs"]}
-        return tuple(entries[graph])
-
     def fused_graph(self, graph: str) -> FusedFiles | None:
         """The files of a graph that was cut at its attentions; None for any other graph."""
         entries = {entry["name"]: entry.get("fused") for entry in self.manifest["graphs"]}

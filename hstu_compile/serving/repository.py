@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
 
 import numpy as np
+import onnx
 
 import hstu_compile
 from hstu_compile.bundle import ENGINE_FILE, MANIFEST, ONNX_FILE, BundleFiles, file_sha256, read_bundle
@@ -42,6 +43,7 @@ from hstu_compile.serving.samples import Sample, sample_requests
 from hstu_compile.serving.settings import RuntimeSettings, Scheduling
 from hstu_compile.serving.tensorrt_config import PLAN_FILE, tensorrt_config
 from hstu_compile.serving.tensors import DATATYPES, most_users
+from hstu_compile.table_files import table_names
 
 Backend = Literal["auto", "python", "tensorrt"]
 
@@ -254,7 +256,9 @@ def _write_check(folder: Path, files: BundleFiles) -> None:
 
 
 def _write_tensorrt_model(folder: Path, files: BundleFiles) -> None:
-    for name in (ONNX_FILE, *files.table_files(files.manifest["graphs"][0]["name"])):
+    tables = table_names(onnx.load(str(files.path / ONNX_FILE), load_external_data=False))
+    # Names that the manifest vouches for are of files in the bundle.
+    for name in (ONNX_FILE, *(name for name in tables if name in files.manifest["files"])):
         shutil.copy2(files.path / name, folder / name)
     if _has_tensorrt_engine(files):
         shutil.copy2(files.path / ENGINE_FILE, folder / _VERSION / PLAN_FILE)
