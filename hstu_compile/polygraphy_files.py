@@ -78,4 +78,12 @@ def run_polygraphy(folder: Path, arguments: Sequence[str]) -> PolygraphyCheck:
     # Through this interpreter: the polygraphy script need not be on the PATH, and another one could be.
     command = [sys.executable, "-c", _ENTRY, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return PolygraphyCheck(tuple(arguments), done.returncode, (done.stdout + done.stderr)[-_TAIL:])
+    return PolygraphyCheck(tuple(arguments), done.returncode, _last_lines(done.stdout + done.stderr))
+
+
+def _last_lines(text: str) -> str:
+    """The end of a text, from where a line begins; a last line that is longer is cut."""
+    if len(text) <= _TAIL:
+        return text
+    first = text.find("\n", len(text) - _TAIL - 1, len(text) - 1)
+    return text[first + 1 :] if first >= 0 else text[-_TAIL:]
