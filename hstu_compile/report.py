@@ -46,6 +46,14 @@ _CONTENT_POLICY = Html(
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
 )
 
+#: What `session_check` compares of a list of items, which is no tensor of numbers.
+_TOP_ITEMS = (
+    "top_items: the error is the largest difference between a listed score and the item's float64 score, as a share of "
+    "the largest score that could be (longest user embedding times longest item vector); max abs is that difference. "
+    "The bound is that of user_embeddings. A list passes if no score is further off, no item left out is better than a "
+    "listed one by more than twice that, and it is in order, without seen items and without gaps."
+)
+
 #: A list of layers longer than this is folded away on the screen.
 _OPEN_LAYERS = 16
 
@@ -321,6 +329,7 @@ def _header(report: Mapping[str, Any]) -> Html:
                     "Beyond the bound: ",
                     item.where,
                     f", error {scientific(item.row['error'])}, bound {scientific(item.row['bound'])}",
+                    f": {item.row['detail']}" if item.row.get("detail") else "",
                 )
             )
             for item in failures
@@ -397,6 +406,7 @@ def _errors(runs: Sequence[Mapping[str, Any]]) -> Html:
         Column("result"),
     )
     groups = []
+    has_lists = any(row["tensor"] == "top_items" for run in runs for row in run["tensors"] or ())
     for run in runs:
         comparisons = [_Comparison(run, row) for row in run["tensors"] or ()]
         heading: list[object] = [f"{run['runtime']}, {run['artifact']}: ", status_mark(run["status"])]
@@ -419,7 +429,8 @@ def _errors(runs: Sequence[Mapping[str, Any]]) -> Html:
         groups.append(
             Group(joined(heading), rows, frozenset(place for place, item in enumerate(comparisons) if item.failed))
         )
-    return table("Error of every output against the float64 reference", columns, groups)
+    shown = table("Error of every output against the float64 reference", columns, groups)
+    return joined((shown, note(_TOP_ITEMS))) if has_lists else shown
 
 
 def _layers(runs: Sequence[Mapping[str, Any]]) -> Html:

@@ -386,6 +386,23 @@ def test_fail_names_the_tensor_and_marks_its_row() -> None:
     assert not page.all("rect", "box pass")
 
 
+def test_list_that_fails_within_its_bound_says_why() -> None:
+    report = failing()
+    row = tensor("top_items", "ragged", 1e-9, 2e-3)
+    row |= {"status": "FAIL", "detail": "sequence 3 lists an item of its own history"}
+    report["verification"]["runs"][0]["tensors"][1] = row
+    page = Page(render_report(report))
+    assert "error 1.00e-09, bound 2.00e-03: sequence 3 lists an item of its own history" in page.text
+
+
+def test_row_of_top_items_is_explained_where_there_is_one() -> None:
+    report = passing()
+    explained = "top_items: the error is the largest difference between a listed score and the item's float64 score"
+    assert explained not in Page(render_report(report)).text
+    report["verification"]["runs"][0]["tensors"].append(tensor("top_items", "ragged", 1e-3, 2e-3))
+    assert explained in Page(render_report(report)).text
+
+
 def test_worst_error_and_tightest_bound_are_told_apart() -> None:
     report = passing()
     report["verification"]["runs"][0]["tensors"][0].update(error=2.2e-4, bound=2.3e-4)
