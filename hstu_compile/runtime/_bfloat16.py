@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+@functools.cache
 def storage_dtype(dtype: str) -> np.dtype[Any]:
     """NumPy's type for the elements of a tensor: uint16 for the bits of a bfloat16."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)

@@ -22,6 +22,8 @@ def array_of(given: object) -> NDArray[Any] | str:
     >>> array_of([1, 2]), array_of([[1], [2, 3]])[:24]
     (array([1, 2]), 'cannot be read as an arr')
     """
+    if type(given) is np.ndarray:
+        return given
     if np.ma.is_masked(given):
         # np.asarray would take what lies under the mask for values.
         return "has masked values, and a model has no absent ones"

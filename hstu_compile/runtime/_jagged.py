@@ -17,5 +17,7 @@ def offsets_of(lengths: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:
 
 
 def joined(parts: Sequence[Arrays], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Each feature's values of all parts, one after the other."""
+    """Each feature's values of all parts, one after the other; of a single part, its own arrays."""
+    if len(parts) == 1:
+        return {name: parts[0][name] for name in names}
     return {name: np.concatenate([part[name] for part in parts]) for name in names}

@@ -109,15 +109,28 @@ def _mismatches(tensor: ResidentTensor, spec: TensorSpec, kind: type[ResidentTen
     fixed = zip(tensor.shape, spec.shape, strict=False)
     if len(tensor.shape) != len(spec.shape) or any(isinstance(want, int) and size != want for size, want in fixed):
         problems.append(f"is {list(tensor.shape)}, not {list(spec.shape)}")
-    if tensor.nbytes and tensor.address % alignment:
+    if alignment > 1 and tensor.nbytes and tensor.address % alignment:
         problems.append(f"starts at address {tensor.address:#x}, which is not a multiple of {alignment}")
     return problems
 
 
 def _overlaps(reads: Mapping[str, ResidentTensor], writes: Mapping[str, ResidentTensor]) -> list[str]:
     """Every write that shares bytes with a read or another write: the order in which they happen is the runtime's."""
-    spans = [(t.address, t.address + t.nbytes, name, False) for name, t in reads.items() if t.nbytes]
-    spans += [(t.address, t.address + t.nbytes, name, True) for name, t in writes.items() if t.nbytes]
+    if not writes:
+        return []
+    spans = [_span(name, tensor, False) for name, tensor in reads.items() if tensor.nbytes]
+    spans += [_span(name, tensor, True) for name, tensor in writes.items() if tensor.nbytes]
+    # In every pass, so that pairs are only looked at where there is something to name.
+    read_to = written_to = 0
+    for start, stop, _, written in sorted(spans):
+        if start < written_to or (written and start < read_to):
+            break
+        if written:
+            written_to = max(written_to, stop)
+        else:
+            read_to = max(read_to, stop)
+    else:
+        return []
     problems = []
     for (start, stop, name, written), (other_start, other_stop, other, other_written) in itertools.combinations(
         spans, 2
@@ -125,3 +138,8 @@ def _overlaps(reads: Mapping[str, ResidentTensor], writes: Mapping[str, Resident
         if (written or other_written) and start < other_stop and other_start < stop:
             problems.append(f"{other} overlaps {name}")
     return problems
+
+
+def _span(name: str, tensor: ResidentTensor, written: bool) -> tuple[int, int, str, bool]:
+    start = tensor.address
+    return start, start + tensor.nbytes, name, written

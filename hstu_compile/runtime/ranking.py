@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.errors import BundleError, RequestError, UsageError
 from hstu_compile.runtime._calls_in_flight import CallsInFlight
+from hstu_compile.runtime._jagged import joined
 from hstu_compile.runtime._packed_pieces import packed_passes
 from hstu_compile.runtime._ranking_feeds import (
     among_all_rows,
@@ -102,7 +103,7 @@ class _Group:
         return self.requests[0]
 
     def candidates(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        return {name: np.concatenate([request.candidates[name] for request in self.requests]) for name in names}
+        return joined([request.candidates for request in self.requests], names)
 
 
 class RankingSession:

@@ -240,12 +240,12 @@ class _Check:
         if feature.external_dim is not None or feature.name not in arrays:
             return
         ids, last = arrays[feature.name], feature.table_size - 1
-        outside = (ids > last) if lowest is None else (ids > last) | (ids < lowest)
-        if not outside.any():
+        if not ids.size or (ids.max() <= last and (lowest is None or ids.min() >= lowest)):
             return
         if self._policy.unknown_ids == "clamp":
             arrays[feature.name] = np.clip(ids, lowest, last).astype(np.int32)
         else:
+            outside = (ids > last) if lowest is None else (ids > last) | (ids < lowest)
             self._add("HSTU-E703", f"{feature.name} outside 0..{last} {where(outside, ids)}")
 
     def _fill(self, slot: ContextualFeature, context: dict[str, NDArray[Any]]) -> None:
@@ -263,17 +263,21 @@ class _Check:
 
     def _check_times(self, history: NDArray[Any] | None, candidates: NDArray[Any] | None) -> None:
         """History ascending, no candidate asked for before its last event, and differences that int64 holds."""
-        times = [array for array in (history, candidates) if array is not None and array.size]
-        if times and (why := too_far_apart(min(t.min() for t in times), max(t.max() for t in times))):
+        ends: list[Any] = []
+        if candidates is not None and candidates.size:
+            ends += [candidates.min(), candidates.max()]
+        if history is not None and history.size:
+            falls = history[1:] < history[:-1]
+            if falls.any():
+                self._add_falls(history, np.flatnonzero(falls))
+            if candidates is not None and ends and ends[0] < history[-1]:
+                early = where(candidates < history[-1], candidates)
+                self._add("HSTU-E705", f"query time before the last event ({history[-1]}) {early}")
+            ends += [history[0], history[-1]]
+        if ends and (why := too_far_apart(min(ends), max(ends))):
             self._add("HSTU-E705", why)
-        if history is None or not history.size:
-            return
-        backwards = np.flatnonzero(history[1:] < history[:-1])
-        if backwards.size:
-            first = int(backwards[0])
-            more = f", and at {backwards.size - 1} more" if backwards.size > 1 else ""
-            self._add(
-                "HSTU-E705", f"time goes back at event {first + 1}: {history[first]} then {history[first + 1]}{more}"
-            )
-        if candidates is not None and (early := candidates < history[-1]).any():
-            self._add("HSTU-E705", f"query time before the last event ({history[-1]}) {where(early, candidates)}")
+
+    def _add_falls(self, times: NDArray[Any], events: NDArray[np.intp]) -> None:
+        first = int(events[0])
+        more = f", and at {events.size - 1} more" if events.size > 1 else ""
+        self._add("HSTU-E705", f"time goes back at event {first + 1}: {times[first]} then {times[first + 1]}{more}")

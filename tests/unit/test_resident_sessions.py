@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError, RequestError
 from hstu_compile.runtime._bfloat16 import bits_of_values
+from hstu_compile.runtime._resident_io import check_residents
 from hstu_compile.runtime.resident import DeviceTensor, HostTensor, MemoryPool, ResidentTensor
 from hstu_compile.runtime.session import open_session
 from tests.fake_cuda import FakeCuda
@@ -244,6 +248,27 @@ def test_resident_feeds_that_do_not_match_are_refused_before_anything_runs() -> 
         with pytest.raises(RequestError, match="preds overlaps k_0"):
             session.run_resident({**feeds, "k_0": keys.rows(0, 2)}, {"preds": target})
         assert cuda.enqueued == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4), st.booleans()), max_size=6))
+def test_tensors_overlap_where_a_written_byte_is_anothers_too(spans: list[tuple[int, int, bool]]) -> None:
+    tensors = {f"{i}": DeviceTensor(256 + first, (size,), "int8") for i, (first, size, _) in enumerate(spans)}
+    specs = [TensorSpec(name, "int8", ("n",)) for name in tensors]
+    reads = {f"{i}": tensors[f"{i}"] for i, (_, _, written) in enumerate(spans) if not written}
+    writes = {name: tensor for name, tensor in tensors.items() if name not in reads}
+    places = {name: {*range(each.address, each.address + each.nbytes)} for name, each in tensors.items()}
+    pairs = [(one, two) for one, two in itertools.combinations([*reads, *writes], 2) if places[one] & places[two]]
+    shared = [f"{two} overlaps {one}" for one, two in pairs if one in writes or two in writes]
+
+    def check() -> None:
+        check_residents(reads, writes, inputs=specs, outputs=specs, kind=DeviceTensor)
+
+    if not shared:
+        check()
+        return
+    with pytest.raises(RequestError) as caught:
+        check()
+    assert caught.value.context["problems"] == shared
 
 
 def test_two_inputs_may_be_one_tensor() -> None:
