@@ -191,9 +191,10 @@ class RankingAnswerer(Answerer[RankingRequest]):
 
     def _run(self, requests: Sequence[RankingRequest]) -> list[dict[str, NDArray[Any]]]:
         known = [index for index, each in enumerate(requests) if self._cached and each.user != _NOBODY]
-        others = [index for index in range(len(requests)) if index not in set(known)]
-        # Both are checked before either runs: what is refused leaves no trace in the cache.
-        checked_requests(requests, self._session.spec, self._session.policy)
+        others = sorted({*range(len(requests))} - {*known})
+        if known and others:
+            # Both are checked before either runs: what is refused leaves no trace in the cache.
+            checked_requests(requests, self._session.spec, self._session.policy)
         results: dict[int, RankingResult] = {}
         if others:
             results |= zip(others, self._session.score_packed([requests[index] for index in others]), strict=True)
@@ -236,8 +237,10 @@ class GrowingAnswerer(Answerer[RetrievalRequest]):
 
     def _run(self, requests: Sequence[RetrievalRequest]) -> list[dict[str, NDArray[Any]]]:
         known = [index for index, each in enumerate(requests) if each.user != _NOBODY]
-        others = [index for index in range(len(requests)) if index not in set(known)]
-        checked_histories(requests, self._session.spec, self._truncation)
+        others = sorted({*range(len(requests))} - {*known})
+        if known and others:
+            # As above; alone, the session checks them itself before it runs any.
+            checked_histories(requests, self._session.spec, self._truncation)
         results: dict[int, RetrievalResult] = {}
         for chosen, cache in ((others, False), (known, True)):
             if chosen:
