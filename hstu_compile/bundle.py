@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError, UsageError
-from hstu_compile.files import sha256_of, writing_to
+from hstu_compile.files import file_sha256, writing_to
 from hstu_compile.plugin_library import SELF_REGISTERING
 from hstu_compile.runtime.bucketed_session import BucketedSession
 from hstu_compile.runtime.ladder import Buckets
@@ -235,12 +235,6 @@ def _stamp(file: Path) -> tuple[int, int]:
     """What changes when a file is written again: its size and time."""
     facts = file.stat()
     return facts.st_size, facts.st_mtime_ns
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return sha256_of(file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -518,7 +512,11 @@ class Bundle:
 
 
 def load_bundle(
-    path: str | Path, runtime: str = "onnxruntime", *, cuda_graphs: int = 0, buckets: Buckets | None = None
+    path: str | os.PathLike[str],
+    runtime: str = "onnxruntime",
+    *,
+    cuda_graphs: int = 0,
+    buckets: Buckets | None = None,
 ) -> Bundle:
     """Open a bundle for running.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from hstu_compile.calibration.site_statistics import SiteStatistics
 from hstu_compile.calibration.table import CalibrationData, CalibrationTable, recorded_config
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.errors import CalibrationError, UsageError
-from hstu_compile.files import check_not_input, writing_to
+from hstu_compile.files import check_not_input, file_sha256, writing_to
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.product import product_sites, product_sizes
 from hstu_compile.runtime.request import feeds_from_npz
@@ -193,11 +192,7 @@ def render_calibration(facts: Mapping[str, Any]) -> str:
 
 def _request_file(path: Path) -> RequestFile:
     arrays = feeds_from_npz(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return RequestFile(path.name, digest.hexdigest(), arrays)
+    return RequestFile(path.name, file_sha256(path), arrays)
 
 
 class _Run:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hstu_compile.distributed_checkpoint import ShardFolder
 from hstu_compile.errors import CheckpointError
-from hstu_compile.files import sha256_of
+from hstu_compile.files import file_sha256
 from hstu_compile.saved_tensors import load_saved
 from hstu_compile.shard_index import INDEX, NON_SPARSE, SPARSE, is_checkpoint_folder
 
@@ -97,8 +97,7 @@ class CheckpointSource:
         """Of what was read so far; see `CheckpointSpec.sha256`."""
         lines = []
         if self.file is not None:
-            with self.file.open("rb") as file:
-                digest = sha256_of(file)
+            digest = file_sha256(self.file)
             if self.folder is None or not self.folder.digests:
                 return digest
             lines.append(f"{self.file.name} {digest}")

@@ -154,6 +154,12 @@ def sha256_of(file: BinaryIO, offset: int = 0, length: int | None = None) -> str
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return sha256_of(file)
+
+
 def _umask() -> int:
     """The process's umask, which can only be read by setting it."""
     mask = os.umask(0)

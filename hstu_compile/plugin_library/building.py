@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu_compile.errors import PluginError
+from hstu_compile.files import file_sha256
 from hstu_compile.plugin_library.build_request import KernelSet, PluginBuildRequest, Progress, default_cache_dir
 from hstu_compile.plugin_library.headers import find_cuda_headers
 from hstu_compile.plugin_library.toolchain import Toolchain, find_toolchain, run_tool, source_dir, triton_version
@@ -117,7 +118,7 @@ def _content_hash(recipe: Recipe, cuda_headers: Path, tools: Toolchain) -> str:
         "archs": sorted(kernels.archs),
         "with_ptx": kernels.with_ptx,
         "hopper": [sorted(map(repr, kernels.hopper.variants)), kernels.hopper.nvcc],
-        "cuda": hashlib.sha256((cuda_headers / "cuda.h").read_bytes()).hexdigest(),
+        "cuda": file_sha256(cuda_headers / "cuda.h"),
         "compiler": compiler,
         "triton": triton_version(),
     }
@@ -130,13 +131,9 @@ def _is_complete(target: Path) -> bool:
     try:
         manifest: dict[str, Any] = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
         files: dict[str, str] = manifest["files"]
-        return bool(files) and all(_sha256(target / name) == digest for name, digest in files.items())
+        return bool(files) and all(file_sha256(target / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -188,7 +185,7 @@ def _build_into(
         "variants": [dataclasses.asdict(variant) for variant in kernels.variants],
         "norm_variants": [dataclasses.asdict(variant) for variant in kernels.norm_variants],
         "hopper": kernels.hopper.to_dict(),
-        "files": {name: _sha256(out / name) for name in kept},
+        "files": {name: file_sha256(out / name) for name in kept},
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     if progress is not None:

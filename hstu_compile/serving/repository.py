@@ -31,9 +31,9 @@ import numpy as np
 import onnx
 
 import hstu_compile
-from hstu_compile.bundle import ENGINE_FILE, MANIFEST, ONNX_FILE, BundleFiles, file_sha256, read_bundle
+from hstu_compile.bundle import ENGINE_FILE, MANIFEST, ONNX_FILE, BundleFiles, read_bundle
 from hstu_compile.errors import UsageError
-from hstu_compile.files import write_whole
+from hstu_compile.files import file_sha256, write_whole
 from hstu_compile.plugin_library import SELF_REGISTERING
 from hstu_compile.serving.ensemble_config import CHECK_PY, check_config, ensemble_config, step_names
 from hstu_compile.serving.new_models import DEPLOYMENT, new_models

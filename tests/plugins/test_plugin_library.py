@@ -131,7 +131,7 @@ class FakeBuild:
         (out / SELF_REGISTERING).write_bytes(b"library")
         if self.fail is not None:
             raise self.fail
-        digest = building._sha256(out / SELF_REGISTERING)
+        digest = building.file_sha256(out / SELF_REGISTERING)
         (out / "manifest.json").write_text(f'{{"files": {{"{SELF_REGISTERING}": "{digest}"}}}}')
 
 
