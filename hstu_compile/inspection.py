@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +105,56 @@ def _segment_facts(engine: Path) -> dict[str, Any]:
 
 
 def render_inspection(facts: Mapping[str, Any]) -> str:
-    """The same facts as text."""
-    lines: list[str] = []
+    """The same facts as text: what has the same fields several times is a table."""
+    return "\n".join(_lines(facts, ""))
 
-    def write(name: str, value: Any, depth: int) -> None:
-        indent = "  " * depth
-        if isinstance(value, Mapping):
-            lines.append(f"{indent}{name}:")
-            for key, inner in value.items():
-                write(str(key), inner, depth + 1)
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines.append(f"{indent}{name}:")
-            for inner in value:
-                lines.append(f"{indent}  " + "  ".join(str(part) for part in inner.values()))
-        else:
-            lines.append(f"{indent}{name}: {value}")
 
-    for key, value in facts.items():
-        write(key, value, 0)
-    return "\n".join(lines)
+def _lines(facts: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, value in facts.items():
+        nested = _named(value)
+        if nested is None:
+            yield f"{indent}{name}: {_text(value)}"
+            continue
+        yield f"{indent}{name}:"
+        yield from _table(nested, indent + "  ") if _is_table(nested) else _lines(nested, indent + "  ")
+
+
+def _named(value: Any) -> Mapping[str, Any] | None:
+    """Facts inside a fact, by name; None of a fact that is one value."""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        firsts = [next(iter(each.values()), None) for each in value]
+        # By their first field where it names them, else by number.
+        if all(isinstance(first, str) for first in firsts) and len({*firsts}) == len(firsts) < sum(map(len, value)):
+            return {first: dict(list(each.items())[1:]) for first, each in zip(firsts, value, strict=True)}
+        return {str(number): each for number, each in enumerate(value)}
+    return value if isinstance(value, Mapping) and value else None
+
+
+def _is_table(nested: Mapping[str, Any]) -> bool:
+    """Whether these are the same fields several times, each with one value."""
+    rows = list(nested.values())
+    if len(rows) == 1 or not all(isinstance(row, Mapping) and row for row in rows):
+        return False
+    return all(row.keys() == rows[0].keys() and not any(map(_named, row.values())) for row in rows)
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], indent: str) -> Iterator[str]:
+    """Aligned columns, as many as the shorter side needs."""
+    columns = list(next(iter(rows.values())))
+    cells = [["", *columns], *([name, *(_text(row[column]) for column in columns)] for name, row in rows.items())]
+    if len(columns) > len(rows):
+        cells = [list(line) for line in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield (indent + "  ".join(map(str.ljust, line, widths))).rstrip()
+
+
+def _text(value: Any) -> str:
+    """One value as a person writes it."""
+    if value is None or value in ({}, []):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
