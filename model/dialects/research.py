@@ -207,6 +207,15 @@ class _Research(Dialect):
                 f"max_sequence_len {stated[0]} + max_output_len {stated[1]} is not the N = {seq_len} of the tables",
                 "correct them: N is the divisor of the attention and must be the one of training",
             )
+        # One of them alone is a part of N: histories of at least one event, and what may be no output at all.
+        limits = ("max_sequence_len", seq_len), ("max_output_len", seq_len - 1)
+        for value, (name, most) in zip(stated, limits, strict=True):
+            if value is not None and value > most:
+                raise DialectError(
+                    "shape",
+                    f"{name} is {value}, and the tables' N = max_sequence_len + max_output_len is {seq_len}",
+                    f"correct {name}, or pass the configuration of this checkpoint",
+                )
         try:
             return AttentionConfig(
                 num_heads=num_heads,

@@ -324,6 +324,15 @@ def test_configuration_that_contradicts_the_shapes(tmp_path: Path, field: str, v
     refusal(valid(tmp_path), "HSTU-E106", shown, config={**FORM.user_config(), field: value})
 
 
+@pytest.mark.parametrize(("field", "value", "legal"), [("max_output_len", 23, 22), ("max_sequence_len", 24, 23)])
+def test_one_length_alone_that_is_longer_than_the_tables_is_not_ignored(
+    tmp_path: Path, field: str, value: int, legal: int
+) -> None:
+    config = {"num_heads": 2}
+    refusal(valid(tmp_path), "HSTU-E106", f"{field} is {value}", "is 23", config={**config, field: value})
+    assert spec_from_checkpoint(valid(tmp_path), {**config, field: legal}).config.layer.attention.max_seq_len == 23
+
+
 def test_heads_cannot_be_inferred(tmp_path: Path) -> None:
     refusal(valid(tmp_path), "HSTU-E107", "48 columns", "num_heads", "--config", config={})
     path = valid(tmp_path)
