@@ -98,7 +98,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         UsageError: HSTU-E901, if a limit contradicts the model or another limit, or the backend --attention; see
             `planned_quantization` for those of a quantised build.
         CalibrationError: HSTU-E812 to E814, if the calibration table is not one of this checkpoint.
-        EngineError: HSTU-E401, if the requested backend is absent.
+        EngineError: HSTU-E401, if the requested backend is absent; E405, if a batch could have more rows than offsets
+            can count.
     """
     _check_numbers(config)
     check_attention(config)
@@ -121,9 +122,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         prune, backend = config.prune is not False, choose_backend(requested_backend(config))
         quantization = planned_quantization(config, spec, backend)
         ranking = dataclasses.replace(spec, config=narrowed)
-        return _with_attention(
-            config, BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization)
-        )
+        return _resolved(config, BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization))
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon micro-batch=": config.micro_batch,
@@ -149,11 +148,13 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     prune = _prunes_retrieval(backend) if config.prune is None else config.prune
     retrieval = dataclasses.replace(spec, config=narrowed_retrieval)
     quantization = planned_quantization(config, spec, backend)
-    return _with_attention(config, BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms, quantization))
+    return _resolved(config, BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms, quantization))
 
 
-def _with_attention(config: BuildConfig, plan: BuildPlan) -> BuildPlan:
-    """The plan with what --attention asks for."""
+def _resolved(config: BuildConfig, plan: BuildPlan) -> BuildPlan:
+    """The plan with what --attention asks for, when int32 offsets can count the rows of every graph."""
+    for graph in plan.graphs:
+        plan.sizes(graph)
     if config.attention != "fused":
         return plan
     fused = fused_plan(plan.spec.config, plan.graphs, config.precision, plan.attention_silu)

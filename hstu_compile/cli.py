@@ -254,10 +254,10 @@ def build(
     # A quantised graph is float16 where it is not quantised; another precision that is asked for is refused.
     precision: Any = "fp16" if quantization is not None and not (fp32 or bf16) else _one_precision(fp32, fp16, bf16)
     config = BuildConfig(checkpoint=checkpoint, precision=precision, quantization=quantization, **settings)
-    from hstu_compile import build_plan, pipeline
+    from hstu_compile import pipeline
 
     if dry_run:
-        plan = build_plan.plan_build(config)
+        plan = pipeline.rehearse(config)
         _print_json(plan.to_dict()) if as_json else _print_plan(plan, precision)
         if config.mixed is not None and not as_json:
             click.echo(

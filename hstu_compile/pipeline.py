@@ -197,6 +197,19 @@ def _selection(served: ServedGraph) -> RowSelection | None:
     return RowSelection(served.max_candidates, "candidate_offsets")
 
 
+def rehearse(config: BuildConfig) -> BuildPlan:
+    """What a build would do; writes nothing.
+
+    Raises:
+        HstuCompileError: what the build would raise before anything is traced: of the destination, the options, the
+            checkpoint and the labelled requests.
+    """
+    bundles.check_destination(config.bundle_path.absolute(), config.force)
+    plan = plan_build(config)
+    _labelled_requests(config, plan)
+    return plan
+
+
 def compile_checkpoint(
     config: BuildConfig, options: EngineOptions | None = None, listener: Listener | None = None
 ) -> BuildResult:

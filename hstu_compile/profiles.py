@@ -119,7 +119,7 @@ class ProfileSizes:
                 "HSTU-E405",
                 "the profile sizes are not usable",
                 "; ".join(problems),
-                "set --min-batch <= --opt-batch <= --max-batch and --opt-seq-len <= --max-seq-len; lower --max-batch "
+                "set --opt-batch <= --max-batch and --opt-seq-len <= --max-seq-len; lower --max-batch "
                 "or --max-seq-len where there are too many rows",
                 dataclasses.asdict(self),
             )

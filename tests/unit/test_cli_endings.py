@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import onnx
 import pytest
 import torch
 
 import hstu_compile
-from hstu_compile import cli
+from hstu_compile import cli, pipeline
 from hstu_compile.__main__ import main
 from hstu_compile.errors import ERROR_CODES, EngineError
 from hstu_compile.op_schema import is_attention, node_attributes
@@ -207,7 +208,7 @@ def test_inspect_checkpoint_as_json_and_as_text(checkpoint: Path, capsys: pytest
         tensor.numel() for key, tensor in research_state_dict(FORM).items() if key != "_attn_mask"
     )
     assert main(arguments) == 0
-    assert "scaling_seq_len: 23.0" in capsys.readouterr().out
+    assert "scaling_seq_len: 23\n" in capsys.readouterr().out
 
 
 def test_dry_run_says_what_would_be_built_and_writes_nothing(
@@ -223,6 +224,38 @@ def test_dry_run_says_what_would_be_built_and_writes_nothing(
     assert (facts["attention_nodes"], facts["attention_silu"]) == (1, "fast")
     assert main([*arguments, "--attention-silu", "accurate"]) == 0
     assert "SiLU accurate" in capsys.readouterr().out
+    assert under(checkpoint.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "seen"),
+    [
+        (["-o", "/"], 8, "HSTU-E801"),
+        (["-o", "own.pt"], 8, "HSTU-E801"),
+        (["--data", "absent.npz"], 7, "HSTU-E706"),
+        (["--data", "no_targets.npz"], 7, "HSTU-E831"),
+        (["--max-batch", "99999999999"], 5, "which int32 offsets cannot count"),
+    ],
+)
+def test_dry_run_refuses_what_the_build_would_refuse_before_it_traces(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    exit_code: int,
+    seen: str,
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    Path("own.pt").write_text("mine")
+    np.savez("no_targets.npz", item_ids=np.ones(1, np.int32))
+    before = under(checkpoint.parent)
+    arguments = ["build", "ckpt.pt", "--config", "config.json", "--backend", "onnx", *options]
+    assert main([*arguments, "--dry-run"]) == exit_code
+    said = capsys.readouterr().err
+    assert seen in said
+    monkeypatch.setattr(pipeline, "exported_from_served", lambda *_, **__: pytest.fail("the build traces"))
+    assert main(arguments) == exit_code
+    assert said in capsys.readouterr().err
     assert under(checkpoint.parent) == before
 
 
