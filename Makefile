@@ -32,13 +32,28 @@ SAMPLES := $(sort $(dir $(wildcard samples/*/*.py)))
 # Where mypy finds what the programs import: the package, and the samples, which share the data set's module.
 SAMPLES_PATH := $(TREE):$(subst $() ,:,$(strip $(SAMPLES)))
 
+# An environment holds the package of one checkout, by its path. That of another one would be turned over to this one, or
+# the recipes would test that one's code.
+define WHOSE
+import importlib.metadata, json, os, sys, urllib.request
+try:
+    found = importlib.metadata.distribution("hstu-compile").read_text("direct_url.json")
+except importlib.metadata.PackageNotFoundError:
+    found = None
+path = urllib.request.url2pathname(json.loads(found)["url"].removeprefix("file://")) if found else "."
+if os.path.isdir(path) and not os.path.samefile(path, "."):
+    sys.exit(f"error: {sys.argv[1]} is the environment of {path}\n  Fix: leave VENV out, or give it a folder of its own")
+endef
+export WHOSE
+
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: env
 env: ## create .venv with all that the CPU path needs; nothing to do when current
-	@wanted="$$(sha256sum pyproject.toml | cut -d ' ' -f 1) $(TORCH) $(EXTRAS) $(HEADERS) $(TRITON_SERVER)"
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -I -c "$$WHOSE" $(VENV); fi
+	wanted="$$(sha256sum pyproject.toml | cut -d ' ' -f 1) $(TORCH) $(EXTRAS) $(HEADERS) $(TRITON_SERVER)"
 	if [ -x $(BIN)/hstu-compile ] && [ "$$(cat $(ENV_STAMP) 2>/dev/null || true)" = "$$wanted" ]; then exit 0; fi
 	if [ ! -x $(BIN)/python ]; then
 		python=""
