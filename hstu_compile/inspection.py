@@ -125,7 +125,7 @@ def _named(value: Any) -> Mapping[str, Any] | None:
         firsts = [next(iter(each.values()), None) for each in value]
         # By their first field where it names them, else by number.
         if all(isinstance(first, str) for first in firsts) and len({*firsts}) == len(firsts) < sum(map(len, value)):
-            return {first: dict(list(each.items())[1:]) for first, each in zip(firsts, value, strict=True)}
+            return {str(first): dict(list(each.items())[1:]) for first, each in zip(firsts, value, strict=True)}
         return {str(number): each for number, each in enumerate(value)}
     return value if isinstance(value, Mapping) and value else None
 
