@@ -23,6 +23,7 @@ HardwareCompatibility = Literal["none", "ampere+", "sameComputeCapability"]
 
 MEMORY_POOLS = ("workspace", "tacticSharedMem", "tacticDram")
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_INT32_MAX = 2**31 - 1
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -119,6 +120,8 @@ def parse_shapes(text: str, option: str = "shapes") -> Shapes:
             raise _spec_error(option, text, f"{part!r} is not name:dimensions", fix)
         if dims and not re.fullmatch(r"\d+(x\d+)*", dims):
             raise _spec_error(option, text, f"{dims!r} of {name} is not a list of sizes joined by x", fix)
+        if any(len(size) > 10 or int(size) > _INT32_MAX for size in filter(None, dims.split("x"))):
+            raise _spec_error(option, text[:80], f"a size of {name} is larger than {_INT32_MAX}", fix)
         if name in shapes:
             raise _spec_error(option, text, f"{name} is given twice", fix)
         shapes[name] = tuple(int(size) for size in dims.split("x")) if dims else ()
@@ -144,7 +147,10 @@ def parse_memory_pools(text: str) -> tuple[tuple[str, int], ...]:
             raise _spec_error("memPoolSize", text, f"there is no pool {match[1]!r}", fix)
         if match[1] in pools:
             raise _spec_error("memPoolSize", text, f"{match[1]} is given twice", fix)
-        pools[match[1]] = int(float(match[2]) * _UNITS[match[3] or "M"])
+        size = float(match[2]) * _UNITS[match[3] or "M"]
+        if not size < 1 << 63:
+            raise _spec_error("memPoolSize", text[:80], f"the size of {match[1]} is more than an address can tell", fix)
+        pools[match[1]] = int(size)
     return tuple(pools.items())
 
 
@@ -173,7 +179,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "How long to search for kernels, 0 to 5.",
         type=click.IntRange(0, 5),
     ),
-    _option("maxAuxStreams", "max_aux_streams", "Most auxiliary streams.", type=click.IntRange(min=0)),
+    _option("maxAuxStreams", "max_aux_streams", "Most auxiliary streams.", type=click.IntRange(0, _INT32_MAX)),
     _option("memPoolSize", "memory_pools", "Memory pools, workspace:4096M.", metavar="SPEC"),
     _option(
         "profilingVerbosity",

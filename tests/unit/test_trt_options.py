@@ -110,6 +110,8 @@ def test_both_spellings_are_taken(style: str, tmp_path: Path) -> None:
         ("x:1*2", r"'1\*2' of x"),
         ("x:-1", "'-1' of x"),
         ("x:1,x:2", "x is given twice"),
+        ("x:2147483648", "a size of x is larger than 2147483647"),
+        ("x:1x" + 5000 * "9", "a size of x is larger than 2147483647"),
     ],
 )
 def test_a_shape_that_cannot_be_read_is_quoted(text: str, why: str) -> None:
@@ -117,6 +119,7 @@ def test_a_shape_that_cannot_be_read_is_quoted(text: str, why: str) -> None:
         parse_shapes(text, "minShapes")
     assert caught.value.code == "HSTU-E405"
     assert "--minShapes=name:1x2" in caught.value.fix
+    assert len(str(caught.value)) < 400
 
 
 def test_names_may_hold_colons() -> None:
@@ -128,10 +131,25 @@ def test_memory_units(text: str, size: int) -> None:
     assert parse_memory_pools(text) == (("workspace", size),)
 
 
-@pytest.mark.parametrize("text", ["workspace", "heap:3", "workspace:3T", "workspace:1,workspace:2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "workspace",
+        "heap:3",
+        "workspace:3T",
+        "workspace:1,workspace:2",
+        "workspace:9999999999G",
+        "workspace:" + 400 * "9",
+    ],
+)
 def test_a_memory_pool_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(EngineError, match="--memPoolSize"):
         parse_memory_pools(text)
+
+
+def test_more_streams_than_the_builder_can_count_are_refused() -> None:
+    with pytest.raises(AssertionError, match="is not in the range 0<=x<=2147483647"):
+        options_of("--maxAuxStreams=2147483648")
 
 
 @pytest.mark.parametrize("text", ["8.9", "89", "sm89", "SM_89", "8.9,8.9"])
