@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import BundleError, UsageError
 from hstu_compile.files import file_sha256, writing_to
+from hstu_compile.manifest_form import manifest_problems
 from hstu_compile.plugin_library import SELF_REGISTERING
+from hstu_compile.runtime._manifest_entry import with_names
 from hstu_compile.runtime.bucketed_session import BucketedSession
 from hstu_compile.runtime.ladder import Buckets
 from hstu_compile.runtime.open_fused import FUSED_BACKEND, open_fused_session
@@ -42,10 +44,7 @@ ONNX_FILE = "model.onnx"
 ENGINE_FILE = "model.engine"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
-
-# Without these nothing can be asked of a bundle.
-_REQUIRED = ("inputs", "outputs", "limits", "precision", "status", "graphs")
-
+_MOST_LISTED = 10
 
 # Graphs that answer a request by themselves: theirs are the plain file names.
 _MAIN_GRAPHS = ("retrieval", "packed")
@@ -256,8 +255,17 @@ class BundleFiles:
 
     @property
     def limits(self) -> RequestLimits:
-        """What a request may hold."""
-        return RequestLimits(**self.manifest["limits"])
+        """What a request may hold.
+
+        Raises:
+            BundleError: HSTU-E803, if the manifest's entry is that of another family.
+        """
+        try:
+            return RequestLimits(**with_names(self.manifest["limits"], RequestLimits))
+        except ValueError as error:
+            raise BundleError(
+                "HSTU-E803", "the manifest's limits cannot be used", str(error), "build the bundle again"
+            ) from error
 
     @property
     def plugin_library(self) -> Path | None:
@@ -293,8 +301,20 @@ class BundleFiles:
         return None if entry is None else self.path / entry["file"]
 
     def graph_ends(self, graph: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Inputs and outputs of a graph in order, dynamic axes by name."""
-        entry = next(each for each in self.manifest["graphs"] if each["name"] == graph)
+        """Inputs and outputs of a graph in order, dynamic axes by name.
+
+        Raises:
+            BundleError: HSTU-E803, if the manifest has no such graph.
+        """
+        entries = {entry["name"]: entry for entry in self.manifest["graphs"]}
+        if graph not in entries:
+            raise BundleError(
+                "HSTU-E803",
+                f"the manifest has no graph {graph}",
+                f"its graphs are {', '.join(entries)}",
+                "build the bundle again",
+            )
+        entry = entries[graph]
         inputs, outputs = (
             tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in entry[side])
             for side in ("inputs", "outputs")
@@ -338,7 +358,6 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["format_version"], dict(manifest["files"])
         hashes = {name: str(facts["sha256"]) for name, facts in files.items()}
-        lacking = [key for key in _REQUIRED if key not in manifest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
             "HSTU-E803",
@@ -353,9 +372,13 @@ def read_bundle(path: Path, check_files: bool = True) -> BundleFiles:
             f"this hstu-compile reads format {FORMAT_VERSION}",
             "build the bundle again with this version",
         )
-    if lacking:
+    if wrong := manifest_problems(manifest):
+        more = f"; and {len(wrong) - _MOST_LISTED} more" if len(wrong) > _MOST_LISTED else ""
         raise BundleError(
-            "HSTU-E803", f"{path / MANIFEST} is incomplete", f"it lacks {', '.join(lacking)}", "build the bundle again"
+            "HSTU-E803",
+            f"{path / MANIFEST} is not what a build writes",
+            "; ".join(wrong[:_MOST_LISTED]) + more,
+            "build the bundle again",
         )
     if check_files:
         problems = []

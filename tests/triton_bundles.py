@@ -66,7 +66,7 @@ def write_bundle(
         "inputs": [{"name": name, "dtype": dtype, "shape": shape} for name, dtype, shape in inputs],
         "outputs": [{"name": name, "dtype": dtype, "shape": shape} for name, dtype, shape in outputs],
         "limits": {"num_items": 40, "num_ratings": 0, "max_batch": 6, "max_seq_len": 20, **(limits or {})},
-        "graphs": {},
+        "graphs": [],
         "ranking": None,
         "retrieval": None,
         "versions": {},

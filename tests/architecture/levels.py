@@ -28,6 +28,7 @@ LEVELS: dict[str, int] = {
     "plugins": 1,
     # What the stages exchange, and what several of them need.
     "artifacts": 2,
+    "manifest_form": 2,
     "metrics": 2,
     "native_checkpoint": 2,
     "npz": 2,

@@ -31,7 +31,7 @@ from hstu_compile.npz import save_npz
 
 MANIFEST_FACTS: dict[str, Any] = {
     "status": "PASS",
-    "precision": "fp32",
+    "precision": {"requested": "fp32"},
     "inputs": [],
     "outputs": [],
     "limits": {},
@@ -274,7 +274,7 @@ from hstu_compile.bundle import BundleWriter
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, signal.default_int_handler)
 path = Path(sys.argv[1])
-facts = {"status": "PASS", "precision": "fp32", "inputs": [], "outputs": [], "limits": {}, "graphs": []}
+facts = {"status": "PASS", "precision": {"requested": "fp32"}, "inputs": [], "outputs": [], "limits": {}, "graphs": []}
 print("ready", flush=True)
 while True:
     with BundleWriter(path, True) as writer:
@@ -396,7 +396,46 @@ def test_manifest_without_what_every_bundle_has(tmp_path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     del manifest["inputs"], manifest["limits"], manifest["graphs"]
     (path / MANIFEST).write_text(json.dumps(manifest))
-    damaged(path, "it lacks inputs, limits, graphs")
+    damaged(path, "inputs is missing; limits is missing; graphs is missing")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (("inputs",), {"a": 1}, "inputs is {'a': 1}, not a list"),
+        (("inputs", 0, "shape"), ["L", 1.5], "inputs[0].shape[1] is 1.5, not an integer or text"),
+        (("limits", "max_batch"), True, "limits.max_batch is True, not an integer"),
+        (("precision",), "fp32", "precision is 'fp32', not an object"),
+        (("precision", "requested"), "fp8", "precision.requested is 'fp8', not one of fp32, fp16, bf16"),
+        (("graphs",), [3], "graphs[0] is 3, not an object"),
+        (("graphs",), [{"name": "retrieval", "onnx": "../x"}], "graphs[0].onnx is '../x', not a plain file name"),
+        (("backend",), {}, "backend.name is missing"),
+        (("ranking",), [1], "ranking is [1], not an object"),
+        (("kernels",), {"file": None}, "kernels.file is None, not a plain file name"),
+        (("verification",), {"session": {"eager_error": {"logits": "1"}}}, "eager_error.logits is '1', not a number"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused_by_the_name_of_what_is_wrong(
+    tmp_path: Path, where: tuple[str | int, ...], value: object, said: str
+) -> None:
+    """It ended in a traceback, wherever the value was used first."""
+    path = write(tmp_path / "b")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["inputs"] = [{"name": "item_ids", "dtype": "int32", "shape": ["L"]}]
+    entry = manifest
+    for key in where[:-1]:
+        entry = entry[key]
+    entry[where[-1]] = value
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    damaged(path, said)
+
+
+def test_a_manifest_that_is_wrong_everywhere_is_told_shortly(tmp_path: Path) -> None:
+    path = write(tmp_path / "b")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["inputs"] = list(range(30))
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    damaged(path, "inputs[9] is 9, not an object; and 20 more")
 
 
 def test_folders_and_files_that_are_no_bundle(tmp_path: Path) -> None:

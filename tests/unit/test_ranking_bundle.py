@@ -31,7 +31,7 @@ def written(path: Path, names: list[str], **facts: Any) -> Path:
         "inputs": [],
         "outputs": [],
         "limits": {},
-        "graphs": {},
+        "graphs": [],
         "ranking": SPEC.to_dict(),
     }
     with BundleWriter(path, force=False) as writer:
@@ -210,7 +210,13 @@ def test_graphs_in_segments_open_with_their_schedules_and_the_kernels(
 ) -> None:
     engines = {stem: [f"{stem}.segment-{number}.engine" for number in range(2)] for stem in FILES.values()}
     entries = [
-        {"name": name, "fused": {"schedule": f"{stem}.schedule.json", "engines": engines[stem]}}
+        {
+            "name": name,
+            "onnx": f"{stem}.onnx",
+            "inputs": [],
+            "outputs": [],
+            "fused": {"schedule": f"{stem}.schedule.json", "engines": engines[stem]},
+        }
         for name, stem in FILES.items()
     ]
     names = [*THREE, "libkernels.so", *(f"{stem}.schedule.json" for stem in engines)]

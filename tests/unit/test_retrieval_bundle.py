@@ -94,7 +94,15 @@ def test_options_reach_the_session(tmp_path: Path, opener: Opener) -> None:
 
 def test_inspection_shows_what_the_session_is_told(tmp_path: Path) -> None:
     facts = inspect_path(
-        written(tmp_path / "b.hstu", MODELS, profiles=[], backend={}, checkpoint={}, operator={}, verification=None)
+        written(
+            tmp_path / "b.hstu",
+            MODELS,
+            profiles=[],
+            backend={"name": "onnx"},
+            checkpoint={},
+            operator={},
+            verification=None,
+        )
     )
     assert facts["retrieval"] == SPEC.to_dict()
     assert RetrievalSpec.from_manifest(json.loads(json.dumps(facts["retrieval"]))) == SPEC
