@@ -5,12 +5,13 @@ The command needs neither torch nor hstu-compile: whoever doubts a bundle can ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,49 @@ _TAIL = 1500
 _ENTRY = "import sys; sys.modules['torch'] = None; from polygraphy.tools import main; sys.exit(main())"
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Polygraphy without its messages, and without torch where nobody has imported it.
+
+    It takes seconds, and an interrupt that comes meanwhile ends the process with a segmentation fault.
+    """
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        if "torch" in sys.modules:
+            yield
+            return
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del sys.modules["torch"]
+
+
 def save_feeds(path: Path, feeds: Sequence[Outputs]) -> None:
     """Write a list of feeds for `--load-inputs`."""
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+    with _quiet():
         save_json([OrderedDict(feed) for feed in feeds], str(path))
 
 
 def load_feeds(path: Path) -> list[dict[str, NDArray[Any]]]:
     """Read what `save_feeds` wrote."""
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+    with _quiet():
         return [dict(feed) for feed in load_json(str(path))]
 
 
 def save_outputs(path: Path, runner: str, outputs: Sequence[Outputs]) -> None:
     """Write outputs, one entry per feed, for `--load-outputs`."""
-    results = RunResults()
-    results.append((runner, [IterationResult(OrderedDict(each), runner_name=runner) for each in outputs]))
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+    with _quiet():
+        results = RunResults()
+        results.append((runner, [IterationResult(OrderedDict(each), runner_name=runner) for each in outputs]))
         results.save(str(path))
 
 
 def load_outputs(path: Path) -> list[dict[str, NDArray[Any]]]:
     """Read what `save_outputs` wrote."""
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+    with _quiet():
         results = RunResults.load(str(path))
-    _, iterations = next(iter(results))
-    return [{name: np.asarray(iteration[name]) for name in iteration} for iteration in iterations]
+        _, iterations = next(iter(results))
+        return [{name: np.asarray(iteration[name]) for name in iteration} for iteration in iterations]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ import pytest
 
 from hstu_compile import polygraphy_files
 from hstu_compile.polygraphy_files import run_polygraphy
+
+
+def test_files_are_written_and_read_without_torch(tmp_path: Path) -> None:
+    # An interrupt while torch is imported ended `hstu-compile verify` with a segmentation fault.
+    program = (
+        "import sys, numpy as np, pathlib; from hstu_compile.polygraphy_files import *;"
+        "folder = pathlib.Path(sys.argv[1]); feed = {'x': np.arange(3.0)};"
+        "save_feeds(folder / 'f.json', [feed]); save_outputs(folder / 'o.json', 'r', [feed]);"
+        "assert all((each['x'] == feed['x']).all() for name, read in (('f', load_feeds), ('o', load_outputs))"
+        " for each in read(folder / f'{name}.json'));"
+        "assert 'torch' not in sys.modules; import torch; torch.ones(1)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize(
