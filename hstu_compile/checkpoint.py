@@ -21,7 +21,7 @@ from hstu_compile.artifacts import CheckpointSpec
 from hstu_compile.checkpoint_source import CheckpointSource, open_checkpoint
 from hstu_compile.errors import CheckpointError, HstuCompileError, UnsupportedModelError
 from hstu_compile.model.dialects import DIALECTS, NATIVE, NATIVE_FORMAT, Dialect, DialectError
-from hstu_compile.model.families import HstuModel, ModelConfig, model_from_config
+from hstu_compile.model.families import HstuModel, ModelConfig, model_from_config, model_from_state
 
 _MAX_LISTED = 40
 # Whatever the version behind it.
@@ -165,10 +165,9 @@ def _renamed(path: Path, dialect: Dialect, config: ModelConfig, source: Checkpoi
         )
     tensors = source.read(sorted(wanted))
     _check_storage(path, sorted(tensors.items()))
-    state = {
-        name: each.convert(tensors[each.key].detach()).to(torch.float32, copy=True) for name, each in sources.items()
-    }
-    bad = [f"{sources[name].key} ({_bad_values(t)})" for name, t in state.items() if not bool(torch.isfinite(t).all())]
+    # What is float32 already is no copy: a table of gigabytes would be in memory twice.
+    state = {name: each.convert(tensors[each.key].detach()).to(torch.float32) for name, each in sources.items()}
+    bad = [f"{sources[name].key} ({_bad_values(t)})" for name, t in state.items() if not _is_finite(t)]
     if bad:
         raise CheckpointError(
             "HSTU-E108",
@@ -282,17 +281,21 @@ def spec_from_checkpoint(
     )
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, without a mask as large as the tensor."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def model_from_spec(spec: CheckpointSpec, dtype: torch.dtype = torch.float32) -> HstuModel:
     """The eager model in evaluation mode, cast to `dtype`.
+
+    A weight that keeps its type is shared with `spec`: neither is to be changed in place.
 
     Raises:
         CheckpointError: if a weight is finite in the checkpoint and infinite in `dtype` (HSTU-E111).
     """
-    model = model_from_config(spec.config)
-    model.load_state_dict(spec.state_dict)
-    model.eval().requires_grad_(False)
-    model.cast(dtype)
-    overflown = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    model = model_from_state(spec.config, spec.state_dict, dtype)
+    overflown = [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]
     if overflown:
         raise CheckpointError(
             "HSTU-E111",
