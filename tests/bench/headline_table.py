@@ -86,7 +86,7 @@ def model_lines(cases: Cases) -> Iterator[str]:
 def falcon_lines(rows: Sequence[Row]) -> Iterator[str]:
     """What M-FALCON and its cache save, on TensorRT 8.5 with the plugin."""
     found = m_falcon_table.finder(rows)
-    yield "| one user, 4096 events, fp16 | a forward for each candidate | one forward | against cached events |"
+    yield "| one user, 4096 events, fp16 | one forward each (from 8) | one forward | against cached events |"
     yield "|---|---|---|---|"
     for m in FALCON_CANDIDATES:
         times = [
