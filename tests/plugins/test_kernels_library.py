@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from hstu_compile.errors import PluginError
+from hstu_compile.files import file_sha256
 from hstu_compile.plugin_library import (
     KERNELS_LIBRARY,
     KernelsLibrary,
@@ -190,7 +191,7 @@ class FakeBuild:
         out.mkdir()
         for name in recipe.files:
             (out / name).write_bytes(b"library")
-        files = {name: building._sha256(out / name) for name in recipe.files}
+        files = {name: file_sha256(out / name) for name in recipe.files}
         (out / "manifest.json").write_text(json.dumps({"files": files}))
 
 

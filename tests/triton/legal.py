@@ -28,6 +28,11 @@ def completed(files: BundleFiles, sample: Sample) -> Sample:
     }
 
 
+def _apart(times: list[int]) -> int:
+    """Seconds from the first to the last, which int64 has to hold: a model subtracts one from the other."""
+    return max(times, default=0) - min(times, default=0)
+
+
 def _inside(array: Any, last: int) -> bool:
     return all(0 <= value <= last for value in array.tolist())
 
@@ -46,6 +51,7 @@ def _retrieval(files: BundleFiles, sample: Mapping[str, Any]) -> bool:
         and _inside(ratings, files.limits.num_ratings - 1)
         and in_order
         and (not len(times) or asked[0] >= times[-1])
+        and _apart([*times.tolist(), *asked.tolist()]) < 2**63
     )
 
 
@@ -71,4 +77,5 @@ def _ranking(spec: RankingSpec, sample: Mapping[str, Any]) -> bool:
     ):
         return False
     happened, asked = (sample[name].tolist() for name in times)
-    return happened == sorted(happened) and (not happened or all(time >= happened[-1] for time in asked))
+    in_order = happened == sorted(happened) and (not happened or all(time >= happened[-1] for time in asked))
+    return in_order and _apart([*happened, *asked]) < 2**63

@@ -86,6 +86,13 @@ def test_threshold_is_the_smallest_distance_of_its_bucket(largest: int, function
     assert torch.equal(original_buckets(thresholds[reached][1:] - 1, largest, function), numbers[1:] - 1)
 
 
+def rounds_square_roots_correctly() -> bool:
+    """Not so on an AMD CPU without AVX-512: there one of five float32 roots of torch is off in the last place."""
+    numbers = torch.arange(1, 100_001, dtype=torch.float32)
+    return bool((numbers.sqrt().double() == numbers.double().sqrt().float().double()).all())
+
+
+@pytest.mark.skipif(not rounds_square_roots_correctly(), reason="this CPU's torch.sqrt is not rounded correctly")
 def test_float32_boundaries_are_not_those_of_exact_arithmetic() -> None:
     """The reason for a search: the square of a bucket is not always where float32 begins it."""
     thresholds = distance_thresholds(2048, "sqrt").tolist()
