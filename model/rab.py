@@ -13,8 +13,9 @@ def time_bucket_thresholds(num_buckets: int, divisor: float) -> Tensor:
     """Smallest |dt| in seconds of each bucket 1..num_buckets of trunc(ln(max(|dt|, 1)) / divisor).
 
     The original evaluates the logarithm in float32, whose rounding differs between devices near a boundary. Here the
-    boundary is found once, by bisection over the float32 formula on CPU, and from then on a bucket is a comparison of
-    integers: the same everywhere. Source: RelativeBucketedTimeAndPositionBasedBias of Meta's research HSTU.
+    boundary is found once, by bisection over the float32 formula with a logarithm of float64 rounded to float32, the
+    same on every CPU, and from then on a bucket is a comparison of integers: the same everywhere.
+    Source: RelativeBucketedTimeAndPositionBasedBias of Meta's research HSTU.
 
     Args:
         num_buckets: last bucket index, >= 1.
@@ -31,7 +32,8 @@ def time_bucket_thresholds(num_buckets: int, divisor: float) -> Tensor:
     high = torch.full_like(target, torch.iinfo(torch.int64).max)
     for _ in range(64):
         middle = low + (high - low) // 2
-        bucket = (torch.log(middle.clamp(min=1)) / divisor).to(torch.int64)
+        gap = middle.clamp(min=1).to(torch.float32).to(torch.float64)
+        bucket = (torch.log(gap).to(torch.float32) / divisor).to(torch.int64)
         reached = bucket >= target
         high = torch.where(reached, middle, high)
         low = torch.where(reached, low, middle)

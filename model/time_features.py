@@ -21,10 +21,14 @@ _PI = 3.14
 
 
 def _buckets_by_formula(seconds: Tensor, function: TimeBucketFn) -> Tensor:
-    """[...] int64 >= 0 seconds -> int64 buckets, in float32 as training computed them."""
-    minutes = seconds.to(torch.float32).clamp(min=1e-6) / SECONDS_PER_MINUTE
+    """[...] int64 >= 0 seconds -> int64 buckets, in float32 as training computed them, each step rounded correctly.
+
+    Through float64, because torch's float32 functions are off by a unit on some CPUs. A second rounding changes no
+    square root (an error of a float64 unit included), and of logarithms none that decides a bucket.
+    """
+    minutes = (seconds.to(torch.float32).clamp(min=1e-6) / SECONDS_PER_MINUTE).to(torch.float64)
     value = minutes.sqrt() if function == "sqrt" else minutes.log()
-    return value.clamp(min=0).to(torch.int64)
+    return value.to(torch.float32).clamp(min=0).to(torch.int64)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,14 @@ UNREACHED = 1 << 62
 
 
 def original_buckets(seconds: torch.Tensor, largest: int, function: str) -> torch.Tensor:
-    """The original's arithmetic: an integer difference, then float32 to the end."""
-    minutes = seconds.clamp(min=1e-6) / 60.0
-    assert minutes.dtype == torch.float32
-    value = torch.log(minutes) if function == "log" else torch.sqrt(minutes)
-    return value.clamp(min=0).int().clamp(min=0, max=largest).to(torch.int64)
+    """The original's arithmetic: an integer difference, then float32 to the end, rounded correctly.
+
+    NumPy's square root is the processor's, which IEEE 754 lets round in one way only; its float32 logarithm is not.
+    """
+    minutes = np.maximum(seconds.numpy().astype(np.float32), np.float32(1e-6)) / np.float32(60)
+    value = np.log(minutes.astype(np.float64)).astype(np.float32) if function == "log" else np.sqrt(minutes)
+    assert (minutes.dtype, value.dtype) == (np.float32, np.float32)
+    return torch.from_numpy(np.maximum(value, np.float32(0)).astype(np.int64).clip(0, largest))
 
 
 def around(values: np.ndarray[Any, Any], width: int = 3) -> torch.Tensor:
@@ -86,13 +90,22 @@ def test_threshold_is_the_smallest_distance_of_its_bucket(largest: int, function
     assert torch.equal(original_buckets(thresholds[reached][1:] - 1, largest, function), numbers[1:] - 1)
 
 
-def rounds_square_roots_correctly() -> bool:
-    """Not so on an AMD CPU without AVX-512: there one of five float32 roots of torch is off in the last place."""
-    numbers = torch.arange(1, 100_001, dtype=torch.float32)
-    return bool((numbers.sqrt().double() == numbers.double().sqrt().float().double()).all())
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_cpu_with_inexact_float32_functions_builds_the_same_boundaries(function: Any) -> None:
+    """Against fifty decimal digits: torch's float32 functions move boundaries on an AMD CPU without AVX-512."""
+    thresholds = distance_thresholds(2048, function).tolist()
+    with decimal.localcontext(decimal.Context(prec=50)):
+        for bucket, threshold in enumerate(thresholds):
+            if bucket == 0 or threshold == UNREACHED:
+                continue
+            # What is at least halfway between the bucket and the float32 before it is rounded to the bucket.
+            halfway = (bucket + float(np.nextafter(np.float32(bucket), np.float32(0)))) / 2
+            minutes = np.array([threshold - 1, threshold]).astype(np.float32) / np.float32(60)
+            exact = [decimal.Decimal(float(each)) for each in minutes]
+            exact = [each.sqrt() if function == "sqrt" else each.ln() for each in exact]
+            assert exact[0] < halfway <= exact[1], bucket
 
 
-@pytest.mark.skipif(not rounds_square_roots_correctly(), reason="this CPU's torch.sqrt is not rounded correctly")
 def test_float32_boundaries_are_not_those_of_exact_arithmetic() -> None:
     """The reason for a search: the square of a bucket is not always where float32 begins it."""
     thresholds = distance_thresholds(2048, "sqrt").tolist()
