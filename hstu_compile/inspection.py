@@ -46,17 +46,17 @@ def inspect_path(
             "outputs",
             "operator",
             "graphs",
+            "verification",
             "ranking",
+            "retrieval",
+            "quantization",
         )
         return {
             "kind": "bundle",
             "path": str(path),
             "format_version": manifest["format_version"],
-            **{key: manifest[key] for key in keys},
-            "retrieval": manifest.get("retrieval"),
-            "quantization": manifest.get("quantization"),
+            **{key: manifest.get(key) for key in keys},
             "fused": _fused_facts(files),
-            "verification": manifest["verification"],
             "files": manifest["files"],
         }
     from hstu_compile.checkpoint import config_from_file, spec_from_checkpoint

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 #: Yields what is wrong with a value, for the place where it stands, such as `graphs[0].name`.
 Form = Callable[[Any, str], Iterator[str]]
@@ -112,16 +112,27 @@ _VERIFIED = object_with(
     {"primary": _TEXT, "feeds": list_of(_TEXT), "eager_error": _ERRORS, "polygraphy_arguments": list_of(_TEXT)},
     {"eager_whole_error": or_null(_ERRORS)},
 )
+_SHAPES = each_of(list_of(of(int)))
+_PROFILES = list_of(object_with({"name": _TEXT, "min": _SHAPES, "opt": _SHAPES, "max": _SHAPES}))
 _GRAPH = object_with(
     {"name": _TEXT, "onnx": plain_file, "inputs": _TENSORS, "outputs": _TENSORS},
     {
         "tables": list_of(plain_file),
         "engine": or_null(plain_file),
         "fused": or_null(object_with({"schedule": plain_file, "engines": list_of(plain_file)})),
-        "profiles": list_of(of(dict)),
+        "profiles": _PROFILES,
         "verification": or_null(_VERIFIED),
     },
 )
+
+
+def _graph(value: Any, where: str) -> Iterator[str]:
+    """A graph's entry; one in segments has one profile, which says how large the values between them get."""
+    yield from _GRAPH(value, where)
+    if isinstance(value, dict) and value.get("fused") and len(value.get("profiles") or ()) != 1:
+        yield f"{where}.profiles is {_shown(value.get('profiles'))}, not a list of one, and the graph is in segments"
+
+
 _MANIFEST = object_with(
     {
         "inputs": _TENSORS,
@@ -129,13 +140,15 @@ _MANIFEST = object_with(
         "limits": each_of(or_null(of(int))),
         "precision": object_with({"requested": one_of("fp32", "fp16", "bf16")}),
         "status": _TEXT,
-        "graphs": list_of(_GRAPH),
+        "graphs": list_of(_graph),
     },
     {
+        "checkpoint": of(dict),
+        "operator": of(dict),
         "backend": object_with({"name": _TEXT}),
         "verification": or_null(object_with({}, {"session": or_null(object_with({"eager_error": _ERRORS}))})),
         "quantization": or_null(object_with({"kind": one_of("int8", "fp8")})),
-        "profiles": list_of(of(dict)),
+        "profiles": _PROFILES,
         "ranking": or_null(of(dict)),
         "retrieval": or_null(of(dict)),
         "kernels": or_null(object_with({"file": plain_file})),
@@ -146,10 +159,23 @@ _MANIFEST = object_with(
 )
 
 
+def _missing_together(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What other entries of a manifest, each of which is right by itself, ask for."""
+    graphs = manifest["graphs"]
+    if any(graph.get("fused") for graph in graphs) and not manifest.get("kernels"):
+        yield "kernels is missing, and a graph is in segments"
+    if any(graph.get("fused") or graph.get("engine") for graph in graphs) and not manifest.get("backend"):
+        yield "backend is missing, and a graph has an engine"
+    if manifest.get("verification"):
+        for index, graph in enumerate(graphs):
+            if not graph.get("verification"):
+                yield f"graphs[{index}].verification is missing, and the bundle says that it was verified"
+
+
 def manifest_problems(manifest: object) -> list[str]:
     """What a manifest has that it cannot have, and lacks; of format 1.
 
     >>> manifest_problems([])
     ['the manifest is [], not an object']
     """
-    return list(_MANIFEST(manifest, ""))
+    return list(_MANIFEST(manifest, "")) or list(_missing_together(cast(Mapping[str, Any], manifest)))

@@ -68,7 +68,7 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
     Raises:
         BundleError: HSTU-E803, if the bundle was built with --no-verify and holds nothing to compare with.
     """
-    if files.manifest["verification"] is None:
+    if files.manifest.get("verification") is None:
         raise BundleError(
             "HSTU-E803",
             f"{files.path} holds no reference",
@@ -83,7 +83,7 @@ def recheck_bundle(files: bundles.BundleFiles, progress: Progress) -> Recheck:
             (reference, [_check(files, graph, name, reference, progress) for name in _runtimes(files, graph)])
         )
         commands.append(run_polygraphy(files.path, graph["verification"]["polygraphy_arguments"]))
-    if files.manifest["verification"]["session"] is not None:
+    if files.manifest["verification"].get("session") is not None:
         reference = _stored_session_reference(files)
         engines = all(_runnable_file(graph) for graph in files.manifest["graphs"])
         runtimes = ["onnxruntime", *([files.manifest["backend"]["name"]] if engines else [])]
@@ -115,7 +115,7 @@ def stored_reference(folder: Path, graph: Mapping[str, Any]) -> Reference:
 def _runnable_file(graph: Mapping[str, Any]) -> str | None:
     """What stands for a graph on a GPU: its engine, or the schedule of its segments."""
     fused = graph.get("fused")
-    return graph["engine"] if fused is None else str(fused["schedule"])
+    return graph.get("engine") if fused is None else str(fused["schedule"])
 
 
 def _runtimes(files: bundles.BundleFiles, graph: Mapping[str, Any]) -> list[str]:

@@ -430,6 +430,37 @@ def test_a_manifest_that_was_edited_is_refused_by_the_name_of_what_is_wrong(
     damaged(path, said)
 
 
+@pytest.mark.parametrize(
+    ("entry", "facts", "said"),
+    [
+        ({"engine": "model.engine"}, {}, "backend is missing, and a graph has an engine"),
+        ({}, {"verification": {}, "backend": {"name": "onnx"}}, ""),
+        ({}, {"verification": {"session": None}}, "graphs[0].verification is missing"),
+        ({"fused": {"schedule": "s.json", "engines": []}}, {}, "graphs[0].profiles is None, not a list of one"),
+        (
+            {
+                "fused": {"schedule": "s.json", "engines": []},
+                "profiles": [{"name": "p", "min": {}, "opt": {}, "max": {}}],
+            },
+            {"backend": {"name": "tensorrt-rtx"}},
+            "kernels is missing, and a graph is in segments",
+        ),
+    ],
+)
+def test_a_manifest_whose_entries_need_others_that_are_gone(
+    tmp_path: Path, entry: dict[str, Any], facts: dict[str, Any], said: str
+) -> None:
+    """`inspect` and `verify` ended in a traceback."""
+    path = write(tmp_path / "b")
+    manifest = json.loads((path / MANIFEST).read_text())
+    graph = {"name": "retrieval", "onnx": "model.onnx", "inputs": [], "outputs": [], **entry}
+    (path / MANIFEST).write_text(json.dumps({**manifest, "graphs": [graph], **facts}))
+    if said:
+        damaged(path, said)
+    else:
+        assert read_bundle(path).manifest["graphs"] == [graph]
+
+
 def test_a_manifest_that_is_wrong_everywhere_is_told_shortly(tmp_path: Path) -> None:
     path = write(tmp_path / "b")
     manifest = json.loads((path / MANIFEST).read_text())
