@@ -306,7 +306,7 @@ class RankingSession:
             "changes the keys and values of every older one",
             "prefix": "the bundle has no graph that encodes new events against cached ones",
         }[self.spec.cache_rule]
-        count = len(history.get(self.spec.history_time, ()))
+        count = max((len(values) for values in history.values()), default=0)
         raise RequestError(
             "HSTU-E709",
             f"the cached history of user {user!r} cannot be extended by {count} events",
