@@ -53,8 +53,11 @@ def test_soak_with_a_cache_smaller_than_its_users(
     assert report.failures(PLAN, max_growth_mib=32) == []
     assert report.users_seen > users_in_cache * 2
     assert report.outcomes["miss"]
-    assert report.outcomes["stale"]
+    # With room for one user, whether anybody who comes back with other events is still there is a matter of timing.
+    assert users_in_cache == 1 or report.outcomes["stale"]
     assert report.worst_logit < 1e-5 < 0.1 < report.rms_logit
+    alone = [request_of(spec, "ann", events, 3) for events in (9, 9, 5)]
+    assert [served.one(request).cache for request in alone] == ["miss", "hit", "stale"]
     cache = served.session.stats().cache
     # Nothing is held that no request holds: forgetting every user frees every byte.
     served.session.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import sys
 import threading
@@ -16,6 +17,10 @@ from hstu_compile.runtime.retrieval_request import RetrievalRequest, RetrievalRe
 from tests.retrieval_cases import Served, asked, assert_right, history_of
 
 THREADS = 6
+USERS = 4
+#: Threads hold 36 entries at most, three a call and those that they replace. Wherever these and the users' four lie,
+#: one of the holes between them has room for another.
+ROOM_FOR_ALL = 100
 
 
 @pytest.fixture(autouse=True)
@@ -27,15 +32,22 @@ def _eager_switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def soak(served: Served, visits: int, users: int) -> list[tuple[RetrievalRequest, RetrievalResult]]:
-    """Threads that visit users whose histories grow, now and then shrink, at any time."""
-    histories = [history_of(user) for user in range(users)]
+def soak(served: Served, visits: int) -> list[tuple[RetrievalRequest, RetrievalResult]]:
+    """Threads that visit users whose histories grow, now and then shrink, at any time.
+
+    The last user's never have fewer than 16 events, so that whatever does not shrink them grows them by four at most.
+    """
+    histories = [history_of(user) for user in range(USERS)]
 
     def visit(thread: int) -> list[tuple[RetrievalRequest, RetrievalResult]]:
         rng, seen = np.random.default_rng(thread), []
         for step in range(visits):
-            chosen = rng.integers(0, users, rng.integers(1, 4))
-            call = [asked(int(user), histories[user], int(rng.integers(0, 21)), step) for user in chosen]
+            chosen = rng.integers(0, USERS, rng.integers(1, 4))
+            fewest = [16 if user == USERS - 1 else 0 for user in chosen]
+            call = [
+                asked(int(user), histories[user], int(rng.integers(least, 21)), step)
+                for user, least in zip(chosen, fewest, strict=True)
+            ]
             seen += list(zip(call, served.session.encode(call), strict=True))
         return seen
 
@@ -44,23 +56,36 @@ def soak(served: Served, visits: int, users: int) -> list[tuple[RetrievalRequest
     return [each for part in found for each in part]
 
 
-@pytest.mark.parametrize("users_in_cache", [1, 2.5, 12])
+@pytest.mark.parametrize("users_in_cache", [1, 2.5, ROOM_FOR_ALL])
 def test_soak_with_threads_that_grow_and_shrink_the_same_users(users_in_cache: float) -> None:
     served = Served(users_in_cache=users_in_cache, session_options={"staging_rows": 25})
-    answers = soak(served, visits=5, users=4)
+    answers = soak(served, visits=5)
     for request, result in answers:
         assert_right(served, request, result)
     stats = served.session.stats()
     assert stats.requests == len(answers) > THREADS * 5
-    outcomes = {result.cache for _, result in answers}
-    assert outcomes >= {"miss", "stale"}
-    # With room for one user, whether anybody comes back before another thread's user is a matter of timing.
-    assert users_in_cache == 1 or outcomes > {"miss", "stale"}
-    back = [served.session.encode([asked(0, history_of(0), 20, 0)])[0] for _ in range(2)]
-    assert back[1].cache == "hit"
     assert stats.cache.used_bytes <= stats.cache.capacity_bytes
+    outcomes = collections.Counter(result.cache for _, result in answers)
+    assert stats.cache.misses == outcomes["miss"] >= USERS
+    if users_in_cache == ROOM_FOR_ALL:
+        # Whoever was there stays. In whatever order the threads come, what shrinks is stale, and of more than five
+        # requests with five lengths at least one does not shrink.
+        assert outcomes["miss"] == USERS
+        assert sum(request.user == USERS - 1 for request, _ in answers) > 5
+        assert outcomes["stale"]
+        assert outcomes["hit"] + outcomes["appended"]
+    # With less room, who still finds an entry is a matter of timing; one thread alone does, after all of that.
+    back = [served.one(asked(0, history_of(0), 20, 0)).cache for _ in range(2)]
+    assert back[1] == "hit"
     served.session.clear()
     assert served.session.stats().cache.used_bytes == 0
+    alone = [asked(0, history_of(0), events, 0) for events in (16, 20, 20, 16)]
+    results = [served.one(request) for request in alone]
+    for request, result in zip(alone, results, strict=True):
+        assert_right(served, request, result)
+    # An entry that grows is another one beside the first, for which there is no room where only one fits.
+    grown = "stale" if users_in_cache == 1 else "appended"
+    assert [result.cache for result in results] == ["miss", grown, "hit", "stale"]
 
 
 def test_growing_and_forgetting_one_user_at_once_tears_nothing() -> None:
