@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.artifacts import OnnxGraph, PassRecord, Precision
 from hstu_compile.errors import RewriteError
 from hstu_compile.rewrite._pass import Pass, PassResult, apply_passes
+from hstu_compile.rewrite.inline_native_body import InlineNativeBody
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
 from hstu_compile.rewrite.narrow_adds import NarrowAdds
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
@@ -243,22 +243,6 @@ class _Graph:
         kept = list(nodes)
         del self.graph.node[:]
         self.graph.node.extend(kept)
-
-
-class InlineNativeBody(Pass):
-    """Put every local function's body in place of its calls: TensorRT 8 has no local functions.
-
-    Cases: 1. functions are called: inlined and removed; 2. none: nothing.
-    """
-
-    name = "inline_native_body"
-
-    def call(self, model: onnx.ModelProto) -> PassResult:
-        count = len(model.functions)
-        if count:
-            model.CopyFrom(onnx.inliner.inline_local_functions(model))
-            del model.functions[:]
-        return PassResult({"functions": count})
 
 
 class DropNativeBody(Pass):

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError
+from hstu_compile.rewrite.inline_native_body import InlineNativeBody
+from hstu_compile.rewrite.spell_out_sigmoid import SpellOutSigmoid
 from hstu_compile.rewrite.widen_bf16 import WidenBf16
 from hstu_compile.runtime._host_session import HostSession
 from hstu_compile.table_files import read_model
@@ -32,8 +34,12 @@ _TABLES_FOLDER = "session.model_external_initializers_file_folder_path"
 #: 1.23.2 gives wrong predictions for ranking graphs, far beyond the bound; those up to 1.31 were not looked at.
 _OLDEST = (1, 31)
 
+_HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+
 #: Behind the name of a session that holds bfloat16 in float32: what ran is not quite what ships.
 WIDENED = "bf16 widened to float32"
+#: Likewise of one that computes the sigmoids of a float32 graph with exponentials.
+SPELLED_OUT = "sigmoids by exp"
 
 
 class OnnxRuntimeSession(HostSession):
@@ -43,6 +49,9 @@ class OnnxRuntimeSession(HostSession):
     `inputs` and `outputs` say float32 where the graph says bfloat16, and `run` takes and gives float32. Resident
     tensors keep the graph's type, so that a cached row takes as many bytes here as in an engine; they are widened and
     narrowed on the way, which is exact.
+
+    Sigmoids of float32 graphs are run by `SpellOutSigmoid` on a CPU, whose Sigmoid is less accurate than float32 can
+    be, so that a session errs by what the graph does; the session's name says that too.
 
     Args:
         model: graph or file.
@@ -89,7 +98,7 @@ class OnnxRuntimeSession(HostSession):
             # ONNX Runtime maps the files into memory, and refuses what lies outside of the folder.
             options.add_session_config_entry(_TABLES_FOLDER, str(folder.absolute()))
         try:
-            prepared, bfloat16_names, widened = _prepared(model, taps)
+            prepared, bfloat16_names, notes = _prepared(model, taps, spell_out=not use_gpu)
             self._session: Any = onnxruntime.InferenceSession(prepared, options, providers=[provider])
         except EngineError:
             raise
@@ -108,7 +117,7 @@ class OnnxRuntimeSession(HostSession):
                 "check CUDA and cuDNN with `hstu-compile env`, or leave the GPU out",
             )
         self._lock = threading.Lock()
-        self.name = f"onnxruntime {onnxruntime.__version__}" + (f" ({WIDENED})" if widened else "")
+        self.name = f"onnxruntime {onnxruntime.__version__}" + "".join(f" ({note})" for note in notes)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self.resident_inputs = tuple(_declared(spec, bfloat16_names) for spec in self.inputs)
@@ -158,8 +167,16 @@ def _require_version(version: str) -> None:
         )
 
 
-def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes, frozenset[str], bool]:
-    """A copy with taps as outputs and bfloat16 widened; what was bfloat16 at its ends; whether anything in it was."""
+def _prepared(
+    model: Path | onnx.ModelProto, taps: Sequence[str], *, spell_out: bool
+) -> tuple[bytes, frozenset[str], tuple[str, ...]]:
+    """A copy with taps as outputs that ONNX Runtime computes well, what was bfloat16 at its ends, and what was changed.
+
+    Args:
+        model: graph or file.
+        taps: intermediate values to return.
+        spell_out: compute the sigmoids of a float32 graph with exponentials.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(read_model(model) if isinstance(model, Path) else model)
     present = {value.name for value in copy.graph.output}
@@ -181,5 +198,17 @@ def _prepared(model: Path | onnx.ModelProto, taps: Sequence[str]) -> tuple[bytes
         for value in [*copy.graph.input, *copy.graph.output]
         if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
     )
-    widened = WidenBf16().call(copy).modified
-    return bytes(copy.SerializeToString()), narrow, widened
+    notes = []
+    if WidenBf16().call(copy).modified:
+        notes.append(WIDENED)
+    elif spell_out and not _holds_halves(copy):
+        InlineNativeBody().call(copy)
+        if SpellOutSigmoid().call(copy).modified:
+            notes.append(SPELLED_OUT)
+    return bytes(copy.SerializeToString()), narrow, tuple(notes)
+
+
+def _holds_halves(model: onnx.ModelProto) -> bool:
+    """Whether the graph is of half precision: rounding to that hides how a Sigmoid is computed."""
+    kinds = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    return not _HALVES.isdisjoint(kinds | {tensor.data_type for tensor in model.graph.initializer})

@@ -69,7 +69,7 @@ FORM = DlrmForm(
     group_norm=True,
     scaling_seq_len=57.0,
 )
-SMALL = ("--m-falcon", "micro-batch=5", "--max-batch", 8, "--seed", 1)
+SMALL = ("--m-falcon", "micro-batch=5", "--max-batch", 8)
 # As plain as the family gets: nothing is in front of a history.
 BARE = DlrmForm(contextual=(), action_weights=(), num_layers=1, postprocessor="l2_norm", scaling_seq_len=57.0)
 # (events, candidates) below and above the least history of 20: nobody's history, no candidates, neither, only one.

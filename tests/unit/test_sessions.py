@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import helper
 
 from hstu_compile.artifacts import Precision
 from hstu_compile.errors import EngineError, PluginError, RequestError, UsageError
@@ -45,10 +48,50 @@ def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> N
         assert np.abs(outputs[name] - reference).max(initial=0.0) <= 10 * COMPONENTWISE["float32"] * rms
 
 
-@pytest.mark.parametrize(("precision", "widened"), [("fp32", False), ("fp16", False), ("bf16", True)])
-def test_the_name_says_that_bfloat16_was_widened(precision: Precision, widened: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "note"), [("fp32", " (sigmoids by exp)"), ("fp16", ""), ("bf16", " (bf16 widened to float32)")]
+)
+def test_the_name_says_how_what_runs_differs_from_the_graph(precision: Precision, note: str) -> None:
     with open_session("onnxruntime", onnx=exported_graph(precision)) as session:
-        assert session.name.endswith(" (bf16 widened to float32)") == widened
+        assert session.name == f"onnxruntime {onnxruntime.__version__}{note}"
+
+
+def silu_model(kind: int) -> onnx.ModelProto:
+    """X * Sigmoid(x) inside of a local function, as in the bodies of attentions and norms, and an unused weight."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("local", 1)]
+    nodes = [helper.make_node("Sigmoid", ["x"], ["s"]), helper.make_node("Mul", ["x", "s"], ["y"])]
+    silu = helper.make_function("local", "Silu", ["x"], ["y"], nodes, opsets[:1])
+    graph = helper.make_graph(
+        [helper.make_node("Silu", ["x"], ["y"], domain="local")],
+        "silu",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None])],
+        [helper.make_tensor("weight", kind, [1], [1.0])],
+    )
+    model = helper.make_model(graph, opset_imports=opsets, functions=[silu], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def test_a_float32_silu_in_a_local_function_keeps_its_digits_far_below_zero() -> None:
+    """ONNX Runtime's Sigmoid is off by 1e-7 at any x: of -16 by half of its value, which failed float32 builds."""
+    model = silu_model(onnx.TensorProto.FLOAT)
+    before = model.SerializeToString()
+    x = np.concatenate([np.linspace(-80, 80, 4001), [-1e30, -200, -88.5, np.nan]]).astype(np.float32)
+    with open_session("onnxruntime", onnx=model) as session:
+        y = session.run({"x": x})["y"]
+    assert model.SerializeToString() == before
+    exact = x[:4001] / (1 + np.exp(-x[:4001].astype(np.float64)))
+    np.testing.assert_allclose(y[:4001], exact, rtol=4 * 2.0**-24, atol=0)
+    # An exponential that overflows gives 0, not NaN; NaN stays.
+    np.testing.assert_allclose(y[4001:], [0, 0, 0, np.nan], rtol=0, atol=1e-36)
+
+
+def test_a_graph_with_half_weights_runs_with_its_own_sigmoids() -> None:
+    with open_session("onnxruntime", onnx=silu_model(onnx.TensorProto.FLOAT16)) as session:
+        assert session.name == f"onnxruntime {onnxruntime.__version__}"
+        y = session.run({"x": np.full(1, -18, np.float32)})["y"]
+    assert not y.any()  # docs/pitfalls.md: of -18 ONNX Runtime's own is 0
 
 
 def test_safe_conversions_and_refusals() -> None:
@@ -200,8 +243,6 @@ def test_tf32_is_off_only_while_a_float32_rtx_engine_is_built_or_loaded(monkeypa
 
 
 def test_an_onnxruntime_that_computes_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     with pytest.raises(EngineError, match=r"ONNX Runtime 1\.23\.2 is too old") as caught:
         open_session("onnxruntime", onnx=exported_graph("fp32"))
