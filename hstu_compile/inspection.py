@@ -8,7 +8,7 @@ from typing import Any
 
 from hstu_compile.artifacts import Profile
 from hstu_compile.bundle import BundleFiles, is_bundle, read_bundle
-from hstu_compile.errors import CheckpointError
+from hstu_compile.errors import BundleError, CheckpointError
 from hstu_compile.plan_kernels import kernel_facts, kernels_of_plan
 from hstu_compile.runtime.schedule_facts import schedule_facts
 from hstu_compile.runtime.schedule_file import schedule_from_text
@@ -85,12 +85,19 @@ def _fused_facts(files: BundleFiles) -> dict[str, Any] | None:
         if graph is None:
             continue
         schedule = schedule_from_text(graph.schedule.read_text(encoding="utf-8"), graph.schedule.name)
-        (profile,) = (Profile(**each) for each in entry["profiles"])
+        profiles = [Profile(**each) for each in entry.get("profiles", ())]
+        if len(profiles) != 1:
+            raise BundleError(
+                "HSTU-E803",
+                f"{files.path} does not say how large the values between its segments get",
+                f"graph {entry['name']} is in segments and has {len(profiles)} profiles, not one",
+                "build the bundle again",
+            )
         segments = [_segment_facts(each) for each in graph.engines]
         found[entry["name"]] = {
             "schedule": graph.schedule.name,
             "segments": segments,
-            **schedule_facts(schedule, profile),
+            **schedule_facts(schedule, profiles[0]),
         }
     return {"kernels": files.manifest["kernels"], "graphs": found} if found else None
 

@@ -124,15 +124,6 @@ _GRAPH = object_with(
         "verification": or_null(_VERIFIED),
     },
 )
-
-
-def _graph(value: Any, where: str) -> Iterator[str]:
-    """A graph's entry; one in segments has one profile, which says how large the values between them get."""
-    yield from _GRAPH(value, where)
-    if isinstance(value, dict) and value.get("fused") and len(value.get("profiles") or ()) != 1:
-        yield f"{where}.profiles is {_shown(value.get('profiles'))}, not a list of one, and the graph is in segments"
-
-
 _MANIFEST = object_with(
     {
         "inputs": _TENSORS,
@@ -140,7 +131,7 @@ _MANIFEST = object_with(
         "limits": each_of(or_null(of(int))),
         "precision": object_with({"requested": one_of("fp32", "fp16", "bf16")}),
         "status": _TEXT,
-        "graphs": list_of(_graph),
+        "graphs": list_of(_GRAPH),
     },
     {
         "checkpoint": of(dict),

@@ -28,6 +28,7 @@ def written(path: Path, names: list[str], **facts: Any) -> Path:
     manifest: Mapping[str, Any] = {
         "status": "PASS",
         "precision": {"requested": "fp16"},
+        "backend": {"name": "tensorrt-rtx"},
         "inputs": [],
         "outputs": [],
         "limits": {},

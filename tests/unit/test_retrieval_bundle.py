@@ -27,6 +27,7 @@ def written(path: Path, names: list[str], **facts: Any) -> Path:
     manifest = {
         "status": "PASS",
         "precision": {"requested": "fp16"},
+        "backend": {"name": "tensorrt-rtx"},
         "inputs": [],
         "outputs": [],
         "limits": {},
