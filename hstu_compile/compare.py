@@ -128,7 +128,7 @@ def bound_rule(precision: str, quantization: str | None = None) -> str:
     """The rule of `error_bound` in words, for reports."""
     rule = (
         f"per row: max |artifact - float64| / rms(float64 row) <= {EAGER_FACTOR:g} x the same error of the eager "
-        f"{precision} model (at least {EAGER_FLOOR[precision]:.2g})"
+        f"{precision} model (the largest of several runs, at least {EAGER_FLOOR[precision]:.2g})"
     )
     if quantization is None:
         return rule
