@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 import torch
 
-from hstu_compile.model.product import product_sites
+from hstu_compile.model.product import Product, product_sites
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import exported_graph, ranking_model, research_model
 
@@ -48,3 +49,18 @@ def test_the_graph_has_a_constant_of_each_sites_name() -> None:
     assert sites
     for site in sites.values():
         assert sum(name.endswith(site.weight_name) for name in constants) == 1, site
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_product_is_its_float32_sum_rounded_once_and_one_operator_when_traced(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=random).to(dtype) for shape in ((7, 512), (512, 30)))
+    result = Product()(x, weight)
+    assert result.dtype == dtype
+    exact = x.double() @ weight.double()
+    # Half a unit in the last place, and what the sum of 512 float32 numbers adds to it.
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 512 * torch.finfo(torch.float32).eps
+    assert ((result.double() - exact).abs() <= bound).all()
+    traced = torch.export.export(Product(), (x, weight))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.aten.matmul.default]
