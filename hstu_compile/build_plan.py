@@ -16,6 +16,7 @@ from hstu_compile.graph_limits import GraphLimits, whole_cache_rows
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.plugin_library import installed_tensorrt_version
 from hstu_compile.profiles import ProfileSizes, check_counts, option_text
+from hstu_compile.trt_options import EngineOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,22 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     retrieval = dataclasses.replace(spec, config=narrowed_retrieval)
     quantization = planned_quantization(config, spec, backend)
     return _resolved(config, BuildPlan(retrieval, limits, backend, prune, silu, config.fuse_norms, quantization))
+
+
+def check_engine_options(plan: BuildPlan, options: EngineOptions) -> None:
+    """Refuse options of the engine builder where no engine is built: they would change nothing.
+
+    Raises:
+        UsageError: HSTU-E901, naming them.
+    """
+    if plan.backend.name == "onnx" and (given := options.given()):
+        raise UsageError(
+            "HSTU-E901",
+            f"nothing reads {', '.join(given)}",
+            f"they are options of the engine builder, and this build has none ({plan.backend.reason})",
+            "leave them out, or build an engine with --backend tensorrt or tensorrt-rtx",
+            {"options": list(given), "backend": plan.backend.name},
+        )
 
 
 def _resolved(config: BuildConfig, plan: BuildPlan) -> BuildPlan:

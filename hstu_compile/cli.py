@@ -257,7 +257,7 @@ def build(
     from hstu_compile import pipeline
 
     if dry_run:
-        plan = pipeline.rehearse(config)
+        plan = pipeline.rehearse(config, engine_options)
         _print_json(plan.to_dict()) if as_json else _print_plan(plan, precision)
         if config.mixed is not None and not as_json:
             click.echo(

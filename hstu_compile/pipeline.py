@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
 from hstu_compile.artifacts import EngineArtifact, Feed, FusedEngines, OnnxGraph, Precision, Profile, is_tap
-from hstu_compile.build_plan import BuildPlan, plan_build
+from hstu_compile.build_plan import BuildPlan, check_engine_options, plan_build
 from hstu_compile.build_report import (
     BuildOutcome,
     GraphOutcome,
@@ -197,8 +197,12 @@ def _selection(served: ServedGraph) -> RowSelection | None:
     return RowSelection(served.max_candidates, "candidate_offsets")
 
 
-def rehearse(config: BuildConfig) -> BuildPlan:
+def rehearse(config: BuildConfig, options: EngineOptions | None = None) -> BuildPlan:
     """What a build would do; writes nothing.
+
+    Args:
+        config: what to build and where to put it.
+        options: of the engine builder.
 
     Raises:
         HstuCompileError: what the build would raise before anything is traced: of the destination, the options, the
@@ -206,6 +210,7 @@ def rehearse(config: BuildConfig) -> BuildPlan:
     """
     bundles.check_destination(config.bundle_path.absolute(), config.force)
     plan = plan_build(config)
+    check_engine_options(plan, options or EngineOptions())
     _labelled_requests(config, plan)
     return plan
 
@@ -236,6 +241,7 @@ def _compiled(build: _Build, options: EngineOptions) -> BuildResult:
     config = build.config
     with build.stage("checkpoint") as summarise:
         plan = plan_build(config)
+        check_engine_options(plan, options)
         spec, limits = plan.spec, plan.limits
         summarise(f"{spec.dialect}, {spec.config.num_layers} layers, D {spec.config.layer.embedding_dim}")
         build.keep("01_checkpoint.json", json.dumps(plan.to_dict(), indent=1))

@@ -64,6 +64,11 @@ class EngineOptions:
     compute_capabilities: tuple[str, ...] = ()
     plugins: tuple[Path, ...] = ()
 
+    def given(self) -> tuple[str, ...]:
+        """The options that ask for something, as they are spelled on the command line, such as --noTF32."""
+        fields = dataclasses.fields(self)
+        return tuple(f"--{_SPELLED[each.name]}" for each in fields if getattr(self, each.name) != each.default)
+
     def explicit_profile(self) -> Profile | None:
         """The profile that the shape options spell out, or None without them.
 
@@ -158,7 +163,12 @@ def _kebab(camel: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "-", camel).lower()
 
 
+# How a field of EngineOptions is spelled on the command line; filled where the options are made.
+_SPELLED: dict[str, str] = {}
+
+
 def _option(name: str, field: str, help_text: str, *aliases: str, **settings: Any) -> Callable[[_F], _F]:
+    _SPELLED[field] = name
     spellings = dict.fromkeys([f"--{name}", *(aliases or [f"--{_kebab(name)}"])])
     return click.option(*spellings, f"trt_{field}", help=help_text, **settings)
 

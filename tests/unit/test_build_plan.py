@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from hstu_compile import build_plan
-from hstu_compile.build_plan import BuildPlan, plan_build
+from hstu_compile import build_plan, pipeline
+from hstu_compile.build_plan import BuildPlan, check_engine_options, plan_build
 from hstu_compile.config import BuildConfig
 from hstu_compile.environment import BackendChoice
 from hstu_compile.errors import UsageError
 from hstu_compile.graph_limits import GraphLimits
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.profiles import check_counts
+from hstu_compile.trt_options import EngineOptions
 from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 from tests.exported_models import ranking_model, small_config, small_model
 
@@ -266,3 +268,22 @@ def test_a_ranking_graph_is_pruned_for_every_builder(ranking: dict[str, Path], m
     monkeypatch.setattr(build_plan, "installed_tensorrt_version", lambda: "8.5.3.1")
     assert planned(ranking).prune
     assert not planned(ranking, prune=False).prune
+
+
+def test_options_of_the_engine_builder_are_refused_where_no_engine_is_built(
+    retrieval: dict[str, Path], tmp_path: Path
+) -> None:
+    config = BuildConfig(**retrieval, backend="onnx", output=tmp_path / "b.hstu")
+    options = EngineOptions(no_tf32=True, timing_cache=Path("t.cache"), max_shapes=(("item_ids", (8,)),))
+    with pytest.raises(UsageError) as rehearsed:
+        pipeline.rehearse(config, options)
+    assert rehearsed.value.code == "HSTU-E901"
+    assert rehearsed.value.what == "nothing reads --maxShapes, --timingCacheFile, --noTF32"
+    assert "--backend onnx: no engine is built" in rehearsed.value.why
+    with pytest.raises(UsageError) as built:
+        pipeline.compile_checkpoint(config, options)
+    assert str(built.value) == str(rehearsed.value)
+    assert not (tmp_path / "b.hstu").exists()
+    assert pipeline.rehearse(config, EngineOptions()).backend.name == "onnx"
+    with_engine = dataclasses.replace(planned(retrieval), backend=BackendChoice("tensorrt-rtx", "asked for"))
+    check_engine_options(with_engine, options)
