@@ -366,19 +366,25 @@ class _Build:
                 "HSTU-E402",
                 f"{self.api.backend} {self.api.version} could not build the engine",
                 self.log.tail(),
-                "read the messages above; a smaller --max-batch or --max-seq-len needs less GPU memory"
-                + self._way_out(),
+                f"read the messages above; {self._way_out()}",
             )
         if cache is not None and self.options.timing_cache is not None:
             write_whole(self.options.timing_cache, bytes(config.get_timing_cache().serialize()))
         return bytes(plan), _network_layers(network)
 
     def _way_out(self) -> str:
-        """What else helps where the graph has large tables: an engine holds them."""
+        """What may help: of the causes that a builder's messages name, nearly all are memory."""
+        ways = ["a smaller --max-batch or --max-seq-len needs less GPU memory"]
+        if self.options.memory_pools:
+            pools = ", ".join(f"{pool} to {size} bytes" for pool, size in self.options.memory_pools)
+            ways.append(f"--memPoolSize limits {pools}, and a larger one, or none, leaves more to the kernels")
+        # An engine holds its tables.
         nbytes = sum(tensor_bytes(tensor) for tensor in self.proto.graph.initializer if is_external(tensor))
-        if not nbytes:
-            return ""
-        return f"; its tables are {nbytes} bytes, and `build --embeddings external` leaves those of a ranking model out"
+        if nbytes:
+            ways.append(
+                f"its tables are {nbytes} bytes, and `build --embeddings external` leaves those of a ranking model out"
+            )
+        return "; ".join(ways)
 
     def _parse(self, parser: Any, network: Any) -> None:
         beside: tuple[str, ...] = ()
