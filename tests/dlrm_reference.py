@@ -438,7 +438,9 @@ class _Reference:
         if form.time_bucket_fn == "sqrt":
             value = np.sqrt(minutes)
         else:
-            value = np.log10(minutes) if self.trap == "log10-buckets" else np.log(minutes)
+            # NumPy's float32 logarithm is off by a unit on some CPUs; that of float64, rounded, is not.
+            wide = np.float64(minutes)
+            value = np.float32(np.log10(wide) if self.trap == "log10-buckets" else np.log(wide))
         of_width = (form.time_bucket_clamp == "embedding_dim") != (self.trap == "other-clamp")
         largest = min(form.width - 1, form.num_time_buckets) if of_width else form.num_time_buckets
         return min(int(max(value, np.float32(0))), largest)
