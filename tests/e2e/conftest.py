@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hstu_compile.__main__ import main
 from hstu_compile.model.config import RetrievalConfig
 from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 from tests.exported_models import small_config, small_model
+from tests.traced_graphs import tracing_once
 
 _FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 FIXTURE = _FIXTURES / "meta_research_ml100k"
@@ -52,6 +55,39 @@ class Built:
 Build = Callable[..., Built]
 
 
+class BuiltOnce:
+    """Bundles that tests read and never change: each is built once a run, by the first test process that asks for it.
+
+    Where two processes ask at the same time, both build.
+    """
+
+    def __init__(self, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self._name, self._factory = name, tmp_path_factory
+        own = tmp_path_factory.getbasetemp()
+        # The processes of one run have their folders in one.
+        self._records = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "built"
+        self._records.mkdir(exist_ok=True)
+
+    def get(self, key: tuple[object, ...], build: Callable[[Path], Built]) -> Built:
+        """The bundle of this key, which `build` makes in the folder that it is given."""
+        record = self._records / hashlib.sha256(repr((self._name, key)).encode()).hexdigest()
+        if not record.exists():
+            with tracing_once():
+                built = build(self._factory.mktemp(self._name))
+            unfinished = self._factory.mktemp("record") / record.name
+            unfinished.write_text(json.dumps([str(built.path), dataclasses.astuple(built.result)]))
+            unfinished.replace(record)
+        path, result = json.loads(record.read_text())
+        return Built(Path(path), CommandResult(*result))
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Builds of the module's tests trace no graph twice."""
+    with tracing_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """Inputs and outputs of the original model on 16 users."""
@@ -75,14 +111,14 @@ def golden_feeds(golden: dict[str, Any]) -> dict[str, Any]:
 
 
 def _builder_of(fixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    made: dict[tuple[object, ...], Built] = {}
+    once = BuiltOnce(fixture.name, tmp_path_factory)
 
     def build(*options: object) -> Built:
-        if options not in made:
-            path = tmp_path_factory.mktemp("fixture") / "meta.hstu"
-            config = ("--config", fixture / "config.json")
-            made[options] = Built(path, hstu_compile("build", fixture / "ckpt.pt", *config, "-o", path, *options))
-        return made[options]
+        def make(folder: Path) -> Built:
+            path, config = folder / "meta.hstu", ("--config", fixture / "config.json")
+            return Built(path, hstu_compile("build", fixture / "ckpt.pt", *config, "-o", path, *options))
+
+        return once.get(options, make)
 
     return build
 
@@ -118,17 +154,14 @@ def save_checkpoint(path: Path, config: RetrievalConfig, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def build_small(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Build a small random model (two heads of width 25, 20 events) with the given options, without an engine."""
-    made: dict[tuple[object, ...], Built] = {}
+    once = BuiltOnce("small", tmp_path_factory)
 
     def build(*options: object, config: RetrievalConfig | None = None) -> Built:
-        key = (*options, config)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("small")
-            checkpoint = save_checkpoint(folder / "small.pt", config or small_config())
-            path = folder / "small.hstu"
-            result = hstu_compile("build", checkpoint, "-o", path, "--backend", "onnx", *options)
-            made[key] = Built(path, result)
-        return made[key]
+        def make(folder: Path) -> Built:
+            checkpoint, path = save_checkpoint(folder / "small.pt", config or small_config()), folder / "small.hstu"
+            return Built(path, hstu_compile("build", checkpoint, "-o", path, "--backend", "onnx", *options))
+
+        return once.get((*options, config), make)
 
     return build
 
@@ -144,16 +177,15 @@ def save_ranking_checkpoint(folder: Path, form: DlrmForm) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def build_ranking(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Build a small ranking model of the given form with the given options, without an engine."""
-    made: dict[tuple[object, ...], Built] = {}
+    once = BuiltOnce("ranking", tmp_path_factory)
 
     def build(form: DlrmForm, *options: object) -> Built:
-        key = (form, *options)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("ranking")
+        def make(folder: Path) -> Built:
             checkpoint, config = save_ranking_checkpoint(folder, form)
             path = folder / "small.hstu"
             command = ("build", checkpoint, "--config", config, "-o", path, "--backend", "onnx", *options)
-            made[key] = Built(path, hstu_compile(*command))
-        return made[key]
+            return Built(path, hstu_compile(*command))
+
+        return once.get((form, *options), make)
 
     return build
