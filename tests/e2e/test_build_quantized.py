@@ -24,13 +24,14 @@ from tests.dlrm_reference import DlrmForm
 from tests.e2e.conftest import CommandResult, hstu_compile, save_checkpoint, save_ranking_checkpoint
 from tests.exported_models import small_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# Both types quantise the same float16 graph.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.usefixtures("traced_once")]
 
 FORM = DlrmForm(contextual=(("user_id", 1, 20),))
 CONFIG = small_config(num_layers=2)
 # Each family in each type, and each of the graphs that sessions need once.
 CASES = {
-    "retrieval-int8": ("retrieval", "--int8", "--incremental", "max-append=4", "--smooth-quant", 0.5),
+    "retrieval-int8": ("retrieval", "--int8", "--top-k", 5, "--incremental", "max-append=4", "--smooth-quant", 0.5),
     "retrieval-fp8": ("retrieval", "--fp8", "--top-k", 5),
     "ranking-int8": ("ranking", "--int8", "--observer", "mse", "--keep-fp16", "layers.0.uvqk"),
     "ranking-fp8": ("ranking", "--fp8", "--m-falcon", "micro-batch=5"),
