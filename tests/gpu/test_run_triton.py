@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from hstu_compile.__main__ import main as command_line
 from hstu_compile.serving.local_server import find_installation
-from tests.dlrm_reference import DlrmForm, dlrm_state_dict
-from tests.e2e.conftest import save_checkpoint
-from tests.exported_models import small_config
+from tests.e2e.conftest import Build
+from tests.gpu.test_run_ranking import FORM, OPTIONS
 
 FOLDER = Path(__file__).parent
 NAMES = ("tiny-retrieval", "tiny-ranking")
@@ -37,18 +35,13 @@ def modules() -> Mapping[str, ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def job(build_small: Build, build_ranking: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job folder with two verified bundles, as prepare_job.py leaves them: without reports."""
     place = tmp_path_factory.mktemp("job")
-    form = DlrmForm()
-    torch.save(dlrm_state_dict(form), place / "ranking.pt")
-    (place / "ranking.json").write_text(json.dumps(form.user_config()))
-    ranking = [place / "ranking.pt", "--config", place / "ranking.json", "--m-falcon", "micro-batch=16"]
-    retrieval = [save_checkpoint(place / "retrieval.pt", small_config())]
-    for name, words in zip(NAMES, (retrieval, ranking), strict=True):
+    for name, built in zip(NAMES, (build_small("--max-batch", 8), build_ranking(FORM, *OPTIONS)), strict=True):
+        assert built.result.exit_code == 0, built.result.stderr
         bundle = place / "models" / name
-        built = ["build", *words, "--max-batch", 8, "--backend", "onnx", "-o", bundle]
-        assert command_line([str(word) for word in built]) == 0
+        shutil.copytree(built.path, bundle)
         for report in bundle.glob("report.*"):
             report.unlink()
     (place / "job.json").write_text('{"commit": "c"}')
