@@ -35,7 +35,9 @@ GRAPHS = ("model.onnx", "prefill.onnx", "score.onnx")
 def ranking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ranking bundle of three graphs that share two tables, and its intermediate graphs beside it."""
     folder = tmp_path_factory.mktemp("tables")
-    checkpoint, config = save_ranking_checkpoint(folder, DlrmForm())
+    # Small beside its tables: three graphs are traced.
+    form = DlrmForm(num_layers=1, action_weights=(), postprocessor="l2_norm")
+    checkpoint, config = save_ranking_checkpoint(folder, form)
     with pytest.MonkeyPatch.context() as patch:
         # 40 rows of 6 float16.
         patch.setattr(table_files, "TABLE_BYTES", 480)
@@ -144,7 +146,7 @@ def test_triton_models_get_the_tables_of_their_graph(ranking: Path, tmp_path: Pa
 
 
 def test_a_small_model_is_one_file(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "small.pt", small_config())
+    checkpoint = save_checkpoint(tmp_path / "small.pt", small_config(num_layers=1))
     done = hstu_compile("build", checkpoint, "-o", tmp_path / "b", "--fp32", "--backend", "onnx", "--no-verify")
     assert done.exit_code == 0, done.stderr
     assert {file.name for file in (tmp_path / "b").iterdir()} == {
@@ -166,7 +168,7 @@ def test_a_build_that_fails_behind_the_export_leaves_no_table(
 
     real: Callable[..., str] = table_files.TableFiles.add
     monkeypatch.setattr(table_files.TableFiles, "add", full)
-    checkpoint = save_checkpoint(tmp_path / "small.pt", small_config())
+    checkpoint = save_checkpoint(tmp_path / "small.pt", small_config(num_layers=1))
     done = hstu_compile("build", checkpoint, "-o", tmp_path / "b", "--fp32", "--backend", "onnx")
     assert done.exit_code == 8
     assert "HSTU-E802" in done.stderr
