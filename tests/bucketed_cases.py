@@ -19,7 +19,8 @@ from hstu_compile.runtime.retrieval import RetrievalSession
 from hstu_compile.runtime.retrieval_request import RetrievalResult
 from hstu_compile.runtime.retrieval_spec import RetrievalSpec
 from hstu_compile.runtime.session import Session
-from tests.segmented_cases import MAX_APPEND, MICRO_BATCH, TOP_K, WIDE_FORM, Case, ranking_case, retrieval_case
+from tests.exported_models import MAX_APPEND, MICRO_BATCH, TOP_K
+from tests.segmented_cases import WIDE_FORM, Case, ranking_case, retrieval_case
 
 RANKING, RETRIEVAL = ("packed", "prefill", "score"), ("retrieval", "prefill", "append")
 MAX_BATCH, MAX_SEQ_LEN = 4, 20

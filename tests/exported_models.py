@@ -20,13 +20,16 @@ from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.profiles import ProfileSizes, graph_profiles
 from hstu_compile.rewrite import apply_passes, export_passes
-from hstu_compile.served import retrieval_graph
+from hstu_compile.served import ServedGraph, retrieval_graph, served_graphs
 from tests.dlrm_reference import DlrmForm, dlrm_state_dict
 
 # Of `research_model`.
 NUM_ITEMS, NUM_RATINGS, MAX_SEQ_LEN, NUM_LAYERS, WIDTH = 100, 6, 24, 2, 32
 LAST_TIMESTAMP = 2**30
 TAPS = tuple(f"{TAP_PREFIX}{i}" for i in range(NUM_LAYERS + 1))
+
+# Of every graph below. Tracing takes seconds: tests that ask for the same graph in one process pay once.
+TOP_K, MICRO_BATCH, MAX_APPEND = 5, 4, 4
 
 
 def small_config(num_layers: int = 2, attention: dict[str, Any] | None = None, **changes: Any) -> RetrievalConfig:
@@ -159,24 +162,61 @@ def rewritten(graph: OnnxGraph, num_layers: int) -> OnnxGraph:
     return last
 
 
-def shipped(config: RetrievalConfig, precision: Precision = "fp32", top_k: int = 0) -> tuple[RetrievalModel, OnnxGraph]:
-    """A small model and its rewritten graph."""
-    model = small_model(config, precision)
-    return model, rewritten(exported_retrieval(model, precision, top_k), config.num_layers)
+def traced_retrieval(
+    config: RetrievalConfig, precision: Precision, name: str = "retrieval", *, top_k: int = TOP_K
+) -> tuple[RetrievalModel, ServedGraph, OnnxGraph]:
+    """A graph of `small_model` as it is traced, once per process: passes copy it, and nobody changes any of it."""
+    return _traced_retrieval(config, precision, name, top_k)
+
+
+def traced_research(precision: Precision, *, top_k: int = TOP_K) -> tuple[RetrievalModel, ServedGraph, OnnxGraph]:
+    """The graph of `research_model` in the same way."""
+    return _traced_research(precision, top_k)
 
 
 @functools.cache
-def _exported(precision: Precision, top_k: int, rated: bool) -> bytes:
-    model = research_model(precision, rated=rated)
-    return bytes(rewritten(exported_retrieval(model, precision, top_k), NUM_LAYERS).model.SerializeToString())
+def traced_ranking(form: DlrmForm, precision: Precision, name: str) -> tuple[RankingModel, ServedGraph, OnnxGraph]:
+    """A graph of `ranking_model` in the same way."""
+    model = ranking_model(form, TORCH_DTYPES[precision])
+    served = next(each for each in served_graphs(model, micro_batch=MICRO_BATCH) if each.name == name)
+    return model, served, exported_from_served(served, precision)
 
 
-def exported_graph(precision: Precision, *, top_k: int = 0, rated: bool = False) -> onnx.ModelProto:
+# Apart from the defaults, so that a value that is given finds what was kept without it.
+@functools.cache
+def _traced_retrieval(
+    config: RetrievalConfig, precision: Precision, name: str, top_k: int
+) -> tuple[RetrievalModel, ServedGraph, OnnxGraph]:
+    model = small_model(config, precision)
+    served = next(each for each in served_graphs(model, top_k, max_append=MAX_APPEND) if each.name == name)
+    return model, served, exported_from_served(served, precision)
+
+
+@functools.cache
+def _traced_research(precision: Precision, top_k: int) -> tuple[RetrievalModel, ServedGraph, OnnxGraph]:
+    model = research_model(precision)
+    served = retrieval_graph(model, top_k)
+    return model, served, exported_from_served(served, precision)
+
+
+def shipped(config: RetrievalConfig, precision: Precision = "fp32", top_k: int = 0) -> tuple[RetrievalModel, OnnxGraph]:
+    """A small model and its rewritten graph, whose message is new each time."""
+    model, _, graph = traced_retrieval(config, precision, top_k=top_k)
+    return model, rewritten(graph, config.num_layers)
+
+
+@functools.cache
+def _exported(precision: Precision, top_k: int) -> bytes:
+    _, _, graph = traced_research(precision, top_k=top_k)
+    return bytes(rewritten(graph, NUM_LAYERS).model.SerializeToString())
+
+
+def exported_graph(precision: Precision, *, top_k: int = 0) -> onnx.ModelProto:
     """The rewritten graph of `research_model`; exported once per process, a new copy each time."""
-    return onnx.load_from_string(_exported(precision, top_k, rated))
+    return onnx.load_from_string(_exported(precision, top_k))
 
 
-def request_batch(lengths: tuple[int, ...], *, rated: bool = False, seed: int = 0) -> dict[str, NDArray[Any]]:
+def request_batch(lengths: tuple[int, ...], *, seed: int = 0) -> dict[str, NDArray[Any]]:
     """A legal batch of sequences with these lengths for `research_model`."""
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -188,8 +228,6 @@ def request_batch(lengths: tuple[int, ...], *, rated: bool = False, seed: int = 
         "seq_offsets": offsets,
         "request_timestamps": np.full(len(lengths), LAST_TIMESTAMP + 60, np.int64),
     }
-    if rated:
-        batch["ratings"] = rng.integers(0, NUM_RATINGS, total).astype(np.int32)
     return batch
 
 

@@ -13,19 +13,25 @@ from hstu_compile.artifacts import OnnxGraph, Precision, SegmentedGraph
 from hstu_compile.calibration.append_batches import append_arrays
 from hstu_compile.calibration.batches import retrieval_batches
 from hstu_compile.calibration.ranking_batches import prefill_arrays, ranking_batches, score_arrays
-from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.model.families import HstuModel
 from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.rewrite.norm_body import ELEMENT_TYPES
-from hstu_compile.served import ServedGraph, served_graphs
+from hstu_compile.served import ServedGraph
 from tests.dlrm_reference import DlrmForm
-from tests.exported_models import ranking_model, small_config, small_model
+from tests.exported_models import (
+    MAX_APPEND,
+    MICRO_BATCH,
+    TOP_K,
+    small_config,
+    traced_ranking,
+    traced_retrieval,
+)
 from tests.oracle import Array
 
-TOP_K, MICRO_BATCH, MAX_APPEND, MAX_BATCH = 5, 4, 4, 4
+MAX_BATCH = 4
 _MAX_SCORES = 1 << 20
 
 # Several contextual features, an item tower with a table of its own, two tasks, a fixed divisor.
@@ -140,28 +146,13 @@ def _feeds(model: HstuModel, served: ServedGraph, graph: OnnxGraph) -> list[dict
 @functools.cache
 def retrieval_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
     """A graph of a retrieval model of two layers with position and time bias."""
-    return _case(*_traced_retrieval(name, precision), prune=prune, fuse_norms=fuse_norms)
+    return _case(*traced_retrieval(small_config(), precision, name), prune=prune, fuse_norms=fuse_norms)
 
 
 @functools.cache
 def ranking_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
     """A graph of a ranking model of two layers."""
-    return _case(*_traced_ranking(name, precision), prune=prune, fuse_norms=fuse_norms)
-
-
-# Tracing takes seconds, and the passes leave what was traced as it is.
-@functools.cache
-def _traced_retrieval(name: str, precision: Precision) -> tuple[HstuModel, ServedGraph, OnnxGraph]:
-    model = small_model(small_config(2), precision)
-    served = next(each for each in served_graphs(model, TOP_K, max_append=MAX_APPEND) if each.name == name)
-    return model, served, exported_from_served(served, precision)
-
-
-@functools.cache
-def _traced_ranking(name: str, precision: Precision) -> tuple[HstuModel, ServedGraph, OnnxGraph]:
-    model = ranking_model(WIDE_FORM, TORCH_DTYPES[precision])
-    served = next(each for each in served_graphs(model, micro_batch=MICRO_BATCH) if each.name == name)
-    return model, served, exported_from_served(served, precision)
+    return _case(*traced_ranking(WIDE_FORM, precision, name), prune=prune, fuse_norms=fuse_norms)
 
 
 def _case(model: HstuModel, served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool) -> Case:

@@ -4,13 +4,14 @@ import onnx
 import pytest
 
 from hstu_compile.artifacts import OnnxGraph
-from tests.exported_models import exported_retrieval, small_config, small_model
+from tests.exported_models import small_config, traced_retrieval
 
 
 @pytest.fixture(scope="session")
 def exported_two_layers() -> OnnxGraph:
     """A two-layer float32 graph as the exporter leaves it."""
-    return exported_retrieval(small_model(small_config(num_layers=2)), "fp32")
+    _, _, graph = traced_retrieval(small_config(num_layers=2), "fp32")
+    return graph
 
 
 @pytest.fixture

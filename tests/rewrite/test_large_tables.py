@@ -22,8 +22,9 @@ from hstu_compile.runtime.segmented_onnx_session import SegmentedOnnxSession
 from hstu_compile.runtime.session import Session
 from hstu_compile.table_files import TableFiles, is_external, table_names
 from tests import segmented_cases
+from tests.exported_models import traced_ranking
 from tests.large_tables import with_tables_inside, with_tables_outside
-from tests.segmented_cases import Case, ranking_case, retrieval_case
+from tests.segmented_cases import WIDE_FORM, Case, ranking_case, retrieval_case
 
 CASES = {
     "retrieval": (retrieval_case, "retrieval", "fp32"),
@@ -57,7 +58,7 @@ def assert_same_answers(one: Session, other: Session, feeds: list[dict[str, np.n
 
 
 def test_the_exporter_writes_tables_and_changes_nothing_else(tmp_path: Path) -> None:
-    model, served, whole = segmented_cases._traced_ranking("packed", "fp16")
+    model, served, whole = traced_ranking(WIDE_FORM, "fp16", "packed")
     tables = TableFiles(tmp_path)
     graph = exported_from_served(served, "fp16", tables)
     assert (graph.folder, whole.folder) == (tmp_path, None)
@@ -70,7 +71,7 @@ def test_the_exporter_writes_tables_and_changes_nothing_else(tmp_path: Path) -> 
 
 
 def test_passes_make_the_same_graph_and_leave_the_files_alone(tmp_path: Path) -> None:
-    _, served, traced = segmented_cases._traced_ranking("packed", "fp16")
+    _, served, traced = traced_ranking(WIDE_FORM, "fp16", "packed")
     passes = export_passes(served.num_attention, served.taps, segmented_cases._selection(served))
     *_, inside = apply_passes(traced, passes)
     *_, moved = apply_passes(outside(traced, tmp_path), passes)

@@ -14,7 +14,7 @@ from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.project_by_convolution import ProjectByConvolution
 from hstu_compile.served import served_graphs
 from tests.dlrm_reference import DlrmForm
-from tests.exported_models import ranking_model, shipped, small_config
+from tests.exported_models import TOP_K, ranking_model, shipped, small_config
 from tests.rewrite.attention_graphs import run_onnx
 
 FEEDS = {
@@ -32,7 +32,7 @@ WIDE = DlrmForm(width=64, table_dim=64, contextual=(("user_id", 1, 20), ("tags",
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_projection_and_the_item_scores_become_convolutions(precision):
     config = small_config(num_layers=2)
-    _, graph = shipped(config, precision, top_k=5)
+    _, graph = shipped(config, precision, TOP_K)
     model = graph.model
     before = run_onnx(model, FEEDS)
     result = ProjectByConvolution().call(model)
@@ -108,7 +108,7 @@ def test_what_is_added_to_a_product_goes_into_the_convolution(dtype, nodes, outp
 
 
 def test_lowering_for_a_tensorrt8_without_cublas_accepts_the_convolutions():
-    _, graph = shipped(small_config(), "fp16", top_k=5)
+    _, graph = shipped(small_config(), "fp16", TOP_K)
     lowered, records = lowered_for_tensorrt8(graph.model, "fp16", native=False, has_cublas=False)
     assert {record.name: record.counts for record in records}["project_by_convolution"]["projections"] == 5
     assert "MatMul" not in {node.op_type for node in lowered.graph.node}
@@ -127,7 +127,12 @@ def test_a_product_of_two_computed_tensors_is_refused_without_cublas():
     lowered_for_tensorrt8(model, "fp32", native=False, has_cublas=True)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["packed", "prefill", "score"])
+# What the other two multiply is in the first one as well; each takes seconds to trace.
+@pytest.mark.parametrize(
+    "index",
+    [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (1, 2))],
+    ids=["packed", "prefill", "score"],
+)
 def test_no_product_of_a_ranking_graph_is_left_to_cublas(index):
     """With wide tables the contextual weights were a slice at run time, which no builder took for a constant."""
     served = served_graphs(ranking_model(WIDE, torch.float16), micro_batch=4)[index]

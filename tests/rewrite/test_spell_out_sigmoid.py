@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from hstu_compile.rewrite.lower_tensorrt8 import lowered_for_tensorrt8
 from hstu_compile.rewrite.spell_out_sigmoid import SpellOutSigmoid
-from tests.exported_models import NUM_LAYERS, exported_graph
+from tests.exported_models import NUM_LAYERS, TOP_K, exported_graph
 from tests.rewrite.attention_graphs import run_onnx
 
 X = np.concatenate([np.linspace(-30, 30, 6001), [-1000.0, -100.0, -88.0, 0.0, 100.0, 1000.0]]).astype(np.float32)
@@ -102,7 +102,7 @@ def test_half_sigmoids_stay() -> None:
 
 @pytest.mark.parametrize(("precision", "native"), [("fp32", False), ("fp32", True), ("fp16", False)])
 def test_lowering_spells_out_every_sigmoid_of_a_float32_graph(precision: Any, native: bool) -> None:
-    lowered, records = lowered_for_tensorrt8(exported_graph(precision), precision, native=native)
+    lowered, records = lowered_for_tensorrt8(exported_graph(precision, top_k=TOP_K), precision, native=native)
     counts = {record.name: record.counts for record in records}
     if precision == "fp32":
         # The native body has a SiLU of its own in each layer.

@@ -19,7 +19,7 @@ from hstu_compile.errors import EngineError, UsageError
 from hstu_compile.profiles import ProfileSizes
 from hstu_compile.tensorrt_api import PluginKey
 from hstu_compile.trt_options import EngineOptions
-from tests.exported_models import MAX_SEQ_LEN, NUM_LAYERS, exported_graph, retrieval_profile
+from tests.exported_models import MAX_SEQ_LEN, NUM_LAYERS, TOP_K, exported_graph, retrieval_profile
 
 RTX = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import tensorrt_rtx"], capture_output=True, check=False).returncode != 0,
@@ -48,7 +48,7 @@ def profile(low: int = 1, typical: int = 4, high: int = 8, name: str = "x") -> l
 @RTX
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_model_builds_on_cpu_in_its_own_precision(precision: Any) -> None:
-    model = exported_graph(precision, top_k=5)
+    model = exported_graph(precision, top_k=TOP_K)
     before = model.SerializeToString()
     artifact = engine_from_onnx(model, backend="tensorrt-rtx", profiles=PROFILES)
     assert model.SerializeToString() == before
@@ -141,7 +141,7 @@ def test_what_the_parser_refuses_is_named_with_its_node() -> None:
 def test_rtx_never_loads_a_plugin_and_needs_a_native_body(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="TensorRT-RTX takes no plugins"):
         engine_from_onnx(add_model(), backend="tensorrt-rtx", profiles=profile(), plugin_library=tmp_path / "absent.so")
-    bare = exported_graph("fp32")
+    bare = exported_graph("fp32", top_k=TOP_K)
     del bare.functions[:]
     with pytest.raises(EngineError, match="has no native body") as caught:
         engine_from_onnx(bare, backend="tensorrt-rtx", profiles=PROFILES)
@@ -157,7 +157,7 @@ def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_plugin_key_is_what_the_node_says() -> None:
-    nodes = plugin_nodes(exported_graph("fp16"))
+    nodes = plugin_nodes(exported_graph("fp16", top_k=TOP_K))
     keys = Counter(plugin_key(node) for node in nodes)
     assert keys == {
         PluginKey("HstuAttention", "1", "hstu"): NUM_LAYERS,
@@ -168,7 +168,7 @@ def test_the_plugin_key_is_what_the_node_says() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_precision_is_read_off_the_weights(precision: Any) -> None:
-    assert graph_precision(exported_graph(precision)) == precision
+    assert graph_precision(exported_graph(precision, top_k=TOP_K)) == precision
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_inspector_entries_are_classified(layer: Any, kind: str) -> None:
 def test_the_stage_imports_and_lowers_without_torch(tmp_path: Path) -> None:
     """The engine stage runs beside TensorRT 8.5 where torch and the exporter are not installed."""
     path = tmp_path / "model.onnx"
-    onnx.save(exported_graph("fp16"), path)
+    onnx.save(exported_graph("fp16", top_k=TOP_K), path)
     script = """
 import importlib.abc, json, sys
 class Block(importlib.abc.MetaPathFinder):

@@ -18,7 +18,7 @@ from hstu_compile.profiles import ProfileSizes, derived_profile, graph_profiles
 from hstu_compile.served import ServedGraph, served_graphs
 from hstu_compile.trt_options import EngineOptions
 from tests.dlrm_reference import ACTIONS, CANDIDATE, HISTORY, QUERY_TIME, TIME, DlrmForm
-from tests.exported_models import exported_graph, ranking_model, small_config, small_model
+from tests.exported_models import TOP_K, exported_graph, ranking_model, small_config, small_model
 
 FORM = DlrmForm(contextual=(("user_id", 1, 20), ("genres", 3, 5)))
 LIMITS = {
@@ -178,7 +178,7 @@ def test_a_file_from_before_append_has_no_limit_for_it() -> None:
 
 
 def test_a_graph_of_somebody_else_has_the_limits_of_its_attention_nodes() -> None:
-    assert read_limits(exported_graph("fp32")) == GraphLimits("retrieval", 24)
+    assert read_limits(exported_graph("fp32", top_k=TOP_K)) == GraphLimits("retrieval", 24)
     assert read_limits(empty_model()) is None
 
 

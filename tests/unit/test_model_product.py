@@ -7,7 +7,7 @@ import torch
 
 from hstu_compile.model.product import Product, product_sites
 from tests.dlrm_reference import DlrmForm
-from tests.exported_models import exported_graph, ranking_model, research_model
+from tests.exported_models import TOP_K, exported_graph, ranking_model, research_model
 
 ITEM_AND_CONTENT = ("item_mlp.hidden", "item_mlp.output", "content_mlp.hidden", "content_mlp.output")
 
@@ -43,7 +43,7 @@ def test_a_hook_on_a_site_sees_both_operands_and_can_replace_them() -> None:
 
 
 def test_the_graph_has_a_constant_of_each_sites_name() -> None:
-    model: onnx.ModelProto = exported_graph("fp32")
+    model: onnx.ModelProto = exported_graph("fp32", top_k=TOP_K)
     constants = {tensor.name for tensor in model.graph.initializer}
     sites = product_sites(research_model("fp32"))
     assert sites

@@ -20,7 +20,7 @@ from hstu_compile.errors import EngineError, PluginError, RequestError, UsageErr
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffers
 from hstu_compile.runtime.session import open_session
 from hstu_compile.tensorrt_api import tf32_override_off
-from tests.exported_models import TAPS, exported_graph, request_batch, research_model
+from tests.exported_models import TAPS, TOP_K, exported_graph, request_batch, research_model
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import open_fake
 from tests.tolerances import COMPONENTWISE
@@ -29,7 +29,7 @@ from tests.tolerances import COMPONENTWISE
 @pytest.mark.parametrize("lengths", [(5, 0, 24, 1), (0, 0), (1,), (24,)])
 def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> None:
     feeds = request_batch(lengths)
-    with open_session("onnxruntime", onnx=exported_graph("fp32"), taps=TAPS) as session:
+    with open_session("onnxruntime", onnx=exported_graph("fp32", top_k=TOP_K), taps=TAPS) as session:
         assert session.name.startswith("onnxruntime ")
         assert [spec.name for spec in session.inputs] == list(feeds)
         outputs = session.run(feeds)
@@ -39,7 +39,7 @@ def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> N
         layers = model.layer_activations(**tensors)
         expected = {"user_embeddings": model.user_embeddings(layers[-1], tensors["seq_offsets"])}
     expected |= dict(zip(TAPS, layers, strict=True))
-    assert set(outputs) == set(expected)
+    assert set(outputs) == {*expected, "top_items", "top_scores"}
     for name, tensor in expected.items():
         reference = tensor.numpy()
         assert outputs[name].shape == reference.shape
@@ -52,7 +52,7 @@ def test_onnx_runtime_equals_eager_at_every_layer(lengths: tuple[int, ...]) -> N
     ("precision", "note"), [("fp32", " (sigmoids by exp)"), ("fp16", ""), ("bf16", " (bf16 widened to float32)")]
 )
 def test_the_name_says_how_what_runs_differs_from_the_graph(precision: Precision, note: str) -> None:
-    with open_session("onnxruntime", onnx=exported_graph(precision)) as session:
+    with open_session("onnxruntime", onnx=exported_graph(precision, top_k=TOP_K)) as session:
         assert session.name == f"onnxruntime {onnxruntime.__version__}{note}"
 
 
@@ -96,7 +96,7 @@ def test_a_graph_with_half_weights_runs_with_its_own_sigmoids() -> None:
 
 def test_safe_conversions_and_refusals() -> None:
     feeds = request_batch((3,))
-    with open_session("onnxruntime", onnx=exported_graph("fp32")) as session:
+    with open_session("onnxruntime", onnx=exported_graph("fp32", top_k=TOP_K)) as session:
         expected = session.run(feeds)["user_embeddings"]
         wide = {name: array.astype(np.int64) for name, array in feeds.items()}
         np.testing.assert_array_equal(session.run(wide)["user_embeddings"], expected)
@@ -113,7 +113,7 @@ def test_safe_conversions_and_refusals() -> None:
 
 def test_an_absent_tap_and_a_damaged_graph_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="layer_9 are not computed"):
-        open_session("onnxruntime", onnx=exported_graph("fp32"), taps=["layer_9"])
+        open_session("onnxruntime", onnx=exported_graph("fp32", top_k=TOP_K), taps=["layer_9"])
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\x00garbage")
     with pytest.raises(EngineError, match="cannot load the graph") as caught:
@@ -125,7 +125,7 @@ def test_arguments_that_do_not_belong_together() -> None:
     with pytest.raises(UsageError, match=r"needs a graph"):
         open_session("onnxruntime", engine=b"")
     with pytest.raises(UsageError, match=r"needs an engine"):
-        open_session("tensorrt-rtx", onnx=exported_graph("fp32"))
+        open_session("tensorrt-rtx", onnx=exported_graph("fp32", top_k=TOP_K))
     with pytest.raises(UsageError, match="layer_0 were fused away"):
         open_session("tensorrt", engine=b"", taps=["layer_0"])
     with pytest.raises(EngineError, match="'tflite' is not one of"):
@@ -245,6 +245,6 @@ def test_tf32_is_off_only_while_a_float32_rtx_engine_is_built_or_loaded(monkeypa
 def test_an_onnxruntime_that_computes_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     with pytest.raises(EngineError, match=r"ONNX Runtime 1\.23\.2 is too old") as caught:
-        open_session("onnxruntime", onnx=exported_graph("fp32"))
+        open_session("onnxruntime", onnx=exported_graph("fp32", top_k=TOP_K))
     assert caught.value.code == "HSTU-E401"
     assert caught.value.context["oldest"] == "1.31"
