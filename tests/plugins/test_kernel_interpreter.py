@@ -75,7 +75,7 @@ def interpreter() -> Iterator[KernelInterpreter]:
 
 @pytest.fixture(scope="module")
 def outputs(interpreter: KernelInterpreter) -> dict[tuple[str, str], Future[Array]]:
-    """The grid's outputs, all started at once so that both processes are busy."""
+    """The grid's outputs, all started at once: the interpreter computes while the oracle does."""
     return {(c.dtype, c.name): interpreter.submit(c) for c in [*GRID, *HALF_GRID]}
 
 
