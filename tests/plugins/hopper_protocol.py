@@ -565,26 +565,35 @@ def play(protocol: Protocol, keys_of_tiles: Sequence[int], seed: int, faults: fr
     """
     order = random.Random(seed)
     blocks = [Block(protocol, faults, rank, keys_of_tiles) for rank in range(protocol.split)]
+    begun: list[Process] = []
     for block in blocks:
-        block.cluster = blocks
+        block.cluster, block.copies = blocks, begun
     running = {name: process for block in blocks for name, process in block.processes().items()}
     waits = dict.fromkeys(running, PREEMPTED)
+    names = list(running)
     num_copies = 0
-    while running:
-        ready = [name for name in running if waits[name].is_over()]
-        if not ready:
+    while names:
+        # Any that can go on, each as likely: draw until one can, and look at no other.
+        for drawn in range(len(names)):
+            other = drawn + int(order.random() * (len(names) - drawn))
+            names[drawn], names[other] = names[other], names[drawn]
+            if waits[names[drawn]].is_over():
+                break
+        else:
             raise DeadlockError("; ".join(f"{name} waits for {waits[name].what}" for name in running))
-        name = order.choice(ready)
+        name = names[drawn]
         try:
             waits[name] = next(running[name])
         except StopIteration:
             del running[name]
-        for block in blocks:
-            for copy in block.copies:
-                num_copies += 1
-                running[f"copy {num_copies}"] = copy
-                waits[f"copy {num_copies}"] = PREEMPTED
-            block.copies.clear()
+            names[drawn] = names[-1]
+            names.pop()
+        for copy in begun:
+            num_copies += 1
+            running[f"copy {num_copies}"] = copy
+            waits[f"copy {num_copies}"] = PREEMPTED
+            names.append(f"copy {num_copies}")
+        begun.clear()
     for block in blocks:
         # Every warpgroup ends every tile, in order.
         expected = sorted(list(range(len(keys_of_tiles))) * protocol.warpgroups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,8 @@ def test_no_tile_and_tiles_without_keys_end_at_once() -> None:
             play(protocol, tiles, seed=1)
 
 
-def failures(protocol: Protocol, *faults: Fault, with_empty: bool = True) -> set[type[AssertionError]]:
+@functools.cache
+def failures(protocol: Protocol, *faults: Fault, with_empty: bool = True) -> frozenset[type[AssertionError]]:
     """Return how the protocol with these mistakes fails over many tile lists and orders."""
     found: set[type[AssertionError]] = set()
     for seed in SEEDS:
@@ -47,7 +49,7 @@ def failures(protocol: Protocol, *faults: Fault, with_empty: bool = True) -> set
             play(protocol, tiles, seed, frozenset(faults))
         except (DeadlockError, HazardError) as failure:
             found.add(type(failure))
-    return found
+    return frozenset(found)
 
 
 def test_the_deadlock_of_an_earlier_version_is_found() -> None:
