@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,6 @@ from hstu_compile.plugins.kernels import aot
 from hstu_compile.plugins.kernels.aot import (
     ARCHS,
     KernelImage,
-    KernelVariant,
     compile_variants,
     default_variants,
     variants_for,
@@ -130,39 +132,48 @@ def test_cache_key_follows_the_options_and_not_the_prose() -> None:
     assert aot._key(task) != aot._key(deeper)
 
 
+#: Of which a test reads the PTX that nothing else makes: dtype and architecture.
+PTX_READ = [("float16", 90), ("float16", 100), ("float16", 120), ("float32", 90)]
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
+    """PTX of the cheapest variant of these, from a worker's own compile function in one fresh process."""
+    script = (
+        "import json\n"
+        "from dataclasses import replace\n"
+        "from hstu_compile.plugins.kernels import compile_worker, variants\n"
+        "compile_worker._PTX_VERSION = None\n"
+        "texts = []\n"
+        f"for dtype, arch in {PTX_READ!r}:\n"
+        "    variant = variants.variants_for(dtype, 16, 16)[0]\n"
+        "    task = replace(variants.compile_tasks((variant,), (arch,), with_ptx=False)[0], is_ptx=True)\n"
+        "    texts.append(compile_worker.compile_kernel(task)[0].decode())\n"
+        "print(json.dumps(texts))\n"
+    )
+    folder = tmp_path_factory.mktemp("ptx")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(PTX_READ, json.loads(done.stdout), strict=True))
+
+
 @pytest.mark.parametrize(
     ("arch", "instruction"),
     [(80, "mma.sync.aligned"), (90, "wgmma.mma_async"), (100, "tcgen05.mma"), (120, "mma.sync.aligned")],
 )
-def test_tensor_cores_of_each_generation_are_used(arch: int, instruction: str, tmp_path: Path) -> None:
-    assert instruction in _ptx_for(arch, CHEAP[0], tmp_path)
+def test_tensor_cores_of_each_generation_are_used(
+    arch: int, instruction: str, ptx: dict[tuple[str, int], str], images: list[KernelImage]
+) -> None:
+    text = _ptx_of(images[-1]) if arch == 80 else ptx["float16", arch]
+    assert f".target sm_{arch}" in text
+    assert instruction in text
 
 
-def test_float32_never_uses_tf32(tmp_path: Path) -> None:
-    (variant,) = variants_for("float32", 16, 16)
-    text = _ptx_for(90, variant, tmp_path)
+def test_float32_never_uses_tf32(ptx: dict[tuple[str, int], str]) -> None:
+    text = ptx["float32", 90]
     assert "fma.rn.f32" in text
     assert "tf32" not in text
-
-
-def _ptx_for(arch: int, variant: KernelVariant, tmp_path: Path) -> str:
-    """PTX of one variant for one architecture, from a worker's own compile function in a fresh process."""
-    script = (
-        "import sys\n"
-        "from dataclasses import replace\n"
-        "from hstu_compile.plugins.kernels import compile_worker, variants\n"
-        f"variant = variants.{variant!r}\n"
-        f"task = replace(variants.compile_tasks((variant,), ({arch},), with_ptx=False)[0], is_ptx=True)\n"
-        "compile_worker._PTX_VERSION = None\n"
-        "sys.stdout.buffer.write(compile_worker.compile_kernel(task)[0])\n"
-    )
-    import os
-    import sys
-
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return done.stdout.decode()
 
 
 def test_cpp_source_compiles_and_holds_the_images(images: list[KernelImage], tmp_path: Path) -> None:

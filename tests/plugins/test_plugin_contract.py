@@ -20,6 +20,8 @@ ROOT = Path(generate_contract.__file__).parent
 CONTRACT = ROOT / "hstuAttentionPlugin" / "HstuAttention_PluginConfig.yaml"
 CONTRACTS = {"hstuAttention": CONTRACT, "hstuNorm": ROOT / "hstuNormPlugin" / "HstuNorm_PluginConfig.yaml"}
 PROGRAMS = Path(__file__).parent / "conformance"
+#: What of the attention's library needs no header of TensorRT.
+CORE = ("Core", "Fields", "Hopper", "Kernel", "Shapes")
 WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -96,27 +98,34 @@ def includes(tmp_path_factory: pytest.TempPathFactory, contract: dict[str, Any])
     return [*(f"-I{path}" for path in own), "-isystem", str(cuda)]
 
 
-def core_sources(*names: str) -> list[str]:
-    parts = [ROOT / "hstuAttentionPlugin" / f"hstuAttention{name}.cpp" for name in names]
-    return [str(path) for path in (*parts, *sorted((ROOT / "common").glob("*.cpp")))]
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory, includes: list[str]) -> dict[str, str]:
+    """The objects of the core by their sources' names, compiled once for both programs."""
+    folder = tmp_path_factory.mktemp("core")
+    parts = [ROOT / "hstuAttentionPlugin" / f"hstuAttention{name}.cpp" for name in CORE]
+    sources = [*parts, *(ROOT / "common").glob("*.cpp")]
+    subprocess.run(["g++", *WARNINGS, *includes, "-c", *map(str, sources)], cwd=folder, check=True)
+    return {source.stem: str(folder / f"{source.stem}.o") for source in sources}
 
 
 @pytest.fixture(scope="module")
-def selection(tmp_path_factory: pytest.TempPathFactory, includes: list[str]) -> Path:
+def selection(tmp_path_factory: pytest.TempPathFactory, includes: list[str], core: dict[str, str]) -> Path:
     """The program that picks kernel images from a table of its own."""
     program = tmp_path_factory.mktemp("selection") / "selection"
-    sources = [str(PROGRAMS / "selection.cpp"), *core_sources("Kernel", "Hopper", "Shapes")]
-    subprocess.run(["g++", *WARNINGS, *includes, *sources, "-o", str(program), "-ldl"], check=True)
+    # It links without what reads TensorRT's fields and tensors.
+    objects = [core[name] for name in core if name not in ("hstuAttentionCore", "hstuAttentionFields")]
+    command = ["g++", *WARNINGS, *includes, str(PROGRAMS / "selection.cpp"), *objects, "-o", str(program), "-ldl"]
+    subprocess.run(command, check=True)
     return program
 
 
 @pytest.fixture(scope="module")
-def hopper_launch(tmp_path_factory: pytest.TempPathFactory, includes: list[str]) -> Path:
+def hopper_launch(tmp_path_factory: pytest.TempPathFactory, includes: list[str], core: dict[str, str]) -> Path:
     """The program that launches Hopper images on a driver without a GPU, which lies beside it."""
     folder = tmp_path_factory.mktemp("launch")
     driver = ["-shared", "-fPIC", str(PROGRAMS / "fakeDriver.cpp"), "-o", str(folder / "libcuda.so.1")]
     subprocess.run(["g++", *WARNINGS, *includes, *driver], check=True)
-    sources = [str(PROGRAMS / "hopperLaunch.cpp"), *core_sources("Core", "Fields", "Hopper", "Kernel", "Shapes")]
+    sources = [str(PROGRAMS / "hopperLaunch.cpp"), *core.values()]
     command = ["g++", *WARNINGS, *includes, *sources, "-o", str(folder / "hopperLaunch"), "-ldl"]
     subprocess.run(command, check=True)
     return folder / "hopperLaunch"
