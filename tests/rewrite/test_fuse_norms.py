@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.calibration.ranking_batches import prefill_arrays, ranking_batch, score_arrays
-from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.op_schema import is_norm, node_attributes, register_onnx_schema
 from hstu_compile.rewrite import PruneLastLayer, RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.annotate_attention import AnnotateAttention
@@ -22,15 +21,16 @@ from hstu_compile.rewrite.attach_native_body import AttachNativeBody
 from hstu_compile.rewrite.detach_taps import DetachTaps
 from hstu_compile.rewrite.fuse_norms import FuseNorms
 from hstu_compile.rewrite.merge_duplicates import MergeDuplicates
-from hstu_compile.served import ServedGraph, packed_graph, prefill_graph, retrieval_graph, score_graph
+from hstu_compile.served import ServedGraph, prefill_graph
 from tests.dlrm_reference import DlrmForm
-from tests.exported_models import ranking_model, request_batch, small_config, small_model, with_layer
+from tests.exported_models import MICRO_BATCH, request_batch, small_config, traced_ranking, traced_retrieval, with_layer
 from tests.oracle import Array
 from tests.rewrite.attention_graphs import run_onnx
+from tests.segmented_cases import WIDE_FORM
 
 register_onnx_schema()
 
-FORMS = {"layer": DlrmForm(), "group": DlrmForm(group_norm=True)}
+FORMS = {"layer": WIDE_FORM, "group": DlrmForm(group_norm=True)}
 RETRIEVAL = {
     "research": small_config(),
     "concat_ua, affine": with_layer(
@@ -48,16 +48,14 @@ COUNTS = {
     ("research", "retrieval"): (2, 2, 0),
     ("concat_ua, affine", "retrieval"): (2, 2, 0),
 }
-#: Each is traced, for seconds. These have between them every form, graph and precision; the rest repeats them.
+#: Each is traced, for seconds, some of them for other tests as well. These have between them every form, graph and
+#: precision; the rest repeats them.
 QUICK = (
-    ("layer", "packed", "fp32"),
     ("layer", "packed", "fp16"),
-    ("group", "packed", "fp16"),
-    ("group", "prefill", "bf16"),
-    ("layer", "prefill", "fp32"),
+    ("layer", "prefill", "fp16"),
     ("group", "score", "fp16"),
-    ("research", "retrieval", "fp16"),
-    ("concat_ua, affine", "retrieval", "fp32"),
+    ("research", "retrieval", "fp32"),
+    ("concat_ua, affine", "retrieval", "fp16"),
     ("concat_ua, affine", "retrieval", "bf16"),
 )
 
@@ -73,27 +71,31 @@ def real_graphs(*precisions: Precision) -> list[Any]:
     ]
 
 
+def traced(model: str, graph: str, precision: Precision) -> tuple[Any, ServedGraph, OnnxGraph]:
+    if model in FORMS:
+        return traced_ranking(FORMS[model], precision, graph)
+    return traced_retrieval(RETRIEVAL[model], precision, graph)
+
+
 @functools.cache
 def served(model: str, graph: str, precision: Precision) -> tuple[ServedGraph, OnnxGraph, dict[str, Array]]:
     """A graph, as exported and stripped of its taps, with inputs."""
+    made, found, exported = traced(model, graph, precision)
     if model in FORMS:
-        made = ranking_model(FORMS[model], TORCH_DTYPES[precision])
         packed = ranking_batch("drawn", made.config, [0, 6, 20, 1], [3, 2, 4, 1], seed=2).arrays
-        prefill = prefill_graph(made)
         if graph == "packed":
-            found, feeds = packed_graph(made), packed
+            feeds = packed
         elif graph == "prefill":
-            found, feeds = prefill, prefill_arrays(made.config, packed)
+            feeds = prefill_arrays(made.config, packed)
         else:
             half = np.float16 if precision == "fp16" else np.float32
+            prefill = prefill_graph(made)
             cached = prefill.run(prefill_arrays(made.config, packed))
             cached = {name: cached[name].astype(half) for name in prefill.outputs}
-            found, feeds = score_graph(made, 24), score_arrays(made.config, packed, cached, 24)
+            feeds = score_arrays(made.config, packed, cached, MICRO_BATCH)
     else:
-        found = retrieval_graph(small_model(RETRIEVAL[model], precision))
         feeds = request_batch((0, 7, 20, 1))
         feeds["item_ids"] = feeds["item_ids"] % 40 + 1
-    exported = exported_from_served(found, precision)
     count = found.num_attention
     *_, graph_of = apply_passes(exported, (DetachTaps(found.taps), AnnotateAttention(count), AttachNativeBody(count)))
     return found, graph_of, feeds
@@ -148,27 +150,35 @@ def test_a_second_run_changes_nothing() -> None:
 
 
 def test_in_half_precision_a_layer_is_a_norm_and_a_gate_in_half_memory_with_the_silu_inside() -> None:
-    found, before, _ = served("group", "packed", "fp16")
-    fused = copied(before.model)
-    FuseNorms(found.taps).call(fused)
-    attributes = [node_attributes(node) for node in fused.graph.node if is_norm(node)]
-    assert sum(each["input_type"] == 1 for each in attributes) == len(attributes)
-    gates = [each for each in attributes if each["activation"] == 1]
-    wanted = {"gate_silu": 1, "concat": 1, "num_groups": 2, "output_type": 1, "has_shift": 0, "has_bias": 1}
-    assert gates
-    assert all(wanted.items() <= each.items() for each in gates)
-    shifted = [each["activation"] for each in attributes if each["has_shift"]]
-    assert shifted.count(2) == 4  # every MLP adds the bias of its projection in front of its norm
+    for model, graph, groups in (("layer", "packed", 1), ("group", "score", 2)):
+        found, before, _ = served(model, graph, "fp16")
+        fused = copied(before.model)
+        FuseNorms(found.taps).call(fused)
+        attributes = [node_attributes(node) for node in fused.graph.node if is_norm(node)]
+        if graph == "packed":
+            assert sum(each["input_type"] == 1 for each in attributes) == len(attributes)
+            shifted = [each["activation"] for each in attributes if each["has_shift"]]
+            assert shifted.count(2) == 4  # every MLP adds the bias of its projection in front of its norm
+        gates = [each for each in attributes if each["activation"] == 1]
+        wanted = {"gate_silu": 1, "concat": 1, "num_groups": groups, "input_type": 1, "output_type": 1}
+        wanted |= {"has_shift": 0, "has_bias": 1}
+        assert len(gates) == 2
+        assert all(wanted.items() <= each.items() for each in gates)
 
 
-def test_norms_are_fused_behind_pruning_whose_rows_are_split() -> None:
-    found, before, feeds = served("layer", "packed", "fp32")
-    selection = RowSelection(found.max_candidates, "candidate_offsets")
+@pytest.mark.parametrize(
+    ("model", "graph", "norms"),
+    # Candidates' rows take seconds more, and differ in what selects them, which is tested with the pruning.
+    [("research", "retrieval", 3), pytest.param("layer", "packed", 7, marks=pytest.mark.slow)],
+)
+def test_norms_are_fused_behind_pruning_whose_rows_are_split(model: str, graph: str, norms: int) -> None:
+    found, before, feeds = served(model, graph, "fp32")
+    selection = RowSelection(found.max_candidates, "candidate_offsets") if graph == "packed" else RowSelection()
     passes = export_passes(found.num_attention, found.taps, selection)
     names = [step.name for step in passes]
     assert names.index(PruneLastLayer.name) < names.index(FuseNorms.name)
-    *_, last = apply_passes(exported_from_served(found, "fp32"), passes)
-    assert {record.name: record.counts for record in last.passes}["fuse_norms"]["norms"] == 7
+    *_, last = apply_passes(traced(model, graph, "fp32")[2], passes)
+    assert {record.name: record.counts for record in last.passes}["fuse_norms"]["norms"] == norms
     expected = run_onnx(before.model, feeds)
     for name, value in run_onnx(last.model, feeds).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
