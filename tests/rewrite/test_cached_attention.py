@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,31 +9,20 @@ import onnx
 import pytest
 import torch
 
-from hstu_compile.artifacts import Precision
-from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.graph_plugin import plugin_request_of
 from hstu_compile.op_schema import attention_contract, is_attention, node_attributes
-from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.rewrite.attach_native_body import AttachNativeBody
 from hstu_compile.rewrite.bound_native_body import BoundNativeBody
-from hstu_compile.served import append_graph, score_graph
 from tests.attention_cases import build_case, with_cache
-from tests.dlrm_reference import DlrmForm
-from tests.exported_models import ranking_model, small_config, small_model
 from tests.oracle import AttentionCase, check_attention, oracle_of
 from tests.rewrite.attention_graphs import attention_model, attention_node, contract_attributes, feeds_of, run_onnx
+from tests.segmented_cases import ranking_case, retrieval_case
 
 
-@functools.cache
-def cached_graph(name: str, precision: Precision = "fp32") -> onnx.ModelProto:
-    """The scoring graph of a ranker, or the appending graph of a retrieval model with both biases."""
-    if name == "score":
-        served = score_graph(ranking_model(DlrmForm(), TORCH_DTYPES[precision]), 24)
-    else:
-        served = append_graph(small_model(small_config(), precision), 4)
-    passes = export_passes(served.num_attention, served.taps, None, "fast")
-    *_, graph = apply_passes(exported_from_served(served, precision), passes)
-    return graph.model
+def cached_graph(name: str) -> onnx.ModelProto:
+    """The scoring graph of a ranker, or the appending graph of a retrieval model with both biases, as they ship."""
+    case = ranking_case("score", "bf16") if name == "score" else retrieval_case("append", "fp16")
+    return case.whole.model
 
 
 def named_inputs(node: onnx.NodeProto) -> Mapping[str, str]:
@@ -69,7 +57,7 @@ def test_the_joined_timestamps_are_one_value_of_all_layers() -> None:
 
 @pytest.mark.parametrize("name", ["score", "append"])
 def test_the_plugin_library_of_such_a_graph_holds_kernels_that_read_a_cache(name: str) -> None:
-    request = plugin_request_of([cached_graph(name, "fp16")])
+    request = plugin_request_of([cached_graph(name)])
     assert request.variants
     assert all(variant.has_cache for variant in request.variants)
     assert all(variant.has_cache for variant in request.hopper_variants)

@@ -245,7 +245,7 @@ def test_no_attention_has_its_queries_keys_and_values_copied_but_where_keys_and_
 
 
 def test_a_projection_ends_a_product_and_what_is_summed_or_gathered_does_not() -> None:
-    cut = _Cut(ranking_case("prefill", "fp16").whole)
+    cut = _Cut(ranking_case("prefill", "bf16").whole)
     (projection,) = (source for source in cut.column_views.sources if cut.can_cross(source))
     assert cut.ends_a_product(projection)
     nodes = {node.op_type: node.output[0] for node in cut.nodes}

@@ -17,7 +17,6 @@ from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.compare import whole_error
 from hstu_compile.config import Quantization
 from hstu_compile.errors import InternalError, RewriteError
-from hstu_compile.export import exported_from_served
 from hstu_compile.graph_facts import graph_facts
 from hstu_compile.model.fake_quantization import fake_quantized, product_weights
 from hstu_compile.model.families import HstuModel
@@ -28,10 +27,18 @@ from hstu_compile.rewrite.quantize_products import QuantizeProducts
 from hstu_compile.runtime.session import open_session
 from hstu_compile.served import ServedGraph, served_graphs
 from tests.calibrated_models import quantization_plan
-from tests.dlrm_reference import DlrmForm
-from tests.exported_models import ranking_model, research_model
+from tests.exported_models import (
+    TOP_K,
+    ranking_model,
+    research_model,
+    small_config,
+    small_model,
+    traced_ranking,
+    traced_research,
+    traced_retrieval,
+)
+from tests.segmented_cases import WIDE_FORM
 
-FORM = DlrmForm(additional=("movie_category",), contextual=(("user_id", 1, 20),))
 KINDS = pytest.mark.parametrize("kind", ["int8", "fp8"])
 CODE_TYPES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 
@@ -64,16 +71,18 @@ class Case:
 
 @pytest.fixture(scope="module", params=["retrieval", "ranking"])
 def case(request: pytest.FixtureRequest) -> Case:
+    # The graphs are traced for other tests as well; the models are of this test alone, which hooks into their products.
     if request.param == "retrieval":
+        _, _, exported = traced_research("fp16")
         exact, model = research_model("fp32"), research_model("fp16")
         requests = [batch.arrays for batch in retrieval_batches(model.config, 8, 8, 1 << 20)]
         selection = RowSelection()
     else:
-        exact, model = ranking_model(FORM), ranking_model(FORM, torch.float16)  # type: ignore[assignment]
+        _, _, exported = traced_ranking(WIDE_FORM, "fp16", "packed")
+        exact, model = ranking_model(WIDE_FORM), ranking_model(WIDE_FORM, torch.float16)  # type: ignore[assignment]
         requests = [batch.arrays for batch in ranking_batches(model.config, 8, 4, 1 << 20)]  # type: ignore[arg-type]
         selection = RowSelection(model.config.max_candidates, "candidate_offsets")  # type: ignore[attr-defined]
-    served = served_graphs(model)[0]
-    return Case(exact, model, served, exported_from_served(served, "fp16"), selection, requests)
+    return Case(exact, model, served_graphs(model, TOP_K)[0], exported, selection, requests)
 
 
 def constants(model: onnx.ModelProto) -> dict[str, TensorProto]:
@@ -255,7 +264,7 @@ def test_smoothing_goes_into_norms_that_reach_a_product_linearly(case: Case, fus
 
 def assert_equals_reference(case: Case, plan: QuantizationPlan, model: onnx.ModelProto) -> None:
     """Within twice the error of eager float16 with the same rounding, and nearer to that than to no quantisation."""
-    main = case.served.outputs[-1]
+    main = "user_embeddings" if case.served.name == "retrieval" else case.served.outputs[-1]
     doubled = type(case.exact)(case.exact.config)  # type: ignore[arg-type]
     doubled.load_state_dict(case.exact.state_dict())
     exact_graph = served_graphs(doubled.eval().requires_grad_(False).cast(torch.float64))[0]
@@ -289,13 +298,13 @@ def test_a_constant_that_is_read_otherwise_is_refused(case: Case) -> None:
 
 
 def test_a_float32_graph_is_a_bug_of_ours() -> None:
-    exact = research_model("fp32")
+    _, served, exported = traced_retrieval(small_config(), "fp32")
+    exact = small_model(small_config())
     requests = [batch.arrays for batch in retrieval_batches(exact.config, 4, 4, 1 << 20)]
     plan = quantization_plan(exact, requests, "int8")
-    served = served_graphs(exact)[0]
     passes = export_passes(served.num_attention, served.taps, quantization=plan)
     with pytest.raises(InternalError, match="quantised graphs are float16"):
-        list(apply_passes(exported_from_served(served, "fp32"), passes))
+        list(apply_passes(exported, passes))
 
 
 @pytest.mark.parametrize("has_cublas", [True, False])
