@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -104,7 +105,7 @@ def test_no_engine_of_segments_launches_a_copy(name: str) -> None:
     if name == "retrieval":
         engines = engines_of(retrieval_case(name, "fp16", prune=True, fuse_norms=True))
     else:
-        engines = engines_of(ranking_case(name, "fp16"), max_candidates=8)
+        engines = ranking_engines(name)
     for engine in engines:
         facts = kernel_facts(engine.kernels)
         assert facts is not None
@@ -119,7 +120,7 @@ def test_no_engine_of_segments_launches_a_copy(name: str) -> None:
 @pytest.mark.parametrize("name", ["packed", "prefill", "score"])
 def test_every_product_of_a_float16_ranking_graph_adds_up_in_float32(name: str) -> None:
     """Also one whose rows are gathered by indices whose type the graph does not tell."""
-    plans = [engine.plan for engine in engines_of(ranking_case(name, "fp16"), max_candidates=8)]
+    plans = [engine.plan for engine in ranking_engines(name)]
     found = [kind for plan in plans for kind in re.findall(rb"accumulation_type=(\d)", plan)]
     assert len(found) > 6
     assert set(found) == {b"2"}
@@ -128,9 +129,14 @@ def test_every_product_of_a_float16_ranking_graph_adds_up_in_float32(name: str) 
 @RTX
 def test_prefill_launches_no_copies_but_of_the_keys_and_values_that_it_gives() -> None:
     case = ranking_case("prefill", "fp16")
-    facts = kernel_facts(joined_kernels(engines_of(case, max_candidates=8)))
+    facts = kernel_facts(joined_kernels(ranking_engines("prefill")))
     assert facts is not None
     assert facts["copies"] == ["__myl_Slic"] * len(case.cut.outputs)
+
+
+@functools.cache
+def ranking_engines(name: str) -> tuple[EngineArtifact, ...]:
+    return engines_of(ranking_case(name, "fp16"), max_candidates=8)
 
 
 def engines_of(case: Case, **sizes: int) -> tuple[EngineArtifact, ...]:
