@@ -342,7 +342,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.stack.close()
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
 
 

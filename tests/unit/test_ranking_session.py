@@ -43,7 +43,8 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
 pinned = pytest.mark.parametrize("spec", [VARIANTS["meta-pinned"], VARIANTS["prefix"]], ids=["meta-pinned", "prefix"])
 SPEC = VARIANTS["meta-pinned"]
-few = settings(max_examples=30, deadline=None)
+# Of each of up to four variants.
+few = settings(max_examples=15, deadline=None)
 
 
 def in_one_pass(spec: RankingSpec, request: RankingRequest) -> RankingResult:

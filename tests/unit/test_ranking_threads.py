@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import sys
 import threading
 import time
@@ -38,16 +39,32 @@ def expected(spec: RankingSpec, request: RankingRequest) -> RankingResult:
     return RankingResult(preds.astype("float32"), logits.astype("float32"), "off", 0)
 
 
-@pytest.mark.parametrize("spec", [spec_of(scaling="batch"), spec_of("prefix")], ids=["meta", "prefix"])
-@pytest.mark.parametrize("users_in_cache", [1, 6.5])
-@pytest.mark.parametrize(
-    ("graphs", "cache_rows"),
-    [(None, None), (GraphStats(), None), (GraphStats(), 10_000)],
-    ids=["in-place", "staged", "whole-cache"],
+SPECS = {"meta": spec_of(scaling="batch"), "prefix": spec_of("prefix")}
+MEMORY: dict[str, tuple[GraphStats | None, int | None]] = {
+    "in-place": (None, None),
+    "staged": (GraphStats(), None),
+    "whole-cache": (GraphStats(), 10_000),
+}
+#: Of two of memory, room and rule, every pair; the other half is slow.
+QUICK = (
+    ("in-place", 1, "meta"),
+    ("in-place", 6.5, "prefix"),
+    ("staged", 1, "prefix"),
+    ("staged", 6.5, "meta"),
+    ("whole-cache", 1, "meta"),
+    ("whole-cache", 6.5, "prefix"),
 )
-def test_soak_with_a_cache_smaller_than_its_users(
-    spec: RankingSpec, users_in_cache: float, graphs: GraphStats | None, cache_rows: int | None
-) -> None:
+
+
+@pytest.mark.parametrize(
+    ("memory", "users_in_cache", "rule"),
+    [
+        pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+        for each in itertools.product(MEMORY, (1, 6.5), SPECS)
+    ],
+)
+def test_soak_with_a_cache_smaller_than_its_users(memory: str, users_in_cache: float, rule: str) -> None:
+    spec, (graphs, cache_rows) = SPECS[rule], MEMORY[memory]
     served = Served(spec, users_in_cache, cache_rows=cache_rows, graph_stats=graphs, staging_rows=30)
     report = soak(served.session, PLAN)
     assert report.failures(PLAN, max_growth_mib=32) == []
