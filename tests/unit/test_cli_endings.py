@@ -280,7 +280,11 @@ def test_a_build_writes_the_silu_and_the_norms_that_were_asked_for_into_graph_an
     assert "'exact' is not one of 'fast', 'accurate'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "stage"), [(signal.SIGINT, 2), (signal.SIGTERM, 3), (signal.SIGINT, 5)])
+# Each starts Python and imports torch: the stages that trace and that write are those with the most to leave behind.
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow), (signal.SIGTERM, 3), (signal.SIGINT, 5)],
+)
 def test_interrupted_build_leaves_nothing(checkpoint: Path, kind: signal.Signals, stage: int) -> None:
     folder = checkpoint.parent
     before = under(folder)
