@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,24 +30,31 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full name of every import, but for those that only type checkers see."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    unseen = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in unseen:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def statements(block: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """All statements of a block and of the blocks inside, but for those that only type checkers see."""
+    for node in block:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
+        yield node
+        for inner in ("body", "orelse", "handlers", "finalbody", "cases"):
+            yield from statements(getattr(node, inner, ()))
+
+
+@functools.cache
+def imports(path: Path) -> tuple[tuple[int, str], ...]:
+    """Line and full name of every import, but for those that only type checkers see."""
+    found = []
+    for node in statements(parsed(path).body):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                yield node.lineno, f"{node.module}.{alias.name}"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return tuple(found)
 
 
 def group(name: str) -> str:
@@ -88,7 +96,7 @@ def test_every_meant_sideways_import_exists() -> None:
 def test_docstrings_name_the_level_of_the_table() -> None:
     wrong = []
     for name, path in MODULES.items():
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        doc = ast.get_docstring(parsed(path)) or ""
         stated = re.search(r"\bLevel (\d)", doc)
         if stated and int(stated[1]) != LEVELS[group(name)]:
             wrong.append(f"{path.relative_to(ROOT)}: says {stated[0]}, the table {LEVELS[group(name)]}")
@@ -96,7 +104,7 @@ def test_docstrings_name_the_level_of_the_table() -> None:
 
 
 def test_every_public_module_has_a_docstring() -> None:
-    assert not [name for name, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    assert not [name for name, path in MODULES.items() if not ast.get_docstring(parsed(path))]
 
 
 def test_folders_are_imported_by_their_package_names_alone() -> None:
@@ -115,7 +123,7 @@ def test_model_raises_only_value_and_type_errors() -> None:
     raised = set()
     for name, path in MODULES.items():
         if group(name) == "model":
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            for node in ast.walk(parsed(path)):
                 if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                     raised.add(ast.unparse(node.exc.func))
     assert raised <= {"ValueError", "TypeError", "DialectError"}
