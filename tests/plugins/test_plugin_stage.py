@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from hstu_compile import plugin_stage
 from hstu_compile.__main__ import main
+from hstu_compile.artifacts import Precision
 from hstu_compile.cli import cli
 from hstu_compile.plugin_library import HopperKernels, PluginBuildRequest, PluginLibrary
 from hstu_compile.plugins.kernels.hopper.variants import SILU_FORMS, hopper_variants_for
@@ -23,13 +25,19 @@ class Requested(Exception):  # noqa: N818 - it ends the stage where the compiler
     """Carries the request that would have been built."""
 
 
+@functools.cache
+def shipped_model(precision: Precision, width: int) -> onnx.ModelProto:
+    """The graph of a layer with heads of that width; who changes it takes a copy."""
+    config = small_config(num_layers=1, attention={"attention_dim": width, "linear_dim": width})
+    return shipped(config, precision)[1].model
+
+
 @pytest.fixture
 def graphs(tmp_path: Path) -> list[Path]:
     paths = []
     for precision in ("fp32", "fp16"):
-        _, graph = shipped(small_config(num_layers=1), precision)
         paths.append(tmp_path / f"{precision}.onnx")
-        onnx.save(graph.model, paths[-1])
+        onnx.save(shipped_model(precision, 24), paths[-1])
     return paths
 
 
@@ -55,11 +63,9 @@ def test_the_library_holds_the_kernels_of_every_graph(graphs: list[Path], monkey
 
 @pytest.mark.parametrize(("precision", "width"), [("fp16", 24), ("fp16", 25), ("fp32", 24)])
 def test_hopper_kernels_are_those_of_the_real_head_dims(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, width: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, width: int
 ) -> None:
-    config = small_config(num_layers=1, attention={"attention_dim": width, "linear_dim": width})
-    _, graph = shipped(config, precision)
-    onnx.save(graph.model, tmp_path / "model.onnx")
+    onnx.save(shipped_model(precision, width), tmp_path / "model.onnx")
     dtype = {"fp16": "float16", "fp32": "float32"}[precision]
     fitting = hopper_variants_for(dtype, width, width, plain_causal=True, pos_bias=True, time_bias=True)
     assert requested(monkeypatch, [tmp_path / "model.onnx"]).hopper_variants == fitting
@@ -67,12 +73,12 @@ def test_hopper_kernels_are_those_of_the_real_head_dims(
 
 
 def test_hopper_kernels_have_the_silu_of_the_node_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_config(num_layers=1, attention={"attention_dim": 24, "linear_dim": 24})
-    _, graph = shipped(config, "fp16")
+    model = onnx.ModelProto()
+    model.CopyFrom(shipped_model("fp16", 24))
     found = {}
     for silu in SILU_FORMS:
-        AnnotateAttention(1, silu).call(graph.model)
-        onnx.save(graph.model, tmp_path / f"{silu}.onnx")
+        AnnotateAttention(1, silu).call(model)
+        onnx.save(model, tmp_path / f"{silu}.onnx")
         found[silu] = requested(monkeypatch, [tmp_path / f"{silu}.onnx"])
         assert {variant.is_accurate for variant in found[silu].hopper_variants or ()} == {silu == "accurate"}
     assert found["fast"].variants == found["accurate"].variants, "the portable kernel serves both"
