@@ -46,7 +46,7 @@ from tests.fused_fakes import FakeKernels, segment_engine
 from tests.ranking_requests import request_of
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.usefixtures("traced_once")]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "fused.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
