@@ -17,7 +17,7 @@ from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.retrieval import RetrievalSession
 from tests.bucketed_cases import REORDERED, assert_rows_equal, assert_same_scores, assert_same_users
 from tests.e2e.conftest import Build
-from tests.e2e.test_build_incremental import MAX_APPEND, config_of, history_of, request_of
+from tests.e2e.test_build_incremental import PLAIN, build, history_of, request_of
 from tests.e2e.test_build_ranking import KV_BUDGET, built_golden, golden_requests
 from tests.e2e.test_build_ranking import golden_feeds as ranking_feeds
 from tests.ranking_requests import request_of as ranking_request
@@ -99,12 +99,11 @@ def test_metas_retrieval_model_answers_as_at_exact_shapes(build_fixture: Build, 
 @pytest.fixture(scope="module")
 def growing(build_small: Build) -> Iterator[tuple[RetrievalSession, RetrievalSession]]:
     """In buckets; at exact shapes."""
-    built = build_small("--incremental", f"max-append={MAX_APPEND}", "--fp32", config=config_of())
-    assert built.result.exit_code == 0, built.result.stderr
+    bundle = build(build_small, *PLAIN).path
     buckets = Buckets(events=Ladder((16, 100)), sequences=Ladder((3, 8)))
     with (
-        open_retrieval_session(built.path, kv_budget_bytes=1 << 22, buckets=buckets) as bucketed,
-        open_retrieval_session(built.path, kv_budget_bytes=1 << 22) as exact,
+        open_retrieval_session(bundle, kv_budget_bytes=1 << 22, buckets=buckets) as bucketed,
+        open_retrieval_session(bundle, kv_budget_bytes=1 << 22) as exact,
     ):
         yield bucketed, exact
 
@@ -124,9 +123,8 @@ def test_growing_histories_answer_as_at_exact_shapes(
 
 @pytest.mark.parametrize("wrong", [(64, 128), Ladder((64, 128)), 8])
 def test_what_are_no_buckets_is_refused(build_small: Build, wrong: Any) -> None:
-    built = build_small("--incremental", f"max-append={MAX_APPEND}", "--fp32", config=config_of())
     with (
-        load_bundle(built.path, buckets=wrong) as bundle,
+        load_bundle(build(build_small, *PLAIN).path, buckets=wrong) as bundle,
         pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*pass hstu_compile.Buckets\(\)"),
     ):
         _ = bundle.session

@@ -64,7 +64,8 @@ def feeds_of(requests: list[RetrievalRequest]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+# test_build_quantized.py builds and verifies such a session in float16 in every run, with INT8 products.
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_growing_histories_answer_as_whole_ones(build_small: Build, precision: str) -> None:
     built = build(build_small, *(PLAIN if precision == "fp32" else (f"--{precision}",)))
     allowed = error_bound(manifest_of(built)["verification"]["session"]["eager_error"]["user_embeddings"], precision)
@@ -164,7 +165,7 @@ def test_the_listed_items_are_those_of_one_forward(build_small: Build) -> None:
 
 
 def test_a_plain_bundle_has_no_session(build_small: Build) -> None:
-    plain = build_small()
+    plain = build_small("--no-verify", config=small_config(num_layers=1))
     assert manifest_of(plain)["retrieval"] is None
     with pytest.raises(BundleError, match="cannot encode histories in parts"):
         open_retrieval_session(plain.path, kv_budget_bytes=BUDGET)
