@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -17,12 +18,10 @@ import pytest
 import torch
 
 from hstu_compile import pipeline, recheck, verify
-from hstu_compile.artifacts import OnnxGraph, Precision
 from hstu_compile.calibration.ranking_batches import prefill_arrays, score_arrays
 from hstu_compile.checkpoint import config_from_file, model_from_spec, spec_from_checkpoint
 from hstu_compile.compare import EAGER_FLOOR, error_bound, row_error
 from hstu_compile.errors import RequestError
-from hstu_compile.export import exported_from_served
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.model.ranking_config import RankingConfig
 from hstu_compile.polygraphy_files import PolygraphyCheck, load_outputs, save_outputs
@@ -32,7 +31,7 @@ from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.ranking_request import RankingRequest, RankingResult
 from hstu_compile.runtime.session import open_session
-from hstu_compile.served import ServedGraph, packed_graph
+from hstu_compile.served import packed_graph
 from hstu_compile.session_check import tensor_error
 from tests.dlrm_reference import (
     ACTIONS,
@@ -48,7 +47,7 @@ from tests.dlrm_reference import (
     reference_answers,
     table_key,
 )
-from tests.e2e.conftest import RANKING_FIXTURE, Build, hstu_compile, save_checkpoint, save_ranking_checkpoint
+from tests.e2e.conftest import RANKING_FIXTURE, Build, Built, hstu_compile, save_checkpoint, save_ranking_checkpoint
 from tests.exported_models import small_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -72,6 +71,9 @@ FORM = DlrmForm(
 SMALL = ("--m-falcon", "micro-batch=5", "--max-batch", 8)
 # As plain as the family gets: nothing is in front of a history.
 BARE = DlrmForm(contextual=(), action_weights=(), num_layers=1, postprocessor="l2_norm", scaling_seq_len=57.0)
+# All kinds of tables, which are outside the graphs, in passes of few candidates.
+OUTSIDE = dataclasses.replace(FORM, action_weights=(), num_layers=1, postprocessor="l2_norm")
+BOUNDED = ("--m-falcon", "micro-batch=3", "--max-candidates", 4, "--max-seq-len", 25, "--max-batch", 3)
 # (events, candidates) below and above the least history of 20: nobody's history, no candidates, neither, only one.
 SIZES = [(2, 20), (30, 3), (0, 4), (7, 0), (19, 1), (0, 0), (20, 7)]
 
@@ -190,7 +192,10 @@ def test_the_session_scores_metas_users_as_the_packed_graph_does(
 def test_the_float16_artifact_errs_at_most_twice_as_much_as_eager_float16(
     build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
 ) -> None:
-    check_against_eager_half(built_half(build_ranking_fixture), ranking_golden, batch, torch.float16, 0.05)
+    # The packed graph alone: one export. All graphs are built for engines in bfloat16, and with --fp8 of a small model.
+    built = build_ranking_fixture("--fp16", "--backend", "onnx")
+    assert built.result.exit_code == 0, built.result.stderr
+    check_against_eager_half(built.path, ranking_golden, batch, torch.float16, 0.05)
 
 
 def check_against_eager_half(
@@ -214,20 +219,22 @@ def check_against_eager_half(
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
-def built_bf16(build: Build) -> Path:
-    built = build("--bf16", *M_FALCON, "--backend", "onnx")
+def build_bf16(build: Build) -> Built:
+    """With engines, where they can be built."""
+    backend = "onnx" if importlib.util.find_spec("tensorrt_rtx") is None else "tensorrt-rtx"
+    built = build("--bf16", *M_FALCON, "--backend", backend)
     assert built.result.exit_code == 0, built.result.stderr
-    return built.path
+    return built
 
 
 def test_a_bfloat16_build_says_on_what_it_was_verified(build_ranking_fixture: Build) -> None:
     """ONNX Runtime has no bfloat16 on a CPU: what ran is a copy, which every place that names the runtime says."""
-    built = build_ranking_fixture("--bf16", *M_FALCON, "--backend", "onnx")
-    bundle = built_bf16(build_ranking_fixture)
+    built = build_bf16(build_ranking_fixture)
+    bundle = built.path
     (line,) = [line for line in built.result.stderr.splitlines() if line.startswith("[6/7] verify")]
     assert line.count("(bf16 widened to float32) PASS") == 4
     report = json.loads((bundle / "report.json").read_text())
-    runs = report["verification"]["runs"]
+    runs = [run for run in report["verification"]["runs"] if run["artifact"].endswith(".onnx")]
     assert [run["artifact"] for run in runs] == ["model.onnx", "prefill.onnx", "score.onnx", SESSION_OF_ONNX]
     assert all(run["runtime"].endswith(" (bf16 widened to float32)") for run in runs)
     assert (bundle / "report.html").read_text().count("(bf16 widened to float32), ") >= 4
@@ -249,7 +256,7 @@ def test_a_bfloat16_build_says_on_what_it_was_verified(build_ranking_fixture: Bu
 def test_the_bfloat16_artifact_errs_at_most_twice_as_much_as_eager_bfloat16(
     build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
 ) -> None:
-    check_against_eager_half(built_bf16(build_ranking_fixture), ranking_golden, batch, torch.bfloat16, 0.2)
+    check_against_eager_half(build_bf16(build_ranking_fixture).path, ranking_golden, batch, torch.bfloat16, 0.2)
 
 
 def test_a_bfloat16_session_keeps_half_the_bytes_and_scores_as_packed_does(
@@ -258,7 +265,7 @@ def test_a_bfloat16_session_keeps_half_the_bytes_and_scores_as_packed_does(
     requests = golden_requests(ranking_golden, "c")
     with open_ranking_session(built_golden(build_ranking_fixture), kv_budget_bytes=1 << 23) as wide:
         expected, wide_bytes = wide.score(requests), wide.entry_bytes(200)
-    with open_ranking_session(built_bf16(build_ranking_fixture), kv_budget_bytes=1 << 23) as session:
+    with open_ranking_session(build_bf16(build_ranking_fixture).path, kv_budget_bytes=1 << 23) as session:
         assert session.entry_bytes(200) == pytest.approx(wide_bytes / 2, rel=0.01)
         first, again, packed = session.score(requests), session.score(requests), session.score_packed(requests)
     assert {each.cache for each in again} == {"hit"}
@@ -271,15 +278,13 @@ def test_a_bfloat16_session_keeps_half_the_bytes_and_scores_as_packed_does(
 # --- Engines ----------------------------------------------------------------------------------------------------------
 
 
-def built_half(build: Build) -> Path:
+def built_engines(build: Build) -> Path:
     pytest.importorskip("tensorrt_rtx")
-    built = build("--fp16", *M_FALCON, "--backend", "tensorrt-rtx")
-    assert built.result.exit_code == 0, built.result.stderr
-    return built.path
+    return build_bf16(build).path
 
 
 def test_tensorrt_rtx_engines_of_all_three_graphs_are_built_without_a_gpu(build_ranking_fixture: Build) -> None:
-    bundle = built_half(build_ranking_fixture)
+    bundle = built_engines(build_ranking_fixture)
     manifest = manifest_of(bundle)
     assert manifest["backend"]["name"] == "tensorrt-rtx"
     names = {"packed": "model.engine", "prefill": "prefill.engine", "score": "score.engine"}
@@ -567,39 +572,42 @@ def test_users_among_the_rows_of_a_whole_cache_score_as_alone_to_the_bit(
                 np.testing.assert_array_equal(answer.preds, wanted.preds)
 
 
+def built_outside(build: Build) -> Path:
+    """One bundle for both tests: an export of each graph is most of what they cost."""
+    return built_small(build, OUTSIDE, *BOUNDED, "--embeddings", "external")
+
+
 def test_external_tables_give_the_same_answers_as_tables_inside(build_ranking: Build) -> None:
-    requests = drawn(FORM, SIZES, seed=7)
-    with open_small(build_ranking, *SMALL) as inside:
-        expected = inside.score_packed(session_requests(FORM, requests))
-    # Seed 0 draws an event whose score cancels to 1e-5; the norm behind attention takes that, and its rounding, times
-    # 1000: how far an artifact and the eager model are from float64 there is luck.
-    bundle = built_small(build_ranking, FORM, *SMALL, "--embeddings", "external", "--seed", 1)
+    """The reference has its tables inside."""
+    bundle = built_outside(build_ranking)
     shapes = {each["name"]: each["shape"] for each in manifest_of(bundle)["inputs"]}
-    assert shapes["movie_id"] == ["L", FORM.table_dim]
-    assert shapes["item_shop"] == ["T", FORM.table_dim]
-    assert shapes["genres"] == ["B_times_3", FORM.table_dim]
-    tables = [t for t in onnx.load(bundle / "model.onnx").graph.initializer if list(t.dims) == [FORM.num_rows, 6]]
-    assert not tables
+    assert shapes["movie_id"] == ["L", OUTSIDE.table_dim]
+    assert shapes["item_shop"] == ["T", OUTSIDE.table_dim]
+    assert shapes["genres"] == ["B_times_3", OUTSIDE.table_dim]
+    for name in ("model.onnx", "prefill.onnx", "score.onnx"):
+        dims = [list(tensor.dims) for tensor in onnx.load(bundle / name).graph.initializer]
+        assert [OUTSIDE.num_rows, OUTSIDE.table_dim] not in dims
+    requests = drawn(OUTSIDE, [(2, 4), (25, 3), (0, 4), (7, 0), (19, 1), (0, 0), (20, 7)], seed=7)
     with open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET) as session:
-        asked = session_requests(FORM, requests, external=True)
-        check_same_answers(session.score_packed(asked), expected)
-        check_same_answers(session.score(asked), expected)
+        asked = session_requests(OUTSIDE, requests, external=True)
+        check_answers(OUTSIDE, requests, session.score_packed(asked))
+        check_answers(OUTSIDE, requests, session.score(asked))
 
 
 def test_max_candidates_bounds_a_pass_and_not_an_answer(build_ranking: Build) -> None:
-    bundle = built_small(build_ranking, FORM, "--max-candidates", 4, "--max-seq-len", 25, "--max-batch", 3)
+    bundle = built_outside(build_ranking)
     assert manifest_of(bundle)["limits"] == {
         "max_batch": 3,
         "max_seq_len": 25,
         "max_candidates": 4,
-        "micro_batch": None,
+        "micro_batch": 3,
     }
     # At least 20 events: below, candidates beyond the fourth would count towards the least history.
-    requests = drawn(FORM, [(25, 19), (20, 4), (22, 5)], seed=8)
-    with open_ranking_session(bundle) as session:
-        check_answers(FORM, requests, session.score_packed(session_requests(FORM, requests)))
+    requests = drawn(OUTSIDE, [(25, 19), (20, 4), (22, 5)], seed=8)
+    with open_ranking_session(bundle, kv_budget_bytes=KV_BUDGET) as session:
+        check_answers(OUTSIDE, requests, session.score_packed(session_requests(OUTSIDE, requests, external=True)))
         assert session.stats().packed_passes >= 3
-        (too_long,) = session_requests(FORM, drawn(FORM, [(26, 1)]))
+        (too_long,) = session_requests(OUTSIDE, drawn(OUTSIDE, [(26, 1)]), external=True)
         with pytest.raises(RequestError, match="26 events; at most 25 fit"):
             session.score_packed([too_long])
 
@@ -753,39 +761,23 @@ def wrong_score_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         if built.graph.name == "score":
             model = onnx.ModelProto()
             model.CopyFrom(built.graph.model)
-            swap_columns(model, BARE)
+            swap_columns(model, FORM)
             built = dataclasses.replace(built, graph=dataclasses.replace(built.graph, model=model))
         return right(built, *arguments)
 
     monkeypatch.setattr(pipeline, "open_built", opened)
 
 
-@pytest.fixture(scope="module")
-def traced_once() -> Callable[..., OnnxGraph]:
-    """The exporter, which is given each graph of one model once: tracing takes most of a build."""
-    traced: dict[str, OnnxGraph] = {}
-
-    def exported(served: ServedGraph, precision: Precision, *options: Any) -> OnnxGraph:
-        if served.name not in traced:
-            traced[served.name] = exported_from_served(served, precision, *options)
-        return traced[served.name]
-
-    return exported
-
-
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("fault", [wrong_moment, wrong_score_graph])
 def test_a_build_whose_session_is_wrong_fails(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    traced_once: Callable[..., OnnxGraph],
-    fault: Callable[[pytest.MonkeyPatch], None],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    checkpoint, config = save_ranking_checkpoint(tmp_path, BARE)
-    monkeypatch.setattr(pipeline, "exported_from_served", traced_once)
+    checkpoint, config = save_ranking_checkpoint(tmp_path, FORM)
     fault(monkeypatch)
     bundle = tmp_path / "b.hstu"
     command = ("build", checkpoint, "--config", config, "-o", bundle, "--backend", "onnx")
-    result = hstu_compile(*command, "--m-falcon", "micro-batch=5", "--max-batch", 8)
+    result = hstu_compile(*command, *SMALL)
     assert result.exit_code == 6, result.stdout + result.stderr
     assert manifest_of(bundle)["status"] == "FAIL"
     report = json.loads((bundle / "report.json").read_text())
@@ -813,7 +805,7 @@ def test_the_recorded_polygraphy_commands_notice_a_changed_eager_output(
 def test_verify_names_an_engine_that_was_changed(
     build_ranking_fixture: Build, copy_of: Callable[[Path], Path], engine: str
 ) -> None:
-    bundle = copy_of(built_half(build_ranking_fixture))
+    bundle = copy_of(built_engines(build_ranking_fixture))
     content = bytearray((bundle / engine).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle / engine).write_bytes(bytes(content))
