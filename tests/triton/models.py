@@ -31,6 +31,7 @@ RANKING_FORM = DlrmForm(
     item_only=("item_shop",),
     tasks=(("like", 0), ("minutes", 1)),
     scaling_seq_len=57.0,
+    num_layers=1,
 )
 
 
@@ -102,8 +103,8 @@ def deploy(server: TritonServer, model: ServedModel, name: str, **options: Any) 
 
 
 def build_retrieval(folder: Path) -> ServedModel:
-    """Two layers, 20 events, a list of items and the graphs of a growing history; a bundle that is there stays."""
-    config = small_config(num_ratings=4, preprocessor="rated", item_embedding_dim=28)
+    """One layer, 20 events, a list of items and the graphs of a growing history; a bundle that is there stays."""
+    config = small_config(1, num_ratings=4, preprocessor="rated", item_embedding_dim=28)
     bundle = folder / "retrieval.hstu"
     if not bundle.exists():
         checkpoint = save_checkpoint(folder / "small.pt", config)
@@ -113,7 +114,7 @@ def build_retrieval(folder: Path) -> ServedModel:
 
 
 def build_ranking(folder: Path) -> ServedModel:
-    """Two layers over 48 events and 24 candidates, with the graphs of M-FALCON; a bundle that is there stays."""
+    """One layer over 48 events and 24 candidates, with the graphs of M-FALCON; a bundle that is there stays."""
     bundle = folder / "ranking.hstu"
     if not bundle.exists():
         checkpoint, config = save_ranking_checkpoint(folder, RANKING_FORM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -34,9 +35,9 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder that looks to the commands like the repository after the ranking demo, with random weights."""
+    """A folder that looks to the commands like the repository after the ranking demo: one layer, random weights."""
     torch.manual_seed(0)
-    ranker = RankingModel(train_ranker.ranker_config())
+    ranker = RankingModel(dataclasses.replace(train_ranker.ranker_config(), num_layers=1))
     checkpoint = tmp_path / "checkpoint.pt"
     train.save_checkpoint(ranker, checkpoint)
     bundle = tmp_path / "build" / "ranking.hstu"
