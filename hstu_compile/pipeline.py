@@ -138,6 +138,7 @@ class _Build:
         self.config, self.listener, self.writer = config, listener, writer
         self.tables = TableFiles(writer.folder)
         self.stages: list[StageReport] = []
+        self._traced: dict[str, OnnxGraph] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
@@ -165,6 +166,12 @@ class _Build:
                 path.write_text(content, encoding="utf-8")
         if isinstance(content, OnnxGraph) and content.folder is not None:
             copy_tables(content.model, content.folder, path.parent)
+
+    def traced(self, served: ServedGraph) -> OnnxGraph:
+        """One graph of the model as exported; what --mixed auto has traced to measure it is not traced again."""
+        if served.name not in self._traced:
+            self._traced[served.name] = exported_from_served(served, self.config.precision, self.tables)
+        return self._traced[served.name]
 
     def rewritten(self, graph: OnnxGraph, served: ServedGraph, plan: BuildPlan, folder: str) -> OnnxGraph:
         """Apply every export pass, keeping each step, and note the graph's limits in it."""
@@ -255,7 +262,7 @@ def _compiled(build: _Build, options: EngineOptions) -> BuildResult:
         graphs = []
         for number, each in enumerate(served):
             build.listener.stage_progress(each.name, number, len(served))
-            graphs.append(exported_from_served(each, config.precision, build.tables))
+            graphs.append(build.traced(each))
             build.keep(_intermediate("02_exported", each, served) + ".onnx", graphs[-1])
         build.listener.stage_progress("exported", len(served), len(served))
         summarise(
@@ -361,7 +368,7 @@ def _mixed(
     if config.mixed is None or settings is None or requests is None or budget is None:
         return plan
     models: dict[str, HstuModel] = {"fp32": model_from_spec(plan.spec), config.precision: model}
-    exported = exported_from_served(served, config.precision, build.tables)
+    exported = build.traced(served)
 
     @contextlib.contextmanager
     def opened(candidate: QuantizationPlan) -> Iterator[Answer]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hstu_compile import pipeline
 from hstu_compile.model.config import RetrievalConfig
 from tests.dlrm_reference import DlrmForm
 from tests.e2e.conftest import hstu_compile, save_checkpoint, save_ranking_checkpoint
@@ -67,8 +68,10 @@ def test_mixed_auto_prints_the_ladder_and_its_end_is_what_is_built(workplace, mi
     assert mixed.stdout.splitlines()[-1].startswith(str(workplace / "mixed.hstu"))
 
 
-def test_the_rule_is_chosen_too_unless_it_is_given(workplace):
+def test_the_rule_is_chosen_too_unless_it_is_given(workplace, monkeypatch):
     """The table's rule is amax, with which no mix of this model keeps a budget that another rule keeps."""
+    traced, export = [], pipeline.exported_from_served
+    monkeypatch.setattr(pipeline, "exported_from_served", lambda *served: traced.append(served) or export(*served))
     options = ("--int8", "--calib", workplace / "table.json", "--data", workplace / "labelled.npz", "--mixed", "auto")
     budget = ("--budget", 0.0002)
     given = build(workplace, "given.hstu", *options, *budget, "--observer", "amax")
@@ -79,6 +82,7 @@ def test_the_rule_is_chosen_too_unless_it_is_given(workplace):
     quantization = json.loads((workplace / "chosen.hstu" / "manifest.json").read_text())["quantization"]
     assert quantization["observer"] != "amax"
     assert f"int8 by {quantization['observer']} in {len(quantization['sites'])} products" in done.stderr
+    assert len(traced) == 2, "each build traces its graph once: what was measured is what is built"
 
 
 def test_the_report_shows_the_quality_of_every_form(workplace, mixed):
