@@ -277,7 +277,8 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "HSTU-E601": ErrorCode(
         "The artifact differs from the eager model",
         "The error against the float64 reference is larger than the bound: twice the error that the eager model in the "
-        "same precision makes. The bundle is written with status FAIL so that the report can be read.",
+        "same precision makes. Or that bound is so wide that 0.9 of the right output would keep it. The bundle is "
+        "written with status FAIL so that the report can be read.",
     ),
     "HSTU-E602": ErrorCode(
         "Verification could not run",

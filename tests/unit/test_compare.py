@@ -306,6 +306,31 @@ def test_a_vocabulary_that_has_no_order_is_checked_without_agreement(items: np.n
     assert result.ranking is None
 
 
+def test_a_bound_that_nine_tenths_of_the_answer_keep_fails_whatever_is_answered() -> None:
+    # USERS' second row has the largest number of sqrt(2) times its root mean square: 0.9 of it errs by 0.1414.
+    for eager_error, status in ((0.0706, "PASS"), (0.0708, "FAIL")):
+        wide = dataclasses.replace(REF, eager_error={"user_embeddings": eager_error, "layer_0": 0.3})
+        outputs = {**{name: array.astype(np.float32) for name, array in EXACT.items()}, **LIST}
+        result = check_session(AnsweringSession(outputs), "model.onnx", wide, "bf16", lambda *_: None)
+        assert result.status == status
+    (wrong,) = [each for each in result.tensors if each.status == "FAIL"]
+    assert (wrong.tensor, wrong.feed) == ("user_embeddings", "the bound itself")
+    assert wrong.error == pytest.approx(0.1416)
+    assert wrong.bound == pytest.approx(0.1 * 2**0.5)
+    assert "the eager bf16 model errs by 0.0708 itself" in wrong.detail
+    report = report_of([(wide, [result])], "bf16")
+    assert (report.status, report.worst_where.split(" on ")[0]) == ("FAIL", "user_embeddings of 'the bound itself'")
+
+
+def test_a_quantised_output_is_told_from_nine_tenths_of_it_by_all_feeds_together() -> None:
+    outputs = {**{name: array.astype(np.float32) for name, array in EXACT.items()}, **LIST}
+    for whole, status in ((0.049, "PASS"), (0.051, "FAIL")):
+        wide = dataclasses.replace(
+            REF, eager_error={"user_embeddings": 0.4, "layer_0": 0.4}, eager_whole_error={"user_embeddings": whole}
+        )
+        assert check_session(AnsweringSession(outputs), "m", wide, "fp16", lambda *_: None).status == status
+
+
 def test_absent_runtime_is_reported_with_its_reason() -> None:
     def absent() -> AnsweringSession:
         raise EngineError("HSTU-E401", "tensorrt is not installed", "no module", "install it")
@@ -334,6 +359,19 @@ SCORE = dataclasses.replace(PACKED, graph="score", feeds=(PASS_OF_CANDIDATES,))
 def check_predictions(reference: Reference, logits: np.ndarray) -> RuntimeCheck:
     session = AnsweringSession({"logits": logits.astype(np.float32)})
     return check_session(session, f"{reference.graph}.onnx", reference, "fp32", lambda *_: None)
+
+
+def test_the_bound_of_predictions_must_tell_nine_tenths_in_every_task() -> None:
+    # Of the second task the largest number is 1.46 times the root mean square; of the first 1.60 times.
+    shares = np.abs(LOGITS).max(axis=0) / np.sqrt((LOGITS**2).mean(axis=0))
+    assert shares[1] < shares[0]
+    for eager_error, status in ((0.049 * shares[1], "PASS"), (0.051 * shares[1], "FAIL")):
+        wide = dataclasses.replace(PACKED, eager_error={"logits": eager_error})
+        assert check_predictions(wide, LOGITS).status == status
+    zeros = np.zeros_like(LOGITS)
+    nothing = dataclasses.replace(PACKED, exact=({"logits": zeros},), eager_error={"logits": 0.4})
+    assert check_predictions(nothing, zeros).status == "PASS"
+    assert check_predictions(nothing, zeros + 1e-9).status == "FAIL"
 
 
 @pytest.mark.parametrize("name", ["preds", "logits"])
