@@ -105,7 +105,7 @@ demo-ranking: env ## train a ranker on MovieLens-100K, build its three graphs, s
 .PHONY: test
 test: env lint typecheck ## lint, type check, and every test but the slow ones
 	@# Two processes on two cores: threads of each would only wait for those of the other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: test-slow
 test-slow: env ## the slow tests, among them the whole demo

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import re
 import sys
+from typing import Any
 
 import pytest
+
+# Files whose tests read graphs that a process traces once, see `tests/exported_models.py`.
+_READS_TRACED = re.compile(r"\b(traced_r\w+|exported_graph|shipped|segmented_cases|bucketed_cases)\b")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -28,3 +33,26 @@ def _keep_translations_of_operators() -> None:
 
         read = type(onnxscript_apis).__getattr__
         onnxscript_apis.get_torchlib_ops = functools.cache(lambda: read(onnxscript_apis, "get_torchlib_ops")())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, and all files that read traced graphs to the same one, which traces them once.
+
+    In the order of collection: the long files of tests/e2e are early in it, so that the processes end together.
+    """
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFileAndTracedGraphs(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid.split("::", 1)[0])
+
+    @functools.cache
+    def scope_of(file: str) -> str:
+        in_folder = file.startswith("tests/rewrite/")  # its conftest.py reads them for all
+        if in_folder or _READS_TRACED.search((config.rootpath / file).read_text("utf-8")):
+            return "files that read traced graphs"
+        return file
+
+    config.option.loadscopereorder = False
+    return ByFileAndTracedGraphs(config, log)
