@@ -328,7 +328,9 @@ def test_a_quantised_output_is_told_from_nine_tenths_of_it_by_all_feeds_together
         wide = dataclasses.replace(
             REF, eager_error={"user_embeddings": 0.4, "layer_0": 0.4}, eager_whole_error={"user_embeddings": whole}
         )
-        assert check_session(AnsweringSession(outputs), "m", wide, "fp16", lambda *_: None).status == status
+        result = check_session(AnsweringSession(outputs), "m", wide, "fp16", lambda *_: None)
+        assert result.status == status
+    assert any("--keep-fp16" in each.detail for each in result.tensors if each.feed == "the bound itself")
 
 
 def test_absent_runtime_is_reported_with_its_reason() -> None:
