@@ -37,8 +37,9 @@ def _keep_translations_of_operators() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each file to one process, and all files that read traced graphs to the same one, which traces them once.
+    """Give each file to one process, and those that read traced graphs to the same one, which traces them once.
 
+    So with tests/cpp_loader: of two processes that want a program one waits until the other has compiled it.
     In the order of collection: the long files of tests/e2e are early in it, so that the processes end together.
     """
     from xdist.scheduler.loadscope import LoadScopeScheduling
@@ -49,6 +50,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     @functools.cache
     def scope_of(file: str) -> str:
+        if file.startswith("tests/cpp_loader/"):
+            return "tests/cpp_loader"
         in_folder = file.startswith("tests/rewrite/")  # its conftest.py reads them for all
         if in_folder or _READS_TRACED.search((config.rootpath / file).read_text("utf-8")):
             return "files that read traced graphs"
