@@ -48,7 +48,7 @@ fi
 if [ -n "$(find "$unpacked/bench-end-to-end" -path '*/parts/*.json' -print -quit 2>/dev/null)" ]; then
     "$python" "$bench/bench_end_to_end.py" --merge "$unpacked/bench-end-to-end/parts"
     # Timelines are whole files; a run of other cases leaves those that are there.
-    find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \; 2>/dev/null
+    find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \; 2>/dev/null || true
     show end_to_end end-to-end
 fi
 products=$unpacked/bench-products/rtx_products.csv
