@@ -130,6 +130,15 @@ def test_a_profile_that_does_not_fit_names_the_inputs(profiles: list[Profile], w
 
 
 @RTX
+def test_a_build_that_fails_for_want_of_memory_names_the_limit_that_was_set() -> None:
+    options = EngineOptions(memory_pools=(("workspace", 0),))
+    with pytest.raises(EngineError, match="could not build the engine") as caught:
+        engine_from_onnx(add_model(), backend="tensorrt-rtx", profiles=profile(), options=options)
+    assert caught.value.code == "HSTU-E402"
+    assert "--memPoolSize limits workspace to 0 bytes" in caught.value.fix
+
+
+@RTX
 def test_what_the_parser_refuses_is_named_with_its_node() -> None:
     with pytest.raises(EngineError, match="the_node") as caught:
         engine_from_onnx(add_model("NotAnOperator"), backend="tensorrt-rtx", profiles=profile())
