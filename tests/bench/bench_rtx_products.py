@@ -1,17 +1,20 @@
-"""One float16 product by weights in TensorRT-RTX, written in several ways, beside cuBLAS: time, error and kernels.
+"""One product by weights in TensorRT-RTX, written in several ways, beside cuBLAS: time, error and kernels.
 
   bench_rtx_products.py --out CSV                       (on a GPU, beside TensorRT-RTX and torch)
   bench_rtx_products.py --build-only                    (anywhere: whether TensorRT-RTX builds every form)
   bench_rtx_products.py --table [--into FILE.md]        (the Markdown table of the results, also between FILE's marks)
 
 The products are those of the ranking model of the end-to-end benchmark: [rows, 512] by [512, 2048] with a bias,
-[rows, 1536] by [1536, 512] with a residual, and two of its towers, which nothing follows. What `form` says:
+[rows, 1536] by [1536, 512] with a residual, and two of its towers, which nothing follows; in float16 and in bfloat16.
+What `form` says:
 
-  half       everything in float16
-  exported   a float16 product, then Cast to float32, bias or residual, Cast back
-  wide       Casts to float32 in front of the product and one back, then float16 (rewrite/widen_accumulators.py)
-  first      as wide, then Cast, zeros, Cast back, then float16
-  last       as wide, then float16, then Cast, zeros, Cast back (rewrite/float_epilogues.py): what engines are built of
+  half       everything in the half type
+  exported   a product of that type, then Cast to float32, bias or residual, Cast back
+  wide       Casts to float32 in front of the product and one back, then float16 (rewrite/widen_accumulators.py); not of
+             bfloat16, whose products add up in float32 as they are
+  first      as wide (bfloat16: as half), then Cast, zeros, Cast back, then the half type
+  last       as wide (bfloat16: as half), then the half type, then Cast, zeros, Cast back (rewrite/float_epilogues.py):
+             what engines are built of
   cublas     torch.mm or addmm
 
 Device time by CUDA events with a cold L2 cache. err is the relative Frobenius distance to the product in float64.
@@ -20,6 +23,7 @@ Device time by CUDA events with a cold L2 cache. err is the relative Frobenius d
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,27 +45,37 @@ BEGIN, END = "<!-- products benchmark: begin -->", "<!-- products benchmark: end
 FORMS = ("half", "exported", "wide", "first", "last")
 CUBLAS = "cublas"
 BIAS, RESIDUAL, NOTHING = "bias", "residual", ""
+#: The element types, as ONNX and as numpy have them.
+TYPES = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 #: Depth, width and what follows.
 PRODUCTS = ((512, 2048, BIAS), (1536, 512, RESIDUAL), (512, 256, NOTHING), (256, 512, NOTHING))
 ROWS = (69_648, 18_440, 1_281)
 COLUMNS = (
-    *("rows", "depth", "width", "follows", "form", "status", "median_ms", "p90_ms", "cv", "repeats", "tflops", "err"),
-    *("kernels", "version", "gpu", "commit", "date"),
+    *("dtype", "rows", "depth", "width", "follows", "form", "status", "median_ms", "p90_ms", "cv", "repeats", "tflops"),
+    *("err", "kernels", "version", "gpu", "commit", "date"),
 )
 
 Row = dict[str, Any]
+Product = tuple[int, int, str]
 
 
-def weights_of(depth: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of a product whose results are O(1), and a bias."""
+def forms_of(dtype: str) -> tuple[str, ...]:
+    """The ways to write a product of an element type."""
+    return FORMS if dtype == "float16" else tuple(form for form in FORMS if form != "wide")
+
+
+def weights_of(depth: int, width: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of a product whose results are O(1), and a bias, in a half type."""
     rng = np.random.default_rng(depth + width)
     weight = rng.standard_normal((depth, width)) / np.sqrt(depth)
-    return weight.astype(np.float16), rng.standard_normal(width).astype(np.float16)
+    kind = helper.tensor_dtype_to_np_dtype(TYPES[dtype])
+    return weight.astype(kind), rng.standard_normal(width).astype(kind)
 
 
-def product_graph(depth: int, width: int, follows: str, form: str) -> onnx.ModelProto:
-    """The product in a form: x [rows, depth] and, of a residual, r [rows, width] to y [rows, width], all float16."""
-    weight, bias = weights_of(depth, width)
+def product_graph(depth: int, width: int, follows: str, form: str, dtype: str) -> onnx.ModelProto:
+    """The product in a form: x [rows, depth] and, of a residual, r [rows, width] to y [rows, width], all of `dtype`."""
+    weight, bias = weights_of(depth, width, dtype)
+    kind = TYPES[dtype]
     constants = {"weight": weight, "bias": bias, "wide_bias": bias.astype(np.float32)}
     constants["zeros"] = np.zeros(width, np.float32)
     nodes: list[onnx.NodeProto] = []
@@ -78,10 +92,10 @@ def product_graph(depth: int, width: int, follows: str, form: str) -> onnx.Model
         return added(helper.make_node("Cast", [name], [], to=TensorProto.FLOAT))
 
     def half(name: str) -> str:
-        return added(helper.make_node("Cast", [name], [], to=TensorProto.FLOAT16))
+        return added(helper.make_node("Cast", [name], [], to=kind))
 
     term = {BIAS: "bias", RESIDUAL: "r", NOTHING: ""}[follows]
-    if form in ("half", "exported"):
+    if form in ("half", "exported") or dtype == "bfloat16":
         value = node("MatMul", "x", "weight")
     else:
         value = half(node("MatMul", wide("x"), wide("weight")))
@@ -99,12 +113,8 @@ def product_graph(depth: int, width: int, follows: str, form: str) -> onnx.Model
     graph = helper.make_graph(
         nodes,
         form,
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["rows", size])
-            for name, size in shapes.items()
-            if name in read
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["rows", width])],
+        [helper.make_tensor_value_info(name, kind, ["rows", size]) for name, size in shapes.items() if name in read],
+        [helper.make_tensor_value_info("y", kind, ["rows", width])],
         [numpy_helper.from_array(array, name) for name, array in constants.items() if name in read],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -150,15 +160,25 @@ class Bench:
         torch.cuda.set_stream(torch.cuda.Stream())
         self._clock = TorchClock(torch.device("cuda"))
 
-    def operands(self, rows: int, depth: int, width: int) -> dict[str, Any]:
+    def weights(self, product: Product, dtype: str) -> tuple[Any, Any]:
+        """`weights_of` a product on the GPU."""
+        torch = self._torch
+        kind = getattr(torch, dtype)
+        # float32 has every number of a half type, and torch takes no bfloat16 from numpy.
+        return tuple(
+            torch.from_numpy(array.astype(np.float32)).cuda().to(kind) for array in weights_of(*product[:2], dtype)
+        )
+
+    def operands(self, rows: int, depth: int, width: int, dtype: str) -> dict[str, Any]:
         """Rows of O(1), a residual, and a place for the result."""
         torch = self._torch
+        kind = getattr(torch, dtype)
         generator = torch.Generator("cuda").manual_seed(rows)
         made = {
-            name: torch.randn(rows, size, device="cuda", generator=generator).half()
+            name: torch.randn(rows, size, device="cuda", generator=generator).to(kind)
             for name, size in (("x", depth), ("r", width))
         }
-        return made | {"y": torch.empty(rows, width, device="cuda", dtype=torch.float16)}
+        return made | {"y": torch.empty(rows, width, device="cuda", dtype=kind)}
 
     def plan(self, plan: bytes, operands: dict[str, Any]) -> Any:
         """A call that runs a plan on torch's stream."""
@@ -187,7 +207,7 @@ class Bench:
             return lambda: torch.mm(x, weight, out=y)
         return lambda: torch.addmm(bias if follows == BIAS else operands["r"], x, weight, out=y)
 
-    def row(self, run: Any, operands: dict[str, Any], product: tuple[int, int, str]) -> Row:
+    def row(self, run: Any, operands: dict[str, Any], product: Product, weights: tuple[Any, Any]) -> Row:
         """Time, error and kernels of a call."""
         from end_to_end_clock import timed
 
@@ -195,7 +215,7 @@ class Bench:
 
         depth, width, follows = product
         torch, x = self._torch, operands["x"]
-        weight, bias = (torch.from_numpy(array).cuda().double() for array in weights_of(depth, width))
+        weight, bias = (each.double() for each in weights)
         expected = x.double() @ weight
         if follows:
             expected += bias if follows == BIAS else operands["r"].double()
@@ -209,28 +229,29 @@ class Bench:
         return measured | {"tflops": tflops, "err": error, "kernels": "; ".join(kernels[:-2])}
 
 
-def rows_of(api: Any, plans: dict[tuple[tuple[int, int, str], str], bytes | str]) -> list[Row]:
-    """A row for every product, number of rows and form."""
+def rows_of(api: Any, plans: dict[tuple[str, Product, str], bytes | str]) -> list[Row]:
+    """A row for every type, product, number of rows and form."""
     bench, found = Bench(api), []
-    for product in PRODUCTS:
-        weight, bias = (bench._torch.from_numpy(array).cuda() for array in weights_of(*product[:2]))
+    for dtype, product in itertools.product(TYPES, PRODUCTS):
+        weights = bench.weights(product, dtype)
         for rows in ROWS:
-            operands = bench.operands(rows, *product[:2])
-            for form in (CUBLAS, *FORMS):
-                row: Row = dict(zip(("depth", "width", "follows"), product, strict=True)) | {"rows": rows, "form": form}
+            operands = bench.operands(rows, *product[:2], dtype)
+            for form in (CUBLAS, *forms_of(dtype)):
+                row: Row = dict(zip(("depth", "width", "follows"), product, strict=True))
+                row |= {"dtype": dtype, "rows": rows, "form": form}
                 try:
                     if form == CUBLAS:
-                        run = bench.cublas(operands, weight, bias, product[2])
-                    elif isinstance(plan := plans[product, form], str):
+                        run = bench.cublas(operands, *weights, product[2])
+                    elif isinstance(plan := plans[dtype, product, form], str):
                         raise RuntimeError(plan)
                     else:
                         run = bench.plan(plan, operands)
-                    row |= {"status": "ok"} | bench.row(run, operands, product)
+                    row |= {"status": "ok"} | bench.row(run, operands, product, weights)
                 except Exception as error:
                     row["status"] = status_of(error)
                 version = f"torch {bench._torch.__version__}" if form == CUBLAS else f"tensorrt-rtx {api.version}"
                 found.append(row | {"version": version, "gpu": gpu_name(), "commit": commit_of(), "date": today()})
-                print({key: row.get(key) for key in ("rows", *COLUMNS[1:7], "err")}, flush=True)
+                print({key: row.get(key) for key in ("dtype", "rows", *COLUMNS[2:8], "err")}, flush=True)
     return found
 
 
@@ -240,11 +261,20 @@ def capability_of(kernels: str) -> str:
 
 
 def table_of(rows: Sequence[Row]) -> str:
-    """A line for each product and number of rows: ms, TFLOP/s and the kernel's capability of every form."""
+    """What was measured with, then the tables of each element type that was."""
     facts = {name: ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("gpu", "version", "commit", "date")}
-    forms = (CUBLAS, *FORMS)
     lines = [f"{name}: {value}  " for name, value in facts.items()]
-    lines += ["", "| product | rows |" + "".join(f" {form} |" for form in forms), "|---|---|" + "---|" * len(forms)]
+    for dtype in TYPES:
+        if measured := [row for row in rows if row["dtype"] == dtype]:
+            lines += ["", f"{dtype}:", "", *_times(dtype, measured), "", "Error, the largest of all rows:", ""]
+            lines += _errors(dtype, measured)
+    return "\n".join(lines) + "\n"
+
+
+def _times(dtype: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each product and number of rows: ms, TFLOP/s and the kernel's capability of every form."""
+    forms = (CUBLAS, *forms_of(dtype))
+    lines = ["| product | rows |" + "".join(f" {form} |" for form in forms), "|---|---|" + "---|" * len(forms)]
     found = {(row["depth"], row["width"], row["rows"], row["form"]): row for row in rows}
     for depth, width, follows in PRODUCTS:
         for count in ROWS:
@@ -256,22 +286,30 @@ def table_of(rows: Sequence[Row]) -> str:
                     continue
                 capability = capability_of(row["kernels"])
                 cells.append(f"{float(row['median_ms']):.4f} ({float(row['tflops']):.0f}, {capability})")
-            name = f"{depth} x {width}" + (f", {follows}" if follows else "")
-            lines.append(f"| {name} | {count:,} |" + "".join(f" {cell} |" for cell in cells))
-    lines += ["", "Error, the largest of all rows:", ""]
-    lines += ["| product |" + "".join(f" {form} |" for form in forms), "|---|" + "---|" * len(forms)]
+            lines.append(f"| {_name(depth, width, follows)} | {count:,} |" + "".join(f" {cell} |" for cell in cells))
+    return lines
+
+
+def _errors(dtype: str, rows: Sequence[Row]) -> list[str]:
+    """A line for each product: the largest error of every form."""
+    forms = (CUBLAS, *forms_of(dtype))
+    lines = ["| product |" + "".join(f" {form} |" for form in forms), "|---|" + "---|" * len(forms)]
     for depth, width, follows in PRODUCTS:
         errors = [
-            max(
-                float(row["err"])
-                for row in rows
-                if (row["depth"], row["width"], row["form"]) == (str(depth), str(width), form)
-            )
+            [float(row["err"]) for row in rows if _key(row) == (str(depth), str(width), form) and row["status"] == "ok"]
             for form in forms
         ]
-        name = f"{depth} x {width}" + (f", {follows}" if follows else "")
-        lines.append(f"| {name} |" + "".join(f" {error:.1e} |" for error in errors))
-    return "\n".join(lines) + "\n"
+        cells = "".join(f" {max(each):.1e} |" if each else " - |" for each in errors)
+        lines.append(f"| {_name(depth, width, follows)} |{cells}")
+    return lines
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["depth"], row["width"], row["form"]
+
+
+def _name(depth: int, width: int, follows: str) -> str:
+    return f"{depth} x {width}" + (f", {follows}" if follows else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,13 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench_rtx_products.py measures on a GPU, with --out")
         return 0
     api = tensorrt_api("tensorrt-rtx")
-    plans: dict[tuple[tuple[int, int, str], str], bytes | str] = {}
-    for product in PRODUCTS:
-        for form in FORMS:
+    plans: dict[tuple[str, Product, str], bytes | str] = {}
+    for dtype, product in itertools.product(TYPES, PRODUCTS):
+        for form in forms_of(dtype):
             try:
-                plans[product, form] = build(api, product_graph(*product, form))
+                plans[dtype, product, form] = build(api, product_graph(*product, form, dtype))
             except RuntimeError as error:
-                plans[product, form] = status_of(error)
+                plans[dtype, product, form] = status_of(error)
     failed = [key for key, plan in plans.items() if isinstance(plan, str)]
     print(f"{len(plans) - len(failed)} of {len(plans)} engines built", flush=True)
     if arguments.out is not None:
