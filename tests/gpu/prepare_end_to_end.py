@@ -1,7 +1,8 @@
 """The parts of prepare_job.py for the end-to-end benchmark: bundles of whole models, packed. Needs no GPU.
 
 Bundles are built without engines, which are built where they run, and without verification: what they answer is
-compared on the GPU. Their graphs are packed, those of a type together, as they have weights in common.
+compared on the GPU. Their graphs are packed, those of a type together, as they have weights in common, with the tables
+that lie beside them.
 """
 
 from __future__ import annotations
@@ -94,12 +95,17 @@ def save_retrieval(place: Path, precisions: Sequence[str], archs: Sequence[int],
         ]
         graphs = graphs_in(folders)
         libraries = [save_kernels(folder, graphs, archs, jobs) for folder in folders]
-        save_packed(place / f"{name}.tar.xz", [*graphs, *libraries])
+        save_packed(place / f"{name}.tar.xz", [*graphs, *libraries, *tables_in(folders)])
 
 
 def graphs_in(folders: Iterable[Path]) -> list[Path]:
     """The graphs of some bundles."""
     return [folder / name for folder in folders for name in GRAPHS if (folder / name).exists()]
+
+
+def tables_in(folders: Iterable[Path]) -> list[Path]:
+    """The files of large tables that the graphs of some bundles name."""
+    return [path for folder in folders for path in sorted(folder.glob("*.bin"))]
 
 
 def save_kernels(place: Path, graphs: Sequence[Path], archs: Sequence[int], jobs: int) -> Path:
