@@ -25,6 +25,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,6 +73,8 @@ PROGRESS, PLAN = "progress.json", "plan.json"
 #: A worker that is in its last step of a case is timing all of its backends.
 TIMING = "timing"
 _POLL_SECONDS = 0.2
+# A Python exception's last line, with or without the module it is of.
+_NAMED = re.compile(r"^[\w.]*(?:Error|Exception)\b", re.MULTILINE)
 
 Row = dict[str, Any]
 Pending = dict[str, list[str]]
@@ -146,8 +149,18 @@ def run_worker(command: list[str], parts: Path, log: Path, deadline: float, step
             worker.wait()
     if worker.returncode == 0:
         return ""
-    tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
-    return f"error: the process ended with {worker.returncode}: {tail}"
+    said = log.read_text(encoding="utf-8", errors="replace")
+    return f"error: the process ended with {worker.returncode}: {last_reason(said)}"
+
+
+def last_reason(log: str) -> str:
+    """What a program that failed said last: from the last line that names an error, else the end; 300 characters.
+
+    PyTorch names CUDA's error first, and ends with a long paragraph of what one may do about any.
+    """
+    named = [match.start() for match in _NAMED.finditer(log)]
+    words = " ".join(log[named[-1] :].split())[:300] if named else " ".join(log.split())[-300:]
+    return words or "it said nothing"
 
 
 def worker_command(arguments: argparse.Namespace) -> list[str]:

@@ -601,6 +601,33 @@ def test_a_worker_that_dies_costs_one_row(measured: Callable[..., dict[tuple[str
     assert set(rows.values()) == {"ok"}
 
 
+CUDA_SAID = (
+    """Traceback (most recent call last):
+  File "model.py", line 3, in forward
+    raise ValueError("this one was handled")
+ValueError: this one was handled
+During handling of the above exception, another exception occurred:
+torch.AcceleratorError: CUDA error: an illegal memory access was encountered
+Search for `cudaErrorIllegalAddress' for more information.
+"""
+    + "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n" * 20
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (CUDA_SAID, "torch.AcceleratorError: CUDA error: an illegal memory access was encountered Search for"),
+        ("warning\n" * 100 + "double free or corruption\n", "warning double free or corruption"),
+        ("\n", "it said nothing"),
+    ],
+)
+def test_the_reason_of_a_dead_worker_names_the_error(said: str, reason: str) -> None:
+    found = bench.last_reason(said)
+    assert reason in found
+    assert len(found) <= 300
+
+
 def test_a_worker_that_hangs_is_ended_and_costs_one_row(measured: Callable[..., dict[tuple[str, str], str]]) -> None:
     began = time.monotonic()
     rows = measured("hangs", "--step-seconds", "1")
