@@ -7,7 +7,6 @@ that give the same answers on every device, whatever its square root and its flo
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ SECONDS_PER_MINUTE = 60.0
 # The original's constants: seconds per unit, units per turn, and this value for pi.
 PERIODS = ((3600, 24), (86400, 7))
 _PI = 3.14
+_SEARCH_STEPS = 3
 
 
 def _buckets_by_formula(seconds: Tensor, function: TimeBucketFn) -> Tensor:
@@ -54,22 +54,28 @@ def distance_buckets(seconds: Tensor, thresholds: Tensor) -> Tensor:
     """Bucket of each distance: [L] int64 seconds -> [L] int64 in 0..len(thresholds) - 1.
 
     Counts thresholds, in integers: no runtime can round them, nor hold them in a half type (TensorRT 8 clips a float32
-    without an upper bound at 65504 in a half-precision engine: eighteen hours). In two steps of about the square root
+    without an upper bound at 65504 in a half-precision engine: eighteen hours). In three steps of about the cube root
     each: counting all of them takes L * 2048 numbers, and a binary search is a chain of dependent selections that
-    TensorRT-RTX does not finish compiling.
+    TensorRT-RTX does not finish compiling. It computes a step's distance again for every number it is compared with,
+    index arithmetic in front of it included, so that fewer numbers are less of that as well.
 
     Args:
         seconds: distances; negative ones count as 0.
         thresholds: from `distance_thresholds`.
     """
-    count = thresholds.shape[0]
-    width = math.isqrt(count - 1) + 1
-    padding = torch.full((width * width - count,), torch.iinfo(torch.int64).max, device=thresholds.device)
-    blocks = torch.cat([thresholds, padding]).view(width, width)
-    inside = torch.where(seconds < 0, 0, seconds)[:, None]
-    block = (blocks[:, 0][None, :] <= inside).to(torch.int64).sum(dim=1) - 1
-    within = (blocks.index_select(0, block) <= inside).to(torch.int64).sum(dim=1) - 1
-    return block * width + within
+    count, width = thresholds.shape[0], 1
+    while width**_SEARCH_STEPS < count:
+        width += 1
+    largest = torch.iinfo(torch.int64).max
+    padding = torch.full((width**_SEARCH_STEPS - count,), largest, device=thresholds.device)
+    padded = torch.cat([thresholds, padding])
+    distance = torch.where(seconds < 0, 0, seconds)[:, None]
+    # Of each step the thresholds that begin a range; all ranges that one before is divided into are a row.
+    starts = [padded[:: width**step].view(-1, width) for step in reversed(range(_SEARCH_STEPS))]
+    found = (starts[0] <= distance).to(torch.int64).sum(dim=1) - 1
+    for rows in starts[1:]:
+        found = found * width + (rows.index_select(0, found) <= distance).to(torch.int64).sum(dim=1) - 1
+    return found
 
 
 def circle_table(units: int) -> Tensor:
