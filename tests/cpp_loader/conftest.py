@@ -142,7 +142,7 @@ def loader_rtx(request: pytest.FixtureRequest, headers_rtx: Path) -> Loader:
 def fakes10(request: pytest.FixtureRequest, headers10: Path) -> Path:
     """Fakes without sanitizers, for programs that have none."""
     cache = cache_of(request.config)
-    return toolchain.built(cache, headers10, ["fakes"], lambda folder: toolchain.build_fakes(folder, headers10))
+    return toolchain.built(cache, headers10, ["fakes"], lambda folder: toolchain.build_fakes(folder, headers10, "-O0"))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from hstu_compile.plugin_library import find_cuda_headers
 from tests.cpp_loader import toolchain
 from tests.cpp_loader.conftest import Loader
@@ -22,7 +24,9 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def test_the_commands_run_as_typed(tmp_path: Path, headers10: Path, fakes10: Path) -> None:
+# The warnings of an optimising compiler, which are errors, take twice the time.
+@pytest.mark.parametrize("build_type", ["Debug", pytest.param("", marks=pytest.mark.slow, id="default")])
+def test_the_commands_run_as_typed(tmp_path: Path, headers10: Path, fakes10: Path, build_type: str) -> None:
     """In a folder that looks like the repository; libnvinfer and the driver are fakes, the bundles theirs."""
     (tmp_path / "samples").mkdir()
     shutil.copytree(toolchain.SAMPLE, tmp_path / "samples" / "cpp_loader")
@@ -35,6 +39,8 @@ def test_the_commands_run_as_typed(tmp_path: Path, headers10: Path, fakes10: Pat
         (tmp_path / f"{name}.hstu").rename(tmp_path / "build" / f"{name}.hstu")
     environment = {**os.environ, "TENSORRT_INCLUDE_DIR": str(headers10), "LD_LIBRARY_PATH": str(fakes10)}
     environment["CUDA_HOME"] = str(find_cuda_headers().parent)
+    # What CMake takes unless a command says otherwise.
+    environment["CMAKE_BUILD_TYPE"] = build_type
     assert len(commands()) == 6
     for command in commands():
         words = shlex.split(command)

@@ -1,10 +1,12 @@
-//! What a cached history may be reused for, and who is evicted, on the fakes of TensorRT and CUDA. A second translation
-//! unit of readers.cpp's program with the whole loader in it: a definition that is not inline would be there twice.
+//! What a cached history may be reused for, and who is evicted, on the fakes of TensorRT and CUDA. With sessionRules.cpp
+//! a second translation unit of readers.cpp's program, with the whole loader in it: a definition that is not inline would
+//! be there twice.
 
 #include <cstdio>
 #include <string>
 #include <vector>
 
+#include "expect.hpp"
 #include "hstu_bundle.hpp"
 
 //! Prints what does not hold. \return 0 if everything does.
@@ -14,17 +16,6 @@ namespace
 {
 
 using namespace hstu::loader;
-
-int gFailures = 0;
-
-void expect(bool holds, std::string const& what)
-{
-    if (!holds)
-    {
-        std::printf("does not hold: %s\n", what.c_str());
-        ++gFailures;
-    }
-}
 
 class Rules
 {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "expect.hpp"
 #include "hstu_bundle.hpp"
 
 //! Prints what does not hold. The bundle is altered. \return 0 if everything does.
@@ -15,17 +16,6 @@ namespace
 {
 
 using namespace hstu::loader;
-
-int gFailures = 0;
-
-void expect(bool holds, std::string const& what)
-{
-    if (!holds)
-    {
-        std::printf("does not hold: %s\n", what.c_str());
-        ++gFailures;
-    }
-}
 
 template <typename Action>
 bool isRefused(Failure failure, Action&& action)
