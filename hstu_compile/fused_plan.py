@@ -30,9 +30,10 @@ class FusedPlan:
 
     Attributes:
         attentions: number of them in each graph. A graph has an engine before each of them and one after the last.
-        tower_cuts: of each graph, the places in front of its layers where norms of its towers run between two engines.
+        tower_cuts: of each graph, the places in front of its layers where norms of its towers, and the one of their
+            sum, run between two engines.
         kernels: portable kernels that its attentions need.
-        norm_kernels: kernels of the norms behind its attentions and in its towers.
+        norm_kernels: kernels of the norms behind its attentions, in its towers and of their sum.
         hopper_kernels: kernels that a Hopper GPU runs in their place, if the build has nvcc.
     """
 
@@ -117,7 +118,9 @@ def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, 
         )
     norms = _norms(model.layer, _DTYPES[precision]) if kernels else ()
     towers = _tower_norms(model, _DTYPES[precision]) if isinstance(model, RankingConfig) else ()
-    cuts = {graph: len(towers) if count and graph not in _CACHED else 0 for graph, count in attentions.items()}
+    # The norm in front of the first layer has the kernel of those at the towers' ends, and a cut of its own.
+    in_front = len(towers) + (model.layer.embedding_dim <= MAX_WIDTH) if towers else 0
+    cuts = {graph: in_front if count and graph not in _CACHED else 0 for graph, count in attentions.items()}
     norms += towers if any(cuts.values()) else ()
     return FusedPlan(attentions, cuts, tuple(kernels), norms, tuple(hopper))
 

@@ -48,8 +48,8 @@ def plugin_request_of(models: Sequence[onnx.ModelProto], runtime_version: str | 
 def kernels_request_of(models: Sequence[onnx.ModelProto]) -> PluginBuildRequest:
     """The smallest library of kernels that runs between the segments of graphs that are cut, for every architecture.
 
-    It has those of the attentions, of the norms that follow them directly, and of those of the towers in front of the
-    first layer. Other norms stay in the segments, whose compiler fuses them with what surrounds them.
+    It has those of the attentions, of the norms that follow them directly, and of those of the towers and of their sum
+    in front of the first layer. Other norms stay in the segments, whose compiler fuses them with what surrounds them.
 
     Args:
         models: as for `plugin_request_of`.

@@ -24,8 +24,9 @@ The rule of what runs where:
 8. A norm of an attention's output (`following_norms` says which) is no segment's: its kernel runs right behind the
    attention. It reads the attention's output itself, which then lives until there, and its gate by case 7 or, where
    the gate is no column, as a tensor that crosses.
-9. So is a norm of the towers in front of the first layer (`tower_norms` says which, and of what type its result is).
-   The graph is cut there too; those with as many cuts in a row in front of them run between the same two segments.
+9. So is a norm of the towers in front of the first layer, and that layer's own norm of their sum (`tower_norms` says
+   which, and of what type the result is). The graph is cut there too; those with as many cuts in a row in front of them
+   run between the same two segments.
 """
 
 from __future__ import annotations

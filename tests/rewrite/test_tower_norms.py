@@ -1,17 +1,22 @@
-"""Norms of the towers in front of the first layer as kernels' calls: which, where they run, and what stays."""
+"""Norms of the towers and of their sum, in front of the first layer, as kernels' calls: where they run, what stays."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from hstu_compile.artifacts import OnnxGraph, SegmentedGraph
+from hstu_compile.artifacts import OnnxGraph, Precision, SegmentedGraph
+from hstu_compile.fused_plan import fused_plan
 from hstu_compile.graph_facts import tensor_specs
 from hstu_compile.op_schema import is_norm, node_attributes
+from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.rewrite.tower_norms import tower_norms
-from tests.segmented_cases import ranking_case, retrieval_case
+from tests.exported_models import traced_ranking
+from tests.segmented_cases import WIDE_FORM, ranking_case, retrieval_case
 
 _FLOAT32, _BFLOAT16 = 0, 2
 _SWISH = 2
@@ -41,15 +46,48 @@ def places(cut: SegmentedGraph) -> dict[str, int]:
 
 def test_the_norms_at_one_depth_share_one_cut() -> None:
     cut = ranking_case("packed", "bf16").cut
-    calls = [call for call in cut.calls if places(cut)[call.output] <= 2]
-    assert [call.operator for call in calls] == ["HstuNorm"] * 4
-    assert [places(cut)[call.output] for call in calls] == [1, 1, 2, 2]
-    assert [call.attributes["activation"] for call in calls] == [_SWISH, _SWISH, 0, 0]
+    calls = [call for call in cut.calls if places(cut)[call.output] <= 3]
+    assert [call.operator for call in calls] == ["HstuNorm"] * 5
+    assert [places(cut)[call.output] for call in calls] == [1, 1, 2, 2, 3]
+    assert [call.attributes["activation"] for call in calls] == [_SWISH, _SWISH, 0, 0, 0]
     assert not any(call.views for call in calls)
     inside = [[node.op_type for node in segment.model.graph.node] for segment in cut.segments]
     assert inside[1] == ["MatMul"] * 2, "between the norms of two towers are their products"
-    # In front of the layers, of which the last has one of the rows that are consumed as well, and behind them.
-    assert [kinds.count("HstuNorm") for kinds in inside] == [0, 0, 1, 2, 4]
+    # In front of the second layer, which is the last and has one of the rows that are consumed as well, and behind it.
+    assert [kinds.count("HstuNorm") for kinds in inside] == [0, 0, 0, 0, 2, 4]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("packed", "bf16"), ("packed", "fp16"), ("prefill", "bf16")])
+def test_the_first_layers_norm_reads_the_residual_that_crosses_anyway_and_rounds_nothing_more(
+    name: str, precision: Precision
+) -> None:
+    case = ranking_case(name, precision)
+    norm = case.cut.calls[4]
+    (node,) = (each for each in case.whole.model.graph.node if norm.output in each.output)
+    assert norm.inputs["x"] == "layer_0"
+    assert norm.attributes == node_attributes(node), "as the graph has it, types included"
+    half = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert [case.cut.spec(each).dtype for each in ("layer_0", norm.output)] == [half, half]
+    gathers, projects = ([each.op_type for each in case.cut.segments[number].model.graph.node] for number in (2, 3))
+    assert {"Gather", "Concat"} <= set(gathers)
+    assert "HstuNorm" not in gathers + projects
+    assert projects.count("MatMul") == 1
+    assert "Gather" not in projects
+    (span,) = (each for each in case.cut.crossing if each.spec.name == "layer_0")
+    readers = [number for number, step in enumerate(case.cut.steps) if "layer_0" in case.cut.reads(step)]
+    assert len(readers) == 2, "by its norm, and as the residual by the next layer's sum"
+    assert span.last == readers[-1]
+
+
+def test_the_first_layers_norms_of_all_rows_and_of_those_consumed_share_one_cut() -> None:
+    """A model of one layer: it is the last one too, and asks for few rows."""
+    model, served, traced = traced_ranking(dataclasses.replace(WIDE_FORM, num_layers=1), "fp16", "packed")
+    selection = RowSelection(served.max_candidates, "candidate_offsets")
+    *_, whole = apply_passes(traced, export_passes(served.num_attention, served.taps, selection))
+    cut = segmented_from_onnx(dataclasses.replace(whole, outputs=tensor_specs(whole.model.graph.output)))
+    found = places(cut)
+    assert [call.inputs["x"] for call in cut.calls if found[call.output] == 3] == ["layer_0", "layer_0/consumed"]
+    assert len(cut.segments) == fused_plan(model.config, ("packed",), "fp16", "fast").segments["packed"]
 
 
 def test_what_a_tower_ends_in_crosses_in_half_precision_and_is_widened_where_it_is_read() -> None:
@@ -84,7 +122,7 @@ def test_a_tower_of_another_depth_adds_no_cut() -> None:
     cut = cut_of(model)
     found = places(cut)
     assert found[f"{last}/stored"] == 1
-    assert sorted(found.values())[:3] == [1, 1, 2]
+    assert sorted(found.values())[:4] == [1, 1, 2, 3]
     assert len(cut.segments) == len(ranking_case("packed", "bf16").cut.segments)
 
 
@@ -116,7 +154,7 @@ def test_a_norm_that_is_no_towers_or_is_not_known_well_enough_stays_in_its_segme
     model = packed()
     graph = model.graph
     all_of_them = set(tower_norms(graph))
-    assert len(all_of_them) == 4
+    assert len(all_of_them) == 5
     place, node = next((i, each) for i, each in enumerate(graph.node) if is_norm(each))
     infos = {info.name: info for info in (*graph.value_info, *graph.input)}
     if damage == "sum":  # whose rows are no product
@@ -148,3 +186,30 @@ def test_what_a_norm_makes_is_not_narrowed_where_it_is_served() -> None:
     name = next(name for name, (_, *widened) in tower_norms(model.graph).items() if widened)
     model.graph.output.append(next(info for info in model.graph.value_info if info.name == name))
     assert [norm.output[0] for norm in tower_norms(model.graph)[name]] == [name]
+
+
+@pytest.mark.parametrize("damage", ["wider", "norm", "towers"])
+def test_a_norm_of_other_sums_and_one_that_stores_another_type_stay_in_their_segment(damage: str) -> None:
+    model = packed()
+    graph = model.graph
+    towers = set(tower_norms(graph))
+    (first,) = (node for node in graph.node if node.output[0] in towers and node.input[0] == "layer_0")
+    towers.remove(first.output[0])
+    if damage == "wider":  # as float32 it stays exact, and no kernel is planned that stores that
+        next(each for each in first.attribute if each.name == "output_type").i = _FLOAT32
+    elif damage == "norm":  # between the towers and it
+        between = onnx.NodeProto()
+        between.CopyFrom(first)
+        between.output[0], first.input[0] = "normed", "normed"
+        graph.node.insert(list(graph.node).index(first), between)
+        named = onnx.ValueInfoProto()
+        named.CopyFrom(next(info for info in graph.value_info if info.name == first.output[0]))
+        named.name = "normed"
+        graph.value_info.append(named)
+        towers.add("normed")
+    else:  # there are none: no rows are a product's
+        for node in graph.node:
+            if node.op_type == "MatMul":
+                node.op_type = "Einsum"
+        towers = set()
+    assert set(tower_norms(graph)) == towers

@@ -42,9 +42,9 @@ def test_a_ranking_plan_names_the_kernels_and_segments_of_the_graph(name: str, a
 
 def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
     plan = fused_plan(ranking_config(DlrmForm(num_layers=3)), ("packed", "prefill", "score"), "fp16", "accurate")
-    assert plan.segments == {"packed": 6, "prefill": 5, "score": 4}
+    assert plan.segments == {"packed": 7, "prefill": 6, "score": 4}
     assert [(each.mask_kind, each.has_cache) for each in plan.kernels] == [(1, False), (0, False), (1, True)]
-    assert plan.to_dict()["engines"] == 15
+    assert plan.to_dict()["engines"] == 17
 
 
 def test_a_graph_without_attention_needs_no_kernel() -> None:

@@ -27,14 +27,14 @@ def test_every_segment_is_an_engine_for_the_shapes_that_the_graphs_profile_gives
     engines = engines_from_segments(
         case.cut, profile_of(case, max_candidates=8), on_progress=lambda name, phase, _: heard.append((name, phase))
     )
-    assert len(engines) == len(case.cut.segments) == 5
+    assert len(engines) == len(case.cut.segments) == 6
     assert {name for name, _ in heard} == {segment.name for segment in case.cut.segments}
     for engine, segment in zip(engines, case.cut.segments, strict=True):
         assert engine.plan
         (profile,) = engine.profiles
         assert set(profile.max) == {spec.name for spec in segment.inputs}
-    between_layers = engines[3].profiles[0]
-    rows = next(spec.name for spec in case.cut.segments[3].inputs if spec.shape == ("4*B + L + T", 12))
+    between_layers = engines[4].profiles[0]
+    rows = next(spec.name for spec in case.cut.segments[4].inputs if spec.shape == ("4*B + L + T", 12))
     assert between_layers.min[rows] == (4 + 1 + 1, 12)
     assert between_layers.max[rows] == (16 + 80 + 8, 12)
 
