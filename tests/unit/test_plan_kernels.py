@@ -100,6 +100,26 @@ def test_segments_of_layers_launch_two_products_and_a_norm() -> None:
 
 
 @RTX
+@pytest.mark.parametrize("name", ["packed", "prefill"])
+def test_no_kernel_of_the_engine_that_adds_the_towers_computes_a_norm_with_their_sum(name: str) -> None:
+    """The first layer's norm is a kernel of ours behind it, and its product the only one of the next engine."""
+    sums, projects, layer = ranking_engines(name)[2:5]
+    assert len(sources_of(sums.plan)) > 1
+    assert not any(b"__myln_sqrt_" in source for source in sources_of(sums.plan))
+    assert any(b"__myln_sqrt_" in source for source in sources_of(layer.plan)), (
+        "in front of the second layer is its norm"
+    )
+    facts = kernel_facts(projects.kernels)
+    assert facts is not None
+    assert facts["products"] == 1
+
+
+def sources_of(plan: bytes) -> list[bytes]:
+    """Of each kernel of TensorRT-RTX's own, the text that the plan has of it."""
+    return [part.partition(b"\0")[0] for part in plan.split(b'extern "C" __global__ void ')[1:]]
+
+
+@RTX
 @pytest.mark.parametrize("name", ["packed", "score", "retrieval"])
 def test_no_engine_of_segments_launches_a_copy(name: str) -> None:
     if name == "retrieval":
