@@ -174,7 +174,7 @@ def _resolved(config: BuildConfig, plan: BuildPlan) -> BuildPlan:
         plan.sizes(graph)
     if config.attention != "fused":
         return plan
-    fused = fused_plan(plan.spec.config, plan.graphs, config.precision, plan.attention_silu)
+    fused = fused_plan(plan.spec.config, plan.graphs, config.precision, plan.attention_silu, fuse_norms=plan.fuse_norms)
     reason = "--attention fused" if config.backend == "auto" else plan.backend.reason
     return dataclasses.replace(plan, backend=dataclasses.replace(plan.backend, reason=reason), fused=fused)
 

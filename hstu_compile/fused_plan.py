@@ -86,7 +86,9 @@ def requested_backend(config: BuildConfig) -> str:
     return FUSED_BACKEND if config.attention == "fused" else config.backend
 
 
-def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, silu: AttentionSilu) -> FusedPlan:
+def fused_plan(
+    model: ModelConfig, graphs: Sequence[str], precision: Precision, silu: AttentionSilu, *, fuse_norms: bool = True
+) -> FusedPlan:
     """Count segments and attentions, and name the kernels.
 
     Args:
@@ -94,6 +96,7 @@ def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, 
         graphs: names of the graphs that are built.
         precision: of the graphs.
         silu: error that the attention's SiLU may have.
+        fuse_norms: whether norms are operators, which kernels between the engines compute.
     """
     attention, layers = model.layer.attention, model.num_layers
     # Nobody reads what the last layer of a ranking model's prefill attends to.
@@ -116,8 +119,8 @@ def fused_plan(model: ModelConfig, graphs: Sequence[str], precision: Precision, 
                 *dims, plain_causal=plain, pos_bias=pos_bias, time_bias=time_bias, silu=silu, has_cache=cached
             )
         )
-    norms = _norms(model.layer, _DTYPES[precision]) if kernels else ()
-    towers = _tower_norms(model, _DTYPES[precision]) if isinstance(model, RankingConfig) else ()
+    norms = _norms(model.layer, _DTYPES[precision]) if kernels and fuse_norms else ()
+    towers = _tower_norms(model, _DTYPES[precision]) if fuse_norms and isinstance(model, RankingConfig) else ()
     # The norm in front of the first layer has the kernel of those at the towers' ends, and a cut of its own.
     in_front = len(towers) + (model.layer.embedding_dim <= MAX_WIDTH) if towers else 0
     cuts = {graph: in_front if count and graph not in _CACHED else 0 for graph, count in attentions.items()}

@@ -7,8 +7,10 @@ import pytest
 from hstu_compile.fused_plan import FusedPlan, fused_plan
 from hstu_compile.graph_plugin import kernels_request_of
 from hstu_compile.plugin_library import PluginBuildRequest
+from hstu_compile.rewrite import apply_passes, export_passes
+from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from tests.dlrm_reference import DlrmForm
-from tests.exported_models import ranking_config, small_config
+from tests.exported_models import ranking_config, small_config, traced_ranking
 from tests.segmented_cases import WIDE_FORM, ranking_case, retrieval_case
 
 
@@ -38,6 +40,17 @@ def test_a_ranking_plan_names_the_kernels_and_segments_of_the_graph(name: str, a
     assert_same_kernels(plan, request)
     assert [norm.activation for norm in plan.norm_kernels] == activations
     assert (plan.attentions, plan.segments) == ({name: case.served.num_attention}, {name: len(case.cut.segments)})
+
+
+def test_without_norms_as_operators_none_is_planned_and_none_is_cut_out() -> None:
+    """`--no-fuse-norms --dry-run` said more engines and kernels than the build made."""
+    _, served, traced = traced_ranking(WIDE_FORM, "bf16", "packed")
+    *_, whole = apply_passes(traced, export_passes(served.num_attention, served.taps, fuse_norms=False))
+    cut = segmented_from_onnx(whole)
+    plan = fused_plan(ranking_config(WIDE_FORM), ("packed",), "bf16", "fast", fuse_norms=False)
+    assert_same_kernels(plan, kernels_request_of([whole.model]))
+    assert plan.norm_kernels == ()
+    assert plan.segments == {"packed": len(cut.segments)}
 
 
 def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
