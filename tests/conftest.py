@@ -13,6 +13,8 @@ import pytest
 
 # Files whose tests read graphs that a process traces once, see `tests/exported_models.py`.
 _READS_TRACED = re.compile(r"\b(traced_r\w+|exported_graph|shipped|segmented_cases|bucketed_cases)\b")
+# Files of tests/plugins whose tests take compiled kernels from one cache.
+_TAKES_KERNELS = "tests.plugins.conformance.libraries"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -39,7 +41,8 @@ def _keep_translations_of_operators() -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each file to one process, and those that read traced graphs to the same one, which traces them once.
 
-    So with tests/cpp_loader: of two processes that want a program one waits until the other has compiled it.
+    So with tests/cpp_loader: of two processes that want a program one waits until the other has compiled it. And with
+    tests that take kernels from a cache: two processes that want the same ones at the same time both compile them.
     In the order of collection: the long files of tests/e2e are early in it, so that the processes end together.
     """
     from xdist.scheduler.loadscope import LoadScopeScheduling
@@ -52,9 +55,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     def scope_of(file: str) -> str:
         if file.startswith("tests/cpp_loader/"):
             return "tests/cpp_loader"
+        text = (config.rootpath / file).read_text("utf-8")
         in_folder = file.startswith("tests/rewrite/")  # its conftest.py reads them for all
-        if in_folder or _READS_TRACED.search((config.rootpath / file).read_text("utf-8")):
+        if in_folder or _READS_TRACED.search(text):
             return "files that read traced graphs"
+        if file.startswith("tests/plugins/") and _TAKES_KERNELS in text:
+            return "files that take compiled kernels"
         return file
 
     config.option.loadscopereorder = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -58,7 +59,7 @@ Build = Callable[..., Built]
 class BuiltOnce:
     """Bundles that tests read and never change: each is built once a run, by the first test process that asks for it.
 
-    Where two processes ask at the same time, both build.
+    Who asks meanwhile waits.
     """
 
     def __init__(self, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -71,12 +72,14 @@ class BuiltOnce:
     def get(self, key: tuple[object, ...], build: Callable[[Path], Built]) -> Built:
         """The bundle of this key, which `build` makes in the folder that it is given."""
         record = self._records / hashlib.sha256(repr((self._name, key)).encode()).hexdigest()
-        if not record.exists():
-            with tracing_once():
-                built = build(self._factory.mktemp(self._name))
-            unfinished = self._factory.mktemp("record") / record.name
-            unfinished.write_text(json.dumps([str(built.path), dataclasses.astuple(built.result)]))
-            unfinished.replace(record)
+        with record.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not record.exists():
+                with tracing_once():
+                    built = build(self._factory.mktemp(self._name))
+                unfinished = self._factory.mktemp("record") / record.name
+                unfinished.write_text(json.dumps([str(built.path), dataclasses.astuple(built.result)]))
+                unfinished.replace(record)
         path, result = json.loads(record.read_text())
         return Built(Path(path), CommandResult(*result))
 
