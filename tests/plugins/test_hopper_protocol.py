@@ -81,7 +81,8 @@ def test_queries_that_are_given_back_unread_are_found() -> None:
     assert HazardError in failures(holding, Fault.QUERIES_RELEASED_UNREAD)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+# Two rounds have what one has.
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     ("fault", "failure"),
     [
