@@ -140,6 +140,8 @@ def test_the_float32_artifact_gives_the_published_metrics_on_all_users(
     }
 
 
+# That float16 errs no more than the eager model is above, and the metrics of the eager model are in test_demo.py.
+@pytest.mark.slow
 def test_the_float16_artifact_keeps_the_published_metrics_on_all_users(
     build_fixture: Build, histories: prepare_data.Histories, eager: RetrievalModel
 ) -> None:

@@ -29,10 +29,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.usefixtures
 
 FORM = DlrmForm(contextual=(("user_id", 1, 20),))
 CONFIG = small_config(num_layers=2)
-# Each family in each type, and each of the graphs that sessions need once.
+# Each family and each type, and each of the graphs that sessions need once; the other family in INT8 as slow tests.
 CASES = {
     "retrieval-int8": ("retrieval", "--int8", "--top-k", 5, "--incremental", "max-append=4", "--smooth-quant", 0.5),
-    "retrieval-fp8": ("retrieval", "--fp8", "--top-k", 5),
+    "retrieval-fp8": ("retrieval", "--fp8", "--top-k", 5, "--observer", "mse", "--keep-fp16", "layers.0.uvqk"),
     "ranking-int8": ("ranking", "--int8", "--observer", "mse", "--keep-fp16", "layers.0.uvqk"),
     "ranking-fp8": ("ranking", "--fp8", "--m-falcon", "micro-batch=5"),
 }
@@ -52,7 +52,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object,
     }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name == "ranking-int8" else ()) for name in CASES],
+)
 def built(
     request: pytest.FixtureRequest, sources: dict[str, tuple[object, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, CommandResult]:
@@ -104,7 +107,7 @@ def test_options_of_the_plan_reach_the_manifest(built: tuple[Path, CommandResult
         assert all(smoothed)
         return
     assert not any(smoothed)
-    if path.stem == "ranking-int8":
+    if path.stem in ("retrieval-fp8", "ranking-int8"):
         assert quantization["observer"] == "mse"
         assert quantization["kept"]["layers.0.uvqk"] == "--keep-fp16"
         assert "layers.0.uvqk" not in quantization["sites"]

@@ -188,6 +188,9 @@ def test_the_session_scores_metas_users_as_the_packed_graph_does(
     check_preds(first[longest].preds, ranking_golden["c.preds"].T[64 * longest : 64 * (longest + 1)])
 
 
+# Every run holds float16 graphs of a ranking model to this bound in test_large_tables.py, and Meta's retrieval model to
+# what the original computed in test_build_golden.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["a", "b"])
 def test_the_float16_artifact_errs_at_most_twice_as_much_as_eager_float16(
     build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
@@ -217,6 +220,8 @@ def check_against_eager_half(
 
 
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
+# Slow: every run has a session in bfloat16 in test_build_incremental.py, and engines of three graphs in
+# test_build_quantized.py.
 
 
 def build_bf16(build: Build) -> Built:
@@ -227,6 +232,7 @@ def build_bf16(build: Build) -> Built:
     return built
 
 
+@pytest.mark.slow
 def test_a_bfloat16_build_says_on_what_it_was_verified(build_ranking_fixture: Build) -> None:
     """ONNX Runtime has no bfloat16 on a CPU: what ran is a copy, which every place that names the runtime says."""
     built = build_bf16(build_ranking_fixture)
@@ -255,6 +261,7 @@ def test_a_bfloat16_build_says_on_what_it_was_verified(build_ranking_fixture: Bu
     assert again.stdout.count("(bf16 widened to float32): PASS") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["a", "b"])
 def test_the_bfloat16_artifact_errs_at_most_twice_as_much_as_eager_bfloat16(
     build_ranking_fixture: Build, ranking_golden: dict[str, Any], batch: str
@@ -262,6 +269,7 @@ def test_the_bfloat16_artifact_errs_at_most_twice_as_much_as_eager_bfloat16(
     check_against_eager_half(build_bf16(build_ranking_fixture).path, ranking_golden, batch, torch.bfloat16, 0.2)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_session_keeps_half_the_bytes_and_scores_as_packed_does(
     build_ranking_fixture: Build, ranking_golden: dict[str, Any]
 ) -> None:
@@ -286,6 +294,7 @@ def built_engines(build: Build) -> Path:
     return build_bf16(build).path
 
 
+@pytest.mark.slow
 def test_tensorrt_rtx_engines_of_all_three_graphs_are_built_without_a_gpu(build_ranking_fixture: Build) -> None:
     bundle = built_engines(build_ranking_fixture)
     manifest = manifest_of(bundle)

@@ -57,6 +57,8 @@ def assert_same_answers(one: Session, other: Session, feeds: list[dict[str, np.n
             np.testing.assert_array_equal(actual[name], array)
 
 
+# It traces a graph twice. In every run tests/e2e/test_large_tables.py compares answers with those of one file.
+@pytest.mark.slow
 def test_the_exporter_writes_tables_and_changes_nothing_else(tmp_path: Path) -> None:
     model, served, whole = traced_ranking(WIDE_FORM, "fp16", "packed")
     tables = TableFiles(tmp_path)

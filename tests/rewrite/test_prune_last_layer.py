@@ -92,6 +92,14 @@ RETRIEVAL = {
 }
 
 
+def _slow(kind: str) -> Any:
+    """Without a bias the attention has inputs less: candidates' rows of DLRM's layer are so in every run."""
+    return pytest.mark.slow if kind == "no bias at all" else ()
+
+
+KINDS = [pytest.param(kind, marks=_slow(kind)) for kind in RETRIEVAL]
+
+
 class CandidateModel(nn.Module):
     """Layers over histories with candidates at their tails, then a score of each candidate's row."""
 
@@ -244,7 +252,7 @@ def last_rows(offsets: Array, activation: Array) -> Array:
 
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("kind", RETRIEVAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_user_embeddings_are_those_of_the_full_layer(kind: str, lengths: tuple[int, ...]) -> None:
     full, pruned = full_and_pruned(kind)
     config = RETRIEVAL[kind]
@@ -269,9 +277,9 @@ def eager_outputs(model: Any, feeds: dict[str, Array]) -> Array:
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
-        *((kind, "fp32") for kind in RETRIEVAL),
+        *(pytest.param(kind, "fp32", marks=_slow(kind)) for kind in RETRIEVAL),
         ("affine norms and every bias", "fp16"),
-        ("genrec", "fp16"),
+        pytest.param("genrec", "fp16", marks=pytest.mark.slow),
         ("affine norms and every bias", "bf16"),
     ],
 )
@@ -387,7 +395,8 @@ def _candidates(kind: str, precision: Precision, num_layers: int, bare: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_layers", "bare"), [("research", 2, False), ("dlrm", 1, False), ("dlrm", 2, True)]
+    ("kind", "num_layers", "bare"),
+    [("research", 2, False), pytest.param("dlrm", 1, False, marks=pytest.mark.slow), ("dlrm", 2, True)],
 )
 def test_candidate_rows_are_those_of_the_full_layer(kind: str, num_layers: int, bare: bool) -> None:
     graph = _candidates(kind, "fp32", num_layers, bare)
@@ -403,7 +412,7 @@ def test_candidate_rows_are_those_of_the_full_layer(kind: str, num_layers: int, 
         assert after[f"{TAP_PREFIX}{num_layers}"].shape == (sum(candidates), 32)
 
 
-@pytest.mark.parametrize("kind", ["research", "dlrm"])
+@pytest.mark.parametrize("kind", [pytest.param("research", marks=pytest.mark.slow), "dlrm"])
 def test_candidate_rows_in_half_precision_equal_the_float64_model(kind: str) -> None:
     pruned = rewritten(_candidates(kind, "fp16", 2, True), 2, PruneLastLayer(2, SELECTION)).model
     feeds = candidate_feeds(*CANDIDATES["several"], "fp16")
