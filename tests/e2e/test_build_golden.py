@@ -42,6 +42,10 @@ def histories() -> prepare_data.Histories:
         pytest.skip(f"MovieLens-100K: {error}")
 
 
+#: Of one build; the lists of best items change nothing in front of them.
+WHOLE_CATALOGUE = ("--fp32", "--top-k", 1682, "--backend", "onnx")
+
+
 def last_rows(feeds: dict[str, Any]) -> Any:
     """Index of the last row of each sequence: all that a built graph computes of its last layer."""
     return feeds["seq_offsets"][1:] - 1
@@ -58,7 +62,7 @@ def check_relative(actual: Any, expected: Any) -> None:
 def test_every_layer_and_the_user_embeddings_equal_the_originals(
     build_fixture: Build, golden: dict[str, Any], golden_feeds: dict[str, Any]
 ) -> None:
-    built = build_fixture("--fp32")
+    built = build_fixture(*WHOLE_CATALOGUE)
     assert built.result.exit_code == 0, built.result.stderr
     taps = ["layer_0", "layer_1", "layer_2"]
     outputs = run_onnx(onnx.load(built.path / "model.onnx"), golden_feeds, taps)
@@ -71,7 +75,7 @@ def test_every_layer_and_the_user_embeddings_equal_the_originals(
 def test_scores_from_the_user_embeddings_equal_the_originals(
     build_fixture: Build, golden: dict[str, Any], golden_feeds: dict[str, Any], eager: RetrievalModel
 ) -> None:
-    with load_bundle(build_fixture("--fp32").path) as bundle:
+    with load_bundle(build_fixture(*WHOLE_CATALOGUE).path) as bundle:
         users = bundle.run(golden_feeds)["user_embeddings"]
     check_relative(users @ eager.item_vectors().numpy().T, golden["scores"])
 
@@ -79,7 +83,7 @@ def test_scores_from_the_user_embeddings_equal_the_originals(
 def test_top_scores_of_the_whole_catalogue_equal_the_originals(
     build_fixture: Build, golden: dict[str, Any], golden_feeds: dict[str, Any]
 ) -> None:
-    built = build_fixture("--fp32", "--top-k", 1682, "--backend", "onnx")
+    built = build_fixture(*WHOLE_CATALOGUE)
     assert built.result.exit_code == 0, built.result.stderr
     with load_bundle(built.path) as bundle:
         outputs = bundle.run(golden_feeds)

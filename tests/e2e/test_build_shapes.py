@@ -73,15 +73,10 @@ def check_run(
     assert (np.linalg.norm(actual[np.array(lengths) > 0], axis=1) > 0.9).all()
 
 
-# Each half precision with every shape, and each model with one precision: a build of each is most of what the tests
-# cost. In float32 every run has odd batches in test_build_ranking.py, and drawn histories in test_buckets.py.
+# Each precision with every shape, and each model with one precision: a build of each is most of what the tests cost.
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [
-        pytest.param("two heads of 25", "fp32", marks=pytest.mark.slow),
-        ("one wide head, hour encoding", "fp16"),
-        ("two heads of 25", "bf16"),
-    ],
+    [("two heads of 25", "fp32"), ("one wide head, hour encoding", "fp16"), ("two heads of 25", "bf16")],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_odd_shapes(build_small: Build, tmp_path: Path, shape: str, name: str, precision: str) -> None:

@@ -25,6 +25,9 @@ from tests.e2e.conftest import Build
 from tests.kernel_traces import event, trace_of
 from tests.unit.test_report import Page
 
+# As test_bundle_files.py builds it.
+FP16 = ("--fp16", "--top-k", 10)
+
 pytestmark = pytest.mark.e2e
 
 HOSTILE = "void <script>alert('1')</script>&\x1b[2J"
@@ -131,7 +134,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small(build_small: Build, tmp_path: Path) -> Path:
-    return with_engines(build_small("--fp16").path, tmp_path / "small.hstu")
+    return with_engines(build_small(*FP16).path, tmp_path / "small.hstu")
 
 
 def test_every_graph_is_measured_in_both_ways_with_two_of_its_requests(small: Path, machine: Machine) -> None:
@@ -265,7 +268,7 @@ def test_readmes_command_is_one(small: Path, machine: Machine, monkeypatch: pyte
 def test_an_engine_of_tensorrt_rtx_in_one_piece_is_not_replayed(
     build_small: Build, machine: Machine, tmp_path: Path
 ) -> None:
-    bundle = with_engines(build_small("--fp16").path, tmp_path / "rtx.hstu", "tensorrt-rtx")
+    bundle = with_engines(build_small(*FP16).path, tmp_path / "rtx.hstu", "tensorrt-rtx")
     assert profile(bundle, "--calls", 1).exit_code == 0
     assert machine.opened == [("retrieval", "tensorrt-rtx", 0)]
     error = refusal(profile(bundle, "--cuda-graphs", "--force"))
@@ -362,10 +365,10 @@ def test_a_bundle_without_requests_or_engines_is_refused(build_small: Build, mac
     unverified = with_engines(build_small("--fp16", "--no-verify").path, tmp_path / "unverified.hstu")
     error = refusal(profile(unverified))
     assert (error.code, error.why) == ("HSTU-E803", "it was built with --no-verify")
-    error = refusal(profile(build_small("--fp16").path))
+    error = refusal(profile(build_small(*FP16).path))
     assert error.code == "HSTU-E901"
     assert "it was built with the backend onnx" in error.why
-    bundle = with_engines(build_small("--fp16").path, tmp_path / "small.hstu")
+    bundle = with_engines(build_small(*FP16).path, tmp_path / "small.hstu")
     error = refusal(profile(bundle, "--runtime", "tensorrt-rtx"))
     assert (error.code, error.why) == ("HSTU-E901", "the bundle's engines are of the backend tensorrt")
     assert machine.opened == []

@@ -38,7 +38,7 @@ def modules() -> Mapping[str, ModuleType]:
 def job(build_small: Build, build_ranking: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job folder with two verified bundles, as prepare_job.py leaves them: without reports."""
     place = tmp_path_factory.mktemp("job")
-    for name, built in zip(NAMES, (build_small("--max-batch", 8), build_ranking(FORM, *OPTIONS)), strict=True):
+    for name, built in zip(NAMES, (build_small("--fp32", "--top-k", 10), build_ranking(FORM, *OPTIONS)), strict=True):
         assert built.result.exit_code == 0, built.result.stderr
         bundle = place / "models" / name
         shutil.copytree(built.path, bundle)
