@@ -279,9 +279,13 @@ def test_tile_table_is_complete_and_reasoned(arch: int, dtype: str) -> None:
                     assert size * (c.block_m * dqk + c.block_n * (dqk + dv)) <= SHARED_LIMIT[arch]
 
 
-def test_compiled_kernels_fit_the_shared_memory_of_their_gpu(images: list[KernelImage], tmp_path: Path) -> None:
+# The widest tiles where there is the least shared memory, and in slow runs those of Hopper.
+@pytest.mark.parametrize("arch", [86, pytest.param(90, marks=pytest.mark.slow)])
+def test_compiled_kernels_fit_the_shared_memory_of_their_gpu(
+    images: list[KernelImage], tmp_path: Path, arch: int
+) -> None:
     widest = compile_variants(
-        variants_for("float16", 256, 256, pos_bias=True), archs=(86, 90), cache_dir=tmp_path, with_ptx=False
+        variants_for("float16", 256, 256, pos_bias=True), archs=(arch,), cache_dir=tmp_path, with_ptx=False
     )
     for image in [*images, *widest]:
         assert image.shared_bytes <= SHARED_LIMIT[image.sm], (image.sm, image.tactic)

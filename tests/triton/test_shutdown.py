@@ -184,7 +184,8 @@ def test_http_connections_that_stay_open_use_the_exit_timeout_up(
     wait_for_stubs(stubs)
 
 
-# Sixteen clients ask without a pause for seconds. In every run one connection stays open, and clients ask under SIGTERM.
+# The clients keep the machine busy until the timeout. Every run has one connection that stays open, and SIGTERM under
+# load.
 @pytest.mark.slow
 def test_http_clients_that_never_stop_asking_are_answered_until_the_timeout(
     start: Callable[[int], tuple[TritonServer, list[Question]]],
