@@ -281,12 +281,12 @@ def test_a_build_writes_the_silu_and_the_norms_that_were_asked_for_into_graph_an
 
 
 # Each starts Python and imports torch: the stages that trace and that write are those with the most to leave behind.
-# In every run a build is ended while it traces, and a calibration by SIGINT in test_calibrate.py.
 @pytest.mark.parametrize(
     ("kind", "stage"),
     [
+        (signal.SIGINT, 3),
+        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
-        (signal.SIGTERM, 3),
         pytest.param(signal.SIGINT, 5, marks=pytest.mark.slow),
     ],
 )
