@@ -29,7 +29,8 @@ from tests.triton.server import TritonServer, grpc_client, http_client
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 NAMES = {"retrieval": "retrieval_faults", "ranking": "ranking_faults"}
-#: 2,000 requests in all: by bytes over HTTP 1,000, and by tensors over each protocol 500.
+#: 2,000 requests in all: by bytes over HTTP 1,000, and by tensors over each protocol 500. Slow tests included: without
+#: them each model is asked over one protocol.
 FUZZED_BYTES, FUZZED_TENSORS = 1_000, 500
 BAD_REQUEST = {"http": "400", "grpc": "StatusCode.INVALID_ARGUMENT"}
 #: The server's own: JSON that it cannot read is its status 500, and only that.
