@@ -70,7 +70,8 @@ env: ## create .venv with all that the CPU path needs; nothing to do when curren
 		"$$python" -m venv $(VENV)
 	fi
 	install() {
-		if ! $(PIP) install -qq "$$@"; then
+		# Not the modules that nobody imports: Python compiles each that somebody does.
+		if ! $(PIP) install -qq --no-compile "$$@"; then
 			echo "error: pip could not install: $$*" >&2
 			echo "  Fix: see pip's message above. Without a network, point PIP_INDEX_URL or PIP_FIND_LINKS at a mirror" >&2
 			echo "  that has the packages of pyproject.toml, then repeat: make env" >&2
@@ -86,7 +87,7 @@ env: ## create .venv with all that the CPU path needs; nothing to do when curren
 	install --no-build-isolation --editable ".[$(EXTRAS)]"
 	install --no-deps "$(HEADERS)"
 	# It needs glibc 2.35. Where it cannot be installed, the tests of tests/triton skip and say so.
-	if $(PIP) install -qq --no-deps "$(TRITON_SERVER)"; then
+	if $(PIP) install -qq --no-compile --no-deps "$(TRITON_SERVER)"; then
 		install --no-deps --upgrade --target $(VENV)/triton-numpy "$(TRITON_NUMPY)"
 	else
 		echo "env: no $(TRITON_SERVER) for this system; the tests that start a tritonserver will be skipped" >&2
