@@ -268,6 +268,7 @@ def test_polygraphy_agrees_with_eager_and_refuses_an_altered_reference(
     assert [check["facts"]["exit_code"] for check in content["checks"]] == [0, 1, 0, 1]
 
 
+@pytest.mark.slow
 def test_the_soak_is_judged_by_its_report_and_by_device_memory(
     modules: Mapping[str, ModuleType], bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
