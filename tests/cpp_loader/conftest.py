@@ -134,8 +134,9 @@ def headers_rtx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session", params=["plain", pytest.param("sanitized", marks=pytest.mark.slow)])
 def loader_rtx(request: pytest.FixtureRequest, headers_rtx: Path) -> Loader:
-    """For TensorRT-RTX, without and with the sanitizers of `loader10`; its bundles are in segments."""
-    return _loader(request.config, headers_rtx, (*(toolchain.SANITIZE if request.param == "sanitized" else ()), "-O0"))
+    """For TensorRT-RTX, without and with all checks of the sanitizers; its bundles are in segments."""
+    checks = (*toolchain.SANITIZE, *toolchain.SANITIZE_POINTERS) if request.param == "sanitized" else ()
+    return _loader(request.config, headers_rtx, (*checks, "-O0"))
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,15 @@ SAMPLE = HERE.parents[1] / "samples" / "cpp_loader"
 KERNELS_API = HERE.parents[1] / "plugins" / "api"
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 #: Without the checks of every pointer that take a third of the compiler's time: the address sanitizer stops at what is
-#: no object, and `READERS_SANITIZE` has alignment.
+#: no object. `SANITIZE_POINTERS` behind them has those.
 SANITIZE = (
     "-fsanitize=address,undefined",
     "-fno-sanitize=alignment,null,object-size,vptr",
     "-fno-sanitize-recover=undefined",
     "-g1",
 )
-#: Of what makes numbers of a file's bytes.
-READERS_SANITIZE = ("-fsanitize=alignment,null,object-size",)
+#: For what makes numbers of a file's bytes in every run, and for the whole program in slow tests.
+SANITIZE_POINTERS = ("-fsanitize=alignment,null,object-size",)
 #: Interface with virtual functions, and the class of stubs for it; the last one came with TensorRT 10.
 _STUBBED = {
     "VRuntime": "RuntimeStub",
@@ -170,6 +170,6 @@ def build_readers(folder: Path, include_dir: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     options, unit = (*SANITIZE, "-O0"), HERE / "unit"
-    readers = compile_cpp(folder / "readers.o", [unit / "readers.cpp"], include_dir, *options, *READERS_SANITIZE, "-c")
+    readers = compile_cpp(folder / "readers.o", [unit / "readers.cpp"], include_dir, *options, *SANITIZE_POINTERS, "-c")
     sources = [readers, unit / "sessionRules.cpp"]
     return compile_cpp(folder / "readers", sources, include_dir, *options, "-include", str(unit / "cacheRules.cpp"))
