@@ -51,6 +51,9 @@ from torch import Tensor, nn
 
 _MIB = 2.0**20
 _MODES = {COMPILE: None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs"}
+#: Kernels are tuned on the inputs of the case. By default they are tuned on random numbers, of which some serve as
+#: indices: a kernel that gathers then ends the process by its assertion.
+_AOTI_CONFIGS = {"triton.autotune_at_compile_time": False}
 #: Of `score_arrays`, what the baseline needs no tensor for.
 _CONSTANT = ("cache_offsets", "scaling_seq_lens")
 
@@ -415,7 +418,9 @@ class Peers:
             with torch.no_grad():
                 exported = torch.export.export(model, (inputs.features,), strict=False)
                 aside = path.with_suffix(".partial.pt2")
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(aside))
+                torch._inductor.aoti_compile_and_package(
+                    exported, package_path=str(aside), inductor_configs=_AOTI_CONFIGS
+                )
             aside.replace(path)
         # With its own threads' bookkeeping, which waits for events, it could not be captured.
         loaded: Run = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
