@@ -21,8 +21,8 @@ SOURCES = REPOSITORY / "plugins" / "kernels" / "hopper"
 HOST = Path(__file__).parent / "hopper_host"
 #: (query rows, keys) of a tile: every one that variants.py has, and a small one in which little things matter.
 TILES = ((128, 128), (128, 64), (192, 128), (16, 8))
-#: Two times, each less than 2^30 from the sequence's first, differ by no more.
-FARTHEST = 2**31 - 2
+#: Two times, each less than 2^30 - 1 from the sequence's first, differ by no more.
+FARTHEST = 2 * (2**30 - 2)
 COMPILER = shutil.which("g++")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
@@ -196,6 +196,25 @@ def test_a_range_of_times_names_its_threshold_and_both_biases(arithmetic: ctypes
     is_one = crossed == 1
     np.testing.assert_array_equal(threshold[is_one], thresholds[buckets[0][is_one]])
     assert {0, 1, 2} <= set(crossed.tolist())
+
+
+def test_thresholds_that_no_difference_reaches_are_no_crowd(arithmetic: ctypes.CDLL) -> None:
+    # More than a block keeps: those behind 2^31 change nothing.
+    near = np.unique(geometric_thresholds(60, 1.351, 64))
+    thresholds = np.concatenate([near, 2**31 + np.arange(300, dtype=np.int64)])
+    differences = np.concatenate([near - 1, near, [0, FARTHEST]])
+    out, expected, crowded = _table_bias(arithmetic, thresholds, differences)
+    assert crowded == 0
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("count", [256, 257, 400])
+def test_more_thresholds_than_a_block_keeps_are_a_crowd_unless_no_difference_reaches_them(
+    arithmetic: ctypes.CDLL, count: int
+) -> None:
+    # All at the start of one cell, where even many are none that lie inside of it.
+    _, _, crowded = _table_bias(arithmetic, np.full(count, 1023, np.int64), np.arange(4))
+    assert crowded == int(count > 256)
 
 
 def test_close_thresholds_are_noticed(arithmetic: ctypes.CDLL) -> None:

@@ -37,6 +37,7 @@ constexpr int32_t kBlockN = HSTU_BLOCK_N;
 constexpr int32_t kStages = HSTU_STAGES;
 constexpr bool kPosBias = HSTU_POS_BIAS != 0;
 constexpr bool kTimeBias = HSTU_TIMESTAMP_BITS != 0;
+constexpr bool kHasBias = kPosBias || kTimeBias;
 using Timestamp = std::conditional_t<HSTU_TIMESTAMP_BITS == 32, int32_t, int64_t>;
 constexpr bool kPlainCausal = HSTU_PLAIN_CAUSAL != 0;
 constexpr bool kIsAccurate = HSTU_ACCURATE != 0;
@@ -55,6 +56,7 @@ constexpr int32_t kAskAhead = kStages + 1; // key tiles of which the last ones h
 constexpr int32_t kFirstGroupBarrier = 1; // named barriers; 0 is that of __syncthreads
 constexpr int32_t kFirstTurnBarrier = 4;
 constexpr int32_t kExchangeBarrier = 7;
+constexpr int32_t kTimesBarrier = 8;
 constexpr int32_t kThreads = 128 * (1 + kWarpgroups);
 constexpr int32_t kConsumerWarps = 4 * kWarpgroups;
 // Looking times up beside 128 columns of sums takes more registers; elsewhere the scheduler would have to spill.
@@ -84,6 +86,19 @@ constexpr bool kTurnsLastForScores = HSTU_TURNS == 2;
 // Masks are applied while values are multiplied, where the registers of the masks' bounds do not have to be spilled.
 constexpr bool kHasRoomForBounds = !kTimeBias && !(kIsAccurate && kDim == 128);
 constexpr bool kMasksBesideProducts = kDim <= 128 && kWarpgroups == 2 && !kShares && kHasRoomForBounds;
+
+// The columns of a key tile in pieces. A warp leaves out those of which its rows see nothing, where biases make them dear and
+// where there is a register to count them in.
+constexpr bool kSkipsPieces = kHasBias && kDim == 64;
+constexpr int32_t kPieceColumns = 32;
+constexpr int32_t kColumnPieces = kBlockN / kPieceColumns;
+constexpr int32_t kPieceScores = kPieceColumns / 2; // of a thread
+constexpr int32_t kRowsOfWarp = 16;
+// While operands are copied, the table of time biases is built and the first times are read; beside 128 columns of sums there
+// are no registers for that.
+constexpr bool kPreparesTimes = kTimeBias && kDim == 64;
+// A table of as many distances has an entry for each column of a key tile at the diagonal that is looked up.
+constexpr int32_t kLeastPosTable = kSkipsPieces ? kRowsOfWarp + kPieceColumns : kBlockM + kBlockN;
 
 // A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn, and where the
 // stage behind the one that is left out does not wait for an exchange.
@@ -454,6 +469,14 @@ struct Ending
     bool isSingle; //!< one key tile was multiplied
 };
 
+//! Times that the scores of a key tile are weighed by, from the sequence's first one on.
+struct StepTimes
+{
+    int32_t rows[2];                //!< of this thread's two rows
+    int32_t columns[kColumnPieces]; //!< of every 32nd column, from the lane's on
+    bool isFar;                     //!< the table does not serve one of them
+};
+
 //! One of kWarpgroups that multiply: 64 rows of every tile.
 struct Consumer
 {
@@ -478,6 +501,7 @@ struct Consumer
     float scores[kBlockN / 2];
     uint32_t weights[kBlockN / kDepth][4];
     float sums[kDim / 2];
+    StepTimes times; //!< of the next key tile, where they are read ahead
 
     __device__ __forceinline__ Consumer(AttentionParameters const& parameters, Shared& memory)
         : p(parameters)
@@ -730,12 +754,12 @@ struct Consumer
         }
     }
 
-    //! scores, until now products, become half of what SiLU is taken of.
-    __device__ __forceinline__ void scale(Tile const& tile, int32_t t)
+    //! scores, until now products, become half of what SiLU is taken of. For a key tile's first pieces.
+    __device__ __forceinline__ void scale(Tile const& tile, int32_t keyStart, int32_t seen)
     {
         if constexpr (kTimeBias)
         {
-            scaleWithTimeBias(tile, keyStart(tile, t));
+            scaleWithTimeBias(tile, keyStart, seen);
         }
         else
         {
@@ -747,8 +771,28 @@ struct Consumer
         }
         if constexpr (kPosBias)
         {
-            addPositionBias(tile, keyStart(tile, t));
+            addPositionBias(tile, keyStart, seen);
         }
+    }
+
+    //! How many of a key tile's first pieces a row of this warp may see something of. What lies behind them stays as it is:
+    //! masked, or in rows that nobody stores.
+    __device__ __forceinline__ int32_t seenPieces(Tile const& tile, int32_t keyStart, bool isMasked) const
+    {
+        if constexpr (!kSkipsPieces)
+        {
+            return kColumnPieces;
+        }
+        int32_t const firstRow = warpgroup * 64 + thread / 32 * kRowsOfWarp;
+        int32_t last = kBlockN - 1;
+        if (isMasked)
+        {
+            bool const isDiagonal = kPlainCausal || tile.mask == Mask::kDiagonal;
+            last = min(tile.numKeys - 1, isDiagonal ? tile.firstRow + firstRow + kRowsOfWarp - 1 : kBlockN + keyStart) - keyStart;
+        }
+        // Rounded towards zero: what is negative is none.
+        int32_t const pieces = firstRow < tile.rows ? (last + kPieceColumns) / kPieceColumns : 0;
+        return uniform(min(max(pieces, 0), kColumnPieces));
     }
 
     //! The column of scores[i], from the thread's first on.
@@ -757,40 +801,64 @@ struct Consumer
         return i / 4 * 8 + i % 2;
     }
 
-    __device__ __forceinline__ void addPositionBias(Tile const& tile, int32_t keyStart)
+    __device__ __forceinline__ void addPositionBias(Tile const& tile, int32_t keyStart, int32_t seen)
     {
         float const* const table =
             p.posTable + int64_t{p.posHeads > 1 ? tile.head : 0} * (2 * p.posTableLen - 1) + p.posTableLen - 1;
+        int32_t const last = p.posTableLen - 1;
         int32_t const row = tile.firstRow + rowInTile;
         int32_t const column = keyStart + 2 * (lane % 4);
+        // Where neither rows nor columns are candidates, entries depend on column - row alone. Rows behind the sequence, of
+        // which nothing is stored, may take any entry; columns behind it are masked, but need one.
+        int32_t const lastRow = min(tile.firstRow + kBlockM, tile.numKeys) - 1;
+        bool const isDiagonal = (kPlainCausal || tile.mask == Mask::kDiagonal) && p.posTableLen >= kLeastPosTable;
+        bool const isInside = isDiagonal || (keyStart + kBlockN <= tile.history && tile.firstRow + kBlockM <= tile.history);
         bool const isHistory =
-            tile.firstRow + kBlockM <= tile.history && keyStart + kBlockN <= tile.history && tile.firstRow >= 0;
-        if (uniform(isHistory && tile.numKeys <= p.posTableLen && (!kHasCache || keyStart >= 0) ? 1 : 0) != 0)
+            isInside && lastRow < tile.history && tile.firstRow >= 0 && (!kHasCache || keyStart >= 0);
+        if (uniform(isHistory && tile.numKeys <= p.posTableLen ? 1 : 0) != 0)
         {
-            // Entries depend on column - row alone, so eight columns on, the lower row meets those of the upper one.
-            float const* const entries = table + (column - row);
-            float lower[2] = {entries[-8], entries[-7]};
+            // Eight columns on, the lower row meets the entries of the upper one.
+            int32_t const distance = column - min(row, tile.numKeys - 1);
+            float const* const entries = table + distance;
+            int32_t const lowest = max(distance - 8, -last);
+            float lower[2] = {table[lowest], table[max(lowest, distance - 7)]};
 #pragma unroll
-            for (int32_t i = 0; i < kBlockN / 2; i += 4)
+            for (int32_t piece = 0; piece < kColumnPieces; ++piece)
             {
-                float const upper[2] = {entries[columnOffset(i)], entries[columnOffset(i + 1)]};
-                scores[i] = fmaf(0.5F, upper[0], scores[i]);
-                scores[i + 1] = fmaf(0.5F, upper[1], scores[i + 1]);
-                scores[i + 2] = fmaf(0.5F, lower[0], scores[i + 2]);
-                scores[i + 3] = fmaf(0.5F, lower[1], scores[i + 3]);
-                lower[0] = upper[0];
-                lower[1] = upper[1];
+                if (piece >= seen)
+                {
+                    break;
+                }
+#pragma unroll
+                for (int32_t i = kPieceScores * piece; i < kPieceScores * (piece + 1); i += 4)
+                {
+                    float const upper[2] = {entries[columnOffset(i)], entries[columnOffset(i + 1)]};
+                    scores[i] = fmaf(0.5F, upper[0], scores[i]);
+                    scores[i + 1] = fmaf(0.5F, upper[1], scores[i + 1]);
+                    scores[i + 2] = fmaf(0.5F, lower[0], scores[i + 2]);
+                    scores[i + 3] = fmaf(0.5F, lower[1], scores[i + 3]);
+                    lower[0] = upper[0];
+                    lower[1] = upper[1];
+                }
             }
         }
         else
         {
-            int32_t const last = p.posTableLen - 1;
 #pragma unroll
-            for (int32_t i = 0; i < kBlockN / 2; ++i)
+            for (int32_t piece = 0; piece < kColumnPieces; ++piece)
             {
-                int32_t const distance = min(column + columnOffset(i), tile.history) - min(row + i % 4 / 2 * 8, tile.history);
-                // Sequences longer than the table share its outermost entries.
-                scores[i] = fmaf(0.5F, table[min(max(distance, -last), last)], scores[i]);
+                if (piece >= seen)
+                {
+                    break;
+                }
+#pragma unroll
+                for (int32_t i = kPieceScores * piece; i < kPieceScores * (piece + 1); ++i)
+                {
+                    int32_t const distance =
+                        min(column + columnOffset(i), tile.history) - min(row + i % 4 / 2 * 8, tile.history);
+                    // Sequences longer than the table share its outermost entries.
+                    scores[i] = fmaf(0.5F, table[min(max(distance, -last), last)], scores[i]);
+                }
             }
         }
     }
@@ -807,41 +875,57 @@ struct Consumer
         return min(kHasCache ? max(column, 0) : column, tile.numKeys - 1);
     }
 
-    __device__ __forceinline__ void scaleWithTimeBias(Tile const& tile, int32_t keyStart)
+    //! Of the columns' times, lane l reads every 32nd from l on. Rows and columns behind the sequence repeat the last one: what
+    //! becomes of them is neither stored nor seen.
+    __device__ __forceinline__ StepTimes readTimes(Tile const& tile, int32_t keyStart) const
     {
-        // Of the columns' times, lane l reads every 32nd from l on. Rows and columns behind the sequence repeat the last one:
-        // what becomes of them is neither stored nor seen.
         auto const* const columns = static_cast<Timestamp const*>(p.colTimestamps) + firstTime(tile);
         auto const* const rows = static_cast<Timestamp const*>(p.rowTimestamps) + tile.queryRow;
         int64_t const base = columns[0];
-        bool isFar = shared.times.isCrowded != 0;
+        StepTimes read;
+        read.isFar = shared.times.isCrowded != 0;
         auto fromBase = [&](int64_t time) {
-            isFar |= abs(time - base) >= kFarthest;
+            read.isFar |= abs(time - base) >= kFarthest;
             return static_cast<int32_t>(time - base);
         };
-        int32_t const rowTimes[2] = {
-            fromBase(rows[min(rowInTile, tile.rows - 1)]), fromBase(rows[min(rowInTile + 8, tile.rows - 1)])};
-        constexpr int32_t kPieces = kBlockN / 32;
-        constexpr int32_t kMany = 2;
-        int32_t columnTimes[kPieces];
+        read.rows[0] = fromBase(rows[min(rowInTile, tile.rows - 1)]);
+        read.rows[1] = fromBase(rows[min(rowInTile + 8, tile.rows - 1)]);
 #pragma unroll
-        for (int32_t i = 0; i < kPieces; ++i)
+        for (int32_t i = 0; i < kColumnPieces; ++i)
         {
-            columnTimes[i] = fromBase(columns[timeColumn(tile, keyStart + 32 * i + lane)]);
+            read.columns[i] = fromBase(columns[timeColumn(tile, keyStart + kPieceColumns * i + lane)]);
         }
-        if (__any_sync(0xFFFFFFFF, isFar) != 0)
+        return read;
+    }
+
+    //! For the key tile that is multiplied next.
+    __device__ __forceinline__ void readTimesAhead(Tile const& tile, int32_t t)
+    {
+        if constexpr (kPreparesTimes)
+        {
+            times = readTimes(tile, keyStart(tile, t));
+        }
+    }
+
+    __device__ __forceinline__ void scaleWithTimeBias(Tile const& tile, int32_t keyStart, int32_t seen)
+    {
+        StepTimes const now = kPreparesTimes ? times : readTimes(tile, keyStart);
+        int32_t const(&rowTimes)[2] = now.rows;
+        int32_t const(&columnTimes)[kColumnPieces] = now.columns;
+        constexpr int32_t kMany = 2;
+        if (__any_sync(0xFFFFFFFF, now.isFar) != 0)
         {
             scaleWithSearchedTimeBias(tile, keyStart);
             return;
         }
-        float const(*const values)[2] = shared.times.values[p.tsHeads > 1 ? tile.head : 0];
+        auto const& values = shared.times.values[p.tsHeads > 1 ? tile.head : 0];
         int32_t const firstRow = __reduce_min_sync(0xFFFFFFFF, min(rowTimes[0], rowTimes[1]));
         int32_t const lastRow = __reduce_max_sync(0xFFFFFFFF, max(rowTimes[0], rowTimes[1]));
         // Lane l looks up what piece l, of 32 columns, adds.
         int32_t first = columnTimes[0];
         int32_t last = columnTimes[0];
 #pragma unroll
-        for (int32_t piece = 0; piece < kPieces; ++piece)
+        for (int32_t piece = 0; piece < kColumnPieces; ++piece)
         {
             int32_t const earliest = __reduce_min_sync(0xFFFFFFFF, columnTimes[piece]);
             int32_t const latest = __reduce_max_sync(0xFFFFFFFF, columnTimes[piece]);
@@ -850,20 +934,24 @@ struct Consumer
         }
         int32_t const least = max(max(firstRow - last, first - lastRow), 0);
         int32_t const most = max(lastRow - first, last - firstRow);
-        TimeBiasRange range = timeBiasRange(shared.times, values, least, most);
+        TimeBiasRange range = timeBiasRange(shared.times, values, least + 1, most + 1);
         // Where a column comes after a row, one comparison does not tell how far apart they are.
         bool const isOrdered = last <= firstRow;
         range.crossed = range.crossed == 0 || (range.crossed == 1 && isOrdered) ? range.crossed : kMany;
 #pragma unroll
-        for (int32_t piece = 0; piece < kPieces; ++piece)
+        for (int32_t piece = 0; piece < kColumnPieces; ++piece)
         {
-            float(&part)[16] = *reinterpret_cast<float(*)[16]>(scores + 16 * piece);
+            if (piece >= seen)
+            {
+                break;
+            }
+            float(&part)[kPieceScores] = *reinterpret_cast<float(*)[kPieceScores]>(scores + kPieceScores * piece);
             int32_t const crossed = __shfl_sync(0xFFFFFFFF, range.crossed, piece);
             float const below = __shfl_sync(0xFFFFFFFF, range.below, piece);
             if (crossed == 0)
             {
 #pragma unroll
-                for (int32_t i = 0; i < 16; ++i)
+                for (int32_t i = 0; i < kPieceScores; ++i)
                 {
                     part[i] = fmaf(halfAlpha, part[i], below);
                 }
@@ -872,17 +960,17 @@ struct Consumer
             {
                 float const above = __shfl_sync(0xFFFFFFFF, range.above, piece);
                 int64_t const threshold = __shfl_sync(0xFFFFFFFF, range.threshold, piece);
-                // Columns until then have reached the threshold.
+                // Columns until then have reached the threshold, which is a distance.
                 constexpr int64_t kBeforeAll = INT32_MIN;
-                int32_t const until[2] = {static_cast<int32_t>(max(rowTimes[0] - threshold, kBeforeAll)),
-                    static_cast<int32_t>(max(rowTimes[1] - threshold, kBeforeAll))};
+                int32_t const until[2] = {static_cast<int32_t>(max(rowTimes[0] + 1 - threshold, kBeforeAll)),
+                    static_cast<int32_t>(max(rowTimes[1] + 1 - threshold, kBeforeAll))};
                 scalePiece(part, columnTimes[piece],
                     [&](int32_t row, int32_t time) { return time <= until[row] ? above : below; });
             }
             else
             {
                 scalePiece(part, columnTimes[piece], [&](int32_t row, int32_t time) {
-                    return timeBias(shared.times.thresholds, values, abs(rowTimes[row] - time));
+                    return timeBias(shared.times.thresholds, values, abs(rowTimes[row] - time) + 1);
                 });
             }
         }
@@ -891,10 +979,10 @@ struct Consumer
     //! Scales the scores of 32 columns and adds what `bias` gives for each of this thread's rows, 0 or 1, and each column's
     //! time. `times` is that of column l in lane l.
     template <typename Bias>
-    __device__ __forceinline__ void scalePiece(float (&part)[16], int32_t times, Bias bias) const
+    __device__ __forceinline__ void scalePiece(float (&part)[kPieceScores], int32_t times, Bias bias) const
     {
 #pragma unroll
-        for (int32_t i = 0; i < 16; i += i % 4 == 1 ? 3 : 1)
+        for (int32_t i = 0; i < kPieceScores; i += i % 4 == 1 ? 3 : 1)
         {
             int32_t const time = __shfl_sync(0xFFFFFFFF, times, columnOffset(i) + 2 * (lane % 4));
             part[i] = fmaf(halfAlpha, part[i], bias(0, time));
@@ -919,13 +1007,28 @@ struct Consumer
         }
     }
 
-    //! scores become SiLU weights.
-    __device__ __forceinline__ void weigh()
+    //! scores, until now products, become SiLU weights.
+    __device__ __forceinline__ void weigh(Tile const& tile, int32_t t, bool isMasked)
     {
-#pragma unroll
-        for (int32_t i = 0; i < kBlockN / 2; ++i)
+        int32_t const start = keyStart(tile, t);
+        int32_t const seen = seenPieces(tile, start, isMasked);
+        scale(tile, start, seen);
+        if (isMasked)
         {
-            activate<kIsAccurate>(scores[i]);
+            mask(tile, t);
+        }
+#pragma unroll
+        for (int32_t piece = 0; piece < kColumnPieces; ++piece)
+        {
+            if (piece >= seen)
+            {
+                break;
+            }
+#pragma unroll
+            for (int32_t i = kPieceScores * piece; i < kPieceScores * (piece + 1); ++i)
+            {
+                activate<kIsAccurate>(scores[i]);
+            }
         }
     }
 
@@ -992,13 +1095,13 @@ struct Consumer
     //! A key tile that every row sees whole: SiLU runs while the values are multiplied.
     __device__ __forceinline__ void step(Tile const& tile, int32_t t, ValidRows valid, bool isFirst)
     {
+        readTimesAhead(tile, t);
         multiplyBoth(valid, isFirst);
         // Looking times up takes registers, and branches where the compiler does not see that all lanes branch alike.
         productWait<kTimeBias ? 0 : 1>();
         pin(scores);
         releaseKeys();
-        scale(tile, t);
-        weigh();
+        weigh(tile, t, false);
         productWait<0>();
         pin(sums);
         releaseValues();
@@ -1008,13 +1111,12 @@ struct Consumer
     //! A key tile that the mask cuts.
     __device__ __forceinline__ void maskedStep(Tile const& tile, int32_t t, bool isFirst)
     {
+        readTimesAhead(tile, t);
         multiplyBoth(validRows(tile, t - 1), isFirst);
         productWait<kMasksBesideProducts ? 1 : 0>();
         pin(scores);
         releaseKeys();
-        scale(tile, t);
-        mask(tile, t);
-        weigh();
+        weigh(tile, t, true);
         productWait<0>();
         pin(sums);
         releaseValues();
@@ -1024,12 +1126,7 @@ struct Consumer
     //! The first key tile that is multiplied; its scores are there.
     __device__ __forceinline__ void weighFirst(Tile const& tile, int32_t t)
     {
-        scale(tile, t);
-        if (tile.maskedShare > 0)
-        {
-            mask(tile, t);
-        }
-        weigh();
+        weigh(tile, t, tile.maskedShare > 0);
         packWeights();
     }
 
@@ -1230,6 +1327,7 @@ struct Consumer
         }
         slot.advance();
         int32_t first = unseenTiles(*tile);
+        readTimesAhead(*tile, first);
         skipKeys(first);
         skipValues(first);
         awaitQueries();
@@ -1287,6 +1385,7 @@ struct Consumer
             // The last values of this tile and the first scores of the next in one go.
             slot.advance();
             first = unseenTiles(*tile);
+            readTimesAhead(*tile, first);
             if constexpr (kQueryBuffers > 1 || kHoldsQueries)
             {
                 skipKeys(first);
@@ -1346,6 +1445,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
     }
 
     FirstReads const reads = readFirst<kHasCache>(p);
+    if constexpr (kTimeBias)
+    {
+        readThresholds<Timestamp>(p, shared.times);
+    }
     // By a warp that has nothing to wait for where sequences are few.
     if (threadIdx.x == kThreads - 32)
     {
@@ -1359,13 +1462,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
         }
         initBarriers(shared.barriers);
     }
-    if constexpr (kTimeBias)
-    {
-        if (threadIdx.x == 0)
-        {
-            shared.times.isCrowded = 0;
-        }
-    }
     bool const isValid = orderSequences(p, reads, shared.schedule, kBlockM);
     clearRows(p, isValid ? reads.queryEnd : 0);
     if (!isValid || p.batch == 0)
@@ -1376,9 +1472,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
     {
         clusterArrive(); // this block's barriers are ready
     }
-    if constexpr (kTimeBias)
+    if constexpr (kTimeBias && !kPreparesTimes)
     {
-        buildTimeTable<Timestamp>(p, shared.times);
+        buildTimeTable(p, shared.times, threadIdx.x, blockDim.x);
         __syncthreads();
     }
     if constexpr (kShares)
@@ -1401,6 +1497,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) hstu_attention_sm90(
     else
     {
         takeRegisters<kConsumerRegisters>();
+        if constexpr (kPreparesTimes)
+        {
+            // Meanwhile the others find the first tile and copy its operands.
+            buildTimeTable(p, shared.times, threadIdx.x - 128, 128 * kWarpgroups);
+            namedBarrierSync(kTimesBarrier, 128 * kWarpgroups);
+        }
         Consumer(p, shared).run();
     }
     if constexpr (kShares)

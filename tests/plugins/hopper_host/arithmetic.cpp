@@ -130,10 +130,11 @@ extern "C" int32_t hstu_time_bias(int64_t const* thresholds, float const* biases
     p.numBuckets = numBuckets;
     p.tsHeads = 1;
     auto* const table = new hstu::TimeTable<true>{};
-    hstu::buildTimeTable<int64_t>(p, *table);
+    hstu::readThresholds<int64_t>(p, *table);
+    hstu::buildTimeTable(p, *table, 0, 1);
     for (int32_t i = 0; i < count; ++i)
     {
-        out[i] = hstu::timeBias(table->thresholds, table->values[0], differences[i]);
+        out[i] = hstu::timeBias(table->thresholds, table->values[0], differences[i] + 1);
     }
     int32_t const isCrowded = table->isCrowded;
     delete table;
@@ -150,12 +151,13 @@ extern "C" void hstu_time_bias_range(int64_t const* thresholds, float const* bia
     p.numBuckets = numBuckets;
     p.tsHeads = 1;
     auto* const table = new hstu::TimeTable<true>{};
-    hstu::buildTimeTable<int64_t>(p, *table);
+    hstu::readThresholds<int64_t>(p, *table);
+    hstu::buildTimeTable(p, *table, 0, 1);
     for (int32_t i = 0; i < count; ++i)
     {
-        hstu::TimeBiasRange const range = hstu::timeBiasRange(*table, table->values[0], least[i], most[i]);
+        hstu::TimeBiasRange const range = hstu::timeBiasRange(*table, table->values[0], least[i] + 1, most[i] + 1);
         crossed[i] = range.crossed;
-        threshold[i] = range.threshold;
+        threshold[i] = range.threshold - 1;
         halves[2 * i] = range.below;
         halves[2 * i + 1] = range.above;
     }
