@@ -162,8 +162,8 @@ def test_the_accuracy_step_is_kept_beside_the_other_checks_of_that_runtime(
         assert stored["checks"][0]["facts"]["table"] == [{"tensor": "u", "own_worst": 1e-6}]
 
 
-def test_each_benchmark_takes_the_parts_of_its_own_steps(tmp_path: Path) -> None:
-    """update_results.sh in a repository of its own: parts of one benchmark are no rows of the other."""
+def updated(tmp_path: Path, steps: tuple[str, ...], document: str, kept: tuple[str, ...] = ()) -> Path:
+    """A repository of its own with a document and results, after update_results.sh: tmp_path / STEP is the run."""
     repository, run = tmp_path / "repository", tmp_path / "run"
     for folder in ("tests/bench/results", "tests/gpu", "plugins"):
         (repository / folder).mkdir(parents=True)
@@ -172,11 +172,20 @@ def test_each_benchmark_takes_the_parts_of_its_own_steps(tmp_path: Path) -> None
     for name in ("collect.py", "update_results.sh"):
         shutil.copy(REPOSITORY / "tests" / "gpu" / name, repository / "tests" / "gpu")
     (repository / "plugins" / "README.md").write_text(f"{bench.BEGIN}\n{bench.END}\n{collect.BEGIN}\n{collect.END}\n")
-    document = repository / "m_falcon.md"
-    document.write_text("<!-- m-falcon benchmark: begin -->\n<!-- m-falcon benchmark: end -->\n")
+    for name in kept:
+        shutil.copy(REPOSITORY / "tests" / "bench" / "results" / name, repository / "tests" / "bench" / "results")
+    (repository / "document.md").write_text(document)
     subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
     subprocess.run(["git", "add", "."], cwd=repository, check=True)
     run.mkdir()
+    for step in steps:
+        subprocess.run(["tar", "czf", str(run / f"{step}.tar.gz"), step], cwd=tmp_path, check=True)
+    command = ["bash", str(repository / "tests" / "gpu" / "update_results.sh"), str(run)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable}, capture_output=True)
+    return repository
+
+
+def test_each_benchmark_takes_the_parts_of_its_own_steps(tmp_path: Path) -> None:
     plugin, m_falcon = tmp_path / "bench-plugin" / "parts", tmp_path / "bench-m-falcon-engines" / "fp16"
     plugin.mkdir(parents=True)
     m_falcon.mkdir(parents=True)
@@ -184,14 +193,29 @@ def test_each_benchmark_takes_the_parts_of_its_own_steps(tmp_path: Path) -> None
     row = {"backend": "hstu_compile", "mode": "packed", "n": 1024, "m": 64, "micro_batch": 0, "dtype": "fp16"}
     row |= {"status": "ok", "median_ms": 3.0, "call_median_ms": 4.0}
     (m_falcon / "hstu_compile-packed-n1024-m64-b0.json").write_text(json.dumps(row))
-    for step in ("bench-plugin", "bench-m-falcon-engines"):
-        subprocess.run(["tar", "czf", str(run / f"{step}.tar.gz"), step], cwd=tmp_path, check=True)
-    command = ["bash", str(repository / "tests" / "gpu" / "update_results.sh"), str(run)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHON": sys.executable}, capture_output=True)
+    marks = "<!-- m-falcon benchmark: begin -->\n<!-- m-falcon benchmark: end -->\n"
+    repository = updated(tmp_path, ("bench-plugin", "bench-m-falcon-engines"), marks)
     results = repository / "tests" / "bench" / "results"
     with (results / "plugin.csv").open() as file:
         assert [each["backend"] for each in csv.DictReader(file)] == ["plugin"]
     with (results / "m_falcon.csv").open() as file:
         assert [(each["mode"], each["median_ms"]) for each in csv.DictReader(file)] == [("packed", "3")]
     assert (results / "m_falcon.svg").read_text().startswith("<svg")
-    assert "| 1024 | 64 |" in document.read_text()
+    assert "| 1024 | 64 |" in (repository / "document.md").read_text()
+
+
+def test_timelines_reach_the_tables_without_times_of_the_same_run(tmp_path: Path) -> None:
+    name = "timeline_fp16_B1_n1024_m256_pruned.csv"
+    (tmp_path / "profile-end-to-end").mkdir()
+    columns = ["case", "backend", "kernel", "kind", "launches", "us", "share"]
+    kernels = [
+        ("a_product", "product", 1, 7.5, 0.75),
+        ("(gaps)", "(gaps)", 1, 2.5, 0.25),
+        ("(span)", "(span)", 1, 10, 1),
+    ]
+    with (tmp_path / "profile-end-to-end" / name).open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *(("fp16_B1_n1024_m256_pruned", "eager", *kernel) for kernel in kernels)])
+    marks = "<!-- end-to-end benchmark: begin -->\n<!-- end-to-end benchmark: end -->\n"
+    repository = updated(tmp_path, ("profile-end-to-end",), marks, kept=("end_to_end.csv",))
+    assert (repository / "tests" / "bench" / "results" / name).exists()
+    assert "| `a_product` | product | 1 | 7.5 | 75.0% |" in (repository / "document.md").read_text()

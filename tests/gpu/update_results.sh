@@ -45,12 +45,17 @@ if [ -n "$(find "$unpacked/bench-attention" -path '*/parts/*.json' -print -quit 
     "$python" "$bench/bench_attention.py" --merge "$unpacked/bench-attention/parts"
     show attention attention
 fi
+measured=0
 if [ -n "$(find "$unpacked/bench-end-to-end" -path '*/parts/*.json' -print -quit 2>/dev/null)" ]; then
     "$python" "$bench/bench_end_to_end.py" --merge "$unpacked/bench-end-to-end/parts"
-    # Timelines are whole files; a run of other cases leaves those that are there.
-    find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \; 2>/dev/null || true
-    show end_to_end end-to-end
+    measured=1
 fi
+# Timelines are whole files, and may come alone; a run of other cases leaves those that are there.
+if [ -n "$(find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -print -quit 2>/dev/null)" ]; then
+    find "$unpacked/profile-end-to-end" -name 'timeline_*.csv' -exec cp {} "$bench/results/" \;
+    measured=1
+fi
+[ "$measured" -eq 0 ] || show end_to_end end-to-end
 products=$unpacked/bench-products/rtx_products.csv
 if [ -e "$products" ]; then
     cp "$products" "$bench/results/"
