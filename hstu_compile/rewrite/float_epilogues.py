@@ -18,10 +18,9 @@ class FloatEpilogues(Pass):
     """A product of a half type by weights ends in an operator of float32: a row of zeros is added to its result.
 
     TensorRT-RTX fuses what follows a product into its kernel and chooses the kernel by that. Where everything that
-    follows is float16, or nothing does, 1.6.1 takes one for compute capability 8.0 on an H100; where the last operator
-    is float32, one for 9.0, which is up to twice as fast (tests/bench/results/rtx_products.csv). Other GPUs were not
-    tried, and of bfloat16 no product alone: whole models without the zeros lost to float16, by as much as that is, what
-    float16 gains by them (docs/end-to-end.md).
+    follows is of the half type, or nothing does, 1.6.1 takes one for compute capability 8.0 on an H100; where the last
+    operator is float32, with nearly all shapes one for 9.0, which is up to 2.1 times as fast, in float16 and in
+    bfloat16 (tests/bench/results/rtx_products.csv). Other GPUs were not tried.
 
     The zeros come behind additions of that type that alone read the product, a bias and a residual, which stay as they
     are, and are added between a Cast to float32 and one back. No number changes, but -0 becomes 0. TensorRT-RTX does
