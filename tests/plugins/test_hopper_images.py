@@ -57,6 +57,8 @@ SLOWLY_COMPILED = (
     hopper_variants_for("bfloat16", 128, 128, plain_causal=True, silu="accurate")[0],
     hopper_variants_for("bfloat16", 256, 256, silu="accurate")[0],
     hopper_variants_for("float16", 128, 128, has_cache=True)[1],
+    hopper_variants_for("float16", 32, 32, plain_causal=True, pos_bias=True, time_bias=True)[0],
+    hopper_variants_for("bfloat16", 128, 128, pos_bias=True, time_bias=True)[0],
 )
 VARIANT = COMPILED[0]
 REGISTERS_OF_AN_SM = 65536
