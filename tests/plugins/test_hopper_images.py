@@ -155,7 +155,9 @@ def test_descriptors_stay_in_uniform_registers(sass: list[tuple[HopperVariant, s
         assert products == variant.block_dim // 16 + tile_of(variant).block_n // 16
         # Of 256 columns' shared tiles the compiler keeps some descriptors of the queries elsewhere: 15 for 20 products
         # (13 before a stage was offered ahead). What the two more cost has not been measured.
-        bound = 0.8 if variant.block_dim == 256 and variant.shares else 0.5
+        # Beside a time bias, whose loop has thousands of instructions, up to 11 of 16 do.
+        is_lax = (variant.block_dim == 256 and variant.shares) or variant.timestamp_bits > 0
+        bound = 0.8 if is_lax else 0.5
         assert sum(opcode.startswith("R2UR") for opcode in loop) < products * bound, variant
 
 
