@@ -104,9 +104,18 @@ demo-ranking: env ## train a ranker on MovieLens-100K, build its three graphs, s
 	@$(BIN)/python samples/02_ranking/ranking_demo.py
 
 .PHONY: test
-test: env lint typecheck ## lint, type check, and every test but the slow ones
-	@# Two processes on two cores: threads of each would only wait for those of the other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test: env lint tree ## lint, type check, and every test but the slow ones
+	@# Two processes on two cores: threads of each would only wait for those of the other. Types are checked meanwhile, in what
+	@# the tests leave of the cores.
+	$(MAKE) types >build/types.log 2>&1 &
+	types=$$!
+	trap 'kill $$types 2>/dev/null || true' EXIT
+	tests=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 || tests=$$?
+	checked=0
+	wait $$types || checked=$$?
+	cat build/types.log
+	exit $$((tests > checked ? tests : checked))
 
 .PHONY: test-slow
 test-slow: env ## the slow tests, among them the whole demo
@@ -118,11 +127,18 @@ lint: env ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 .PHONY: typecheck
-typecheck: env ## mypy --strict on the package and the samples
-	@# The folders model/, calibration/ and plugins/ become subpackages only when installed, so an installed tree is checked.
-	rm -rf $(TREE) build/lib build/bdist.*
+typecheck: env tree ## mypy --strict on the package and the samples
+	@$(MAKE) types
+
+# The folders model/, calibration/ and plugins/ become subpackages only when installed, so an installed tree is checked.
+.PHONY: tree
+tree: env
+	@rm -rf $(TREE) build/lib build/bdist.*
 	$(PIP) install -qq --no-deps --no-build-isolation --target $(TREE) .
-	(cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache --python-executable \
+
+.PHONY: types
+types:
+	@(cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../.mypy_cache --python-executable \
 		../../$(BIN)/python -p hstu_compile)
 	for sample in $(SAMPLES); do
 		MYPYPATH=$(SAMPLES_PATH) $(BIN)/mypy --cache-dir build/.mypy_cache $$sample*.py
