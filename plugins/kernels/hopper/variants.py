@@ -21,7 +21,7 @@ _STEP = 16
 _BOOKKEEPING_BYTES = 256 * (8 + 4 + 36) + 768
 #: Heads with a time table of their own that a block has room for.
 MOST_TIME_HEADS = 8
-#: Per cell of bias.cuh two thresholds, a bucket, and two values per head; the thresholds that it is made of; and a flag.
+#: Per cell of bias.cuh two thresholds, a bucket, and two values per head; the thresholds that make it; and a flag.
 _TIME_TABLE_BYTES = 248 * 4 * (3 + 2 * MOST_TIME_HEADS) + 256 * 4 + 8
 #: The struct of a block's memory ends at a multiple of this.
 _ALIGNMENT = 1024
