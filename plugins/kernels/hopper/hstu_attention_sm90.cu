@@ -99,6 +99,9 @@ constexpr int32_t kRowsOfWarp = 16;
 constexpr bool kPreparesTimes = kTimeBias && kDim == 64;
 // A table of as many distances has an entry for each column of a key tile at the diagonal that is looked up.
 constexpr int32_t kLeastPosTable = kSkipsPieces ? kRowsOfWarp + kPieceColumns : kBlockM + kBlockN;
+// A sequence's last tiles take its entries by column minus row alone too, but where that would spill two registers.
+constexpr bool kHasRoomForLastTiles =
+    !(kDim == 128 && kPlainCausal && kPosBias && !kTimeBias && !kShares && !kIsAccurate);
 
 // A warpgroup leaves out key tiles of which its rows see nothing: where the others do not wait for its turn, and where the
 // stage behind the one that is left out does not wait for an exchange.
@@ -811,7 +814,8 @@ struct Consumer
         // Where neither rows nor columns are candidates, entries depend on column - row alone. Rows behind the sequence, of
         // which nothing is stored, may take any entry; columns behind it are masked, but need one.
         int32_t const lastRow = min(tile.firstRow + kBlockM, tile.numKeys) - 1;
-        bool const isDiagonal = (kPlainCausal || tile.mask == Mask::kDiagonal) && p.posTableLen >= kLeastPosTable;
+        bool const isDiagonal = kHasRoomForLastTiles && (kPlainCausal || tile.mask == Mask::kDiagonal)
+                                && p.posTableLen >= kLeastPosTable;
         bool const isInside = isDiagonal || (keyStart + kBlockN <= tile.history && tile.firstRow + kBlockM <= tile.history);
         bool const isHistory =
             isInside && lastRow < tile.history && tile.firstRow >= 0 && (!kHasCache || keyStart >= 0);
