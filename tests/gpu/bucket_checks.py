@@ -7,6 +7,7 @@ each at its own shapes and records none.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -30,6 +31,8 @@ MOST_AT_ONCE = 4
 PACKED_SHARE = 0.3
 #: What the comparison must notice: every answer a tenth too small.
 TOO_SMALL = 0.9
+#: Calls from one line of progress to the next.
+_PROGRESS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +84,11 @@ def check_buckets(
         ranking_session(bundle.spec, bucketed, CACHED_USERS) as session,
     ):
         worst, outcomes_differ, notices = 0.0, 0, True
-        for call in mixed_calls(bundle.spec, count):
-            found, wanted = call.answered(session), call.answered(expected)
+        in_buckets, at_exact_shapes = _Timed(session), _Timed(expected)
+        for number, call in enumerate(mixed_calls(bundle.spec, count)):
+            found, wanted = in_buckets.answered(call), at_exact_shapes.answered(call)
+            if number % _PROGRESS == 0:
+                print(f"{number} calls, {in_buckets.seconds:.0f} and {at_exact_shapes.seconds:.0f} s", flush=True)
             outcomes_differ += [each.cache for each in found] != [each.cache for each in wanted]
             if any(len(each.logits) for each in wanted):
                 worst = max(worst, difference(found, wanted))
@@ -92,6 +98,8 @@ def check_buckets(
         check.facts |= {
             "difference": worst,
             "bound": bundle.bound,
+            "seconds_in_buckets": in_buckets.seconds,
+            "seconds_at_exact_shapes": at_exact_shapes.seconds,
             "calls_whose_cache_outcomes_differ": outcomes_differ,
             "a_tenth_less_is_noticed": notices,
             "passes_in_buckets": passes,
@@ -113,6 +121,20 @@ def check_buckets(
             and stats.cache.evictions > 0
             and turned_over
         )
+
+
+class _Timed:
+    """A session, and how long its calls took."""
+
+    def __init__(self, session: RankingSession) -> None:
+        self._session = session
+        self.seconds = 0.0
+
+    def answered(self, call: Call) -> list[RankingResult]:
+        started = time.perf_counter()
+        results = call.answered(self._session)
+        self.seconds += time.perf_counter() - started
+        return results
 
 
 def _scaled(results: Sequence[RankingResult], factor: float) -> list[RankingResult]:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from ranking_checks import (  # noqa: E402
     check_feeds,
     check_golden,
     check_m_falcon,
+    fitting,
     golden_requests,
     synthetic_requests,
 )
@@ -51,6 +52,7 @@ from hstu_compile.artifacts import Schedule, Step, TensorSpec  # noqa: E402
 from hstu_compile.compare import row_error, whole_error  # noqa: E402
 from hstu_compile.ranking_bundle import open_ranking_session  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
+from hstu_compile.runtime._loaded_engine import ShapeKernels  # noqa: E402
 from hstu_compile.runtime.ladder import Buckets  # noqa: E402
 from hstu_compile.runtime.open_fused import FUSED_BACKEND, open_fused_session  # noqa: E402
 from hstu_compile.runtime.schedule_file import schedule_from_text  # noqa: E402
@@ -77,6 +79,13 @@ def open_graph(
 ) -> Session:
     """One graph of a bundle, as a server opens it."""
     return bundles.open_graph(files, graph, runtime, cuda_graphs=cuda_graphs, buckets=buckets)
+
+
+def open_at_any_shape(files: bundles.BundleFiles, graph: str, shape_kernels: ShapeKernels = "none") -> Session:
+    """One graph of a bundle in segments; by default nothing is compiled for the shapes of a request."""
+    fused = files.fused_graph(graph)
+    assert fused is not None
+    return open_fused_session(fused.schedule, fused.engines, fused.kernels, shape_kernels=shape_kernels)
 
 
 def check_steps(checks: Checks, files: bundles.BundleFiles, graph: str, stored: Mapping[str, Any]) -> None:
@@ -165,10 +174,14 @@ def median_ms(session: Session, arrays: dict[str, Any]) -> float:
     for _ in range(_ROUNDS):
         session.run(arrays)
     while len(samples) < _MOST_TIMED and sum(samples) < 1e3 * _TIMED_SECONDS:
-        started = time.perf_counter()
-        session.run(arrays)
-        samples.append(1e3 * (time.perf_counter() - started))
+        samples.append(_run_ms(session, arrays))
     return statistics.median(samples)
+
+
+def _run_ms(session: Session, arrays: dict[str, Any]) -> float:
+    started = time.perf_counter()
+    session.run(arrays)
+    return 1e3 * (time.perf_counter() - started)
 
 
 def check_retrieval(checks: Checks, files: bundles.BundleFiles, runtime: str) -> None:
@@ -185,10 +198,29 @@ def check_retrieval(checks: Checks, files: bundles.BundleFiles, runtime: str) ->
         _check_recorded(checks, files, runtime, graph, reference)
 
 
+def check_shape_kernels(checks: Checks, files: bundles.BundleFiles, graph: str, reference: Any) -> None:
+    """Kernels for any shape answer as well as those that are compiled for each, and what either costs a request.
+
+    A session is opened for each kind, so the first pass of every stored request is one of new shapes.
+    """
+    precision = files.manifest["precision"]["requested"]
+    for kind in get_args(ShapeKernels):
+        name = f"{files.path.name} {graph}: with kernels of {kind!r} our session agrees with float64 on every feed"
+        with checks.check(name) as check, open_at_any_shape(files, graph, kind) as session:
+            held, _ = fitting(reference, session.inputs)
+            check.facts["times"] = {
+                feed: {"first_pass_ms": _run_ms(session, arrays), "median_ms": median_ms(session, arrays)}
+                for feed, arrays in feeds_of(held, session.inputs)
+            }
+            check.facts["result"] = result = check_session(session, graph, held, precision, lambda *_: None)
+            check.passed = result.status == "PASS" and bool(result.tensors)
+
+
 def _check_recorded(checks: Checks, files: bundles.BundleFiles, runtime: str, graph: str, reference: Any) -> None:
     if runtime != FUSED_BACKEND:
         return
     label = f"{files.path.name} {graph}"
+    check_shape_kernels(checks, files, graph, reference)
     with checks.check(f"{label}: sessions with and without CUDA graphs") as opened:
         kept = len(reference.feeds)
         with open_graph(files, runtime, graph) as plain, open_graph(files, runtime, graph, kept) as recorded:
@@ -198,7 +230,9 @@ def _check_recorded(checks: Checks, files: bundles.BundleFiles, runtime: str, gr
         opened.passed = True
 
 
-def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, golden: Path, mixed: int) -> None:
+def check_ranking(
+    checks: Checks, files: bundles.BundleFiles, runtime: str, golden: Path, mixed: int, partial: Path
+) -> None:
     """All that holds for a ranking bundle in one piece holds for one in segments."""
     bundle = PreparedBundle.read(files.path)
     opener: Open = functools.partial(open_graph, files, runtime)
@@ -217,7 +251,11 @@ def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, gold
         check_graphs(checks, bundle, opener, functools.partial(opener, cuda_graphs=CUDA_GRAPHS), free_bytes)
     records = runtime == FUSED_BACKEND
     bucketed = functools.partial(opener, cuda_graphs=CUDA_GRAPHS if records else 0, buckets=BUCKETS)
-    check_buckets(checks, bundle, opener, bucketed, mixed, records=records)
+    # Nearly every request has shapes of its own: kernels compiled for each would take most of the time.
+    exact: Open = functools.partial(open_at_any_shape, files) if records else opener
+    # Should the time end, what was checked so far is there.
+    checks.write(partial)
+    check_buckets(checks, bundle, exact, bucketed, mixed, records=records)
     if all(bundle.onnx(graph).is_file() for graph in GRAPHS):
         with checks.check(f"{bundle.name}: open_ranking_session serves it as any bundle") as check:
             with open_ranking_session(files.path, runtime, kv_budget_bytes=_KV_BUDGET) as served:
@@ -229,7 +267,8 @@ def check_ranking(checks: Checks, files: bundles.BundleFiles, runtime: str, gold
 def checked_bundle(job: Path, folder: Path, runtime: str, partial: Path, mixed: int) -> Checks:
     """All of one bundle, for a process of its own: one that crashes takes no other with it.
 
-    What the steps alone gave is in `partial` before the sessions are opened.
+    What the steps alone gave is in `partial` before the sessions are opened, and what they answered before the mixed
+    requests.
     """
     checks = Checks("fused")
     with checks.check(f"{folder.name}: every file is the manifest's") as check:
@@ -247,7 +286,7 @@ def checked_bundle(job: Path, folder: Path, runtime: str, partial: Path, mixed: 
     if files.ranking is None:
         check_retrieval(checks, files, runtime)
     else:
-        check_ranking(checks, files, runtime, job / GOLDEN_FILE, mixed)
+        check_ranking(checks, files, runtime, job / GOLDEN_FILE, mixed, partial)
     return checks
 
 
