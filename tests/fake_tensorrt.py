@@ -72,17 +72,16 @@ def fake_tensorrt(
     captures: bool = True,
     stateful: bool = False,
     node_kind: int = 0,
-    shape_kernels: str = "eager",
 ) -> types.SimpleNamespace:
     """The module `tensorrt`, whose runtime loads `engine`, or nothing after writing `log`.
 
     Without `captures`, enqueueing fails while the stream is being recorded. With `stateful`, an engine reads its shapes
     from the context when it runs, also from a graph. In a graph it is a node of type `node_kind`: 0 is a kernel.
-    Several engines are given by their plans. Of TensorRT-RTX `shape_kernels` has to be asked for.
+    Several engines are given by their plans.
     """
     if isinstance(engine, Mapping):
-        settings: dict[str, Any] = {"loads": loads, "captures": captures, "shape_kernels": shape_kernels}
-        return _of_several({plan: fake_tensorrt(each, cuda, **settings) for plan, each in engine.items()})
+        modules = {plan: fake_tensorrt(each, cuda, loads=loads, captures=captures) for plan, each in engine.items()}
+        return _of_several(modules)
     kind = types.SimpleNamespace
     types_of = {name: each[0] for name, each in (*engine.inputs.items(), *engine.outputs.items())}
 
@@ -95,7 +94,7 @@ def fake_tensorrt(
             self.addresses: dict[str, int] = {}
             self.memory, self.needs_memory = 0, False
             if config is not None:
-                assert config.dynamic_shapes_kernel_specialization_strategy == shape_kernels
+                assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
                 assert config.cuda_graph_strategy == "disabled"
                 self.needs_memory = config.allocation == "user"
 
@@ -215,7 +214,7 @@ def fake_tensorrt(
         Runtime=Runtime,
         TensorIOMode=kind(INPUT="in", OUTPUT="out"),
         DataType=kind(INT64=0) if int64 else kind(),
-        DynamicShapesKernelSpecializationStrategy=kind(EAGER="eager", NONE="none"),
+        DynamicShapesKernelSpecializationStrategy=kind(EAGER="eager"),
         CudaGraphStrategy=kind(DISABLED="disabled"),
         ExecutionContextAllocationStrategy=kind(USER_MANAGED="user"),
     )

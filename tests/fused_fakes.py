@@ -14,7 +14,6 @@ from hstu_compile.artifacts import Crossing, KernelCall, OnnxGraph, Schedule, Se
 from hstu_compile.axis_sizes import axis_size
 from hstu_compile.runtime._bfloat16 import bits_of_values, storage_dtype, values_of_bits
 from hstu_compile.runtime._cuda import CudaDriver
-from hstu_compile.runtime._loaded_engine import ShapeKernels
 from hstu_compile.runtime.attention_kernels import Launch, Placed, Shape
 from hstu_compile.runtime.fused_session import FusedSession
 from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -173,7 +172,6 @@ def fused_session(
     schedule: Schedule | None = None,
     cuda_graphs: int = 0,
     graph_budget_bytes: int | None = None,
-    shape_kernels: ShapeKernels = "eager",
     **settings: Any,
 ) -> FusedSession:
     """A session over the graph, by another schedule than its own if one is given.
@@ -181,8 +179,7 @@ def fused_session(
     `settings` are those of `fake_tensorrt`.
     """
     engines = {f"segment {i}".encode(): segment_engine(each) for i, each in enumerate(graph.segments)}
-    module: Any = fake_tensorrt(engines, cuda, shape_kernels=shape_kernels, **settings)
-    api = TensorRtApi("tensorrt-rtx", module)
+    api = TensorRtApi("tensorrt-rtx", fake_tensorrt(engines, cuda, **settings))  # type: ignore[arg-type]
     kernels = kernels or FakeKernels(graph, cuda)
     return FusedSession(
         api,
@@ -192,5 +189,4 @@ def fused_session(
         CudaDriver(cuda),
         cuda_graphs=cuda_graphs,
         graph_budget_bytes=graph_budget_bytes,
-        shape_kernels=shape_kernels,
     )

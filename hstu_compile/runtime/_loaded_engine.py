@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from hstu_compile.artifacts import TensorSpec
 from hstu_compile.errors import EngineError, PluginError
 from hstu_compile.tensorrt_api import PluginKey, TensorRtApi
 
 ATTENTION_PLUGIN = PluginKey("HstuAttention", "1", "hstu")
-
-#: Of TensorRT-RTX: "eager" compiles kernels for every new set of shapes in its first pass, which waits for them; "none"
-#: never does, and takes kernels for any shape, which are slower.
-ShapeKernels = Literal["eager", "none"]
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -54,9 +50,9 @@ class LoadedEngine:
         plan: serialised engine.
         name: of the session, for messages.
         log: of the load.
-        shape_kernels: for TensorRT-RTX: which kernels a pass runs. Either way none is compiled on another thread
-            meanwhile, so a pass that ran once can be recorded, and its numbers stay; and the context computes in the
-            memory of `compute_in`, not in its own. None for other backends.
+        settled: for TensorRT-RTX: the context compiles the kernels of new shapes when it first runs them, and not on
+            another thread meanwhile, so a pass that ran once can be recorded, and its numbers stay; and it computes in
+            the memory of `compute_in`, not in its own.
 
     Attributes:
         inputs: what the engine reads, in its order.
@@ -69,14 +65,7 @@ class LoadedEngine:
     """
 
     def __init__(
-        self,
-        api: TensorRtApi,
-        runtime: Any,
-        plan: bytes,
-        name: str,
-        log: Any,
-        *,
-        shape_kernels: ShapeKernels | None = None,
+        self, api: TensorRtApi, runtime: Any, plan: bytes, name: str, log: Any, *, settled: bool = False
     ) -> None:
         self._name = name
         self._engine = runtime.deserialize_cuda_engine(plan)
@@ -96,9 +85,7 @@ class LoadedEngine:
                 "rebuild it on this machine: hstu-compile engine model.onnx",
                 {"version": api.version, "engine_bytes": len(plan)},
             )
-        self._context = self._engine.create_execution_context(
-            *((_settled(api, self._engine, shape_kernels),) if shape_kernels else ())
-        )
+        self._context = self._engine.create_execution_context(*((_settled(api, self._engine),) if settled else ()))
         if self._context is None:
             raise EngineError(
                 "HSTU-E404",
@@ -175,17 +162,17 @@ class LoadedEngine:
         self._engine = None
 
 
-def _settled(api: TensorRtApi, engine: Any, shape_kernels: ShapeKernels) -> Any:
+def _settled(api: TensorRtApi, engine: Any) -> Any:
     """A runtime configuration of TensorRT-RTX under which nothing changes once a shape has run.
 
     LAZY, its default, compiles kernels for a new shape on a thread of its own, and some later pass runs those: one that
     was recorded before stays with the slower ones, a replay is compared with a plain pass of other kernels, and answers
-    change in their last bits while a service runs. The engine's own CUDA graphs are off: these passes are recorded
-    together with the kernels between them.
+    change in their last bits while a service runs. EAGER compiles in the first pass of a shape and waits for it. NONE,
+    which promises not to, was measured to wait as long (tests/gpu/results/fused.json). The engine's own CUDA graphs are off: these passes are recorded together with the
+    kernels between them.
     """
     config = engine.create_runtime_config()
-    strategies = api.trt.DynamicShapesKernelSpecializationStrategy
-    config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, shape_kernels.upper())
+    config.dynamic_shapes_kernel_specialization_strategy = api.trt.DynamicShapesKernelSpecializationStrategy.EAGER
     config.cuda_graph_strategy = api.trt.CudaGraphStrategy.DISABLED
     config.set_execution_context_allocation_strategy(api.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     return config

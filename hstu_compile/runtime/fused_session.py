@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from hstu_compile.artifacts import KernelCall, Schedule
 from hstu_compile.errors import EngineError, UsageError
@@ -17,7 +17,7 @@ from hstu_compile.runtime._bfloat16 import storage_dtype
 from hstu_compile.runtime._buffer_plan import BufferPlan, Lifetime, planned_buffers
 from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffer
 from hstu_compile.runtime._gpu_session import GpuSession, Shapes
-from hstu_compile.runtime._loaded_engine import LoadedEngine, ShapeKernels, started_runtime
+from hstu_compile.runtime._loaded_engine import LoadedEngine, started_runtime
 from hstu_compile.runtime._mirrored import Layout
 from hstu_compile.runtime.attention_kernels import Kernels, Launch, Placed, PreparedKernel, Shape
 from hstu_compile.tensorrt_api import TensorRtApi
@@ -39,11 +39,9 @@ class FusedSession(GpuSession):
         allow_tf32: False for engines that were built without TF32.
         cuda_graphs: graphs that are kept, the least recently used goes first; 0 records none.
         graph_budget_bytes: device memory that the graphs may take together; None sets no limit.
-        shape_kernels: "eager" lets the first pass of a set of input shapes compile kernels for it, and wait; "none"
-            answers it at once, and every pass with slower kernels for any shape.
 
     Raises:
-        UsageError: HSTU-E901 for a negative number of graphs or bytes, or other kernels.
+        UsageError: HSTU-E901 for a negative number of graphs or bytes.
         EngineError: HSTU-E401 without a GPU, E404 if an engine cannot be loaded, or is not of this schedule.
         PluginError: HSTU-E505 if no kernel fits a call on this GPU.
     """
@@ -59,15 +57,7 @@ class FusedSession(GpuSession):
         allow_tf32: bool = True,
         cuda_graphs: int = 0,
         graph_budget_bytes: int | None = None,
-        shape_kernels: ShapeKernels = "eager",
     ) -> None:
-        if shape_kernels not in get_args(ShapeKernels):
-            raise UsageError(
-                "HSTU-E901",
-                "there are no such kernels for the shapes of a request",
-                f"shape_kernels is {shape_kernels!r}",
-                f"pass one of {', '.join(get_args(ShapeKernels))}",
-            )
         if cuda_graphs < 0 or (graph_budget_bytes or 0) < 0:
             raise UsageError(
                 "HSTU-E901",
@@ -76,7 +66,6 @@ class FusedSession(GpuSession):
                 "pass cuda_graphs=0, and graph_budget_bytes=None for no limit",
             )
         self._schedule, self._plans, self._kernels = schedule, list(plans), kernels
-        self._shape_kernels = shape_kernels
         self._runtime: Any = None
         self._engines: list[LoadedEngine] = []
         self._prepared: list[PreparedKernel] = []
@@ -107,8 +96,7 @@ class FusedSession(GpuSession):
             raise self._mismatch(f"it has {wanted} segments, and there are {len(plans)} engines")
         self._runtime = started_runtime(self._api, self.name, log)
         for plan in plans:
-            engine = LoadedEngine(self._api, self._runtime, plan, self.name, log, shape_kernels=self._shape_kernels)
-            self._engines.append(engine)
+            self._engines.append(LoadedEngine(self._api, self._runtime, plan, self.name, log, settled=True))
         self._share_activations()
         self.inputs, self.outputs = schedule.inputs, schedule.outputs
         self._dtypes = {spec.name: spec.dtype for spec in (*schedule.inputs, *schedule.outputs)}

@@ -8,7 +8,6 @@ from typing import Literal
 
 from hstu_compile.artifacts import Schedule
 from hstu_compile.errors import EngineError
-from hstu_compile.runtime._loaded_engine import ShapeKernels
 from hstu_compile.runtime.attention_kernels import KernelLibrary
 from hstu_compile.runtime.fused_session import FusedSession
 from hstu_compile.runtime.schedule_file import schedule_from_text
@@ -27,7 +26,6 @@ def open_fused_session(
     allow_tf32: bool = True,
     cuda_graphs: int = 0,
     graph_budget_bytes: int | None = None,
-    shape_kernels: ShapeKernels = "eager",
 ) -> Session:
     """Load a graph that was cut at its attentions.
 
@@ -38,7 +36,6 @@ def open_fused_session(
         allow_tf32: False for engines that were built without TF32: those of float32 graphs.
         cuda_graphs: most CUDA graphs that are kept; 0 records none.
         graph_budget_bytes: device memory that they may take together; None sets no limit.
-        shape_kernels: "eager" or "none"; see `FusedSession`.
 
     Raises:
         BundleError: HSTU-E803, if the schedule cannot be read.
@@ -46,7 +43,7 @@ def open_fused_session(
             schedule.
         PluginError: HSTU-E504 if the library of kernels cannot be loaded, E505 if it has no kernel for an attention on
             this GPU.
-        UsageError: HSTU-E901 for a negative number of graphs or bytes, or other kernels.
+        UsageError: HSTU-E901 for a negative number of graphs or bytes.
     """
     if isinstance(schedule, Path):
         schedule = schedule_from_text(_content(schedule).decode("utf-8", errors="replace"), schedule.name)
@@ -58,7 +55,6 @@ def open_fused_session(
         allow_tf32=allow_tf32,
         cuda_graphs=cuda_graphs,
         graph_budget_bytes=graph_budget_bytes,
-        shape_kernels=shape_kernels,
     )
 
 

@@ -201,21 +201,6 @@ def test_an_engine_that_cannot_be_loaded_leaves_nothing_behind(cuda: FakeCuda, r
         fused_session(retrieval.cut, cuda, loads=False)
 
 
-def test_kernels_for_any_shape_are_asked_of_every_engine_and_answer_alike(cuda: FakeCuda, retrieval: Case) -> None:
-    with (
-        fused_session(retrieval.cut, cuda) as compiled,
-        fused_session(retrieval.cut, cuda, shape_kernels="none") as for_any_shape,
-    ):
-        one, other = compiled.run(retrieval.feeds[0]), for_any_shape.run(retrieval.feeds[0])
-    assert [array.tobytes() for array in one.values()] == [array.tobytes() for array in other.values()]
-
-
-def test_other_kernels_for_shapes_are_refused_before_a_gpu_is_touched(retrieval: Case) -> None:
-    kernels = FakeKernels(retrieval.cut, FakeCuda())
-    with pytest.raises(UsageError, match=r"HSTU-E901[^$]*shape_kernels is 'lazy'[^$]*eager, none"):
-        FusedSession(cast(Any, None), retrieval.cut, [], kernels, shape_kernels=cast(Any, "lazy"))
-
-
 def test_a_negative_number_of_graphs_is_refused_before_a_gpu_is_touched(retrieval: Case) -> None:
     untouched = FakeCuda()
     kernels = FakeKernels(retrieval.cut, untouched)
