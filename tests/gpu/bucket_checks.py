@@ -1,7 +1,8 @@
 """What must hold for ranking sessions in buckets: mixed requests are answered as at exact shapes, whatever was evicted.
 
-NumPy alone, as `graph_checks`. One session pads every pass to a bucket and replays a CUDA graph of it; the other runs
-each at its own shapes and records none.
+NumPy alone, as `graph_checks`. One session pads every pass to a bucket and replays a CUDA graph of it; the other
+answers every request once, alone, at its own shapes, and records none. A set of shapes that is new costs TensorRT-RTX
+up to a second, so requests have few sizes, and are mixed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tests.ranking_requests import request_of
 #: Far apart, so that nearly every pass is padded; more combinations than each graph of a bundle keeps CUDA graphs.
 BUCKETS = Buckets(events=Ladder((32, 128, 512, 2048)), candidates=Ladder((3, 16, 64)), sequences=Ladder((1, 3, 8)))
 USERS = 300
+#: (events, candidates) that a user may have.
+SIZES = 40
 #: Full histories that the cache holds: fewer than there are users.
 CACHED_USERS = 8
 #: Of a call; most calls have one alone.
@@ -48,12 +51,12 @@ class Call:
 
 
 def mixed_calls(spec: RankingSpec, count: int) -> Iterator[Call]:
-    """Calls of `count` requests in all: users come back, of any length from none to the longest, few of them often."""
+    """Calls of `count` requests in all: users come back, of lengths from none to the longest, few of them often."""
     rng = np.random.default_rng(count)
-    most, cap = spec.max_history_len, spec.max_candidates
     # Squared: many short histories, some of every length.
-    events = np.rint(most * rng.uniform(0, 1, USERS) ** 2).astype(int)
-    candidates = rng.integers(0, cap + 1, USERS)
+    events = np.rint(spec.max_history_len * np.linspace(0, 1, SIZES) ** 2).astype(int)
+    candidates = rng.integers(0, spec.max_candidates + 1, SIZES)
+    sizes = rng.integers(0, SIZES, USERS)
     while count > 0:
         size = 1 if rng.uniform() < 0.5 else int(rng.integers(1, MOST_AT_ONCE + 1))
         size = min(size, spec.max_batch, count)
@@ -61,7 +64,9 @@ def mixed_calls(spec: RankingSpec, count: int) -> Iterator[Call]:
         # A user is asked for once in a call: a cache entry has one owner at a time.
         users = np.unique(users)
         count -= len(users)
-        requests = tuple(request_of(spec, f"user {user}", events[user], candidates[user], seed=user) for user in users)
+        requests = tuple(
+            request_of(spec, f"user {user}", events[sizes[user]], candidates[sizes[user]], seed=user) for user in users
+        )
         yield Call(requests, bool(rng.uniform() < PACKED_SHARE))
 
 
@@ -73,7 +78,7 @@ def check_buckets(
     Args:
         checks: takes the result.
         bundle: of the graphs.
-        exact: opens a graph's session without buckets.
+        exact: opens a graph's session without buckets; it answers each request alone.
         bucketed: opens it with `BUCKETS`.
         count: requests.
         records: the bucketed sessions keep CUDA graphs, fewer than there are buckets.
@@ -83,13 +88,13 @@ def check_buckets(
         ranking_session(bundle.spec, exact, CACHED_USERS) as expected,
         ranking_session(bundle.spec, bucketed, CACHED_USERS) as session,
     ):
-        worst, outcomes_differ, notices = 0.0, 0, True
-        in_buckets, at_exact_shapes = _Timed(session), _Timed(expected)
+        worst, notices, alone, seconds = 0.0, True, _Alone(expected), 0.0
         for number, call in enumerate(mixed_calls(bundle.spec, count)):
-            found, wanted = in_buckets.answered(call), at_exact_shapes.answered(call)
+            wanted, started = alone.answered(call), time.perf_counter()
+            found = call.answered(session)
+            seconds += time.perf_counter() - started
             if number % _PROGRESS == 0:
-                print(f"{number} calls, {in_buckets.seconds:.0f} and {at_exact_shapes.seconds:.0f} s", flush=True)
-            outcomes_differ += [each.cache for each in found] != [each.cache for each in wanted]
+                print(f"{number} calls in {seconds:.1f} s", flush=True)
             if any(len(each.logits) for each in wanted):
                 worst = max(worst, difference(found, wanted))
                 notices &= difference(_scaled(found, TOO_SMALL), wanted) > bundle.bound
@@ -98,10 +103,8 @@ def check_buckets(
         check.facts |= {
             "difference": worst,
             "bound": bundle.bound,
-            "seconds_in_buckets": in_buckets.seconds,
-            "seconds_at_exact_shapes": at_exact_shapes.seconds,
-            "calls_whose_cache_outcomes_differ": outcomes_differ,
             "a_tenth_less_is_noticed": notices,
+            "seconds_in_buckets": seconds,
             "passes_in_buckets": passes,
             "buckets": {name: len(each.passes) for name, each in stats.buckets.items()},
             "passes_at_exact_shapes": {name: each.exact for name, each in stats.buckets.items()},
@@ -116,25 +119,27 @@ def check_buckets(
         check.passed = (
             worst <= bundle.bound
             and notices
-            and not outcomes_differ
             and min(passes.values()) > 0
-            and stats.cache.evictions > 0
+            and min(stats.cache.hits, stats.cache.misses, stats.cache.evictions) > 0
             and turned_over
         )
 
 
-class _Timed:
-    """A session, and how long its calls took."""
+class _Alone:
+    """What a session answers to every request of a call alone; each is asked about once, packed and not."""
 
     def __init__(self, session: RankingSession) -> None:
         self._session = session
-        self.seconds = 0.0
+        self._known: dict[tuple[str | int, bool], RankingResult] = {}
 
     def answered(self, call: Call) -> list[RankingResult]:
-        started = time.perf_counter()
-        results = call.answered(self._session)
-        self.seconds += time.perf_counter() - started
-        return results
+        return [self._answer(request, call.is_packed) for request in call.requests]
+
+    def _answer(self, request: RankingRequest, is_packed: bool) -> RankingResult:
+        key = request.user, is_packed
+        if key not in self._known:
+            (self._known[key],) = Call((request,), is_packed).answered(self._session)
+        return self._known[key]
 
 
 def _scaled(results: Sequence[RankingResult], factor: float) -> list[RankingResult]:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,6 @@ from ranking_checks import (  # noqa: E402
     check_feeds,
     check_golden,
     check_m_falcon,
-    fitting,
     golden_requests,
     synthetic_requests,
 )
@@ -52,13 +52,13 @@ from hstu_compile.artifacts import Schedule, Step, TensorSpec  # noqa: E402
 from hstu_compile.compare import row_error, whole_error  # noqa: E402
 from hstu_compile.ranking_bundle import open_ranking_session  # noqa: E402
 from hstu_compile.recheck import stored_reference  # noqa: E402
-from hstu_compile.runtime._loaded_engine import ShapeKernels  # noqa: E402
 from hstu_compile.runtime.ladder import Buckets  # noqa: E402
 from hstu_compile.runtime.open_fused import FUSED_BACKEND, open_fused_session  # noqa: E402
 from hstu_compile.runtime.schedule_file import schedule_from_text  # noqa: E402
 from hstu_compile.runtime.session import Session  # noqa: E402
 from hstu_compile.session_check import check_session  # noqa: E402
 from hstu_compile.tensorrt_api import tensorrt_api  # noqa: E402
+from tests.triton.processes import rss_mib  # noqa: E402
 
 BUNDLES = ("research-fp16-fused", "dlrm-fp16-fused", "m_falcon-fp16-fused")
 GOLDEN_FILE = "golden_dlrm.npz"
@@ -79,13 +79,6 @@ def open_graph(
 ) -> Session:
     """One graph of a bundle, as a server opens it."""
     return bundles.open_graph(files, graph, runtime, cuda_graphs=cuda_graphs, buckets=buckets)
-
-
-def open_at_any_shape(files: bundles.BundleFiles, graph: str, shape_kernels: ShapeKernels = "none") -> Session:
-    """One graph of a bundle in segments; by default nothing is compiled for the shapes of a request."""
-    fused = files.fused_graph(graph)
-    assert fused is not None
-    return open_fused_session(fused.schedule, fused.engines, fused.kernels, shape_kernels=shape_kernels)
 
 
 def check_steps(checks: Checks, files: bundles.BundleFiles, graph: str, stored: Mapping[str, Any]) -> None:
@@ -156,6 +149,16 @@ def check_replays(checks: Checks, label: str, reference: Any, plain: Session, re
         check.passed = replayed and not different and not warned
 
 
+def check_first_passes(checks: Checks, label: str, reference: Any, plain: Session) -> None:
+    """Milliseconds of every request's first pass in a session that has run none, and of the next, for the record."""
+    with checks.check(f"{label}: time of every request's first pass, and memory") as check:
+        for name, arrays in feeds_of(reference, plain.inputs):
+            before = rss_mib(os.getpid())
+            times = {"first_pass_ms": _run_ms(plain, arrays), "next_pass_ms": _run_ms(plain, arrays)}
+            check.facts[name] = times | {"host_mib_more": rss_mib(os.getpid()) - before}
+        check.passed = bool(check.facts)
+
+
 def check_times(checks: Checks, label: str, reference: Any, plain: Session, recorded: Session) -> None:
     """Milliseconds of a request from arrays to arrays, host copies included, for the record."""
     with checks.check(f"{label}: time of every request, with and without CUDA graphs") as check:
@@ -198,33 +201,15 @@ def check_retrieval(checks: Checks, files: bundles.BundleFiles, runtime: str) ->
         _check_recorded(checks, files, runtime, graph, reference)
 
 
-def check_shape_kernels(checks: Checks, files: bundles.BundleFiles, graph: str, reference: Any) -> None:
-    """Kernels for any shape answer as well as those that are compiled for each, and what either costs a request.
-
-    A session is opened for each kind, so the first pass of every stored request is one of new shapes.
-    """
-    precision = files.manifest["precision"]["requested"]
-    for kind in get_args(ShapeKernels):
-        name = f"{files.path.name} {graph}: with kernels of {kind!r} our session agrees with float64 on every feed"
-        with checks.check(name) as check, open_at_any_shape(files, graph, kind) as session:
-            held, _ = fitting(reference, session.inputs)
-            check.facts["times"] = {
-                feed: {"first_pass_ms": _run_ms(session, arrays), "median_ms": median_ms(session, arrays)}
-                for feed, arrays in feeds_of(held, session.inputs)
-            }
-            check.facts["result"] = result = check_session(session, graph, held, precision, lambda *_: None)
-            check.passed = result.status == "PASS" and bool(result.tensors)
-
-
 def _check_recorded(checks: Checks, files: bundles.BundleFiles, runtime: str, graph: str, reference: Any) -> None:
     if runtime != FUSED_BACKEND:
         return
     label = f"{files.path.name} {graph}"
-    check_shape_kernels(checks, files, graph, reference)
     with checks.check(f"{label}: sessions with and without CUDA graphs") as opened:
         kept = len(reference.feeds)
         with open_graph(files, runtime, graph) as plain, open_graph(files, runtime, graph, kept) as recorded:
             opened.facts["runtime"] = plain.name
+            check_first_passes(checks, label, reference, plain)
             check_replays(checks, label, reference, plain, recorded)
             check_times(checks, label, reference, plain, recorded)
         opened.passed = True
@@ -251,11 +236,9 @@ def check_ranking(
         check_graphs(checks, bundle, opener, functools.partial(opener, cuda_graphs=CUDA_GRAPHS), free_bytes)
     records = runtime == FUSED_BACKEND
     bucketed = functools.partial(opener, cuda_graphs=CUDA_GRAPHS if records else 0, buckets=BUCKETS)
-    # Nearly every request has shapes of its own: kernels compiled for each would take most of the time.
-    exact: Open = functools.partial(open_at_any_shape, files) if records else opener
     # Should the time end, what was checked so far is there.
     checks.write(partial)
-    check_buckets(checks, bundle, exact, bucketed, mixed, records=records)
+    check_buckets(checks, bundle, opener, bucketed, mixed, records=records)
     if all(bundle.onnx(graph).is_file() for graph in GRAPHS):
         with checks.check(f"{bundle.name}: open_ranking_session serves it as any bundle") as check:
             with open_ranking_session(files.path, runtime, kv_budget_bytes=_KV_BUDGET) as served:

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu_compile.artifacts import Feed, Schedule
+from hstu_compile.artifacts import Schedule
 from hstu_compile.bundle import FusedFiles
 from hstu_compile.runtime._cuda import CudaDriver
-from hstu_compile.runtime._loaded_engine import ShapeKernels
 from hstu_compile.runtime.fused_session import FusedSession
 from hstu_compile.runtime.schedule_file import schedule_text
-from hstu_compile.session_check import Reference
 from hstu_compile.tensorrt_api import TensorRtApi
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import fake_tensorrt
@@ -55,8 +53,7 @@ class Bundle:
 
     def __init__(self, folder: Path, case: Case) -> None:
         self.path = folder / "tiny-fused"
-        self.path.mkdir(exist_ok=True)
-        self.manifest = {"precision": {"requested": "fp16"}}
+        self.path.mkdir()
         self._schedule = self.path / "model.schedule.json"
         self._schedule.write_text(schedule_text(case.cut))
         self._engines = [self.path / f"segment-{number}" for number in range(len(case.cut.segments))]
@@ -117,28 +114,17 @@ def test_replays_are_compared_to_the_bit(modules: Mapping[str, ModuleType], cuda
         assert [passed for _, passed in check_names(checks)] == [passes]
 
 
-def test_kernels_of_either_kind_are_held_to_the_reference(
-    modules: Mapping[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: FakeCuda, case: Case
+def test_the_first_pass_of_every_request_is_timed_apart(
+    modules: Mapping[str, ModuleType], cuda: FakeCuda, case: Case
 ) -> None:
-    asked = []
-
-    def opened(_: Path, __: Sequence[Path], ___: Path, *, shape_kernels: ShapeKernels) -> FusedSession:
-        asked.append(shape_kernels)
-        return fused_session(case.cut, cuda, shape_kernels=shape_kernels)
-
-    monkeypatch.setattr(modules["run_fused"], "open_fused_session", opened)
-    feeds = tuple(Feed(f"feed {index}", arrays) for index, arrays in enumerate(case.feeds[:2]))
-    with fused_session(case.cut, cuda) as session:
-        found = tuple(session.run(dict(feed.arrays)) for feed in feeds)
-    primary = next(iter(found[0]))
-    for factor, passes in ((1.0, True), (1.1, False)):
-        exact = tuple({name: factor * array.astype(np.float64) for name, array in each.items()} for each in found)
-        reference = Reference("retrieval", primary, feeds, exact, exact, dict.fromkeys(found[0], 1e-4), None)
-        checks = modules["checks"].Checks("test")
-        modules["run_fused"].check_shape_kernels(checks, Bundle(tmp_path, case), "retrieval", reference)
-        assert [passed for _, passed in check_names(checks)] == [passes, passes]
-        assert set(checks._entries[0].facts["times"]) == {"feed 0", "feed 1"}
-    assert asked == ["eager", "none"] * 2
+    reference = type("Reference", (), {"feeds": [feed_of(index, arrays) for index, arrays in enumerate(case.feeds)]})
+    checks = modules["checks"].Checks("test")
+    with fused_session(case.cut, cuda) as plain:
+        modules["run_fused"].check_first_passes(checks, "tiny-fused retrieval", reference, plain)
+    (entry,) = checks._entries
+    assert entry.passed
+    times = [entry.facts[f"feed {index}"] for index in range(len(case.feeds))]
+    assert all(each["first_pass_ms"] > 0 and each["next_pass_ms"] > 0 for each in times)
 
 
 def feed_of(index: int, arrays: dict[str, Any]) -> Any:
