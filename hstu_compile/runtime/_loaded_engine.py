@@ -168,8 +168,8 @@ def _settled(api: TensorRtApi, engine: Any) -> Any:
     LAZY, its default, compiles kernels for a new shape on a thread of its own, and some later pass runs those: one that
     was recorded before stays with the slower ones, a replay is compared with a plain pass of other kernels, and answers
     change in their last bits while a service runs. EAGER compiles in the first pass of a shape and waits for it. NONE,
-    which promises not to, was measured to wait as long (tests/gpu/results/fused.json). The engine's own CUDA graphs are off: these passes are recorded together with the
-    kernels between them.
+    which promises not to, was measured to wait as long (tests/gpu/results/fused.json). The engine's own CUDA graphs are
+    off: these passes are recorded together with the kernels between them.
     """
     config = engine.create_runtime_config()
     config.dynamic_shapes_kernel_specialization_strategy = api.trt.DynamicShapesKernelSpecializationStrategy.EAGER

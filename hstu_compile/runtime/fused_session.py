@@ -24,11 +24,15 @@ from hstu_compile.tensorrt_api import TensorRtApi
 
 # Most sets of input shapes whose plan is remembered.
 _REMEMBERED_PLANS = 256
+# Sets of input shapes from which on somebody is told that each new one costs TensorRT-RTX time and memory.
+_MANY_SETS = 64
 _INT32_MAX = 2**31 - 1
 
 
 class FusedSession(GpuSession):
     """Segments and kernels, ready to run; see `GpuSession` for empty inputs and CUDA graphs.
+
+    Warns with a RuntimeWarning, once, when it has met 64 sets of input shapes: each costs TensorRT-RTX time and memory.
 
     Args:
         api: TensorRT-RTX.
@@ -79,6 +83,7 @@ class FusedSession(GpuSession):
         self._workspaces: list[int] = []
         self._launches: list[Launch] = []
         self._remembered: collections.OrderedDict[Hashable, tuple[BufferPlan, list[int]]] = collections.OrderedDict()
+        self._sets_met = 0
         name = f"{api.backend} {api.version} with {kernels.name}"
         super().__init__(
             api,
@@ -223,6 +228,13 @@ class FusedSession(GpuSession):
                     lives.append(Lifetime(_workspace(step.index), workspaces[-1], number, number))
         made = planned_buffers(lives), workspaces
         self._remembered[key] = made
+        self._sets_met += 1
+        if self._sets_met == _MANY_SETS:
+            self._warn(
+                f"{self.name} has met {_MANY_SETS} sets of input shapes; TensorRT-RTX compiles in the first pass of "
+                "each, for up to a second, and host memory grows with each: open it with buckets=Buckets(), or with "
+                "coarser ladders, so that requests share shapes"
+            )
         while len(self._remembered) > _REMEMBERED_PLANS:
             self._remembered.popitem(last=False)
         return made

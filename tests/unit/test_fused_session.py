@@ -201,6 +201,19 @@ def test_an_engine_that_cannot_be_loaded_leaves_nothing_behind(cuda: FakeCuda, r
         fused_session(retrieval.cut, cuda, loads=False)
 
 
+def test_ever_new_shapes_are_told_of_once(cuda: FakeCuda, retrieval: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hstu_compile.runtime.fused_session._MANY_SETS", 3)
+    one, two, three = list({tuple(a.shape for a in feeds.values()): feeds for feeds in retrieval.feeds}.values())[:3]
+    # The fixture makes every warning an error.
+    with fused_session(retrieval.cut, cuda) as session:
+        for feeds in (one, two, one, two):
+            session.run(feeds)
+        with pytest.warns(RuntimeWarning, match=r"3 sets of input shapes.*buckets=Buckets\(\)"):
+            session.run(three)
+        for feeds in (one, two, three):
+            session.run(feeds)
+
+
 def test_a_negative_number_of_graphs_is_refused_before_a_gpu_is_touched(retrieval: Case) -> None:
     untouched = FakeCuda()
     kernels = FakeKernels(retrieval.cut, untouched)
