@@ -2,8 +2,9 @@
 
   attention_table.py [--csv FILE] [--into FILE.md] [--svg FILE]
 
-A ratio is of times in one run: above 1, ours is faster. A row gets none where one call in ten took 5 % longer than the
-median. (The coefficient of variation is large where one call in a hundred waited for the host; the median is not.)
+A ratio is of times in one run, or the document around the table says of which: above 1, ours is faster. A row gets none
+where one call in ten took 5 % longer than the median. (The coefficient of variation is large where one call in a
+hundred waited for the host; the median is not.)
 Standard library and NumPy alone.
 """
 
