@@ -638,6 +638,13 @@ def profile(bundle: Path, as_json: bool, **settings: Any) -> int:
     show_default=True,
     help="When the model's process ends unasked (python, or the check).",
 )
+@click.option(
+    "--shapes",
+    type=click.Choice(["auto", "exact", "fine", "coarse"]),
+    default="auto",
+    show_default=True,
+    help="Pad passes to few shapes (python): auto does so, coarsely, for tensorrt-rtx, which compiles for each.",
+)
 @click.option("--execution-env", metavar="PATH", help="Python of the python backend: a conda-pack archive or folder.")
 @click.option(
     "--checked/--unchecked",

@@ -97,6 +97,7 @@ LEAST_ROWS = 64
 #: A default ladder adds less than one part in so many.
 PARTS = 8
 _ROWS, _FEW = Ladder.even(LEAST_ROWS, 1 << 22, PARTS), Ladder.even(1, 1 << 16, PARTS)
+_COARSE_ROWS, _COARSE_FEW = Ladder.even(LEAST_ROWS, 1 << 22, 2), Ladder.even(1, 1 << 16, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,15 @@ class Buckets:
                 "pass hstu_compile.Ladder((64, 128, 256)), or leave it out for the default",
                 {"given": sorted(wrong)},
             )
+
+    @classmethod
+    def coarse(cls) -> Buckets:
+        """Few: for a runtime that compiles for each, as TensorRT-RTX does.
+
+        A pass has less than half more events and candidates than were asked, or 64 of them, and less than twice the
+        sequences.
+        """
+        return cls(_COARSE_ROWS, _COARSE_ROWS, _COARSE_FEW)
 
     def ladder(self, axis: str) -> Ladder:
         """Of an axis by its name."""

@@ -65,7 +65,7 @@ def open_answerer(bundle: Path, settings: RuntimeSettings) -> Answerer[Any]:
     """
     files = read_bundle(bundle)
     use_gpu = settings.device == "gpu" and settings.runtime == "onnxruntime"
-    cached = keeps_cache(files, settings)
+    cached, buckets = keeps_cache(files, settings), settings.buckets
     if files.ranking is not None:
         policy = RankingPolicy(truncation=settings.truncation, unknown_ids=settings.unknown_ids)
         if cached:
@@ -76,9 +76,10 @@ def open_answerer(bundle: Path, settings: RuntimeSettings) -> Answerer[Any]:
                 policy=policy,
                 over_budget="packed",
                 use_gpu=use_gpu,
+                buckets=buckets,
             )
         else:
-            packed = open_graph(files, "packed", settings.runtime, use_gpu=use_gpu)
+            packed = open_graph(files, "packed", settings.runtime, use_gpu=use_gpu, buckets=buckets)
             session = RankingSession(files.ranking, packed, policy=policy)
         return RankingAnswerer(session, cached)
     if cached:
@@ -90,10 +91,12 @@ def open_answerer(bundle: Path, settings: RuntimeSettings) -> Answerer[Any]:
                 truncation=settings.truncation,
                 over_budget="uncached",
                 use_gpu=use_gpu,
+                buckets=buckets,
             ),
             settings.truncation,
         )
-    return RetrievalAnswerer(files, open_graph(files, "retrieval", settings.runtime, use_gpu=use_gpu), settings)
+    retrieval = open_graph(files, "retrieval", settings.runtime, use_gpu=use_gpu, buckets=buckets)
+    return RetrievalAnswerer(files, retrieval, settings)
 
 
 class Answerer(abc.ABC, Generic[_Request]):

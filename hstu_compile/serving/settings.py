@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from hstu_compile.errors import UsageError
 from hstu_compile.profiles import check_counts
+from hstu_compile.runtime.ladder import Buckets
 from hstu_compile.runtime.ranking_request import Truncation, UnknownIds
 from hstu_compile.runtime.session import RUNTIMES
 from hstu_compile.serving.pbtxt import Message
@@ -15,12 +16,14 @@ from hstu_compile.serving.pbtxt import Message
 #: Prefix of our parameters in a config.pbtxt: whoever edits one sees whose it is.
 PREFIX = "hstu_"
 LostProcess = Literal["report", "stop_server"]
+Shapes = Literal["auto", "exact", "fine", "coarse"]
 _CHOICES = {
     "runtime": RUNTIMES,
     "device": ("cpu", "gpu"),
     "truncation": get_args(Truncation),
     "unknown_ids": get_args(UnknownIds),
     "lost_process": get_args(LostProcess),
+    "shapes": get_args(Shapes),
 }
 _MEBI = 1 << 20
 
@@ -59,6 +62,8 @@ class RuntimeSettings:
         truncation: a history over the limit: refuse it, or keep its last events and say how many went.
         unknown_ids: an id outside its table: refuse it, or take the table's first or last row (ranking models).
         lost_process: the model's process has ended unasked: say so in the server's log, or end the server as well.
+        shapes: of a pass: exact is the requests' own; fine and coarse pad them to `Buckets()` and `Buckets.coarse()`;
+            auto is coarse for tensorrt-rtx, which compiles for each new set of shapes, and exact otherwise.
 
     Raises:
         UsageError: HSTU-E901 for a value that is none.
@@ -70,6 +75,7 @@ class RuntimeSettings:
     truncation: Truncation = "refuse"
     unknown_ids: UnknownIds = "refuse"
     lost_process: LostProcess = "report"
+    shapes: Shapes = "auto"
 
     def __post_init__(self) -> None:
         check_counts({"--kv-budget-mib": self.kv_budget_mib}, lowest=0)
@@ -86,6 +92,14 @@ class RuntimeSettings:
     def kv_budget_bytes(self) -> int:
         """The cache's memory in bytes."""
         return self.kv_budget_mib * _MEBI
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """What passes are padded to; None for exact shapes."""
+        if self.shapes == "fine":
+            return Buckets()
+        is_coarse = self.shapes == "coarse" or (self.shapes == "auto" and self.runtime == "tensorrt-rtx")
+        return Buckets.coarse() if is_coarse else None
 
     @property
     def on_gpu(self) -> bool:

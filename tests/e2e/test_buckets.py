@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from hstu_compile.errors import UsageError
 from hstu_compile.runtime.bucketed_session import BucketedSession
 from hstu_compile.runtime.ranking import RankingSession
 from hstu_compile.runtime.retrieval import RetrievalSession
+from hstu_compile.serving.answering import open_answerer
+from hstu_compile.serving.settings import RuntimeSettings
 from tests.bucketed_cases import REORDERED, assert_rows_equal, assert_same_scores, assert_same_users
 from tests.e2e.conftest import Build
 from tests.e2e.test_build_incremental import PLAIN, build, history_of, request_of
@@ -119,6 +122,56 @@ def test_growing_histories_answer_as_at_exact_shapes(
     for call in visits:
         batch = [request_of(str(user), history_of(user, 20), events) for user, events in call]
         assert_same_users(bucketed.encode(batch), exact.encode(batch), REORDERED)
+
+
+def served(bundle: Path, settings: RuntimeSettings, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of the Python backend to a batch, asked twice."""
+    answerer = open_answerer(bundle, settings)
+    try:
+        answers = [*answerer.answer(requests), *answerer.answer(requests)]
+    finally:
+        answerer.close()
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    return [answer for answer in answers if isinstance(answer, dict)]
+
+
+@pytest.mark.parametrize("kv_budget_mib", [0, 4])
+@pytest.mark.parametrize("model", ["ranking", "retrieval"])
+def test_the_python_backend_pads_to_few_shapes_and_answers_alike(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, model: str, kv_budget_mib: int
+) -> None:
+    if model == "ranking":
+        bundle = built_golden(request.getfixturevalue("build_ranking_fixture"))
+        spec = request.getfixturevalue("ranking")[1].spec
+        asked = [ranking_request(spec, 0, events, candidates, events) for events, candidates in ((9, 3), (80, 17))]
+        given = [{**each.history, **each.candidates, **each.context} for each in asked]
+    else:
+        bundle = build(request.getfixturevalue("build_small"), *PLAIN).path
+        grown = [request_of("", history_of(events, 20), events) for events in (3, 19)]
+        given = [{**each.events, "request_timestamps": np.array([each.request_timestamp])} for each in grown]
+    if kv_budget_mib:
+        given = [{**each, "user_key": np.array([user])} for user, each in enumerate(given)]
+    requests = [{name: np.asarray(array)[None] for name, array in each.items()} for each in given]
+    exact = served(bundle, RuntimeSettings(kv_budget_mib=kv_budget_mib), requests)
+    made = []
+    monkeypatch.setattr(
+        "hstu_compile.bundle.BucketedSession", lambda *each: made.append(each[-1]) or BucketedSession(*each)
+    )
+    assert_alike(served(bundle, RuntimeSettings(kv_budget_mib=kv_budget_mib), requests), exact)
+    assert made == []
+    assert_alike(served(bundle, RuntimeSettings(kv_budget_mib=kv_budget_mib, shapes="coarse"), requests), exact)
+    assert set(made) == {Buckets.coarse()}
+
+
+def assert_alike(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> None:
+    """Of every request: the same cache outcomes, and numbers but for the order of sums."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, array in other.items():
+            if array.dtype == np.float32:
+                assert_rows_equal(one[name], array, REORDERED)
+            else:
+                np.testing.assert_array_equal(one[name], array)
 
 
 @pytest.mark.parametrize("wrong", [(64, 128), Ladder((64, 128)), 8])

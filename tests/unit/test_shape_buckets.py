@@ -59,6 +59,15 @@ def test_default_buckets_add_less_than_an_eighth(axis: str, rows: int, sequences
     assert batch == sequences if sequences <= 16 else sequences <= batch < sequences * 9 / 8
 
 
+@given(st.sampled_from(["L", "A", "Lc", "T"]), st.integers(0, 1 << 22), st.integers(1, 1 << 16))
+def test_coarse_buckets_add_less_than_half_and_are_few(axis: str, rows: int, sequences: int) -> None:
+    ladder = Buckets.coarse().ladder(axis)
+    up = ladder.up(rows)
+    assert up == LEAST_ROWS if rows <= LEAST_ROWS else rows <= up < rows * 3 / 2
+    assert sequences <= Buckets.coarse().ladder("B").up(sequences) < 2 * sequences
+    assert sum(1024 <= rung <= 8192 for rung in ladder.rungs) == 7
+
+
 def test_each_kind_of_axis_has_its_ladder() -> None:
     events, candidates, sequences = Ladder((1,)), Ladder((2,)), Ladder((3,))
     buckets = Buckets(events, candidates, sequences)
