@@ -30,6 +30,7 @@ class BuildPlan:
         prune: compute the last layer only for the rows that are read.
         attention_silu: error that the attention kernels' SiLU may have.
         fuse_norms: one operator for each norm and what surrounds it.
+        tabulate_towers: look up what towers make of embeddings.
         quantization: products that are quantised, and from which table; None for none.
         fused: segments and kernels of a build with --attention fused; None for any other.
     """
@@ -42,6 +43,7 @@ class BuildPlan:
     fuse_norms: bool = True
     quantization: QuantizationSettings | None = None
     fused: FusedPlan | None = None
+    tabulate_towers: bool = False
 
     @property
     def is_fused(self) -> bool:
@@ -83,6 +85,7 @@ class BuildPlan:
             "prune_last_layer": self.prune,
             "attention_silu": self.attention_silu,
             "fuse_norms": self.fuse_norms,
+            "tabulate_towers": self.tabulate_towers,
             "quantization": self.quantization.to_dict() if self.quantization is not None else None,
             "fused": self.fused.to_dict() if self.fused is not None else None,
             "attention_nodes": self.spec.config.num_layers,
@@ -105,6 +108,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     _check_numbers(config)
     check_attention(config)
     check_quantization(config)
+    _check_towers(config)
     user_config = config_from_file(config.config_file) if config.config_file is not None else None
     external = config.embeddings == "external"
     spec = spec_from_checkpoint(config.checkpoint, user_config, config.dialect, external_embeddings=external)
@@ -123,7 +127,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         prune, backend = config.prune is not False, choose_backend(requested_backend(config))
         quantization = planned_quantization(config, spec, backend)
         ranking = dataclasses.replace(spec, config=narrowed)
-        return _resolved(config, BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization))
+        plan = BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization)
+        return _resolved(config, dataclasses.replace(plan, tabulate_towers=config.tabulate_towers))
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon micro-batch=": config.micro_batch,
@@ -131,6 +136,13 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     for option, value in given.items():
         if value is not None:
             raise _unusable(option, value, "ranking models alone; this checkpoint is a retrieval model")
+    if config.tabulate_towers:
+        raise UsageError(
+            "HSTU-E901",
+            "--tabulate-towers cannot be used",
+            "this checkpoint is a retrieval model, which has no towers",
+            "leave it out",
+        )
     if config.max_append is not None and model.later_rows_matter is not None:
         raise _not_incremental(config.max_append, spec.dialect, model.later_rows_matter, "leave --incremental out")
     limits = dataclasses.replace(
@@ -174,7 +186,14 @@ def _resolved(config: BuildConfig, plan: BuildPlan) -> BuildPlan:
         plan.sizes(graph)
     if config.attention != "fused":
         return plan
-    fused = fused_plan(plan.spec.config, plan.graphs, config.precision, plan.attention_silu, fuse_norms=plan.fuse_norms)
+    fused = fused_plan(
+        plan.spec.config,
+        plan.graphs,
+        config.precision,
+        plan.attention_silu,
+        fuse_norms=plan.fuse_norms,
+        tabulate_towers=plan.tabulate_towers,
+    )
     reason = "--attention fused" if config.backend == "auto" else plan.backend.reason
     return dataclasses.replace(plan, backend=dataclasses.replace(plan.backend, reason=reason), fused=fused)
 
@@ -234,6 +253,23 @@ def _check_numbers(config: BuildConfig) -> None:
     }
     check_counts(counts)
     check_counts({"--top-k": config.top_k, "--seed": config.seed}, lowest=0)
+
+
+def _check_towers(config: BuildConfig) -> None:
+    """Refuse tables of towers where there can be none."""
+    against = {
+        "--embeddings external": (config.embeddings == "external", "the graph has no tables then to make others of"),
+        f"--{config.quantization}": (config.quantization is not None, "it quantises the products that tables replace"),
+    }
+    for option, (given, why) in against.items():
+        if config.tabulate_towers and given:
+            raise UsageError(
+                "HSTU-E901",
+                f"--tabulate-towers and {option} exclude each other",
+                why,
+                "leave one of them out",
+                {"option": option},
+            )
 
 
 def _check(rules: list[tuple[bool, str, object, str]]) -> None:

@@ -119,6 +119,7 @@ def build_report(outcome: BuildOutcome, bundle_name: str) -> dict[str, Any]:
         "attention": "auto" if plan.fused is None else "fused",
         "attention_silu": plan.attention_silu,
         "fuse_norms": plan.fuse_norms,
+        "tabulate_towers": plan.tabulate_towers,
         "quantization": None
         if plan.quantization is None
         else {**plan.quantization.to_dict(), "cost": outcome.quantization_cost},

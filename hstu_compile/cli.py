@@ -216,6 +216,12 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
     help="Make one operator, and in TensorRT one kernel of the plugin, of each norm and what surrounds it.",
 )
 @click.option(
+    "--tabulate-towers/--no-tabulate-towers",
+    default=False,
+    show_default=True,
+    help="Compute what a ranking model's towers make of each embedding now, and look that up.",
+)
+@click.option(
     "--plugin/--no-plugin",
     default=None,
     help="Build the TensorRT plugin of this model into the bundle (default: when the backend is tensorrt).",

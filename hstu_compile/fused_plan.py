@@ -87,7 +87,13 @@ def requested_backend(config: BuildConfig) -> str:
 
 
 def fused_plan(
-    model: ModelConfig, graphs: Sequence[str], precision: Precision, silu: AttentionSilu, *, fuse_norms: bool = True
+    model: ModelConfig,
+    graphs: Sequence[str],
+    precision: Precision,
+    silu: AttentionSilu,
+    *,
+    fuse_norms: bool = True,
+    tabulate_towers: bool = False,
 ) -> FusedPlan:
     """Count segments and attentions, and name the kernels.
 
@@ -97,6 +103,7 @@ def fused_plan(
         precision: of the graphs.
         silu: error that the attention's SiLU may have.
         fuse_norms: whether norms are operators, which kernels between the engines compute.
+        tabulate_towers: whether what towers make of embeddings is looked up; that of the actions is computed.
     """
     attention, layers = model.layer.attention, model.num_layers
     # Nobody reads what the last layer of a ranking model's prefill attends to.
@@ -120,7 +127,9 @@ def fused_plan(
             )
         )
     norms = _norms(model.layer, _DTYPES[precision]) if kernels and fuse_norms else ()
-    towers = _tower_norms(model, _DTYPES[precision]) if fuse_norms and isinstance(model, RankingConfig) else ()
+    towers: tuple[NormVariant, ...] = ()
+    if fuse_norms and isinstance(model, RankingConfig) and (model.action_feature or not tabulate_towers):
+        towers = _tower_norms(model, _DTYPES[precision])
     # The norm in front of the first layer has the kernel of those at the towers' ends, and a cut of its own.
     in_front = len(towers) + (model.layer.embedding_dim <= MAX_WIDTH) if towers else 0
     cuts = {graph: in_front if count and graph not in _CACHED else 0 for graph, count in attentions.items()}

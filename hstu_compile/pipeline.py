@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import onnx
 from numpy.typing import NDArray
 
 from hstu_compile import bundle as bundles
@@ -192,7 +193,15 @@ def _passes(served: ServedGraph, plan: BuildPlan) -> Sequence[Pass]:
         plan.attention_silu,
         fuse_norms=plan.fuse_norms,
         quantization=plan.quantization.plan if plan.quantization is not None else None,
+        tabulate=_evaluated if plan.tabulate_towers else None,
     )
+
+
+def _evaluated(model: onnx.ModelProto) -> NDArray[Any]:
+    """The output of a graph without inputs."""
+    with open_session("onnxruntime", onnx=model) as session:
+        (result,) = session.run({}).values()
+    return result
 
 
 def _selection(served: ServedGraph) -> RowSelection | None:

@@ -19,6 +19,7 @@ from hstu_compile.model.retrieval import RetrievalModel
 from hstu_compile.rewrite import RowSelection, apply_passes, export_passes
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
 from hstu_compile.rewrite.norm_body import ELEMENT_TYPES
+from hstu_compile.runtime.onnxruntime_session import OnnxRuntimeSession
 from hstu_compile.served import ServedGraph
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import (
@@ -97,9 +98,15 @@ def _selection(served: ServedGraph) -> RowSelection | None:
     return RowSelection() if served.max_candidates == 0 else RowSelection(served.max_candidates, "candidate_offsets")
 
 
-def _shipped(served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool) -> OnnxGraph:
+def _shipped(
+    served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool, tabulate: bool = False
+) -> OnnxGraph:
     passes = export_passes(
-        served.num_attention, served.taps, _selection(served) if prune else None, fuse_norms=fuse_norms
+        served.num_attention,
+        served.taps,
+        _selection(served) if prune else None,
+        fuse_norms=fuse_norms,
+        tabulate=evaluated if tabulate else None,
     )
     *_, last = apply_passes(traced, passes)
     # As the pipeline does: taps are no outputs any more.
@@ -143,6 +150,13 @@ def _feeds(model: HstuModel, served: ServedGraph, graph: OnnxGraph) -> list[dict
     return found
 
 
+def evaluated(model: onnx.ModelProto) -> Array:
+    """The output of a graph without inputs."""
+    with OnnxRuntimeSession(model) as session:
+        (result,) = session.run({}).values()
+    return result
+
+
 @functools.cache
 def retrieval_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
     """A graph of a retrieval model of two layers with position and time bias."""
@@ -150,11 +164,16 @@ def retrieval_case(name: str, precision: Precision, *, prune: bool = True, fuse_
 
 
 @functools.cache
-def ranking_case(name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True) -> Case:
+def ranking_case(
+    name: str, precision: Precision, *, prune: bool = True, fuse_norms: bool = True, tabulate: bool = False
+) -> Case:
     """A graph of a ranking model of two layers."""
-    return _case(*traced_ranking(WIDE_FORM, precision, name), prune=prune, fuse_norms=fuse_norms)
+    traced = traced_ranking(WIDE_FORM, precision, name)
+    return _case(*traced, prune=prune, fuse_norms=fuse_norms, tabulate=tabulate)
 
 
-def _case(model: HstuModel, served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool) -> Case:
-    whole = _shipped(served, traced, prune=prune, fuse_norms=fuse_norms)
+def _case(
+    model: HstuModel, served: ServedGraph, traced: OnnxGraph, *, prune: bool, fuse_norms: bool, tabulate: bool = False
+) -> Case:
+    whole = _shipped(served, traced, prune=prune, fuse_norms=fuse_norms, tabulate=tabulate)
     return Case(served, whole, segmented_from_onnx(whole), _feeds(model, served, whole))

@@ -19,6 +19,7 @@ from hstu_compile.rewrite.name_dims import NameDims
 from hstu_compile.rewrite.prune_last_layer import PruneLastLayer, RowSelection
 from hstu_compile.rewrite.quantize_products import QuantizeProducts, quantized_sites
 from hstu_compile.rewrite.strip_metadata import StripMetadata
+from hstu_compile.rewrite.tabulate_towers import Evaluate, TabulateTowers
 
 
 def export_passes(
@@ -29,6 +30,7 @@ def export_passes(
     *,
     fuse_norms: bool = True,
     quantization: QuantizationPlan | None = None,
+    tabulate: Evaluate | None = None,
 ) -> tuple[Pass, ...]:
     """The passes that turn an exported graph into the one that ships, in order.
 
@@ -39,6 +41,7 @@ def export_passes(
         silu: error that the attention's SiLU may have, "fast" or "accurate".
         fuse_norms: make one operator of each norm and what surrounds it.
         quantization: products to quantise; None leaves the graph as it is.
+        tabulate: computes tables of what towers make of embeddings; None leaves the towers in the graph.
     """
     return (
         StripMetadata(),
@@ -46,6 +49,7 @@ def export_passes(
         NameDims(),
         *((PruneLastLayer(num_layers, selection),) if selection is not None else ()),
         *((FuseNorms(tap_names),) if fuse_norms else ()),
+        *((TabulateTowers(tabulate, tap_names),) if tabulate is not None else ()),
         *((QuantizeProducts(quantization),) if quantization is not None else ()),
         AnnotateAttention(num_layers, silu),
         AttachNativeBody(num_layers),

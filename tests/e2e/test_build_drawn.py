@@ -170,4 +170,5 @@ def test_a_drawn_ranking_model_is_built_and_answers(tmp_path: Path, seed: int) -
     draw = Draw(seed)
     form = drawn_ranking(draw)
     options: tuple[object, ...] = ("--m-falcon", f"micro-batch={draw.one(1, 3, 16)}") if seed > 1 else ()
-    check_build(tmp_path, *save_ranking_checkpoint(tmp_path, form), draw, *options)
+    towers = ("--tabulate-towers",) if seed % 2 else ()
+    check_build(tmp_path, *save_ranking_checkpoint(tmp_path, form), draw, *options, *towers)

@@ -173,6 +173,31 @@ def test_each_limit_that_a_retrieval_model_cannot_have(
     check_refused(retrieval, settings, message)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"embeddings": "external"}, "--tabulate-towers and --embeddings external exclude each other"),
+        (
+            {"precision": "fp16", "quantization": "int8", "calibration": Path("absent.json")},
+            "--tabulate-towers and --int8 exclude each other",
+        ),
+    ],
+    ids=["external", "int8"],
+)
+def test_towers_are_no_tables_where_there_is_none_or_where_their_products_are_quantised(
+    ranking: dict[str, Path], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=f"HSTU-E901.*{message}"):
+        planned(ranking, tabulate_towers=True, **settings)
+
+
+def test_a_retrieval_model_has_no_towers(ranking: dict[str, Path], retrieval: dict[str, Path]) -> None:
+    assert planned(ranking, tabulate_towers=True).to_dict()["tabulate_towers"] is True
+    assert planned(ranking).to_dict()["tabulate_towers"] is False
+    with pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*--tabulate-towers cannot be used[\s\S]*has no towers"):
+        planned(retrieval, tabulate_towers=True)
+
+
 COUNTS = {
     "max_batch": "--max-batch ",
     "opt_batch": "--opt-batch ",
