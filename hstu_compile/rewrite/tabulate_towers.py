@@ -182,7 +182,7 @@ class _Graph:
     def stored_type(self, value: str, rows: _Rows) -> int:
         """The type of the results: no wider than the table's."""
         wanted, given = self._types[value], self._constants[rows.table].data_type
-        return given if rows.is_gathered and wanted == TensorProto.FLOAT else wanted
+        return int(given if rows.is_gathered and wanted == TensorProto.FLOAT else wanted)
 
     def _table_bytes(self, value: str, rows: _Rows) -> int:
         width = self._specs[value].shape[1]
