@@ -33,7 +33,13 @@ def count_of(graph: onnx.GraphProto) -> Counter[str]:
     return Counter(node.op_type for node in graph.node)
 
 
-@pytest.mark.parametrize(("name", "precision"), [("packed", "fp16"), ("prefill", "bf16"), ("score", "fp32")])
+# Of traces that other tests read as well, but for float32.
+GRAPHS: tuple[tuple[str, Precision], ...] = (("packed", "fp16"), ("prefill", "bf16"), ("score", "bf16"))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [*GRAPHS, pytest.param("packed", "fp32", marks=pytest.mark.slow, id="packed-fp32")]
+)
 def test_a_ranking_graph_answers_as_with_its_towers(name: str, precision: Precision) -> None:
     case, without = ranking_case(name, precision, tabulate=True), ranking_case(name, precision)
     (record,) = [record for record in case.whole.passes if record.name == "tabulate_towers"]
@@ -57,9 +63,8 @@ def test_a_second_call_finds_nothing() -> None:
     assert model.SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize("name", ["packed", "prefill", "score"])
-def test_the_plan_of_a_fused_build_is_that_of_the_graph(name: str) -> None:
-    precision: Precision = {"packed": "fp16", "prefill": "bf16", "score": "fp32"}[name]  # type: ignore[assignment]
+@pytest.mark.parametrize(("name", "precision"), GRAPHS)
+def test_the_plan_of_a_fused_build_is_that_of_the_graph(name: str, precision: Precision) -> None:
     whole = ranking_case(name, precision, tabulate=True).whole
     plan = fused_plan(ranking_config(WIDE_FORM), (name,), precision, "fast", tabulate_towers=True)
     request = kernels_request_of([whole.model])
