@@ -103,7 +103,8 @@ def fused_plan(
         precision: of the graphs.
         silu: error that the attention's SiLU may have.
         fuse_norms: whether norms are operators, which kernels between the engines compute.
-        tabulate_towers: whether what towers make of embeddings is looked up; that of the actions is computed.
+        tabulate_towers: whether what towers make of embeddings is looked up; that of the actions is computed. Taken to
+            hold for all of them: a tower whose table is a file is computed all the same, and has cuts then.
     """
     attention, layers = model.layer.attention, model.num_layers
     # Nobody reads what the last layer of a ranking model's prefill attends to.

@@ -35,7 +35,7 @@ from hstu_compile.calibration.ranking_batches import ranking_batches
 from hstu_compile.checkpoint import model_from_spec
 from hstu_compile.config import BuildConfig
 from hstu_compile.engine import engine_from_onnx
-from hstu_compile.errors import RewriteError
+from hstu_compile.errors import RewriteError, UsageError
 from hstu_compile.export import TORCH_DTYPES, exported_from_served
 from hstu_compile.files import writing_to
 from hstu_compile.graph_facts import tensor_specs
@@ -76,7 +76,7 @@ from hstu_compile.session_check import (
     VerifyReport,
     report_of,
 )
-from hstu_compile.table_files import TableFiles, copy_tables
+from hstu_compile.table_files import TABLE_BYTES, TableFiles, copy_tables
 from hstu_compile.trt_options import EngineOptions
 from hstu_compile.verify import BuiltGraph, References, open_built, references_from_spec, verify_artifacts
 
@@ -287,6 +287,7 @@ def _compiled(build: _Build, options: EngineOptions) -> BuildResult:
             for each, graph in zip(served, graphs, strict=True)
         ]
         _require_quantized(plan, graphs)
+        _require_tabulated(plan, graphs)
         totals = Counter(
             {
                 f"{_called(graph, graphs)}{record.name} {kind}": count
@@ -475,6 +476,19 @@ def _require_quantized(plan: BuildPlan, graphs: Sequence[OnnxGraph]) -> None:
             f"no graph has a constant of {', '.join(sorted(missing))}",
             "report this with `hstu-compile env` and the .onnx of --keep-intermediates",
             {"missing": sorted(missing)},
+        )
+
+
+def _require_tabulated(plan: BuildPlan, graphs: Sequence[OnnxGraph]) -> None:
+    """Refuse a build that was asked for tables of towers and has none: it would compute them unnoticed."""
+    records = [record for graph in graphs for record in graph.passes if record.name == "tabulate_towers"]
+    if plan.tabulate_towers and not any(record.counts["tables"] for record in records):
+        raise UsageError(
+            "HSTU-E901",
+            "--tabulate-towers finds no tower that it could make a table of",
+            f"the tables that the towers read, or what they would become, have {TABLE_BYTES >> 20} MiB or more, or a "
+            "tower reads rows of several tables at once",
+            "leave it out",
         )
 
 

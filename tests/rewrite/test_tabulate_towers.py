@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import Counter
 from typing import Any
 
@@ -10,8 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from hstu_compile import pipeline
 from hstu_compile.artifacts import Precision
 from hstu_compile.compare import whole_error
+from hstu_compile.errors import UsageError
 from hstu_compile.fused_plan import fused_plan
 from hstu_compile.graph_plugin import kernels_request_of
 from hstu_compile.op_schema import register_onnx_schema
@@ -70,6 +73,15 @@ def test_the_plan_of_a_fused_build_is_that_of_the_graph(name: str, precision: Pr
     request = kernels_request_of([whole.model])
     assert (plan.kernels, plan.norm_kernels) == (request.variants, request.norm_variants)
     assert plan.segments == {name: len(segmented_from_onnx(whole).segments)}
+
+
+def test_a_build_that_was_asked_for_tables_and_has_none_is_refused() -> None:
+    without, tabulated = (ranking_case("packed", "fp16", tabulate=tabulate).whole for tabulate in (False, True))
+    asked: Any = types.SimpleNamespace(tabulate_towers=True)
+    pipeline._require_tabulated(asked, [without, tabulated])
+    pipeline._require_tabulated(types.SimpleNamespace(tabulate_towers=False), [without])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*--tabulate-towers finds no tower[\s\S]*leave it out"):
+        pipeline._require_tabulated(asked, [without])
 
 
 # --- small graphs -----------------------------------------------------------------------------------------------------
