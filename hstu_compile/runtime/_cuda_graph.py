@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from hstu_compile.errors import EngineError
 from hstu_compile.runtime._cuda import CudaDriver
+from hstu_compile.runtime._recording_gate import GATE
 
 # CUstreamCaptureMode: other threads may allocate meanwhile.
 _CAPTURE_THREAD_LOCAL = 1
@@ -59,11 +60,12 @@ class CudaGraph:
     """What `enqueue` puts on the driver's stream, ready to be launched. The driver's context is current in every call.
 
     Nothing that is recorded runs. The caller has run the same work before, so that nothing is loaded, allocated or
-    decided for the first time here.
+    decided for the first time here. No session of this process enqueues a pass meanwhile (`GATE`), so neither this nor
+    `close` may be called where one does.
 
     Args:
         driver: whose stream is recorded; it has no work waiting.
-        enqueue: puts the work on the stream, from this thread.
+        enqueue: puts the work on the stream, from this thread; it does not enter the gate.
 
     Attributes:
         num_nodes: kernels, copies and fills in the graph.
@@ -78,18 +80,19 @@ class CudaGraph:
         self._driver = driver
         self._executable = ctypes.c_void_p()
         self._snapshots: list[int] = []
-        graph = _recorded(driver, enqueue)
-        try:
-            nodes = self._nodes(graph)
-            self.num_nodes = len(nodes)
-            self.bound_by = "; ".join(dict.fromkeys(filter(None, map(self._detach, nodes))))
-            driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
-        except BaseException:
-            self._free_snapshots()
-            raise
-        finally:
-            # The executable keeps what it needs of it.
-            driver.call("cuGraphDestroy", graph)
+        with GATE.recording():
+            graph = _recorded(driver, enqueue)
+            try:
+                nodes = self._nodes(graph)
+                self.num_nodes = len(nodes)
+                self.bound_by = "; ".join(dict.fromkeys(filter(None, map(self._detach, nodes))))
+                driver.call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0))
+            except BaseException:
+                self._free_snapshots()
+                raise
+            finally:
+                # The executable keeps what it needs of it.
+                driver.call("cuGraphDestroy", graph)
 
     def _nodes(self, graph: ctypes.c_void_p) -> list[ctypes.c_void_p]:
         count = ctypes.c_size_t()
@@ -149,7 +152,8 @@ class CudaGraph:
     def close(self) -> None:
         """Free it; nothing of it is running. A second call does nothing."""
         if self._executable.value:
-            self._driver.call("cuGraphExecDestroy", self._executable)
+            with GATE.recording():
+                self._driver.call("cuGraphExecDestroy", self._executable)
             self._executable = ctypes.c_void_p()
         self._free_snapshots()
 

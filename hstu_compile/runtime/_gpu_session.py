@@ -25,6 +25,7 @@ from hstu_compile.runtime._cuda import CudaDriver, DeviceBuffer
 from hstu_compile.runtime._cuda_graph import CudaGraph
 from hstu_compile.runtime._feeds import matched_feeds
 from hstu_compile.runtime._mirrored import Layout, MirroredBuffer
+from hstu_compile.runtime._recording_gate import GATE
 from hstu_compile.runtime._resident_io import (
     Copies,
     Feeds,
@@ -407,8 +408,13 @@ class GpuSession(abc.ABC):
             held = plan.outgoing.offsets.get(name)
             addresses[name] = memory.targets[name].address if held is None else self._outgoing.address + held
         self._bind_all(addresses, log)
-        self._execute(log)
+        self._execute_apart(log)
         self._context_shapes = plan.shape_key
+
+    def _execute_apart(self, log: Any) -> None:
+        """Enqueue a pass while no other session records one."""
+        with GATE.enqueueing():
+            self._execute(log)
 
     def _capture(self, graphs: GraphCache[_Replay], key: Hashable, plan: _Plan, log: Any) -> None:
         """Record the pass that was just run, for the next one of its key. Its answer is already fetched."""
@@ -423,7 +429,7 @@ class GpuSession(abc.ABC):
             graphs.refuse(key)
             # What a failed recording left behind in TensorRT must not fail the next request.
             with contextlib.suppress(EngineError, PluginError), self._driver.synchronised():
-                self._execute(log)
+                self._execute_apart(log)
             self._warn(f"a pass of {self.name} stays without a CUDA graph: {error.what}: {error.why}")
             return
         # Whoever else allocates at this moment is counted too; a driver that had memory to spare counts nothing.

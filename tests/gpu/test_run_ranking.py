@@ -139,7 +139,7 @@ def test_replays_are_compared_with_plain_runs(
     def recorded(graph: str) -> Any:
         return Recorded(opener(bundle)(graph), graphs.GRAPHS, stale=stale)
 
-    graphs.check_graphs(checks, bundle, opener(bundle), recorded, lambda: 0)
+    graphs.check_graphs(checks, bundle, opener(bundle), recorded, lambda: 0, thread_seconds=0.3)
     names = failed(checks, tmp_path / "ranking.json")
     compared = [check["name"] for check in json.loads((tmp_path / "ranking.json").read_text())["checks"][:-1]]
     assert len(compared) == 5
@@ -151,7 +151,7 @@ def test_sessions_that_never_replay_prove_nothing(
 ) -> None:
     checks = modules["checks"].Checks("ranking")
     monkeypatch.setattr(modules["graph_checks"], "_ROUNDS", 1)
-    modules["graph_checks"].check_graphs(checks, bundle, opener(bundle), opener(bundle), lambda: 0)
+    modules["graph_checks"].check_graphs(checks, bundle, opener(bundle), opener(bundle), lambda: 0, thread_seconds=0.3)
     assert len(failed(checks, tmp_path / "ranking.json")) == 5
 
 

@@ -35,6 +35,7 @@
 #include "hstu/npy.hpp"
 #include "hstu/npz.hpp"
 #include "hstu/ranking.hpp"
+#include "hstu/recordingGate.hpp"
 #include "hstu/reference.hpp"
 #include "hstu/schedule.hpp"
 #include "hstu/session.hpp"

@@ -1,9 +1,12 @@
 //! What a session does after a failure, and what it loads of a bundle that changes under it, on the fakes of TensorRT
 //! and CUDA.
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "expect.hpp"
@@ -58,6 +61,81 @@ void checkExhaustion(TensorRt& tensorRt, Driver const& driver, Bundle const& bun
     expectAnswer(session, bundle, graph, "a session answers once there is memory again");
 }
 
+//! Threads that enqueue and threads that record, and nobody beside one who records.
+void checkRecordingGate()
+{
+    RecordingGate gate;
+    std::atomic<int> enqueueing{0};
+    std::atomic<int> recording{0};
+    std::atomic<bool> isAlone{true};
+    auto const lane = [&](int number)
+    {
+        for (int turn = 0; turn < 400; ++turn)
+        {
+            if ((turn + number) % 5 == 0)
+            {
+                RecordingGate::Recording const alone(gate);
+                isAlone = isAlone && ++recording == 1 && enqueueing == 0;
+                std::this_thread::yield();
+                --recording;
+            }
+            else
+            {
+                RecordingGate::Enqueueing const besideOthers(gate);
+                ++enqueueing;
+                isAlone = isAlone && recording == 0;
+                std::this_thread::yield();
+                --enqueueing;
+            }
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int number = 0; number < 4; ++number)
+    {
+        threads.emplace_back(lane, number);
+    }
+    for (std::thread& thread : threads)
+    {
+        thread.join();
+    }
+    expect(isAlone, "who records is alone");
+}
+
+//! What ended processes on an H100: a graph that is made while another session lets its engine enqueue.
+void checkRecordingsApart(TensorRt& tensorRt, Driver const& driver, Bundle const& bundle, GraphEntry const& graph)
+{
+    Tensors const feeds = checkedFeeds(bundle.manifest(), graph, readReference(bundle, graph).front().inputs);
+    Session session(tensorRt, driver, Engine::open(tensorRt, driver, bundle, graph), 2);
+    std::atomic<bool> isAnswered{false};
+    auto const asked = [&]
+    {
+        session.run(feeds);
+        isAnswered = true;
+    };
+    auto const isAnsweredSoon = [&]
+    {
+        std::this_thread::sleep_for(std::chrono::milliseconds(150));
+        return isAnswered.load();
+    };
+    std::thread passing;
+    {
+        RecordingGate::Recording const alone(RecordingGate::process());
+        passing = std::thread(asked);
+        expect(!isAnsweredSoon(), "a pass waits while another session records");
+    }
+    passing.join();
+    expect(isAnswered, "it is enqueued afterwards");
+    isAnswered = false;
+    std::thread recording;
+    {
+        RecordingGate::Enqueueing const besideOthers(RecordingGate::process());
+        recording = std::thread(asked);
+        expect(!isAnsweredSoon(), "a recording waits while another session enqueues");
+    }
+    recording.join();
+    expect(session.graphStats().captures == 1, "it is recorded afterwards");
+}
+
 void alter(std::string const& path)
 {
     Bytes content = readFile(path, 1U << 30, Failure::kBUNDLE);
@@ -84,6 +162,8 @@ int checkSessionRules(std::string const& path)
     tensorRt.loadPlugin(bundle.pathOf(kPLUGIN_FILE), bundle.manifest());
     GraphEntry const& graph = bundle.graph("");
     checkExhaustion(tensorRt, driver, bundle, graph);
+    checkRecordingGate();
+    checkRecordingsApart(tensorRt, driver, bundle, graph);
     checkAlteredFiles(tensorRt, driver, bundle, graph);
     return gFailures == 0 ? 0 : 1;
 }

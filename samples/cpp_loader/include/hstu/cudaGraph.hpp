@@ -13,6 +13,7 @@
 
 #include "driver.hpp"
 #include "error.hpp"
+#include "recordingGate.hpp"
 
 //! CUDA graphs: work of a stream recorded once and launched as one, and which of them are kept.
 namespace hstu::loader
@@ -27,10 +28,12 @@ class CudaGraph
 {
 public:
     //! Records what `enqueue` puts on the stream. Nothing of it runs. The same work has run before, so nothing is
-    //! loaded or allocated for the first time here.
+    //! loaded or allocated for the first time here. No session of the process enqueues a pass meanwhile, so this and the
+    //! end of a graph have no place where one does.
     CudaGraph(Driver const& driver, CUstream stream, std::function<void()> const& enqueue)
         : mDriver(driver)
     {
+        RecordingGate::Recording const alone(RecordingGate::process());
         CUgraph const graph = recorded(stream, enqueue);
         try
         {
@@ -48,6 +51,7 @@ public:
 
     ~CudaGraph()
     {
+        RecordingGate::Recording const alone(RecordingGate::process());
         mDriver.graphExecDestroy(mExecutable);
     }
 

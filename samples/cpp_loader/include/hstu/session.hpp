@@ -17,6 +17,7 @@
 #include "error.hpp"
 #include "feeds.hpp"
 #include "loadedGraph.hpp"
+#include "recordingGate.hpp"
 #include "tensor.hpp"
 #include "tensorRt.hpp"
 
@@ -523,8 +524,15 @@ private:
                                                                         : mOutgoing.device->address() + held->second;
         }
         mRunner->bind(addresses, mScratch ? mScratch->address() : 0);
-        mRunner->enqueue(mStream.get());
+        enqueueApart();
         mContextShapes = plan.shapes;
+    }
+
+    //! Enqueues a pass while no other session records one.
+    void enqueueApart()
+    {
+        RecordingGate::Enqueueing const besideOthers(RecordingGate::process());
+        mRunner->enqueue(mStream.get());
     }
 
     //! Records the pass that was just run, for the next one of its key. Its answer is already fetched. A pass that
@@ -557,7 +565,7 @@ private:
     {
         try
         {
-            mRunner->enqueue(mStream.get());
+            enqueueApart();
         }
         catch (Error const&)
         {
