@@ -217,7 +217,7 @@ class RankingModel(nn.Module):
             distance: [L] int64 seconds before the query.
         """
         config, wide = self.config, compute_dtype(self.dtype)
-        buckets = distance_buckets(distance, self.time_thresholds)
+        buckets = distance_buckets(distance, self.time_thresholds, config.time_bucket_fn)
         position = position.clamp(0, config.num_positions - 1)
         added = self.time_embedding.index_select(0, buckets).to(wide) + self.position_embedding.index_select(
             0, position

@@ -1,7 +1,7 @@
 """Timestamps as a ranking model reads them: distance buckets, and hour and weekday on a circle. Level 1.
 
-Both come from formulas that the original evaluates in float32. Here they are integer comparisons and table lookups
-that give the same answers on every device, whatever its square root and its float types.
+Both come from formulas that the original evaluates in float32. Here integer comparisons and table lookups decide, so
+that every device gives the same answers, whatever its square root.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ SECONDS_PER_MINUTE = 60.0
 # The original's constants: seconds per unit, units per turn, and this value for pi.
 PERIODS = ((3600, 24), (86400, 7))
 _PI = 3.14
-_SEARCH_STEPS = 3
+# Buckets on either side of the device's own that are looked at. One is enough for tables of 2048 rows. Up to three,
+# TensorRT-RTX 1.6.1 writes out the sum of the 2 * _REACH comparisons and computes it in the kernel that adds the rows,
+# again for every column.
+_REACH = 4
 
 
 def _buckets_by_formula(seconds: Tensor, function: TimeBucketFn) -> Tensor:
@@ -50,32 +53,44 @@ def distance_thresholds(largest_bucket: int, function: TimeBucketFn) -> Tensor:
     return high
 
 
-def distance_buckets(seconds: Tensor, thresholds: Tensor) -> Tensor:
+def distance_buckets(seconds: Tensor, thresholds: Tensor, function: TimeBucketFn) -> Tensor:
     """Bucket of each distance: [L] int64 seconds -> [L] int64 in 0..len(thresholds) - 1.
 
-    Counts thresholds, in integers: no runtime can round them, nor hold them in a half type (TensorRT 8 clips a float32
-    without an upper bound at 65504 in a half-precision engine: eighteen hours). In three steps of about the cube root
-    each: counting all of them takes L * 2048 numbers, and a binary search is a chain of dependent selections that
-    TensorRT-RTX does not finish compiling. It computes a step's distance again for every number it is compared with,
-    index arithmetic in front of it included, so that fewer numbers are less of that as well.
+    The formula finds a bucket that may be off by some, as a device rounds it; integer comparisons with the thresholds
+    around it count by how many. In one step, as each costs TensorRT-RTX a kernel: counting in integers alone takes
+    L * 2048 numbers or several steps, and a binary search is a chain that TensorRT-RTX does not finish compiling.
+
+    Exact wherever the device's value is at most `_REACH` from that of `_buckets_by_formula`. What is less than a minute
+    counts as one, which moves a value by 1 at most. Else the two differ by what is rounded: of the distance, of the
+    quotient and of the function, each by at most u float32 units in the last place, on either side. For values up to
+    N, beyond which both are the last bucket, that is below 2 * 3u * N * 2**-23: 0.15 for N = 2048 and u = 100, and 3
+    for the 2**20 rows that a table may have and u = 4. Logarithms are below 44.
 
     Args:
-        seconds: distances; negative ones count as 0.
+        seconds: distances below 2**62; negative ones count as 0.
         thresholds: from `distance_thresholds`.
+        function: that of `thresholds`.
     """
-    count, width = thresholds.shape[0], 1
-    while width**_SEARCH_STEPS < count:
-        width += 1
-    largest = torch.iinfo(torch.int64).max
-    padding = torch.full((width**_SEARCH_STEPS - count,), largest, device=thresholds.device)
-    padded = torch.cat([thresholds, padding])
-    distance = torch.where(seconds < 0, 0, seconds)[:, None]
-    # Of each step the thresholds that begin a range; all ranges that one before is divided into are a row.
-    starts = [padded[:: width**step].view(-1, width) for step in reversed(range(_SEARCH_STEPS))]
-    found = (starts[0] <= distance).to(torch.int64).sum(dim=1) - 1
-    for rows in starts[1:]:
-        found = found * width + (rows.index_select(0, found) <= distance).to(torch.int64).sum(dim=1) - 1
-    return found
+    limits, width = torch.iinfo(torch.int64), 2 * _REACH
+    # A negative distance has reached bucket 0 and what would be below it, and no distance has reached the padding.
+    below, above = thresholds.new_full((_REACH,), limits.min), thresholds.new_full((_REACH,), limits.max)
+    padded = torch.cat([below, thresholds[1:], above])
+    nearby = _nearby_buckets(seconds, function).clamp(max=thresholds.shape[0] - 1)
+    # Of bucket b, the thresholds of b - _REACH + 1 to b + _REACH.
+    index = nearby[:, None] + torch.arange(width, device=seconds.device)
+    window = padded.index_select(0, index.view(-1)).view(-1, width)
+    return nearby - _REACH + (window <= seconds[:, None]).to(torch.int64).sum(dim=1)
+
+
+def _nearby_buckets(seconds: Tensor, function: TimeBucketFn) -> Tensor:
+    """[...] int64 seconds -> int64 buckets >= 0 by the formula, without a largest one, as the device rounds it.
+
+    No constant here is beyond float16: TensorRT 8 rounds constants to half in a half-precision engine, also those of
+    a float32 layer.
+    """
+    minutes = (seconds.to(torch.float32) / SECONDS_PER_MINUTE).clamp(min=1)
+    value = minutes.sqrt() if function == "sqrt" else minutes.log()
+    return value.to(torch.int64)
 
 
 def circle_table(units: int) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -17,6 +18,7 @@ from hstu_compile.calibration.batches import retrieval_batch
 from hstu_compile.compare import error_bound, row_error
 from hstu_compile.errors import RewriteError
 from hstu_compile.export import exported_from_served
+from hstu_compile.model.time_features import distance_buckets, distance_thresholds
 from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.rewrite.lower_tensorrt8 import (
     _AXES_MOVED,
@@ -27,7 +29,7 @@ from hstu_compile.rewrite.lower_tensorrt8 import (
     NarrowInt64,
     lowered_for_tensorrt8,
 )
-from hstu_compile.served import served_graphs
+from hstu_compile.served import GraphInput, ServedGraph, served_graphs
 from tests.exported_models import NUM_LAYERS, TOP_K, exported_graph, request_batch, research_model
 from tests.tolerances import COMPONENTWISE
 
@@ -142,6 +144,41 @@ def test_the_plugin_reads_int32_timestamps_and_thresholds() -> None:
     nodes = [n for n in lowered.graph.node if n.op_type == "HstuAttention"]
     for node in nodes:
         assert [kinds[name] for name in (node.input[5], node.input[6], node.input[9])] == [TensorProto.INT32] * 3
+
+
+class Buckets(torch.nn.Module):
+    """Time buckets alone, as a graph."""
+
+    def __init__(self, largest: int, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("thresholds", distance_thresholds(largest, function).clone())
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor]:
+        return (distance_buckets(values[0], self.get_buffer("thresholds"), self.function),)
+
+
+@pytest.mark.parametrize(("largest", "function"), [(2048, "sqrt"), (2048, "log"), (1, "sqrt")])
+def test_time_buckets_are_exact_in_64_bits_and_lowered_to_32(largest: int, function: Any) -> None:
+    thresholds = distance_thresholds(largest, function).numpy()
+    near = (thresholds[:, None] + np.arange(-1, 2)).ravel()
+    seconds = np.concatenate([near, 2 ** np.arange(62), -(2 ** np.arange(63)), [2**31 - 2]])
+    seconds = seconds[seconds < 2**62]
+    inputs = (GraphInput("seconds", "L", torch.arange(7)),)
+    served = ServedGraph("packed", Buckets(largest, function), inputs, ("buckets",), (), 0, "all")
+    model = exported_from_served(served, "fp32").model
+
+    def counted(distances: NDArray[Any]) -> NDArray[Any]:
+        return np.searchsorted(thresholds, distances.clip(0), side="right") - 1
+
+    np.testing.assert_array_equal(run(model, {"seconds": seconds})[0], counted(seconds))
+    lowered, _ = lowered_for_tensorrt8(model, "fp16", native=True)
+    narrow = seconds[np.abs(seconds) < 2**31 - 1]
+    np.testing.assert_array_equal(run(lowered, {"seconds": narrow})[0], counted(narrow))
+    # The builder rounds constants of float32 layers to half in a half-precision engine.
+    floats = [numpy_helper.to_array(t) for t in lowered.graph.initializer if t.data_type == TensorProto.FLOAT]
+    assert floats
+    assert all(np.abs(each).max() <= 65504 for each in floats)
 
 
 def test_bfloat16_is_refused_with_the_way_out() -> None:

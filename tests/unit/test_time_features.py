@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from hstu_compile.model import time_features
 from hstu_compile.model.time_features import (
@@ -20,7 +21,7 @@ from hstu_compile.model.time_features import (
 )
 
 FUNCTIONS = ("sqrt", "log")
-SIZES = (63, 511, 2048)
+SIZES = (1, 5, 63, 511, 2048)
 UNREACHED = 1 << 62
 
 
@@ -61,11 +62,12 @@ def test_buckets_are_those_of_the_float32_formula(largest: int, function: Any) -
             around(thresholds[thresholds < UNREACHED].numpy()),
             # Where float32 has no longer every integer: ulp 2, 128 (a timestamp of today), 2**30.
             around(2 ** np.arange(20, 61)),
+            torch.tensor([UNREACHED - 1, -UNREACHED, torch.iinfo(torch.int64).min]),
             torch.from_numpy(np.floor(np.exp2(rng.uniform(0, 61.9, 50_000))).astype(np.int64)),
         ]
     )
     expected = original_buckets(seconds, largest, function)
-    assert torch.equal(distance_buckets(seconds, thresholds), expected)
+    assert torch.equal(distance_buckets(seconds, thresholds, function), expected)
     assert int(expected.max()) == min(largest, 38 if function == "log" else largest)
 
 
@@ -74,7 +76,7 @@ def test_buckets_of_an_hour_a_day_a_month_and_a_year(function: Any) -> None:
     hour, day = 3600, 86400
     seconds = torch.tensor([-5, 0, 59, 60, hour, day, 30 * day, 365 * day])
     expected = {"sqrt": [0, 0, 0, 1, 7, 37, 207, 724], "log": [0, 0, 0, 0, 4, 7, 10, 13]}[function]
-    assert distance_buckets(seconds, distance_thresholds(2048, function)).tolist() == expected
+    assert distance_buckets(seconds, distance_thresholds(2048, function), function).tolist() == expected
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -116,19 +118,71 @@ def test_float32_boundaries_are_not_those_of_exact_arithmetic() -> None:
     assert all(abs(thresholds[bucket] - 60 * bucket**2) <= 16 for bucket in moved)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("slip", [-1, 1])
-def test_a_device_that_rounds_the_other_way_is_mended(
-    function: Any, slip: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A formula that is one bucket off everywhere stands for a device whose sqrt or log rounds differently."""
-    thresholds = distance_thresholds(511, function)
-    seconds = torch.cat([torch.arange(-5, 5000), boundaries(511, function), torch.tensor([UNREACHED - 1])])
-    expected = original_buckets(seconds, 511, function)
+def slipped(by: int, largest: int, function: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buckets found and expected, on a device that is wrong by so many buckets everywhere."""
+    seconds = torch.cat([torch.arange(-5, 5000), boundaries(largest, function), torch.tensor([UNREACHED - 1])])
     right: Callable[[torch.Tensor, Any], torch.Tensor] = time_features._buckets_by_formula
-    monkeypatch.setattr(time_features, "_buckets_by_formula", lambda s, f: (right(s, f) + slip).clamp(min=0))
-    assert not torch.equal(time_features._buckets_by_formula(seconds.clamp(min=0), function).clamp(max=511), expected)
-    assert torch.equal(distance_buckets(seconds, thresholds), expected)
+    monkeypatch.setattr(
+        time_features, "_nearby_buckets", lambda each, name: (right(each.clamp(min=0), name) + by).clamp(min=0)
+    )
+    found = distance_buckets(seconds, distance_thresholds(largest, function), function)
+    return found, original_buckets(seconds, largest, function)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("largest", SIZES)
+@pytest.mark.parametrize("by", [-4, -1, 1, 4])
+def test_a_device_that_is_four_buckets_off_is_mended(
+    function: Any, largest: int, by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for a device whose sqrt or log rounds differently."""
+    found, expected = slipped(by, largest, function, monkeypatch)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("by", [-5, 5])
+def test_a_device_that_is_five_buckets_off_is_not_mended(by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, expected = slipped(by, 511, "sqrt", monkeypatch)
+    assert not torch.equal(found, expected)
+
+
+def by_a_device(seconds: torch.Tensor, function: str, units: int) -> NDArray[Any]:
+    """[L] int64: buckets where each of conversion, quotient and function is off by so many units, all to one side."""
+
+    def off(values: NDArray[Any]) -> NDArray[Any]:
+        rounded = values.astype(np.float32)
+        return (rounded.astype(np.float64) + units * np.spacing(rounded)).astype(np.float32)
+
+    minutes = np.maximum(off(off(seconds.numpy()).astype(np.float64) / 60), np.float32(1)).astype(np.float64)
+    return np.maximum(off(np.log(minutes) if function == "log" else np.sqrt(minutes)), 0).astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("function", "largest", "units", "off"),
+    [
+        # After e minutes the next second is more than a hundred units away.
+        ("sqrt", 1, 100, 1),
+        ("log", 1, 100, 0),
+        ("sqrt", 5, 100, 1),
+        ("log", 5, 100, 1),
+        ("sqrt", 511, 100, 1),
+        ("sqrt", 2048, 100, 1),
+        ("log", 2048, 100, 1),
+        ("sqrt", 1 << 20, 4, 1),
+        ("log", 1 << 20, 4, 1),
+    ],
+)
+def test_a_device_is_one_bucket_off_at_most(function: str, largest: int, units: int, off: int) -> None:
+    """What a device rounds differently; nothing here descends, so that errors all to one side are the largest."""
+    numbers = np.unique(np.concatenate([np.arange(min(largest, 5000)), np.arange(max(0, largest - 5000), largest + 1)]))
+    if function == "sqrt":
+        changes = 60 * numbers**2
+    else:
+        changes = np.floor(60 * np.exp(numbers[numbers <= 38].astype(np.float64)))
+    seconds = torch.cat([torch.arange(4000), around(changes), around(2 ** np.arange(20, 62))]).clamp(min=0)
+    expected = original_buckets(seconds, largest, function).numpy()
+    errors = [by_a_device(seconds, function, each).clip(0, largest) - expected for each in (-units, units)]
+    assert np.abs(errors).max() == off
 
 
 # --- Hour and weekday -------------------------------------------------------------------------------------------------
