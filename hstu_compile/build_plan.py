@@ -128,7 +128,10 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         quantization = planned_quantization(config, spec, backend)
         ranking = dataclasses.replace(spec, config=narrowed)
         plan = BuildPlan(ranking, limits, backend, prune, silu, config.fuse_norms, quantization)
-        return _resolved(config, dataclasses.replace(plan, tabulate_towers=config.tabulate_towers))
+        tabulate = config.tabulate_towers
+        if tabulate is None:
+            tabulate = not external and quantization is None
+        return _resolved(config, dataclasses.replace(plan, tabulate_towers=tabulate))
     given = {
         "--max-candidates": config.max_candidates,
         "--m-falcon micro-batch=": config.micro_batch,

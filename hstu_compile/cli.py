@@ -217,9 +217,8 @@ def _named_number(option: str, wanted: str, value: str | None, what: str, exampl
 )
 @click.option(
     "--tabulate-towers/--no-tabulate-towers",
-    default=False,
-    show_default=True,
-    help="Compute what a ranking model's towers make of each embedding now, and look that up.",
+    default=None,
+    help="Compute what a ranking model's towers make of each embedding now, and look it up (default: where possible).",
 )
 @click.option(
     "--plugin/--no-plugin",

@@ -81,7 +81,8 @@ class BuildConfig:
             crash on it (retrieval graphs in TensorRT 8).
         fuse_norms: one operator for each norm and what surrounds it, which TensorRT runs as one kernel of the plugin.
         tabulate_towers: compute what a ranking model's towers make of each row of an embedding table when the graph is
-            built, and look that up. Not with external embeddings, whose tables nobody has then, and not quantised.
+            built, and look that up. Not with external embeddings, whose tables nobody has then, and not quantised; None
+            does so wherever it can be done, and True where it cannot is an error.
         quantization: eight-bit type of the products of activations with weights in a float16 graph; None leaves them in
             `precision`.
         calibration: table of activations that `hstu-compile calibrate` wrote; needed with a quantization.
@@ -118,7 +119,7 @@ class BuildConfig:
     attention_silu: AttentionSilu = "fast"
     prune: bool | None = None
     fuse_norms: bool = True
-    tabulate_towers: bool = False
+    tabulate_towers: bool | None = None
     quantization: Quantization | None = None
     calibration: _OptionalPathField = _OptionalPathField()
     observer: str | None = None

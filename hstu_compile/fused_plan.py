@@ -15,6 +15,7 @@ from hstu_compile.plugins.kernels.hopper.variants import HopperVariant, hopper_v
 from hstu_compile.plugins.kernels.norm_variants import MAX_WIDTH, NormVariant, norm_variant
 from hstu_compile.plugins.kernels.variants import KernelVariant, variants_for
 from hstu_compile.runtime.open_fused import FUSED_BACKEND
+from hstu_compile.table_files import TABLE_BYTES
 
 # Graphs whose attentions read cached keys, and whose candidates do not see one another.
 _CACHED = ("score", "append")
@@ -103,8 +104,7 @@ def fused_plan(
         precision: of the graphs.
         silu: error that the attention's SiLU may have.
         fuse_norms: whether norms are operators, which kernels between the engines compute.
-        tabulate_towers: whether what towers make of embeddings is looked up; that of the actions is computed. Taken to
-            hold for all of them: a tower whose table is a file is computed all the same, and has cuts then.
+        tabulate_towers: whether what towers make of embeddings is looked up, where it can be.
     """
     attention, layers = model.layer.attention, model.num_layers
     # Nobody reads what the last layer of a ranking model's prefill attends to.
@@ -129,13 +129,22 @@ def fused_plan(
         )
     norms = _norms(model.layer, _DTYPES[precision]) if kernels and fuse_norms else ()
     towers: tuple[NormVariant, ...] = ()
-    if fuse_norms and isinstance(model, RankingConfig) and (model.action_feature or not tabulate_towers):
+    if fuse_norms and isinstance(model, RankingConfig) and _computes_a_tower(model, precision, tabulate_towers):
         towers = _tower_norms(model, _DTYPES[precision])
     # The norm in front of the first layer has the kernel of those at the towers' ends, and a cut of its own.
     in_front = len(towers) + (model.layer.embedding_dim <= MAX_WIDTH) if towers else 0
     cuts = {graph: in_front if count and graph not in _CACHED else 0 for graph, count in attentions.items()}
     norms += towers if any(cuts.values()) else ()
     return FusedPlan(attentions, cuts, tuple(kernels), norms, tuple(hopper))
+
+
+def _computes_a_tower(model: RankingConfig, precision: Precision, tabulate_towers: bool) -> bool:
+    """Whether a tower of events is left in the graph: of actions, of several tables, or of one that is too large."""
+    rows = {table.name: table.num_rows for table in model.tables}
+    most_rows = max(rows[feature.table] for feature in model.sequence_features)
+    row_bytes = max(model.table_dim, model.layer.embedding_dim) * (4 if precision == "fp32" else 2)
+    is_small = most_rows * row_bytes < TABLE_BYTES
+    return not tabulate_towers or bool(model.action_feature) or len(model.sequence_features) > 2 or not is_small
 
 
 def _tower_norms(model: RankingConfig, dtype: str) -> tuple[NormVariant, ...]:

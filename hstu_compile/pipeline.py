@@ -287,7 +287,8 @@ def _compiled(build: _Build, options: EngineOptions) -> BuildResult:
             for each, graph in zip(served, graphs, strict=True)
         ]
         _require_quantized(plan, graphs)
-        _require_tabulated(plan, graphs)
+        if config.tabulate_towers:
+            _require_tabulated(graphs)
         totals = Counter(
             {
                 f"{_called(graph, graphs)}{record.name} {kind}": count
@@ -479,10 +480,10 @@ def _require_quantized(plan: BuildPlan, graphs: Sequence[OnnxGraph]) -> None:
         )
 
 
-def _require_tabulated(plan: BuildPlan, graphs: Sequence[OnnxGraph]) -> None:
+def _require_tabulated(graphs: Sequence[OnnxGraph]) -> None:
     """Refuse a build that was asked for tables of towers and has none: it would compute them unnoticed."""
     records = [record for graph in graphs for record in graph.passes if record.name == "tabulate_towers"]
-    if plan.tabulate_towers and not any(record.counts["tables"] for record in records):
+    if not any(record.counts["tables"] for record in records):
         raise UsageError(
             "HSTU-E901",
             "--tabulate-towers finds no tower that it could make a table of",

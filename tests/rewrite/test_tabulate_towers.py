@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from typing import Any
 
@@ -77,11 +76,9 @@ def test_the_plan_of_a_fused_build_is_that_of_the_graph(name: str, precision: Pr
 
 def test_a_build_that_was_asked_for_tables_and_has_none_is_refused() -> None:
     without, tabulated = (ranking_case("packed", "fp16", tabulate=tabulate).whole for tabulate in (False, True))
-    asked: Any = types.SimpleNamespace(tabulate_towers=True)
-    pipeline._require_tabulated(asked, [without, tabulated])
-    pipeline._require_tabulated(types.SimpleNamespace(tabulate_towers=False), [without])  # type: ignore[arg-type]
+    pipeline._require_tabulated([without, tabulated])
     with pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*--tabulate-towers finds no tower[\s\S]*leave it out"):
-        pipeline._require_tabulated(asked, [without])
+        pipeline._require_tabulated([without])
 
 
 # --- small graphs -----------------------------------------------------------------------------------------------------

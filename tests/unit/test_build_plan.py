@@ -191,9 +191,15 @@ def test_towers_are_no_tables_where_there_is_none_or_where_their_products_are_qu
         planned(ranking, tabulate_towers=True, **settings)
 
 
+def test_towers_are_tables_wherever_they_can_be(ranking: dict[str, Path]) -> None:
+    assert planned(ranking).tabulate_towers
+    assert not planned(ranking, tabulate_towers=False).tabulate_towers
+    assert not planned(ranking, embeddings="external").tabulate_towers
+
+
 def test_a_retrieval_model_has_no_towers(ranking: dict[str, Path], retrieval: dict[str, Path]) -> None:
-    assert planned(ranking, tabulate_towers=True).to_dict()["tabulate_towers"] is True
-    assert planned(ranking).to_dict()["tabulate_towers"] is False
+    assert planned(ranking).to_dict()["tabulate_towers"] is True
+    assert planned(retrieval).to_dict()["tabulate_towers"] is False
     with pytest.raises(UsageError, match=r"HSTU-E901[\s\S]*--tabulate-towers cannot be used[\s\S]*has no towers"):
         planned(retrieval, tabulate_towers=True)
 

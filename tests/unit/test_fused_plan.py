@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from hstu_compile.fused_plan import FusedPlan, fused_plan
@@ -9,6 +11,7 @@ from hstu_compile.graph_plugin import kernels_request_of
 from hstu_compile.plugin_library import PluginBuildRequest
 from hstu_compile.rewrite import apply_passes, export_passes
 from hstu_compile.rewrite.cut_at_attention import segmented_from_onnx
+from hstu_compile.table_files import TABLE_BYTES
 from tests.dlrm_reference import DlrmForm
 from tests.exported_models import ranking_config, small_config, traced_ranking
 from tests.segmented_cases import WIDE_FORM, ranking_case, retrieval_case
@@ -58,6 +61,20 @@ def test_each_kernel_is_named_once_and_only_scores_read_a_cache() -> None:
     assert plan.segments == {"packed": 7, "prefill": 6, "score": 4}
     assert [(each.mask_kind, each.has_cache) for each in plan.kernels] == [(1, False), (0, False), (1, True)]
     assert plan.to_dict()["engines"] == 17
+
+
+@pytest.mark.parametrize("looked_up", [True, False])
+def test_a_table_of_the_size_of_a_file_leaves_its_tower_in_the_graph(looked_up: bool) -> None:
+    config = ranking_config(DlrmForm(num_layers=3))
+    float16_row = 2 * max(config.table_dim, config.layer.embedding_dim)
+    num_rows = -(-TABLE_BYTES // float16_row) - looked_up
+    tables = tuple(dataclasses.replace(table, num_rows=num_rows) for table in config.tables)
+    config = dataclasses.replace(config, tables=tables, action_feature="", action_weights=())
+    segments = {
+        tabulate: fused_plan(config, ("packed",), "fp16", "fast", tabulate_towers=tabulate).segments
+        for tabulate in (False, True)
+    }
+    assert segments == {False: {"packed": 7}, True: {"packed": 4 if looked_up else 7}}
 
 
 def test_a_graph_without_attention_needs_no_kernel() -> None:
