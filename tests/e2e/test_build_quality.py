@@ -156,7 +156,8 @@ def test_dry_run_says_that_the_build_decides(workplace):
 
 
 def test_a_ranking_build_is_held_to_auc_and_ne(tmp_path):
-    form = DlrmForm(num_layers=1, action_weights=(), scaling_seq_len=60.0)
+    # As plain as the family gets: nothing is in front of a history. test_build_ranking.py has more of it in slow tests.
+    form = DlrmForm(contextual=(), num_layers=1, action_weights=(), postprocessor="l2_norm", scaling_seq_len=60.0)
     checkpoint, config_file = save_ranking_checkpoint(tmp_path, form)
     config = ranking_config(form)
     for name, seed in (("earlier", 1), ("labelled", 2)):

@@ -468,6 +468,9 @@ def test_odd_batches_equal_the_reference(build_ranking: Build, sizes: list[tuple
     assert len(outputs["preds"]) == sum(candidates for _, candidates in sizes)
 
 
+# Slow: a build of it passes in every run in test_build_quality.py, and the eager model equals the reference in
+# tests/unit/test_model_ranking.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, [(0, 3)], [(4, 0)], [(0, 0)]], ids=str)
 def test_a_model_without_context_and_actions_equals_the_reference(
     build_ranking: Build, sizes: list[tuple[int, int]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hstu_compile import open_ranking_session
 from hstu_compile.checkpoint import model_from_spec, spec_from_checkpoint
 from hstu_compile.model.ranking import RankingModel
 from hstu_compile.runtime.ranking import RankingSession
-from tests.e2e.conftest import hstu_compile
+from tests.e2e.conftest import Built, BuiltOnce, hstu_compile
 
 import prepare_data
 import ranking_data
@@ -138,28 +139,42 @@ class TestQuality:
             ranking_demo.quality(np.array([0.5, 0.6]), np.array([True, True]))
 
 
-@pytest.fixture(scope="module")
-def trained() -> tuple[RankingModel, prepare_data.Histories]:
+@functools.cache
+def trained_ranker() -> tuple[RankingModel, prepare_data.Histories]:
+    """The same numbers in every process: the recipe has its seed."""
     histories = synthetic_histories()
     model, loss = train_ranker.train(train_ranker.ranker_config(), histories, small_recipe(), show_progress=False)
     assert loss < 0.65
     return model, histories
 
 
-@pytest.fixture(scope="module")
-def checkpoint(trained: tuple[RankingModel, prepare_data.Histories], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranker") / train_ranker.CHECKPOINT_NAME
-    train.save_checkpoint(trained[0], path)
-    return path
+def built_ranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the trained ranker, its checkpoint beside it; tests/triton/test_sample.py serves it as well."""
+
+    def make(folder: Path) -> Built:
+        checkpoint = folder / train_ranker.CHECKPOINT_NAME
+        train.save_checkpoint(trained_ranker()[0], checkpoint)
+        options = ("--m-falcon", f"micro-batch={ranking_demo.MICRO_BATCH}", "--backend", "onnx", "--max-batch", 8)
+        return Built(folder / "bundle", hstu_compile("build", checkpoint, "-o", folder / "bundle", *options))
+
+    built = BuiltOnce("ranker", tmp_path_factory).get((), make)
+    assert built.result.exit_code == 0, built.result.stderr
+    return built.path
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Path:
-    path = checkpoint.with_name("bundle")
-    options = ("--m-falcon", f"micro-batch={ranking_demo.MICRO_BATCH}", "--backend", "onnx", "--max-batch", 8)
-    built = hstu_compile("build", checkpoint, "-o", path, *options)
-    assert built.exit_code == 0, built.stderr
-    return path
+def trained() -> tuple[RankingModel, prepare_data.Histories]:
+    return trained_ranker()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_ranker(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(bundle: Path) -> Path:
+    return bundle.with_name(train_ranker.CHECKPOINT_NAME)
 
 
 def test_the_ranker_learns_what_is_liked(trained: tuple[RankingModel, prepare_data.Histories]):

@@ -97,7 +97,10 @@ def test_the_interface_launches_what_the_plugin_launches_and_refuses_by_name(
     folders = (("hstuAttentionPlugin", "hstuAttention[!P]*.cpp"), ("hstuNormPlugin", "hstuNorm[!P]*.cpp"))
     core = [path for folder, names in (*folders, ("common", "*.cpp")) for path in (ROOT / folder).glob(names)]
     programs = [PROGRAMS / name for name in ("attentionKernels.cpp", "normKernels.cpp")]
-    sources = [str(path) for path in (*programs, *ours, *sorted(core))]
+    # In one translation unit, a third of the compiler's time: each by itself is compiled for the library.
+    whole = tmp_path / "library.cpp"
+    whole.write_text("".join(f'#include "{path}"\n' for path in (*ours, *sorted(core))))
+    sources = [str(path) for path in (*programs, whole)]
     program = tmp_path / "attentionKernels"
     subprocess.run(["g++", *WARNINGS, *SANITIZE, *includes, *sources, "-o", str(program), "-ldl"], check=True)
     environment = {"LD_LIBRARY_PATH": str(driver)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import shutil
@@ -12,15 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from hstu_compile.model.ranking import RankingModel
 from hstu_compile.serving.local_server import Installation
-from tests.e2e.conftest import hstu_compile
+from tests.e2e.test_ranking_sample import built_ranker
 from tests.triton.server import free_port
-
-import train
-import train_ranker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -34,16 +28,11 @@ def commands() -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """A folder that looks to the commands like the repository after the ranking demo: one layer, random weights."""
-    torch.manual_seed(0)
-    ranker = RankingModel(dataclasses.replace(train_ranker.ranker_config(), num_layers=1))
-    checkpoint = tmp_path / "checkpoint.pt"
-    train.save_checkpoint(ranker, checkpoint)
-    bundle = tmp_path / "build" / "ranking.hstu"
-    options = ("--m-falcon", "micro-batch=64", "--backend", "onnx", "--no-verify")
-    built = hstu_compile("build", checkpoint, "-o", bundle, *options)
-    assert built.exit_code == 0, built.stderr
+def workplace(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks to the commands like the repository after the ranking demo, its ranker trained less."""
+    bundle = built_ranker(tmp_path_factory)
+    (tmp_path / "build").mkdir()
+    shutil.copytree(bundle, tmp_path / "build" / "ranking.hstu")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for name in ("python", "hstu-compile"):
         program = shutil.which(name, path=str(Path(sys.executable).parent))
