@@ -12,6 +12,7 @@ from hstu_compile.calibration.batches import retrieval_batch
 from hstu_compile.errors import EngineError
 from hstu_compile.incremental_check import OUTPUT, check_incremental, histories_of
 from hstu_compile.runtime import _retrieval_feeds, retrieval
+from hstu_compile.runtime.resident import HostPool
 from hstu_compile.session_check import SESSION, Reference, RuntimeCheck
 from tests.retrieval_cases import ROLES, EagerGraph, Served
 
@@ -107,7 +108,15 @@ def test_a_last_row_that_is_kept_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_that_are_not_kept_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """New rows that never reach the cache: what is asked next reads what was there before."""
-    right = retrieval._moves
+    right, opened = retrieval._moves, HostPool.__init__
+
+    def zeroed(self: HostPool, capacity_bytes: int) -> None:
+        # Memory that is not ours yet may hold the right rows, of another test's cache.
+        opened(self, capacity_bytes)
+        assert self._arena is not None
+        self._arena[:] = 0
+
+    monkeypatch.setattr(HostPool, "__init__", zeroed)
     monkeypatch.setattr(retrieval, "_moves", lambda *arguments: right(*arguments)[::2])
     assert failing_ways(Rehearsal().check()) == {"again"}
 
