@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pytest
 
-from hstu_compile.runtime._recording_gate import RecordingGate
+from hstu_compile.runtime._recording_gate import GATE, RecordingGate
 from hstu_compile.runtime.tensorrt_session import TensorRtSession
 from tests.fake_cuda import FakeCuda
 from tests.fake_tensorrt import open_fake
@@ -102,6 +103,29 @@ def test_an_error_leaves_the_gate_open(section: str) -> None:
         pass
 
 
+def test_a_graph_is_freed_while_nobody_enqueues(pool: ThreadPoolExecutor) -> None:
+    session = open_fake(FakeCuda(), cuda_graphs=1)
+    for seed in range(2):
+        asked(pool, session, seed).result(_LATE)
+    enqueueing = Visit(pool, GATE.enqueueing)
+    assert enqueueing.inside.wait(_LATE)
+    closed = pool.submit(session.close)
+    with pytest.raises(NotDone):
+        closed.result(_SOON)
+    enqueueing.leave()
+    closed.result(_LATE)
+
+
+def asked(pool: ThreadPoolExecutor, session: TensorRtSession, seed: int) -> Future[Any]:
+    """A request whose answer is seed + 5."""
+    feeds = {
+        "item_ids": np.array([seed, 2, 3], np.int32),
+        "timestamps": np.arange(3),
+        "seq_offsets": np.array([0, 3], np.int32),
+    }
+    return pool.submit(lambda: session.run(feeds)["sums"].tolist())
+
+
 def test_no_pass_is_enqueued_while_another_session_makes_a_graph(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,17 +139,9 @@ def test_no_pass_is_enqueued_while_another_session_makes_a_graph(
         assert go_on.wait(_LATE)
         return instantiate(*arguments)
 
-    def asked(session: TensorRtSession, seed: int) -> Future[Any]:
-        feeds = {
-            "item_ids": np.array([seed, 2, 3], np.int32),
-            "timestamps": np.arange(3),
-            "seq_offsets": np.array([0, 3], np.int32),
-        }
-        return pool.submit(lambda: session.run(feeds)["sums"].tolist())
-
     with open_fake(cuda, cuda_graphs=1) as one, open_fake(cuda) as other, open_fake(cuda, cuda_graphs=1) as replaying:
         for session in (one, *[replaying] * 3):
-            assert asked(session, 1).result(_LATE) == [6.0]
+            assert asked(pool, session, 1).result(_LATE) == [6.0]
         execute = other._execute
 
         def noted(log: Any) -> None:
@@ -134,11 +150,11 @@ def test_no_pass_is_enqueued_while_another_session_makes_a_graph(
 
         monkeypatch.setattr(other, "_execute", noted)
         monkeypatch.setattr(cuda, "cuGraphInstantiateWithFlags", slow)
-        recorded = asked(one, 10)
+        recorded = asked(pool, one, 10)
         assert making.wait(_LATE)
-        plain = asked(other, 20)
+        plain = asked(pool, other, 20)
         assert not enqueued.wait(_SOON)
-        assert asked(replaying, 30).result(_LATE) == [35.0], "a replay waits for nobody"
+        assert asked(pool, replaying, 30).result(_LATE) == [35.0], "a replay waits for nobody"
         assert not enqueued.is_set()
         go_on.set()
         assert plain.result(_LATE) == [25.0]

@@ -75,7 +75,10 @@ void checkRecordingGate()
             if ((turn + number) % 5 == 0)
             {
                 RecordingGate::Recording const alone(gate);
-                isAlone = isAlone && ++recording == 1 && enqueueing == 0;
+                if (++recording != 1 || enqueueing != 0)
+                {
+                    isAlone = false;
+                }
                 std::this_thread::yield();
                 --recording;
             }
@@ -83,7 +86,10 @@ void checkRecordingGate()
             {
                 RecordingGate::Enqueueing const besideOthers(gate);
                 ++enqueueing;
-                isAlone = isAlone && recording == 0;
+                if (recording != 0)
+                {
+                    isAlone = false;
+                }
                 std::this_thread::yield();
                 --enqueueing;
             }
